@@ -1,0 +1,37 @@
+# `make demo` and `make test` each set up all they need; nothing but Python 3.11, make and the package index is required.
+PYTHON ?= python3
+PORT ?= 5000
+STAMP := .venv/.installed
+# The environment's programs come first, so that `mlflow run --env-manager local` finds its python.
+ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true
+
+.PHONY: help setup demo test lint ui clean
+
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+
+setup: $(STAMP)  ## make .venv with qexp and its tools; re-used while pyproject.toml is the same
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "qexp needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+demo: setup  ## train SmallNet on digits, quantize, measure, register: report/report.html and make ui show the result
+	$(ENV) mlflow run . --env-manager local -e main --experiment-name qexp-digits -P output_dir=report
+
+test: setup  ## all tests, slow ones included
+	$(ENV) python -m pytest
+
+lint: setup  ## ruff and mypy
+	$(ENV) ruff check .
+	$(ENV) ruff format --check .
+	$(ENV) mypy
+
+ui: setup  ## the MLflow UI on 127.0.0.1:$(PORT) for the runs made here
+	$(ENV) mlflow server --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///mlflow.db
+
+clean:  ## remove the environment and caches; runs, models and reports stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find qexp entrypoints tests -name __pycache__ -type d -prune -exec rm -rf {} +

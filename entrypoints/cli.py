@@ -1,0 +1,28 @@
+"""The console command `qexp`: the entry points as sub-commands."""
+
+import typer
+
+from entrypoints.latency import latency
+from entrypoints.main import main
+from entrypoints.quantize import quantize
+from entrypoints.report import report
+from entrypoints.search import search
+from entrypoints.train import train
+
+app = typer.Typer(
+    help="Can this image classifier ship as int8 on this CPU? Every command ends with one line of JSON.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for name, command in {
+    "run": main,
+    "train": train,
+    "quantize": quantize,
+    "latency": latency,
+    "search": search,
+    "report": report,
+}.items():
+    app.command(name)(command)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,20 @@
+"""`qexp latency` and the entry point `latency` of MLproject."""
+
+from typing import Any
+
+import typer
+
+from entrypoints.options import ModelUri, with_options
+from qexp.config import Config
+
+
+@with_options("threads", "latency")
+def latency(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
+    """Time a registered int8 version against the fp32 version that it came from."""
+    from qexp.pipeline import run_latency
+
+    return run_latency(config, model_uri)
+
+
+if __name__ == "__main__":
+    typer.run(latency)

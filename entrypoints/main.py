@@ -1,0 +1,23 @@
+"""`qexp run` and the entry point `main` of MLproject."""
+
+from typing import Any
+
+import typer
+
+from entrypoints.options import ModelUri, given, with_options
+from qexp.config import Config
+
+
+@with_options("model", "seed", "threads", "output_dir", "data", "train", "quantize", "latency", "gate")
+def main(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
+    """Train, quantize, measure fp32 and int8 side by side, register both, report: the whole job.
+
+    With --model-uri, a registered fp32 version takes the place of training.
+    """
+    from qexp.pipeline import run_main
+
+    return run_main(config, given(model_uri))
+
+
+if __name__ == "__main__":
+    typer.run(main)

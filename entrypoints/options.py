@@ -1,0 +1,124 @@
+"""Command-line options made from the configuration's models, and the one way in which every command ends.
+
+An option is declared once: as a field of a model in qexp/config.py. Its text goes to pydantic, which checks type and
+range for the command line and the file alike; `auto` means not given, since MLproject has no other word for that.
+"""
+
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from qexp.config import Config, load_config
+from qexp.errors import InputError, StageError
+
+NOT_GIVEN = ("auto", "")
+ModelUri = Annotated[
+    str, typer.Option(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI")
+]
+ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here, if it is there", metavar="FILE")]
+
+
+def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo]]:
+    """Option name -> (section, field). A name is a section of `Config`, which stands for all its fields, or one field."""
+    every: dict[str, tuple[str, FieldInfo]] = {}
+    for name, field in Config.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            every |= {key: (name, inner) for key, inner in type(field.default).model_fields.items()}
+        else:
+            every[name] = ("", field)
+    return {key: found for key, found in every.items() if key in names or found[0] in names}
+
+
+def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Turn `command(config, **own options)` into a function for Typer, with --config and an option for every field of
+    `fields_of(names)`. The result of `command` is printed as one line of JSON.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., None]:
+        fields = fields_of(names)
+
+        def run(**given: str) -> None:
+            own = {name: value for name, value in given.items() if name not in fields and name != "config"}
+            finish(lambda: command(_configure(given, fields), **own))
+
+        own = [p for name, p in inspect.signature(command).parameters.items() if name != "config"]
+        file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=ConfigFile)
+        parameters = [*own, file, *(_parameter(name, field) for name, (_, field) in fields.items())]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        return run
+
+    return decorate
+
+
+def given(value: str) -> str | None:
+    """The value of an option, None for `auto` and the empty text."""
+    return None if value in NOT_GIVEN else value
+
+
+def _configure(values: dict[str, str], fields: dict[str, tuple[str, FieldInfo]]) -> Config:
+    overrides: dict[str, dict[str, Any]] = {}
+    for name, (section, field) in fields.items():
+        if (text := given(values[name])) is not None:
+            overrides.setdefault(section, {})[name] = text.split(",") if _is_list(field) else text
+    return load_config(given(values["config"]), overrides)
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    default = "auto" if field.default is None else field.default
+    shown = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+    option = typer.Option(help=field.description, metavar=type_name(field), show_default=shown)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=Annotated[str, option])
+
+
+def type_name(field: FieldInfo) -> str:
+    """The type of a field's values as help shows it: int, float, true|false, text, or the allowed words."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    kind = (
+        kinds[0]
+        if isinstance(field.annotation, UnionType) or type(None) in get_args(field.annotation)
+        else field.annotation
+    )
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if _is_list(field):
+        return "A,B,…"
+    return {int: "int", float: "float", bool: "true|false", str: "text"}[kind]  # type: ignore[index]
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return "list[" in str(field.annotation)
+
+
+def finish(action: Callable[[], dict[str, Any]]) -> None:
+    """Run a command to its end: JSON on success; one line and 2 for bad input, 1 for a failed stage; 130, 143 on signals."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        summary = action()
+    except InputError as error:
+        _fail(str(error), 2)
+    except StageError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    else:
+        print(json.dumps(summary), flush=True)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """SIGTERM as an exception, so that runs end as KILLED on the way out."""
+    sys.exit(128 + number)

@@ -1,0 +1,20 @@
+"""`qexp report` and the entry point `report` of MLproject."""
+
+from typing import Any
+
+import typer
+
+from entrypoints.options import ModelUri, with_options
+from qexp.config import Config
+
+
+@with_options("output_dir", "gate")
+def report(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
+    """Write the report on a registered int8 version from what its runs have logged."""
+    from qexp.pipeline import run_report
+
+    return run_report(config, model_uri)
+
+
+if __name__ == "__main__":
+    typer.run(report)

@@ -1,0 +1,23 @@
+"""`qexp search` and the entry point `search` of MLproject."""
+
+from typing import Any
+
+import typer
+
+from entrypoints.options import ModelUri, given, with_options
+from qexp.config import Config
+
+
+@with_options("model", "seed", "threads", "output_dir", "data", "train", "quantize", "latency", "gate", "search")
+def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
+    """Search the calibration sample count (and observer) on validation images; a stopped search goes on.
+
+    Without --model-uri: the newest registered fp32 version of this model and data set, trained first if there is none.
+    """
+    from qexp.search import run_search
+
+    return run_search(config, given(model_uri))
+
+
+if __name__ == "__main__":
+    typer.run(search)

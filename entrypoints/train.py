@@ -1,0 +1,20 @@
+"""`qexp train` and the entry point `train` of MLproject."""
+
+from typing import Any
+
+import typer
+
+from entrypoints.options import with_options
+from qexp.config import Config
+
+
+@with_options("model", "seed", "threads", "data", "train")
+def train(config: Config) -> dict[str, Any]:
+    """Train a classifier, measure it in fp32 and register it."""
+    from qexp.pipeline import run_train
+
+    return run_train(config)
+
+
+if __name__ == "__main__":
+    typer.run(train)

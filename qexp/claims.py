@@ -1,0 +1,179 @@
+"""Sentences of the report: each is computed from the measured values and says the opposite where that was measured."""
+
+from collections.abc import Sequence
+
+from qexp.evaluation import Accuracy
+from qexp.evidence import Evidence
+from qexp.quantization.result import QuantizeResult
+
+__all__ = [
+    "Accuracy",
+    "accuracy",
+    "answer",
+    "gate",
+    "latency",
+    "macs",
+    "quantization",
+    "size",
+    "training",
+    "training_pace",
+]
+
+SAME_SPEED = 0.05  # speed-ups within 5 % of 1 are called equal: the noise of a quiet machine
+
+
+def answer(evidence: Evidence) -> str:
+    """The question's answer in one paragraph."""
+    drop = evidence.int8.comparison["test"].top1_drop_points
+    speedups = [row.speedup for row in evidence.latency.rows]
+    verdict = "**Yes**: it passes" if evidence.gate.passed else "**No**: it does not pass"
+    return (
+        f"{verdict} the gate of the configuration. Quantized to int8, top-1 on the test images {_changed(drop)}, the file is "
+        f"{_times(evidence.size_ratio, 'smaller', 'larger')}, and inference is {_range(speedups)}, depending on batch size."
+    )
+
+
+def training(evidence: Evidence) -> list[str]:
+    """How training went, and how far the kept weights fit the training images better than the test images."""
+    train = evidence.fp32.train
+    last = len(train.epochs)
+    end = "early stopping ended it" if train.stopped_early else "it ran to the configured number of epochs"
+    best = train.epochs[train.best_epoch - 1]
+    gap = evidence.fp32.accuracy["train"].top1_percent - evidence.fp32.accuracy["test"].top1_percent
+    fit = "above" if gap >= 0 else "below"
+    return [
+        f"Training took {last} {_plural(last, 'epoch')} and {train.duration_s:.0f} s; {end}.",
+        f"The weights of epoch {train.best_epoch} were kept, for the best validation top-1 ({best.validation_top1_percent:.2f} %).",
+        f"fp32 top-1 on the training images is {abs(gap):.2f} points {fit} that on the test images.",
+    ]
+
+
+def accuracy(evidence: Evidence) -> list[str]:
+    """Drop with its interval, agreement and flips, on the test images."""
+    found = evidence.int8.comparison["test"]
+    low, high = found.top1_drop_low_points, found.top1_drop_high_points
+    if low > 0:
+        meaning = "so int8 is less accurate, beyond what chance in the choice of images explains"
+    elif high < 0:
+        meaning = "so int8 is more accurate, beyond what chance in the choice of images explains"
+    else:
+        meaning = "which includes no change at all"
+    return [
+        f"Quantization: top-1 on the {found.images:,} test images {_changed(found.top1_drop_points)}; the 95 % interval of the "
+        f"drop is {low:+.2f} to {high:+.2f} points, {meaning}. Top-3 {_changed(found.top3_drop_points)}.",
+        f"The two models agree on {found.agreement_percent:.2f} % of the test images. {found.only_fp32_correct_images} "
+        f"{_plural(found.only_fp32_correct_images, 'image')} only fp32 gets right, {found.only_int8_correct_images} only int8.",
+        "The test images were used for this only: not for training, early stopping, calibration or search.",
+    ]
+
+
+def size(evidence: Evidence) -> list[str]:
+    """How the stored files compare."""
+    fp32, int8 = evidence.fp32.size_bytes / 1e6, evidence.int8.size_bytes / 1e6
+    ratio = _times(evidence.size_ratio, "smaller", "larger")
+    return [f"The int8 model is {ratio}: {int8:.3f} MB instead of {fp32:.3f} MB, as stored in the registry."]
+
+
+def macs(evidence: Evidence) -> list[str]:
+    """How MACs grow with the batch, and how many run in int8."""
+    cost = evidence.int8.cost
+    batches = list(cost.macs)
+    sentences = []
+    if len(batches) > 1:
+        exact = all(cost.macs[batch] * batches[0] == cost.macs[batches[0]] * batch for batch in batches)
+        growth = (
+            "grow in proportion to the batch size" if exact else "do not grow in exact proportion to the batch size"
+        )
+        sentences.append(
+            f"MACs {growth}: {_macs_text(cost.macs[batches[0]])} at {batches[0]}, {_macs_text(cost.macs[batches[-1]])} at {batches[-1]}."
+        )
+    left = len(evidence.int8.quantize.float_layers)
+    names = (
+        f"; {left} {_plural(left, 'layer')} stayed fp32: {', '.join(evidence.int8.quantize.float_layers)}"
+        if left
+        else ""
+    )
+    sentences.append(
+        f"Quantization leaves their number as it is; {cost.int8_percent:.1f} % of the MACs of convolution and linear layers "
+        f"run in int8 afterwards{names}."
+    )
+    return sentences
+
+
+def latency(evidence: Evidence) -> list[str]:
+    """Where int8 is faster, and how the advantage changes with the batch."""
+    rows = evidence.latency.rows
+    faster = [row.batch_size for row in rows if row.speedup > 1 + SAME_SPEED]
+    slower = [row.batch_size for row in rows if row.speedup < 1 - SAME_SPEED]
+    level = [row.batch_size for row in rows if row.batch_size not in faster + slower]
+    if len(faster) == len(rows):
+        first = f"int8 is faster at every batch size: {_range([row.speedup for row in rows])}."
+    elif len(slower) == len(rows):
+        first = f"int8 is slower at every batch size: {_range([row.speedup for row in rows])}."
+    else:
+        groups = (("faster", faster), ("slower", slower), ("as fast as fp32 within 5 %", level))
+        named = [f"{word} at batch size {', '.join(map(str, sizes))}" for word, sizes in groups if sizes]
+        first = f"int8 is {'; '.join(named)}."
+    sentences = [first]
+    if len(rows) > 1:
+        gaps = [row.fp32.p50_ms - row.int8.p50_ms for row in rows]
+        grows = all(later > earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+        change = "grows with every larger batch" if grows else "does not grow with every larger batch"
+        sentences.append(
+            f"The time saved a batch {change}: {gaps[0]:.2f} ms at {rows[0].batch_size}, {gaps[-1]:.2f} ms at {rows[-1].batch_size}."
+        )
+    least = min(row.fp32.repeats for row in rows)
+    sentences.append(
+        f"Wall time of one forward pass, both models in turn in one process of its own, {evidence.latency.threads} threads, "
+        f"at least {least} repeats each, loaded from the registry as a user loads them."
+    )
+    return sentences
+
+
+def gate(evidence: Evidence) -> str:
+    """The gate's decision and what follows from it."""
+    follows = "both versions became `champion`" if evidence.champion else "`champion` stays where it was"
+    return f"Gate {evidence.gate.summary}; {follows}."
+
+
+def training_pace(evidence: Evidence) -> str:
+    """Wall time, precision and peak learning rate of training."""
+    train = evidence.fp32.train
+    precision = "bf16 autocast" if train.bf16 else "fp32"
+    return f"{train.duration_s:.0f} s, {precision}, peak learning rate {train.peak_learning_rate:g}"
+
+
+def quantization(result: QuantizeResult) -> str:
+    """Observer, granularity and range of a quantization."""
+    granularity = "per channel" if result.per_channel else "per layer"
+    return f"{result.observer} observer, weights {granularity}" + (
+        ", range reduced by one bit" if result.reduce_range else ""
+    )
+
+
+def _changed(drop_points: float) -> str:
+    if abs(drop_points) < 0.005:
+        return "does not change"
+    return f"{'falls' if drop_points > 0 else 'rises'} by {abs(drop_points):.2f} points"
+
+
+def _times(ratio: float, above: str, below: str) -> str:
+    if abs(ratio - 1) < 0.005:
+        return f"not {above}"
+    return f"{ratio:.2f}x {above}" if ratio > 1 else f"{1 / ratio:.2f}x {below}"
+
+
+def _range(speedups: Sequence[float]) -> str:
+    low, high = (_times(ratio, "faster", "slower") for ratio in (min(speedups), max(speedups)))
+    if low == high:
+        return low
+    same_side = low.split()[-1] == high.split()[-1] and "not" not in (low + high)
+    return f"{low.split()[0]} to {high}" if same_side else f"{low} to {high}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _macs_text(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"

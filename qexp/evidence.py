@@ -1,0 +1,110 @@
+"""What the stages found, put together: the only thing that figures, report and `metrics.json` are made from."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import TypeAdapter
+
+from qexp.cost import Cost
+from qexp.evaluation import Accuracy, Comparison
+from qexp.gate import GateResult
+from qexp.host import Host
+from qexp.latency import LatencyResult
+from qexp.quantization.result import QuantizeResult
+from qexp.training import TrainResult
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The data set of a run; `digest` covers decoded pixels and labels."""
+
+    name: str
+    source: str
+    digest: str
+    classes: tuple[str, ...]
+    image_size_px: int
+    train_images: int
+    validation_images: int
+    test_images: int
+
+
+@dataclass(frozen=True)
+class Fp32Evidence:
+    """The trained model: registered version, size of its file there, accuracy by split (train, validation, test)."""
+
+    model: str
+    seed: int
+    version_uri: str
+    size_bytes: int
+    data: DataFacts
+    train: TrainResult
+    accuracy: dict[str, Accuracy]
+
+
+@dataclass(frozen=True)
+class Int8Evidence:
+    """The quantized model, and its comparison with the fp32 model by split."""
+
+    version_uri: str
+    size_bytes: int
+    quantize: QuantizeResult
+    calibration_digest: str
+    cost: Cost
+    accuracy: dict[str, Accuracy]
+    comparison: dict[str, Comparison]
+
+
+@dataclass(frozen=True)
+class LatencyEvidence:
+    """The latency sweep of two registered versions and the machine that it ran on."""
+
+    fp32_uri: str
+    int8_uri: str
+    latency: LatencyResult
+    host: Host
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that answers the question: can this classifier ship as int8 on this CPU?
+
+    `champion` says whether the gate moved that alias to these versions.
+    """
+
+    fp32: Fp32Evidence
+    int8: Int8Evidence
+    latency: LatencyResult
+    host: Host
+    gate: GateResult
+    champion: bool
+
+    @property
+    def size_ratio(self) -> float:
+        """fp32 bytes over int8 bytes, of the files as stored."""
+        return self.fp32.size_bytes / self.int8.size_bytes
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The figures that a summary line shows."""
+        return {
+            "fp32_top1_percent": self.fp32.accuracy["test"].top1_percent,
+            "int8_top1_percent": self.int8.accuracy["test"].top1_percent,
+            "top1_drop_points": self.int8.comparison["test"].top1_drop_points,
+            "fp32_size_mb": self.fp32.size_bytes / 1e6,
+            "int8_size_mb": self.int8.size_bytes / 1e6,
+            "size_ratio": self.size_ratio,
+            "smallest_speedup": self.latency.smallest_speedup,
+            "largest_speedup": max(row.speedup for row in self.latency.rows),
+        }
+
+
+def to_json(result: object) -> str:
+    """A result as indented JSON."""
+    return TypeAdapter(type(result)).dump_json(result, indent=2).decode()
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """The result that `to_json` wrote."""
+    return TypeAdapter(kind).validate_json(text)

@@ -1,0 +1,103 @@
+"""The commands of qexp: each calls the stages in order and returns what the last line on standard output shows."""
+
+from typing import Any
+
+import torch
+
+from qexp import claims, registry, stages, tracking
+from qexp.config import Config
+from qexp.data import Dataset, calibration_subset, load_dataset
+from qexp.evidence import Evidence
+from qexp.host import Host, read_host
+from qexp.models import check_model_name
+
+Summary = dict[str, Any]
+
+
+def run_main(config: Config, model_uri: str | None = None) -> Summary:
+    """Train (or take the registered fp32 version `model_uri`), quantize, measure, gate, report."""
+    config, host, dataset = prepare(config, model_uri)
+    with tracking.start_run("main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?") as run_id:
+        tracking.log_setup(config, host)
+        fp32 = stages.fp32_from_registry(model_uri, dataset) if model_uri else stages.train_stage(config, host, dataset)
+        int8 = stages.quantize_stage(config, host, dataset, fp32)
+        latency = stages.latency_stage(config, host, fp32.version, int8.version)
+        evidence = stages.gate_stage(config, fp32, int8, latency)
+        report_uri = stages.report_stage(config, host, evidence, run_id)
+        tracking.log_values({f"headline/{name}": value for name, value in evidence.headline.items()})
+        tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
+    return _summary("run", run_id, evidence, report_uri)
+
+
+def run_train(config: Config) -> Summary:
+    """Train and register an fp32 version."""
+    config, host, dataset = prepare(config, None)
+    fp32 = stages.train_stage(config, host, dataset)
+    top1 = fp32.evidence.accuracy["test"].top1_percent
+    return {"command": "train", "run_id": fp32.version.run_id, "fp32": fp32.version.uri, "fp32_top1_percent": top1}
+
+
+def run_quantize(config: Config, model_uri: str) -> Summary:
+    """Quantize the registered fp32 version `model_uri` and register the int8 version."""
+    config, host, dataset = prepare(config, model_uri)
+    fp32 = stages.fp32_from_registry(model_uri, dataset)
+    int8 = stages.quantize_stage(config, host, dataset, fp32)
+    figures = {
+        "int8_top1_percent": int8.evidence.accuracy["test"].top1_percent,
+        "top1_drop_points": int8.evidence.comparison["test"].top1_drop_points,
+        "size_ratio": fp32.version.size_bytes / int8.version.size_bytes,
+    }
+    uris = {"fp32": fp32.version.uri, "int8": int8.version.uri}
+    return {"command": "quantize", "run_id": int8.version.run_id, **uris, **figures}
+
+
+def run_latency(config: Config, model_uri: str) -> Summary:
+    """Time the registered int8 version `model_uri` against the fp32 version that it came from."""
+    config, host = _prepare_for_version(config, model_uri)
+    int8 = registry.find_version(model_uri, "int8")
+    fp32 = registry.find_version(int8.tags["fp32_uri"], "fp32")
+    evidence = stages.latency_stage(config, host, registry.from_entity(fp32), registry.from_entity(int8))
+    speedups = {str(row.batch_size): round(row.speedup, 3) for row in evidence.latency.rows}
+    uris = {"fp32": evidence.fp32_uri, "int8": evidence.int8_uri}
+    return {"command": "latency", **uris, "speedup_by_batch_size": speedups}
+
+
+def run_report(config: Config, model_uri: str) -> Summary:
+    """Write the report on the registered int8 version `model_uri` from what its runs have logged."""
+    config, host = _prepare_for_version(config, model_uri)
+    evidence = stages.evidence_of_version(config, model_uri)
+    report_uri = stages.report_stage(config, host, evidence)
+    return _summary("report", report_uri.split("/")[1], evidence, report_uri)
+
+
+def prepare(config: Config, model_uri: str | None) -> tuple[Config, Host, Dataset]:
+    """What can be refused is refused here, before there is a run: store, version, names, data, calibration count."""
+    tracking.use_store()
+    if model_uri:
+        config = stages.config_of_version(config, model_uri, "fp32")
+    check_model_name(config.model)
+    host = _use_threads(config)
+    dataset = load_dataset(config.data, config.seed)
+    calibration_subset(dataset.train, config.quantize.calibration_samples, config.seed)
+    tracking.use_experiment(dataset.name)
+    return config, host, dataset
+
+
+def _prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
+    tracking.use_store()
+    config = stages.config_of_version(config, model_uri, "int8")
+    tracking.use_experiment(registry.find_version(model_uri, "int8").tags["dataset"])
+    return config, _use_threads(config)
+
+
+def _use_threads(config: Config) -> Host:
+    host = read_host(config.threads)
+    torch.set_num_threads(host.threads)
+    return host
+
+
+def _summary(command: str, run_id: str, evidence: Evidence, report_uri: str) -> Summary:
+    gate = "passed" if evidence.gate.passed else "failed"
+    uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": report_uri}
+    figures = {name: round(value, 4) for name, value in evidence.headline.items()}
+    return {"command": command, "run_id": run_id, **uris, "gate": gate, **figures}

@@ -1,0 +1,149 @@
+"""The seven figures of a report, from `Evidence` alone; sized to be read at half the width of a page."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qexp.evidence import Evidence
+
+WIDTH_IN, HEIGHT_IN, DPI = 4.2, 3.1, 180
+FP32, INT8, FLOAT_PART = "#5b6c8f", "#e07b39", "#c9ced9"
+TRAIN, VALIDATION = "#3b7a57", "#b0413e"
+
+
+def save_figures(evidence: Evidence, folder: Path) -> list[Path]:
+    """Draw all seven as PNG files in `folder`, in the order of the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_save(draw, evidence, folder / f"{name}.png") for name, draw in FIGURES.items()]
+
+
+def _save(draw: Callable[[Axes, Evidence], None], evidence: Evidence, file: Path) -> Path:
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    draw(axes, evidence)
+    axes.set_title(axes.get_title(), fontsize=10)
+    figure.savefig(file)
+    return file
+
+
+def _accuracy_curve(axes: Axes, evidence: Evidence) -> None:
+    epochs = evidence.fp32.train.epochs
+    steps = [epoch.epoch for epoch in epochs]
+    axes.plot(steps, [e.train_top1_percent for e in epochs], "o-", ms=3, color=TRAIN, label="train top-1")
+    axes.plot(
+        steps, [e.validation_top1_percent for e in epochs], "o-", ms=3, color=VALIDATION, label="validation top-1"
+    )
+    axes.plot(steps, [e.train_top3_percent for e in epochs], ":", color=TRAIN, label="train top-3")
+    axes.plot(steps, [e.validation_top3_percent for e in epochs], ":", color=VALIDATION, label="validation top-3")
+    axes.axvline(evidence.fp32.train.best_epoch, color="grey", lw=0.8, ls="--")
+    axes.set(title="Accuracy by epoch (dashed: weights kept)", xlabel="epoch", ylabel="accuracy, %")
+    _whole_steps(axes)
+    axes.legend(fontsize=7)
+
+
+def _loss_curve(axes: Axes, evidence: Evidence) -> None:
+    epochs = evidence.fp32.train.epochs
+    steps = [epoch.epoch for epoch in epochs]
+    axes.plot(steps, [e.train_loss for e in epochs], "o-", ms=3, color=TRAIN, label="train")
+    axes.plot(steps, [e.validation_loss for e in epochs], "o-", ms=3, color=VALIDATION, label="validation")
+    axes.set(title="Loss by epoch", xlabel="epoch", ylabel="cross entropy (smoothed labels)")
+    _log_if_wide(axes.set_yscale, [loss for e in epochs for loss in (e.train_loss, e.validation_loss)])
+    _whole_steps(axes)
+    axes.legend(fontsize=7)
+
+
+def _accuracy_against_loss(axes: Axes, evidence: Evidence) -> None:
+    epochs = evidence.fp32.train.epochs
+    train = [(e.train_loss, e.train_top1_percent) for e in epochs]
+    validation = [(e.validation_loss, e.validation_top1_percent) for e in epochs]
+    for points, color, label in ((train, TRAIN, "train"), (validation, VALIDATION, "validation")):
+        losses, accuracies = zip(*points, strict=True)
+        axes.plot(losses, accuracies, "o-", ms=3, lw=0.8, color=color, label=f"{label} (ring: last epoch)")
+        axes.plot(*points[-1], "o", ms=8, mfc="none", color=color)
+    axes.set(title="Accuracy against loss", xlabel="cross entropy (smoothed labels)", ylabel="top-1, %")
+    _log_if_wide(axes.set_xscale, [loss for loss, _ in train + validation])
+    axes.legend(fontsize=7)
+
+
+def _accuracy_bars(axes: Axes, evidence: Evidence) -> None:
+    groups = [
+        ("top-1\ntrain", "train", 1),
+        ("top-3\ntrain", "train", 3),
+        ("top-1\ntest", "test", 1),
+        ("top-3\ntest", "test", 3),
+    ]
+    for offset, (label, color, accuracy) in enumerate(
+        (("fp32", FP32, evidence.fp32.accuracy), ("int8", INT8, evidence.int8.accuracy))
+    ):
+        heights = [getattr(accuracy[split], f"top{k}_percent") for _, split, k in groups]
+        bars = axes.bar([i + 0.4 * offset for i in range(4)], heights, 0.38, color=color, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    axes.set_xticks([i + 0.2 for i in range(4)], [name for name, _, _ in groups])
+    axes.set(title="Accuracy before and after quantization", ylabel="%", ylim=(0, 118))
+    axes.legend(fontsize=7, ncols=2, loc="upper right")
+
+
+def _model_size(axes: Axes, evidence: Evidence) -> None:
+    sizes = [evidence.fp32.size_bytes / 1e6, evidence.int8.size_bytes / 1e6]
+    bars = axes.bar(["fp32", "int8"], sizes, 0.55, color=[FP32, INT8])
+    axes.bar_label(bars, fmt="%.2f MB", fontsize=8)
+    axes.set(title=f"Size as stored: {evidence.size_ratio:.2f}x", ylabel="MB (10⁶ bytes)", ylim=(0, 1.12 * max(sizes)))
+
+
+def _macs(axes: Axes, evidence: Evidence) -> None:
+    cost = evidence.int8.cost
+    places = range(len(cost.macs))
+    totals = [count / 1e9 for count in cost.macs.values()]
+    in_int8 = [count / 1e9 for count in cost.int8_macs.values()]
+    left = [total - int8 for total, int8 in zip(totals, in_int8, strict=True)]
+    axes.bar([place - 0.2 for place in places], totals, 0.38, color=FP32, label="fp32 model")
+    axes.bar([place + 0.2 for place in places], in_int8, 0.38, color=INT8, label="int8 model, in int8")
+    if evidence.int8.quantize.float_layers:
+        axes.bar(
+            [place + 0.2 for place in places], left, 0.38, bottom=in_int8, color=FLOAT_PART, label="int8 model, in fp32"
+        )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=min(totals) / 3)
+    axes.set_xticks(list(places), [str(batch) for batch in cost.macs])
+    axes.set(title="Multiply-accumulates by batch size", xlabel="batch size", ylabel="10⁹ MACs a batch")
+    axes.legend(fontsize=7)
+
+
+def _inference_time(axes: Axes, evidence: Evidence) -> None:
+    rows = evidence.latency.rows
+    batches = [row.batch_size for row in rows]
+    for kind, color in (("fp32", FP32), ("int8", INT8)):
+        stats = [getattr(row, kind) for row in rows]
+        axes.plot(batches, [s.p50_ms for s in stats], "o-", ms=3, color=color, label=f"{kind} p50 (band: to p90)")
+        axes.fill_between(batches, [s.p50_ms for s in stats], [s.p90_ms for s in stats], color=color, alpha=0.25, lw=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    title = f"Inference time by batch size, {evidence.latency.threads} threads"
+    axes.set(title=title, xlabel="batch size", ylabel="ms a batch")
+    axes.legend(fontsize=7)
+
+
+def _log_if_wide(set_scale: Callable[[str], None], values: list[float]) -> None:
+    """A loss that once was ten times its smallest would hide everything else on a linear scale."""
+    if max(values) > 10 * min(values) > 0:
+        set_scale("log")
+
+
+def _whole_steps(axes: Axes) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+
+
+FIGURES: dict[str, Callable[[Axes, Evidence], None]] = {
+    "accuracy_curve": _accuracy_curve,
+    "loss_curve": _loss_curve,
+    "accuracy_against_loss": _accuracy_against_loss,
+    "accuracy_bars": _accuracy_bars,
+    "model_size": _model_size,
+    "macs": _macs,
+    "inference_time": _inference_time,
+}

@@ -1,0 +1,30 @@
+"""Progress of long work on standard error: a bar on a terminal, a plain line every ten seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(line: str) -> None:
+    """One plain line on standard error; standard output is kept for the JSON line at the end."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
+    """Pass `items` on, showing how many of `total` are done."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=label, total=total, leave=False, file=sys.stderr)
+        return
+    last = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(f"{label}: {done}/{total}")
+        yield item

@@ -1,0 +1,236 @@
+"""The MLflow model registry: versions with signature, example, pinned requirements and lineage; verification; aliases."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from torch import Tensor, nn
+
+from qexp.errors import InputError
+from qexp.evaluation import to_float
+from qexp.models import ModelSpec
+
+URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
+FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
+
+# Runs with nothing of qexp imported: what a user's process sees.
+BARE_PROCESS = """
+import sys
+import mlflow, numpy
+uri, images, expected = sys.argv[1:]
+logits = mlflow.pyfunc.load_model(uri).predict(numpy.load(images))
+same = numpy.array_equal(logits, numpy.load(expected)) and "qexp" not in sys.modules
+sys.exit(0 if same else 3)
+"""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model version of the registry; `size_bytes` is the model's file there, without MLflow's metadata."""
+
+    name: str
+    version: str
+    model_id: str
+    run_id: str
+    size_bytes: int
+    verified: bool
+
+    @property
+    def uri(self) -> str:
+        """`models:/NAME/VERSION`."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def register(
+    kind: str, module: nn.Module, name: str, spec: ModelSpec, sample: Tensor, tags: dict[str, Any]
+) -> Registered:
+    """Log `module` in the active run, register it, verify it in a bare process, and make it `challenger` if it passed.
+
+    Args:
+        kind: "fp32", saved as an exported program (pt2), or "int8", as TorchScript.
+        sample: uint8 [N, 3, H, W]; the images on which the reloaded model must give the same bits.
+        tags: lineage, as tags of the version.
+    """
+    info = _log_model(kind, module, name, spec)
+    client = mlflow.MlflowClient()
+    number = str(info.registered_model_version)
+    uri = f"models:/{name}/{number}"
+    verified = verify(uri, module, sample)
+    facts = {"kind": kind, "classes": ",".join(spec.classes), "image_size": spec.image_size, "verified": verified}
+    tag_version(uri, facts | tags)
+    client.update_model_version(name, number, _description(kind, uri, spec, tags))
+    if verified:
+        client.set_registered_model_alias(name, "challenger", number)
+    return Registered(name, number, info.model_id, info.run_id, _stored_bytes(uri), verified)
+
+
+def _log_model(kind: str, module: nn.Module, name: str, spec: ModelSpec) -> Any:
+    shape = (3, spec.image_size, spec.image_size)
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype("float32"), (-1, *shape))]),
+        Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)))]),
+    )
+    pins = [f"{package}=={installed_version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        return mlflow.pytorch.log_model(
+            module.eval(),
+            name=f"{spec.architecture}-{kind}",
+            registered_model_name=name,
+            signature=signature,
+            input_example=np.zeros((2, *shape), np.float32),  # two: an export from one image fixes the batch at one
+            pip_requirements=pins,
+            serialization_format=FORMATS[kind],
+            metadata={
+                "classes": list(spec.classes),
+                "input": "float32 RGB in [0, 1]",
+                "architecture": spec.architecture,
+            },
+            model_type="classifier",
+        )
+
+
+def verify(uri: str, module: nn.Module, sample: Tensor) -> bool:
+    """Whether the version, loaded in a fresh process that imports only mlflow and numpy, gives the same logits, bit for
+    bit, as `module` in this one, for uint8 `sample` [N, 3, H, W] and at the same thread count."""
+    images = to_float(sample)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        inputs, expected = Path(folder, "images.npy"), Path(folder, "logits.npy")
+        np.save(inputs, images.numpy())
+        np.save(expected, module(images).numpy())
+        command = [sys.executable, "-W", "ignore", "-c", BARE_PROCESS, uri, str(inputs), str(expected)]
+        done = subprocess.run(command, env=child_environment(torch.get_num_threads()), capture_output=True, text=True)
+    return done.returncode == 0
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The environment of a child process that reads the same store with so many threads."""
+    package_parent = str(Path(__file__).resolve().parent.parent)
+    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    return dict(os.environ) | own
+
+
+def find_version(uri: str, kind: str) -> ModelVersion:
+    """The version that `uri` names: models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS.
+
+    Raises:
+        InputError: the URI has another form, does not exist, or is not a version of `kind` that qexp registered.
+    """
+    found = _look_up(uri)
+    if found.tags.get("kind") != kind:
+        raise InputError(f"--model-uri {uri}: must be a version of kind {kind} that qexp registered")
+    return found
+
+
+def _look_up(uri: str) -> ModelVersion:
+    parts = URI.fullmatch(uri)
+    if parts is None:
+        raise InputError(f"--model-uri {uri}: must be models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
+    client = mlflow.MlflowClient()
+    try:
+        if parts["alias"]:
+            return client.get_model_version_by_alias(parts["name"], parts["alias"])
+        number = newest_version(parts["name"]) if parts["version"] == "latest" else parts["version"]
+        return client.get_model_version(parts["name"], number)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--model-uri {uri}: does not exist in {mlflow.get_registry_uri()} ({reason})") from None
+
+
+def newest_version(name: str) -> str:
+    """The highest version number of a registered model, "0" when there is none."""
+    versions = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
+    return str(max((int(version.version) for version in versions), default=0))
+
+
+def from_entity(found: ModelVersion) -> Registered:
+    """A version of the registry as the stages use it."""
+    uri = f"models:/{found.name}/{found.version}"
+    verified = found.tags.get("verified") == "true"
+    model_id = found.model_id or ""
+    return Registered(found.name, str(found.version), model_id, found.run_id or "", _stored_bytes(uri), verified)
+
+
+def tag_version(uri: str, tags: dict[str, Any]) -> None:
+    """Set tags on a version; truth values as `true` and `false`."""
+    name, number = uri.removeprefix("models:/").split("/")
+    client = mlflow.MlflowClient()
+    for key, value in tags.items():
+        client.set_model_version_tag(name, number, key, str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def promote(*versions: Registered) -> None:
+    """Make these versions the `champion` of their models."""
+    for version in versions:
+        mlflow.MlflowClient().set_registered_model_alias(version.name, "champion", version.version)
+
+
+def load_version(uri: str) -> nn.Module:
+    """Load a registered model; an int8 one with the kernels of its `backend` tag, set for the whole process first.
+
+    Raises:
+        InputError: the URI has another form or does not exist.
+    """
+    if backend := _look_up(uri).tags.get("backend"):
+        torch.backends.quantized.engine = backend
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        return mlflow.pytorch.load_model(uri)
+
+
+def _stored_bytes(uri: str) -> int:
+    """Size of the model's file (model.pt2 or model.pth) as the registry stores it."""
+    files = mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/data")
+    return sum(file.file_size or 0 for file in files if file.path.endswith((".pt2", ".pth")))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without MLflow's advice against pickle, which does not apply: a ScriptModule is saved by torch.jit.save."""
+    logger = logging.getLogger("mlflow")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _description(kind: str, uri: str, spec: ModelSpec, tags: dict[str, Any]) -> str:
+    """Markdown for the version's page: what it takes and gives, how to load it, and with which kernels."""
+    size = spec.image_size
+    lines = [
+        f"{spec.architecture}, {kind}. Input: float32 RGB images in [0, 1], shape [N, 3, {size}, {size}] (normalisation is "
+        f"inside). Output: logits [N, {len(spec.classes)}] in the order {', '.join(spec.classes)}.",
+        f"```python\nmodel = mlflow.pytorch.load_model({uri!r})\n```",
+    ]
+    if kind == "int8":
+        lines.append(
+            f"Measured with the `{tags['backend']}` kernels. TorchScript packs int8 weights at load for the engine that the "
+            f"process has chosen: set `torch.backends.quantized.engine = {tags['backend']!r}` before loading (`x86` unless "
+            "set), or call `qexp.load(uri)`, which does. Outputs are the same either way, speed is not."
+        )
+    return "\n\n".join(lines)

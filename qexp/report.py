@@ -1,0 +1,158 @@
+"""One page from `Evidence`: report.md, report.html (pictures inside) and metrics.json. Every claim is computed here from
+the measured values, and says the opposite where that is what was measured (see claims.py)."""
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import markdown
+
+from qexp import claims
+from qexp.evidence import Evidence, to_json
+from qexp.plots import save_figures
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto}
+th,td{border:1px solid #ccc;padding:.3rem .6rem}
+th{background:#f3f4f7}img{width:49%;min-width:20rem}code{background:#f3f4f7;padding:0 .2rem;overflow-wrap:anywhere}
+"""
+
+
+def write_report(evidence: Evidence, folder: Path) -> Path:
+    """Write report.md, report.html, metrics.json and figures/*.png into `folder`; return report.html's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_figures(evidence, folder / "figures")
+    text = render_markdown(evidence)
+    (folder / "report.md").write_text(text)
+    (folder / "metrics.json").write_text(to_json(evidence))
+    page = folder / "report.html"
+    page.write_text(render_html(text, folder))
+    return page
+
+
+def render_html(text: str, folder: Path) -> str:
+    """The Markdown as one HTML page that needs no other file: pictures (relative to `folder`) become data URIs."""
+    body = markdown.markdown(text, extensions=["tables", "sane_lists"])
+
+    def inline(match: re.Match[str]) -> str:
+        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="(figures/[^"]+\.png)"', inline, body)
+    title = html.escape(text.splitlines()[0].lstrip("# "))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def render_markdown(evidence: Evidence) -> str:
+    """The page, in the order: answer, training, accuracy, size, MACs, inference time, gate, environment."""
+    fp32 = evidence.fp32
+    parts = [
+        f"# Can {fp32.model}, trained on {fp32.data.name}, ship as int8 on this CPU?",
+        claims.answer(evidence),
+        "## Training",
+        _pictures("accuracy_curve", "loss_curve", "accuracy_against_loss"),
+        _bullets(claims.training(evidence)),
+        "## Effect of quantization on accuracy",
+        _accuracy_table(evidence),
+        _pictures("accuracy_bars"),
+        _bullets(claims.accuracy(evidence)),
+        "## Effect of quantization on model size",
+        _pictures("model_size"),
+        _bullets(claims.size(evidence)),
+        "## Multiply-accumulates by batch size",
+        _macs_table(evidence),
+        _pictures("macs"),
+        _bullets(claims.macs(evidence)),
+        "## Effect of quantization on inference time",
+        _latency_table(evidence),
+        _pictures("inference_time"),
+        _bullets(claims.latency(evidence)),
+        "## Gate",
+        _bullets([claims.gate(evidence)]),
+        "## Environment",
+        _environment_table(evidence),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pictures(*names: str) -> str:
+    return "\n".join(f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in names)
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table, first column left, the others right if they are numbers."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, [":--", *["--:" if numbers else ":--"] * (len(header) - 1)], *escaped]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _accuracy_table(evidence: Evidence) -> str:
+    header = ["Model", "Parameters", "Size, MB", "Top-1 train", "Top-3 train", "Top-1 test", "Top-3 test"]
+    rows = []
+    for name, model in (("fp32", evidence.fp32), ("int8", evidence.int8)):
+        shares = [f"{value:.2f} %" for split in ("train", "test") for value in _both(model.accuracy[split])]
+        parameters = f"{evidence.int8.cost.parameters:,}"
+        rows.append([f"{evidence.fp32.model} {name}", parameters, f"{model.size_bytes / 1e6:.3f}", *shares])
+    return table(header, rows)
+
+
+def _both(accuracy: claims.Accuracy) -> tuple[float, float]:
+    return accuracy.top1_percent, accuracy.top3_percent
+
+
+def _macs_table(evidence: Evidence) -> str:
+    cost = evidence.int8.cost
+    rows = [[str(batch), f"{cost.macs[batch]:,}", f"{cost.int8_macs[batch]:,}"] for batch in cost.macs]
+    return table(["Batch size", "MACs a batch", "of them in int8, after quantization"], rows)
+
+
+def _latency_table(evidence: Evidence) -> str:
+    header = [
+        "Batch size",
+        "fp32 p50, ms",
+        "p90",
+        "p99",
+        "int8 p50, ms",
+        "p90",
+        "p99",
+        "fp32 images/s",
+        "int8 images/s",
+    ]
+    rows = []
+    for row in evidence.latency.rows:
+        times = [f"{value:.2f}" for s in (row.fp32, row.int8) for value in (s.p50_ms, s.p90_ms, s.p99_ms)]
+        rates = [f"{s.images_per_second:,.0f}" for s in (row.fp32, row.int8)]
+        rows.append([str(row.batch_size), *times, *rates, f"{row.speedup:.2f}x"])
+    return table([*header, "Speed-up"], rows)
+
+
+def _environment_table(evidence: Evidence) -> str:
+    host, int8, data = evidence.host, evidence.int8, evidence.fp32.data
+    quantize = int8.quantize
+    rows = [
+        ["CPU", f"{host.cpu}, {host.cores} cores, {evidence.latency.threads} threads, {host.memory_gb:g} GB"],
+        ["Instructions", ", ".join(host.features) or "unknown"],
+        ["System", f"{host.system}, Python {host.python}"],
+        ["Libraries", ", ".join(f"{name} {number}" for name, number in host.libraries.items())],
+        ["Data", f"{data.name} from {data.source}, digest {data.digest}, {data.image_size_px} px"],
+        ["Images", f"{data.train_images} train, {data.validation_images} validation, {data.test_images} test"],
+        [
+            "Training",
+            f"seed {evidence.fp32.seed}, {len(evidence.fp32.train.epochs)} epochs, {claims.training_pace(evidence)}",
+        ],
+        ["Quantization", f"engine {quantize.engine}, {quantize.backend} kernels, {claims.quantization(quantize)}"],
+        ["Calibration", f"{quantize.calibration_images} training images, digest {int8.calibration_digest}"],
+        ["fp32 version", f"`{evidence.fp32.version_uri}`"],
+        ["int8 version", f"`{int8.version_uri}`"],
+    ]
+    return table(["What", "Value"], rows, numbers=False)

@@ -1,0 +1,252 @@
+"""Each stage in a run of its own: compute, log, register. pipeline.py says in which order they go."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp import registry, tracking
+from qexp.config import Config
+from qexp.cost import measure_cost
+from qexp.data import Dataset, calibration_subset, stratified_sample
+from qexp.errors import InputError
+from qexp.evaluation import Accuracy, compare, measure_accuracy, predict_logits
+from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.gate import GateResult, decide_gate
+from qexp.host import Host
+from qexp.models import Classifier, ModelSpec, build_classifier, load_classifier, save_classifier
+from qexp.quantization import quantize_model
+from qexp.registry import Registered
+from qexp.report import write_report
+from qexp.sweep import SweepRequest, run_sweep
+from qexp.training import train_model
+
+VERIFY_IMAGES = 64  # training images on which a reloaded version must give the same bits
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Fp32:
+    """A trained model with its registered version, what was found out about it, and its logits by split."""
+
+    model: Classifier
+    version: Registered
+    evidence: Fp32Evidence
+    logits: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A quantized model's registered version and what was found out about it."""
+
+    version: Registered
+    evidence: Int8Evidence
+
+
+def train_stage(config: Config, host: Host, dataset: Dataset) -> Fp32:
+    """Train, evaluate, log and register an fp32 classifier."""
+    torch.manual_seed(config.seed)
+    spec = ModelSpec(config.model, dataset.classes, config.data.image_size)
+    model = build_classifier(spec, dataset.train.images)
+    with tracking.start_run(f"train-{config.model}", f"Training of {config.model} on {dataset.name}.") as run_id:
+        tracking.log_setup(config, host)
+        tracking.log_datasets(dataset, SPLITS)
+        kept = Path("checkpoints", f"{run_id}.safetensors")
+        trained = train_model(model, dataset, config.train, config.seed, tracking.log_epoch, kept)
+        logits, accuracy = evaluate_splits(model, dataset, "fp32")
+        tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | _lineage(dataset, host, accuracy)
+        name = f"{config.model}-{dataset.name}-fp32"
+        version = registry.register("fp32", model, name, spec, _verification_images(dataset), tags)
+        kept.unlink()
+        tracking.log_model_metrics(version.model_id, accuracy, version.size_bytes, _parameters(model))
+        facts = _data_facts(dataset, config)
+        evidence = Fp32Evidence(config.model, config.seed, version.uri, version.size_bytes, facts, trained, accuracy)
+        tracking.log_result("fp32", evidence)
+        top1 = accuracy["test"].top1_percent
+        tracking.set_note(
+            f"{config.model} on {dataset.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
+            f"{trained.best_epoch}; registered as `{version.uri}`."
+        )
+    return Fp32(model, version, evidence, logits)
+
+
+def fp32_from_registry(uri: str, dataset: Dataset) -> Fp32:
+    """Rebuild a registered fp32 model of ours from its weights file.
+
+    Raises:
+        InputError: the version does not exist, is not ours, or was trained on other data.
+    """
+    found = registry.find_version(uri, "fp32")
+    if found.tags["data_digest"] != dataset.digest:
+        raise InputError(
+            f"--data-dir: {dataset.source} (digest {dataset.digest}) is not what {uri} was trained on (digest "
+            f"{found.tags['data_digest']}); its test images could be among those"
+        )
+    with tracking.downloaded(found.tags["weights_uri"]) as file:
+        model = load_classifier(file)
+    evidence = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
+    logits, _ = evaluate_splits(model, dataset, "fp32")
+    return Fp32(model, registry.from_entity(found), evidence, logits)
+
+
+def quantize_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> Int8:
+    """Quantize, compare both models on the same images, log and register the int8 model."""
+    options = config.quantize
+    images, digest = calibration_subset(dataset.train, options.calibration_samples, config.seed)
+    name = f"quantize-{options.engine}-{options.calibration_samples}"
+    with tracking.start_run(name, f"Quantization of `{fp32.version.uri}`.") as run_id:
+        tracking.log_setup(config, host)
+        tracking.log_datasets(dataset, SPLITS)
+        tracking.log_calibration(images, dataset, digest)
+        quantized = quantize_model(fp32.model, images, options, reduce_range=not host.has_int8_dot_product)
+        logits, accuracy = evaluate_splits(quantized.module, dataset, "int8")
+        tags = {"quantize_run_id": run_id, "fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id}
+        tags |= {"engine": options.engine, "backend": options.backend, "observer": options.observer}
+        tags |= {"per_channel": options.per_channel, "calibration_samples": len(images), "calibration_digest": digest}
+        tags |= _lineage(dataset, host, accuracy)
+        model_name = fp32.version.name.removesuffix("-fp32") + "-int8"
+        sample = _verification_images(dataset)
+        version = registry.register("int8", quantized.module, model_name, fp32.model.spec, sample, tags)
+        cost = measure_cost(
+            fp32.model, fp32.model.spec.image_size, config.latency.batch_sizes, quantized.result.int8_layers
+        )
+        comparison = {
+            split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS
+        }
+        evidence = Int8Evidence(version.uri, version.size_bytes, quantized.result, digest, cost, accuracy, comparison)
+        _log_int8(fp32, version, evidence)
+    return Int8(version, evidence)
+
+
+def _log_int8(fp32: Fp32, version: Registered, evidence: Int8Evidence) -> None:
+    accuracy, test, cost = evidence.accuracy, evidence.comparison["test"], evidence.cost
+    tracking.log_model_metrics(version.model_id, accuracy, version.size_bytes, cost.parameters)
+    tracking.log_comparison(version.model_id, test, cost.int8_percent)
+    for owner in (fp32.version, version):
+        tracking.log_macs(cost.macs, owner.run_id, owner.model_id)
+    tracking.log_accuracy_table({"fp32": fp32.evidence.accuracy, "int8": accuracy})
+    tracking.log_result("int8", evidence)
+    tracking.set_note(
+        f"`{fp32.version.uri}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
+        f"{test.top1_drop_points:.2f} points; registered as `{version.uri}`."
+    )
+
+
+def latency_stage(config: Config, host: Host, fp32: Registered, int8: Registered) -> LatencyEvidence:
+    """Time both registered versions in a process of its own, and log it to the run, to both models and as a tag."""
+    with tracking.start_run(f"latency-{config.model}", f"Latency of `{fp32.uri}` and `{int8.uri}`.") as run_id:
+        tracking.log_setup(config, host)
+        request = SweepRequest(fp32.uri, int8.uri, config.data.image_size, host.threads, config.latency)
+        result = run_sweep(request, registry.child_environment(host.threads))
+        evidence = LatencyEvidence(fp32.uri, int8.uri, result, host)
+        tracking.log_latency(result, {"fp32": (fp32.run_id, fp32.model_id), "int8": (int8.run_id, int8.model_id)})
+        tracking.log_result("latency", evidence)
+        registry.tag_version(int8.uri, {"latency_run_id": run_id, "smallest_speedup": f"{result.smallest_speedup:.3f}"})
+        tracking.set_note(f"Smallest speed-up of `{int8.uri}` over `{fp32.uri}`: **{result.smallest_speedup:.2f}x**.")
+    return evidence
+
+
+def gate_stage(config: Config, fp32: Fp32, int8: Int8, latency: LatencyEvidence) -> Evidence:
+    """Hold the int8 version against the gate; when it passes, both versions become `champion`."""
+    verified = fp32.version.verified and int8.version.verified
+    gate = _decide(config, fp32.evidence, int8.evidence, latency, verified)
+    if gate.passed:
+        registry.promote(fp32.version, int8.version)
+    registry.tag_version(int8.version.uri, {"gate": "passed" if gate.passed else "failed", "gate_reason": gate.summary})
+    return Evidence(fp32.evidence, int8.evidence, latency.latency, latency.host, gate, champion=gate.passed)
+
+
+def _decide(
+    config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence, verified: bool
+) -> GateResult:
+    drop = int8.comparison["test"].top1_drop_points
+    ratio = fp32.size_bytes / int8.size_bytes
+    return decide_gate(config.gate, drop, ratio, latency.latency.smallest_speedup, verified)
+
+
+def evidence_of_version(config: Config, uri: str) -> Evidence:
+    """What the stages logged about a registered int8 version, held against the gate of `config`; no alias moves.
+
+    Raises:
+        InputError: the version is not one of ours, or its latency has not been measured.
+    """
+    found = registry.find_version(uri, "int8")
+    if "latency_run_id" not in found.tags:
+        raise InputError(f"--model-uri {uri}: its latency was not measured; run `qexp latency --model-uri {uri}` first")
+    fp32 = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
+    int8 = tracking.read_result(Int8Evidence, found.tags["quantize_run_id"], "int8")
+    latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
+    gate = _decide(config, fp32, int8, latency, found.tags["verified"] == "true")
+    return Evidence(fp32, int8, latency.latency, latency.host, gate, champion=found.tags.get("gate") == "passed")
+
+
+def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: str | None = None) -> str:
+    """Write the report, log it with its pictures (to the parent's run too), copy it to `output_dir`; the page's URI."""
+    with tracking.start_run("report", f"Report on `{evidence.int8.version_uri}`: see the artifacts.") as run_id:
+        tracking.log_setup(config, host)
+        with tempfile.TemporaryDirectory() as folder:
+            write_report(evidence, Path(folder))
+            for owner in filter(None, (run_id, parent_run_id)):
+                tracking.log_folder(Path(folder), "report", owner)
+        if config.output_dir:
+            write_report(evidence, Path(config.output_dir))
+    return f"runs:/{run_id}/report/report.html"
+
+
+def config_of_version(config: Config, uri: str, kind: str) -> Config:
+    """`config` with the model, data and seed that the registered version was trained with; a given data_dir stays.
+
+    Raises:
+        InputError: the version does not exist or is not one of ours.
+    """
+    found = registry.find_version(uri, kind)
+    recorded = tracking.read_config(found.tags["train_run_id"])
+    data = recorded.data.model_copy(update={"data_dir": config.data.data_dir or recorded.data.data_dir})
+    return config.model_copy(update={"model": recorded.model, "seed": recorded.seed, "data": data})
+
+
+def evaluate_splits(model: nn.Module, dataset: Dataset, label: str) -> tuple[dict[str, Tensor], dict[str, Accuracy]]:
+    """Logits and accuracy of a model on train, validation and test images."""
+    logits, accuracy = {}, {}
+    for name in SPLITS:
+        split = getattr(dataset, name)
+        logits[name] = predict_logits(model, split.images, label=f"{label} on {name} images")
+        accuracy[name] = measure_accuracy(logits[name], split.labels)
+    return logits, accuracy
+
+
+def _log_weights(model: Classifier, run_id: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.safetensors")
+        save_classifier(model, file)
+        tracking.log_file(file, "weights")
+    return f"runs:/{run_id}/weights/model.safetensors"
+
+
+def _lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict[str, Any]:
+    """Tags that every version carries: data, machine, accuracy on the test images."""
+    return {
+        "dataset": dataset.name,
+        "data_digest": dataset.digest,
+        "cpu": host.cpu,
+        "cpu_features": ",".join(host.features),
+        "test_top1_percent": f"{accuracy['test'].top1_percent:.3f}",
+        "test_top3_percent": f"{accuracy['test'].top3_percent:.3f}",
+    }
+
+
+def _verification_images(dataset: Dataset) -> Tensor:
+    count = min(VERIFY_IMAGES, len(dataset.train))
+    return dataset.train.images[stratified_sample(dataset.train.labels, count, seed=0)]
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _data_facts(dataset: Dataset, config: Config) -> DataFacts:
+    counts = [len(getattr(dataset, split)) for split in SPLITS]
+    return DataFacts(dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size, *counts)

@@ -1,0 +1,263 @@
+"""MLflow runs: the store, the run tree, parameters, metrics, data set inputs and artifacts. Nothing is computed here."""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
+
+import mlflow
+from mlflow.entities import RunStatus
+from mlflow.exceptions import MlflowException
+
+from qexp.config import Config, flat_params, parse_yaml, to_yaml
+from qexp.data import Dataset
+from qexp.errors import InputError
+from qexp.evaluation import Accuracy, Comparison
+from qexp.evidence import from_json, to_json
+from qexp.host import Host
+from qexp.latency import LatencyResult, LatencyRow
+from qexp.training import EpochResult
+
+T = TypeVar("T")
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
+STORE_ANSWER_TIMEOUT_S = 10
+FINAL_METRICS = {"train": "train/final_", "validation": "val/final_", "test": "test/"}  # train/top1 is the curve
+
+for noisy in ("mlflow", "alembic"):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def use_store() -> None:
+    """Check once, without MLflow's minutes of retries, that the tracking store answers.
+
+    Raises:
+        InputError: it does not; the message names its URI.
+    """
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(STORE_ANSWER_TIMEOUT_S)}
+    before = {name: os.environ.get(name) for name in patience}
+    os.environ.update(patience)
+    try:
+        mlflow.MlflowClient().search_experiments(max_results=1)
+    except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer ({reason}); "
+            "start it, or unset the variable to use sqlite:///mlflow.db"
+        ) from None
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def use_experiment(dataset_name: str) -> None:
+    """One experiment a data set, unless MLflow was told another: by `mlflow run` or MLFLOW_EXPERIMENT_NAME or _ID."""
+    if not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
+        mlflow.set_experiment(f"qexp-{dataset_name}")
+
+
+@contextmanager
+def start_run(name: str, note: str) -> Iterator[str]:
+    """A run that always ends: FINISHED, FAILED with its error as a tag, or KILLED on Ctrl-C and SIGTERM.
+
+    Inside another run it is nested; inside `mlflow run` the first one is the run that MLflow has started.
+    Yields its id. `note` is Markdown for the run's page.
+    """
+    resumed = "MLFLOW_RUN_ID" in os.environ
+    run = mlflow.start_run(run_name=None if resumed else name, nested=mlflow.active_run() is not None)
+    if resumed and GENERATED_NAME.fullmatch(run.info.run_name or ""):
+        mlflow.set_tag("mlflow.runName", name)
+    status = RunStatus.FAILED
+    try:
+        mlflow.set_tags({"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
+        yield run.info.run_id
+        status = RunStatus.FINISHED
+    except (KeyboardInterrupt, SystemExit):
+        status = RunStatus.KILLED
+        raise
+    except Exception as error:
+        mlflow.set_tag("qexp.error", f"{type(error).__name__}: {error}"[:500])
+        raise
+    finally:
+        mlflow.end_run(RunStatus.to_string(status))
+
+
+def set_note(text: str) -> None:
+    """Replace the Markdown note of the active run."""
+    mlflow.set_tag("mlflow.note.content", text)
+
+
+def log_setup(config: Config, host: Host) -> None:
+    """Parameters, the resolved configuration and the host."""
+    mlflow.log_params(flat_params(config) | {"host.cpu": host.cpu, "host.threads": host.threads})
+    mlflow.log_text(to_yaml(config), "config.yaml")
+    mlflow.log_text(to_json(host), "host.json")
+
+
+def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
+    """The splits named (train, validation, test) as data set inputs of the active run."""
+    for context in contexts:
+        split = getattr(dataset, context)
+        mlflow.log_input(_numpy_dataset(split.images, split.labels, dataset, context, dataset.digest), context=context)
+
+
+def log_calibration(images: object, dataset: Dataset, digest: str) -> None:
+    """The calibration subset as an input; its digest is that of the indices."""
+    mlflow.log_input(_numpy_dataset(images, None, dataset, "calibration", digest), context="calibration")
+
+
+def _numpy_dataset(images: object, labels: object, dataset: Dataset, part: str, digest: str) -> mlflow.data.Dataset:
+    arrays = [None if tensor is None else tensor.numpy() for tensor in (images, labels)]  # type: ignore[attr-defined]
+    return mlflow.data.from_numpy(
+        arrays[0], source=dataset.source, targets=arrays[1], name=f"{dataset.name}-{part}", digest=digest
+    )
+
+
+def log_epoch(result: EpochResult) -> None:
+    """The curves: step is the epoch."""
+    values = {
+        "train/loss": result.train_loss,
+        "train/top1": result.train_top1_percent,
+        "train/top3": result.train_top3_percent,
+        "val/loss": result.validation_loss,
+        "val/top1": result.validation_top1_percent,
+        "val/top3": result.validation_top3_percent,
+        "train/learning_rate": result.learning_rate,
+        "train/images_per_s": result.images_per_second,
+    }
+    mlflow.log_metrics(values, step=result.epoch)
+
+
+def log_model_metrics(model_id: str, accuracy: dict[str, Accuracy], size_bytes: int, parameters: int) -> None:
+    """What is known of one logged model, in the active run and on the model's own page."""
+    values = {"model/size_mb": size_bytes / 1e6, "model/params": float(parameters)}
+    for split, result in accuracy.items():
+        prefix = FINAL_METRICS[split]
+        values |= {f"{prefix}top1": result.top1_percent, f"{prefix}top3": result.top3_percent}
+    mlflow.log_metrics(values, model_id=model_id)
+
+
+def log_comparison(model_id: str, comparison: Comparison, int8_macs_percent: float) -> None:
+    """int8 against fp32 on the test images, in the active run and on the int8 model's page."""
+    values = {
+        "test/top1_drop": comparison.top1_drop_points,
+        "test/top1_drop_low": comparison.top1_drop_low_points,
+        "test/top1_drop_high": comparison.top1_drop_high_points,
+        "test/top3_drop": comparison.top3_drop_points,
+        "test/agreement": comparison.agreement_percent,
+        "test/only_fp32_correct": comparison.only_fp32_correct_images,
+        "test/only_int8_correct": comparison.only_int8_correct_images,
+        "model/int8_macs_percent": int8_macs_percent,
+    }
+    mlflow.log_metrics(values, model_id=model_id)
+
+
+def log_macs(macs: dict[int, int], run_id: str, model_id: str) -> None:
+    """Multiply-accumulates of one model; step is the batch size."""
+    for batch_size, count in macs.items():
+        mlflow.log_metrics({"model/macs": count}, step=batch_size, run_id=run_id, model_id=model_id)
+
+
+def log_latency(result: LatencyResult, owners: dict[str, tuple[str, str]]) -> None:
+    """Both models' latency in the active run, and each one's on its own run and model.
+
+    Args:
+        owners: run id and model id of "fp32" and "int8".
+    """
+    for row in result.rows:
+        for kind, (run_id, model_id) in owners.items():
+            stats = getattr(row, kind)
+            values = {f"{name}_ms": getattr(stats, f"{name}_ms") for name in ("p50", "p90", "p99")}
+            values["images_per_s"] = stats.images_per_second
+            own = {f"latency/{name}": value for name, value in values.items()}
+            mlflow.log_metrics(own, step=row.batch_size, run_id=run_id, model_id=model_id)
+            own = {f"latency/p50_ms_batch{row.batch_size}": stats.p50_ms}
+            mlflow.log_metrics(own, run_id=run_id, model_id=model_id)
+            both = {f"latency/{kind}_{name}": value for name, value in values.items()}
+            mlflow.log_metrics(both, step=row.batch_size)
+            mlflow.log_metrics({f"latency/{kind}_p50_ms_batch{row.batch_size}": stats.p50_ms})
+        mlflow.log_metrics({"latency/speedup": row.speedup}, step=row.batch_size)
+        mlflow.log_metrics({f"latency/speedup_batch{row.batch_size}": row.speedup})
+    mlflow.log_table(latency_table(result.rows), "tables/latency.json")
+
+
+def latency_table(rows: tuple[LatencyRow, ...]) -> dict[str, list[float]]:
+    """Columns by name, one row a batch size."""
+    columns: dict[str, list[float]] = {"batch_size": [row.batch_size for row in rows]}
+    for kind in ("fp32", "int8"):
+        for name in ("p50_ms", "p90_ms", "p99_ms", "images_per_second", "repeats"):
+            columns[f"{kind}_{name}"] = [getattr(getattr(row, kind), name) for row in rows]
+    return columns | {"speedup": [row.speedup for row in rows]}
+
+
+def log_accuracy_table(accuracy: dict[str, dict[str, Accuracy]]) -> None:
+    """Accuracy by model and split as a table of the UI."""
+    rows = [
+        {"model": model, "split": split, **asdict(result)}
+        for model, by_split in accuracy.items()
+        for split, result in by_split.items()
+    ]
+    mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "tables/accuracy.json")
+
+
+def log_values(values: dict[str, float], step: int | None = None) -> None:
+    """Metrics of the active run that belong to no single model."""
+    mlflow.log_metrics(values, step=step)
+
+
+def log_result(name: str, result: object) -> None:
+    """A stage's result as `results/<name>.json`, which `read_result` reads back."""
+    mlflow.log_text(to_json(result), f"results/{name}.json")
+
+
+def read_result(kind: type[T], run_id: str, name: str) -> T:
+    """The result that a run logged under `name`.
+
+    Raises:
+        InputError: the run or the artifact is not there.
+    """
+    try:
+        return from_json(kind, mlflow.artifacts.load_text(f"runs:/{run_id}/results/{name}.json"))
+    except (MlflowException, OSError, ValueError) as error:
+        raise InputError(f"run {run_id}: results/{name}.json cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def read_config(run_id: str) -> Config:
+    """The resolved configuration of a run.
+
+    Raises:
+        InputError: the run or the artifact is not there.
+    """
+    with downloaded(f"runs:/{run_id}/config.yaml") as file:
+        return parse_yaml(file.read_text())
+
+
+def log_file(file: Path, folder: str) -> None:
+    """One file as an artifact."""
+    mlflow.log_artifact(str(file), folder)
+
+
+def log_folder(folder: Path, artifact_folder: str, run_id: str) -> None:
+    """All files below `folder` as artifacts of a run."""
+    mlflow.log_artifacts(str(folder), artifact_folder, run_id=run_id)
+
+
+@contextmanager
+def downloaded(uri: str) -> Iterator[Path]:
+    """A local copy of an artifact (`runs:/…`) for as long as the block lasts.
+
+    Raises:
+        InputError: it is not there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
+        except (MlflowException, OSError) as error:
+            raise InputError(f"{uri}: cannot be read ({str(error).splitlines()[0]})") from None
+        yield file
