@@ -27,7 +27,7 @@ ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here
 
 
 def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo]]:
-    """Option name -> (section, field). A name is a section of `Config`, which stands for all its fields, or one field."""
+    """Option name -> (section, field). A name is a section of `Config`, standing for all its fields, or one field."""
     every: dict[str, tuple[str, FieldInfo]] = {}
     for name, field in Config.model_fields.items():
         if isinstance(field.default, BaseModel):
@@ -100,7 +100,10 @@ def _is_list(field: FieldInfo) -> bool:
 
 
 def finish(action: Callable[[], dict[str, Any]]) -> None:
-    """Run a command to its end: JSON on success; one line and 2 for bad input, 1 for a failed stage; 130, 143 on signals."""
+    """Run a command to its end: a line of JSON, or a line on standard error and an exit code.
+
+    2 for bad input, 1 for a stage that failed, 130 and 143 for SIGINT and SIGTERM.
+    """
     signal.signal(signal.SIGTERM, _terminated)
     try:
         summary = action()

@@ -1,6 +1,7 @@
 """Sentences of the report: each is computed from the measured values and says the opposite where that was measured."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from qexp.evaluation import Accuracy
 from qexp.evidence import Evidence
@@ -28,8 +29,9 @@ def answer(evidence: Evidence) -> str:
     speedups = [row.speedup for row in evidence.latency.rows]
     verdict = "**Yes**: it passes" if evidence.gate.passed else "**No**: it does not pass"
     return (
-        f"{verdict} the gate of the configuration. Quantized to int8, top-1 on the test images {_changed(drop)}, the file is "
-        f"{_times(evidence.size_ratio, 'smaller', 'larger')}, and inference is {_range(speedups)}, depending on batch size."
+        f"{verdict} the gate of the configuration. As int8, top-1 on the test images {_changed(drop)}, the "
+        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}, and inference is {_range(speedups)}, depending "
+        "on batch size."
     )
 
 
@@ -43,7 +45,8 @@ def training(evidence: Evidence) -> list[str]:
     fit = "above" if gap >= 0 else "below"
     return [
         f"Training took {last} {_plural(last, 'epoch')} and {train.duration_s:.0f} s; {end}.",
-        f"The weights of epoch {train.best_epoch} were kept, for the best validation top-1 ({best.validation_top1_percent:.2f} %).",
+        f"The weights of epoch {train.best_epoch} were kept, for the best validation top-1 "
+        f"({best.validation_top1_percent:.2f} %).",
         f"fp32 top-1 on the training images is {abs(gap):.2f} points {fit} that on the test images.",
     ]
 
@@ -58,11 +61,13 @@ def accuracy(evidence: Evidence) -> list[str]:
         meaning = "so int8 is more accurate, beyond what chance in the choice of images explains"
     else:
         meaning = "which includes no change at all"
+    lost, gained = found.only_fp32_correct_images, found.only_int8_correct_images
     return [
-        f"Quantization: top-1 on the {found.images:,} test images {_changed(found.top1_drop_points)}; the 95 % interval of the "
-        f"drop is {low:+.2f} to {high:+.2f} points, {meaning}. Top-3 {_changed(found.top3_drop_points)}.",
-        f"The two models agree on {found.agreement_percent:.2f} % of the test images. {found.only_fp32_correct_images} "
-        f"{_plural(found.only_fp32_correct_images, 'image')} only fp32 gets right, {found.only_int8_correct_images} only int8.",
+        f"Quantization: top-1 on the {found.images:,} test images {_changed(found.top1_drop_points)}; the "
+        f"95 % interval of the drop is {low:+.2f} to {high:+.2f} points, {meaning}. "
+        f"Top-3 {_changed(found.top3_drop_points)}.",
+        f"The two models agree on {found.agreement_percent:.2f} % of the test images. {lost} {_plural(lost, 'image')} "
+        f"only fp32 gets right, {gained} only int8.",
         "The test images were used for this only: not for training, early stopping, calibration or search.",
     ]
 
@@ -80,22 +85,16 @@ def macs(evidence: Evidence) -> list[str]:
     batches = list(cost.macs)
     sentences = []
     if len(batches) > 1:
-        exact = all(cost.macs[batch] * batches[0] == cost.macs[batches[0]] * batch for batch in batches)
-        growth = (
-            "grow in proportion to the batch size" if exact else "do not grow in exact proportion to the batch size"
-        )
-        sentences.append(
-            f"MACs {growth}: {_macs_text(cost.macs[batches[0]])} at {batches[0]}, {_macs_text(cost.macs[batches[-1]])} at {batches[-1]}."
-        )
-    left = len(evidence.int8.quantize.float_layers)
-    names = (
-        f"; {left} {_plural(left, 'layer')} stayed fp32: {', '.join(evidence.int8.quantize.float_layers)}"
-        if left
-        else ""
-    )
+        first, last = batches[0], batches[-1]
+        exact = all(cost.macs[batch] * first == cost.macs[first] * batch for batch in batches)
+        growth = "grow in proportion to the batch size" if exact else "do not grow in proportion to the batch size"
+        totals = f"{_macs_text(cost.macs[first])} at {first}, {_macs_text(cost.macs[last])} at {last}"
+        sentences.append(f"MACs {growth}: {totals}.")
+    left = evidence.int8.quantize.float_layers
+    names = f"; {len(left)} {_plural(len(left), 'layer')} stayed fp32: {', '.join(left)}" if left else ""
     sentences.append(
-        f"Quantization leaves their number as it is; {cost.int8_percent:.1f} % of the MACs of convolution and linear layers "
-        f"run in int8 afterwards{names}."
+        f"Quantization leaves their number as it is; {cost.int8_percent:.1f} % of the MACs of convolution and linear "
+        f"layers run in int8 afterwards{names}."
     )
     return sentences
 
@@ -117,15 +116,14 @@ def latency(evidence: Evidence) -> list[str]:
     sentences = [first]
     if len(rows) > 1:
         gaps = [row.fp32.p50_ms - row.int8.p50_ms for row in rows]
-        grows = all(later > earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+        grows = all(later > earlier for earlier, later in pairwise(gaps))
         change = "grows with every larger batch" if grows else "does not grow with every larger batch"
-        sentences.append(
-            f"The time saved a batch {change}: {gaps[0]:.2f} ms at {rows[0].batch_size}, {gaps[-1]:.2f} ms at {rows[-1].batch_size}."
-        )
+        ends = f"{gaps[0]:.2f} ms at {rows[0].batch_size}, {gaps[-1]:.2f} ms at {rows[-1].batch_size}"
+        sentences.append(f"The time saved a batch {change}: {ends}.")
     least = min(row.fp32.repeats for row in rows)
     sentences.append(
-        f"Wall time of one forward pass, both models in turn in one process of its own, {evidence.latency.threads} threads, "
-        f"at least {least} repeats each, loaded from the registry as a user loads them."
+        f"Wall time of one forward pass, both models in turn in a process of its own, {evidence.latency.threads} "
+        f"threads, at least {least} repeats each, loaded from the registry as a user loads them."
     )
     return sentences
 

@@ -27,7 +27,7 @@ class Cost:
 
 
 def measure_cost(model: nn.Module, image_size: int, batch_sizes: Sequence[int], int8_layers: Sequence[str]) -> Cost:
-    """Count on the fp32 `model`; `int8_layers` are the qualified names of its layers that the int8 model runs in int8."""
+    """Count on the fp32 `model`; `int8_layers` names those of its layers that the int8 model runs in int8."""
     named = dict(model.named_modules())
     quantized = {id(named[name]) for name in int8_layers}
     summaries = {batch_size: _summarize(model, image_size, batch_size) for batch_size in batch_sizes}

@@ -86,8 +86,8 @@ def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.sort(chosen))
 
 
-def calibration_subset(train: Split, count: int, seed: int) -> tuple[Tensor, str]:
-    """`count` un-augmented training images, uint8 [count, 3, H, W], class-stratified, and the digest of their indices.
+def calibration_subset(train: Split, count: int, seed: int) -> tuple[Split, str]:
+    """`count` un-augmented training images, class-stratified, and the digest of their indices in `train`.
 
     Raises:
         InputError: there are fewer training images than `count`.
@@ -95,7 +95,7 @@ def calibration_subset(train: Split, count: int, seed: int) -> tuple[Tensor, str
     if count > len(train):
         raise InputError(f"--calibration-samples {count}: must be at most {len(train)}, the number of training images")
     indices = stratified_sample(train.labels, count, seed)
-    return train.images[indices], hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+    return train.subset(indices), hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def _content_digest(classes: tuple[str, ...], tensors: dict[str, Tensor]) -> str:
@@ -148,8 +148,8 @@ def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
         sets = [torchvision.datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a proxy's page, a cut-off file: many kinds of errors, the same ways out
         raise InputError(
-            f"--dataset cifar10: not in {root} and not downloadable ({error}); put cifar-10-python.tar.gz there, or use "
-            "--dataset imagefolder --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/, or --dataset digits"
+            f"--dataset cifar10: not in {root}, no download ({error}); put cifar-10-python.tar.gz there or "
+            "use --dataset imagefolder --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/, or --dataset digits"
         ) from None
     parts = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
     if image_size != parts[0].shape[-1]:

@@ -56,7 +56,7 @@ def _class_files(folder: Path) -> list[str]:
 
 
 def decode_files(files: Sequence[str], image_size: int) -> Tensor:
-    """Decode to uint8 [N, 3, image_size, image_size], RGB; another size is resized (bilinear, antialiased, not cropped).
+    """Decode to RGB, uint8 [N, 3, image_size, image_size]; another size is resized (bilinear, antialiased, uncropped).
 
     Raises:
         InputError: a file is no image or is cut off; the message names it.

@@ -1,7 +1,7 @@
 """The classifiers: SmallNet, VGG16 and any other torchvision classifier, each with its normalisation as first layer.
 
-A classifier takes float images in [0, 1], [N, 3, H, W], and gives logits [N, classes]. Its weights file (safetensors, no
-pickle) says how to rebuild the module: `load_classifier` needs nothing else.
+A classifier takes float images in [0, 1], [N, 3, H, W], and gives logits [N, classes]. Its weights file (safetensors,
+no pickle) says how to rebuild the module: `load_classifier` needs nothing else.
 """
 
 import difflib
@@ -35,6 +35,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", mean.view(1, 3, 1, 1).float())
         self.register_buffer("std", std.view(1, 3, 1, 1).float())
 
@@ -105,6 +107,22 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(deviation < 1e-4, torch.ones(()), deviation).float()
 
 
+def repeated_inputs(model: Classifier) -> int:
+    """How many equal copies of each value the first linear layer of a VGG sees.
+
+    Its adaptive pool makes a 7x7 map of whatever comes in; from a 1x1 map (32x32 images) that is 49 copies, which get
+    49 equal gradients: as if that layer's learning rate were 49 times the configured one.
+    """
+    network = model.network
+    pool = getattr(network, "avgpool", None)
+    if not (type(network).__name__ == "VGG" and isinstance(pool, nn.AdaptiveAvgPool2d)):
+        return 1
+    size = model.spec.image_size
+    with torch.no_grad():
+        shape = network.get_submodule("features")(torch.zeros(1, 3, size, size)).shape
+    return 49 if shape[2:] == (1, 1) else 1
+
+
 def _build_network(spec: ModelSpec) -> nn.Module:
     if spec.architecture == "smallnet":
         return _smallnet(len(spec.classes))
@@ -152,7 +170,7 @@ def load_classifier(file: Path) -> Classifier:
     try:
         with safe_open(file, framework="pt") as opened:
             values = json.loads((opened.metadata() or {})["qexp"])
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            state = {name: opened.get_tensor(name) for name in opened.keys()}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"weights file {file}: not written by qexp ({error})") from None
     spec = ModelSpec(values["architecture"], tuple(values["classes"]), values["image_size"])

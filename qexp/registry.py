@@ -1,4 +1,4 @@
-"""The MLflow model registry: versions with signature, example, pinned requirements and lineage; verification; aliases."""
+"""The MLflow model registry: versions with signature, example, pinned requirements, lineage; verification; aliases."""
 
 import logging
 import os
@@ -223,14 +223,14 @@ def _description(kind: str, uri: str, spec: ModelSpec, tags: dict[str, Any]) -> 
     """Markdown for the version's page: what it takes and gives, how to load it, and with which kernels."""
     size = spec.image_size
     lines = [
-        f"{spec.architecture}, {kind}. Input: float32 RGB images in [0, 1], shape [N, 3, {size}, {size}] (normalisation is "
-        f"inside). Output: logits [N, {len(spec.classes)}] in the order {', '.join(spec.classes)}.",
+        f"{spec.architecture}, {kind}. Input: float32 RGB images in [0, 1], shape [N, 3, {size}, {size}]; "
+        f"normalisation is inside. Output: logits [N, {len(spec.classes)}] in the order {', '.join(spec.classes)}.",
         f"```python\nmodel = mlflow.pytorch.load_model({uri!r})\n```",
     ]
     if kind == "int8":
         lines.append(
-            f"Measured with the `{tags['backend']}` kernels. TorchScript packs int8 weights at load for the engine that the "
-            f"process has chosen: set `torch.backends.quantized.engine = {tags['backend']!r}` before loading (`x86` unless "
-            "set), or call `qexp.load(uri)`, which does. Outputs are the same either way, speed is not."
+            f"Measured with the `{tags['backend']}` kernels. TorchScript packs int8 weights at load for the engine "
+            f"that the process has chosen: set `torch.backends.quantized.engine = {tags['backend']!r}` before loading "
+            "(`x86` unless set), or call `qexp.load(uri)`, which does. Outputs are the same either way, speed is not."
         )
     return "\n\n".join(lines)

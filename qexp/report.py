@@ -1,5 +1,4 @@
-"""One page from `Evidence`: report.md, report.html (pictures inside) and metrics.json. Every claim is computed here from
-the measured values, and says the opposite where that is what was measured (see claims.py)."""
+"""One page from `Evidence`: report.md, report.html (pictures inside), metrics.json. Sentences: see claims.py."""
 
 import base64
 import html
@@ -45,7 +44,8 @@ def render_html(text: str, folder: Path) -> str:
     title = html.escape(text.splitlines()[0].lstrip("# "))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n{body}\n</body>'
+        "</html>\n"
     )
 
 

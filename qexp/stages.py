@@ -95,17 +95,21 @@ def fp32_from_registry(uri: str, dataset: Dataset) -> Fp32:
 def quantize_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> Int8:
     """Quantize, compare both models on the same images, log and register the int8 model."""
     options = config.quantize
-    images, digest = calibration_subset(dataset.train, options.calibration_samples, config.seed)
+    subset, digest = calibration_subset(dataset.train, options.calibration_samples, config.seed)
     name = f"quantize-{options.engine}-{options.calibration_samples}"
     with tracking.start_run(name, f"Quantization of `{fp32.version.uri}`.") as run_id:
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
-        tracking.log_calibration(images, dataset, digest)
-        quantized = quantize_model(fp32.model, images, options, reduce_range=not host.has_int8_dot_product)
+        tracking.log_calibration(subset, dataset, digest)
+        quantized = quantize_model(fp32.model, subset.images, options, reduce_range=not host.has_int8_dot_product)
         logits, accuracy = evaluate_splits(quantized.module, dataset, "int8")
-        tags = {"quantize_run_id": run_id, "fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id}
+        tags: dict[str, Any] = {
+            "quantize_run_id": run_id,
+            "fp32_uri": fp32.version.uri,
+            "train_run_id": fp32.version.run_id,
+        }
         tags |= {"engine": options.engine, "backend": options.backend, "observer": options.observer}
-        tags |= {"per_channel": options.per_channel, "calibration_samples": len(images), "calibration_digest": digest}
+        tags |= {"per_channel": options.per_channel, "calibration_samples": len(subset), "calibration_digest": digest}
         tags |= _lineage(dataset, host, accuracy)
         model_name = fp32.version.name.removesuffix("-fp32") + "-int8"
         sample = _verification_images(dataset)

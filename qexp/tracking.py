@@ -1,9 +1,10 @@
-"""MLflow runs: the store, the run tree, parameters, metrics, data set inputs and artifacts. Nothing is computed here."""
+"""MLflow runs: store, run tree, parameters, metrics, data set inputs and artifacts. Nothing is computed here."""
 
 import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,11 +14,12 @@ from typing import TypeVar
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
 
 import mlflow
+from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
-from qexp.data import Dataset
+from qexp.data import Dataset, Split
 from qexp.errors import InputError
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import from_json, to_json
@@ -103,20 +105,22 @@ def log_setup(config: Config, host: Host) -> None:
 def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
     """The splits named (train, validation, test) as data set inputs of the active run."""
     for context in contexts:
-        split = getattr(dataset, context)
-        mlflow.log_input(_numpy_dataset(split.images, split.labels, dataset, context, dataset.digest), context=context)
+        _log_input(getattr(dataset, context), dataset, context, dataset.digest)
 
 
-def log_calibration(images: object, dataset: Dataset, digest: str) -> None:
+def log_calibration(subset: Split, dataset: Dataset, digest: str) -> None:
     """The calibration subset as an input; its digest is that of the indices."""
-    mlflow.log_input(_numpy_dataset(images, None, dataset, "calibration", digest), context="calibration")
+    _log_input(subset, dataset, "calibration", digest)
 
 
-def _numpy_dataset(images: object, labels: object, dataset: Dataset, part: str, digest: str) -> mlflow.data.Dataset:
-    arrays = [None if tensor is None else tensor.numpy() for tensor in (images, labels)]  # type: ignore[attr-defined]
-    return mlflow.data.from_numpy(
-        arrays[0], source=dataset.source, targets=arrays[1], name=f"{dataset.name}-{part}", digest=digest
-    )
+def _log_input(split: Split, dataset: Dataset, context: str, digest: str) -> None:
+    arrays = split.images.numpy(), split.labels.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow wonders aloud which of its classes the source's name belongs to
+        described = from_numpy(
+            arrays[0], source=dataset.source, targets=arrays[1], name=f"{dataset.name}-{context}", digest=digest
+        )
+    mlflow.log_input(described, context=context)
 
 
 def log_epoch(result: EpochResult) -> None:

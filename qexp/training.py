@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from qexp.config import TrainConfig
 from qexp.data import Dataset, Split
 from qexp.errors import StageError
 from qexp.evaluation import to_float, top_k_correct
-from qexp.models import Classifier, load_classifier, save_classifier
+from qexp.models import Classifier, load_classifier, repeated_inputs, save_classifier
 from qexp.progress import say, track
 
 WARM_UP_SHARE = 0.25  # of the steps, in which the learning rate rises to its peak
@@ -86,7 +87,7 @@ def train_model(
         elif epoch - best_epoch >= options.patience:
             break
     model.load_state_dict(load_classifier(best_weights).state_dict())
-    model.to(memory_format=torch.contiguous_format).eval()
+    model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     stopped_early = len(epochs) < options.epochs
     return TrainResult(tuple(epochs), best_epoch, stopped_early, loop.bf16, loop.peak, time.monotonic() - started)
 
@@ -106,9 +107,10 @@ class _Loop:
 
 def _prepare(model: Classifier, dataset: Dataset, options: TrainConfig) -> _Loop:
     peak = options.learning_rate or default_peak(model)
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    groups = _parameter_groups(model, peak)
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        groups,
         lr=peak,
         momentum=options.momentum,
         nesterov=options.momentum > 0,
@@ -118,7 +120,7 @@ def _prepare(model: Classifier, dataset: Dataset, options: TrainConfig) -> _Loop
     # One cycle: Smith and Topin, "Super-Convergence", arXiv 1708.07120. Momentum stays as configured.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        peak,
+        [group["lr"] for group in groups],
         epochs=options.epochs,
         steps_per_epoch=math.ceil(len(dataset.train) / options.batch_size),
         pct_start=WARM_UP_SHARE,
@@ -128,6 +130,16 @@ def _prepare(model: Classifier, dataset: Dataset, options: TrainConfig) -> _Loop
     flip = dataset.name != "digits" if options.flip is None else options.flip
     bf16 = _cpu_has_bf16() if options.bf16 is None else options.bf16
     return _Loop(model, options, optimizer, schedule, peak, flip, bf16)
+
+
+def _parameter_groups(model: Classifier, peak: float) -> list[dict[str, Any]]:
+    """All parameters at the peak rate; where the first linear layer sees copies, its own rate is divided by them."""
+    copies = repeated_inputs(model)
+    if copies == 1:
+        return [{"params": list(model.parameters()), "lr": peak}]
+    first = list(model.network.get_submodule("classifier.0").parameters())
+    others = [parameter for parameter in model.parameters() if all(parameter is not one for one in first)]
+    return [{"params": others, "lr": peak}, {"params": first, "lr": peak / copies}]
 
 
 def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -170,10 +182,10 @@ def _train_epoch(loop: _Loop, train: Split, seed: int, epoch: int) -> tuple[floa
     batches = torch.randperm(len(train), generator=generator).split(loop.options.batch_size)
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches = batches[:-1]  # batch norm cannot take the statistics of one image
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, learning_rate = torch.zeros(3, dtype=torch.float64), 0.0
     for batch in track(batches, f"epoch {epoch}", len(batches)):
         images = augment(train.images[batch], loop.options.crop_padding, loop.flip, generator)
-        learning_rate = loop.schedule.get_last_lr()[0]
+        learning_rate = float(loop.schedule.get_last_lr()[0])
         sums += _step(loop, images, train.labels[batch], epoch)
     loss_mean, top1, top3 = (sums / sum(len(batch) for batch in batches)).tolist()
     return loss_mean, 100 * top1, 100 * top3, learning_rate, len(train) / (time.perf_counter() - started)

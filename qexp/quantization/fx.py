@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +28,7 @@ from qexp.config import QuantizeConfig
 from qexp.errors import StageError
 from qexp.quantization.result import QuantizedModel, QuantizeResult
 
-OBSERVERS = {
+OBSERVERS: dict[str, Any] = {
     "histogram": HistogramObserver,
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageMinMaxObserver,
@@ -89,7 +90,7 @@ def _kernels(backend: str) -> Iterator[None]:
 
 def _qconfig_mapping(options: QuantizeConfig, reduce_range: bool) -> QConfigMapping:
     """Torch's default mapping (operations with fixed ranges included) with our observers in place of its own."""
-    weight_observer = PerChannelMinMaxObserver if options.per_channel else MinMaxObserver
+    weight_observer: Any = PerChannelMinMaxObserver if options.per_channel else MinMaxObserver
     scheme = torch.per_channel_symmetric if options.per_channel else torch.per_tensor_symmetric
     qconfig = QConfig(
         activation=OBSERVERS[options.observer].with_args(dtype=torch.quint8, reduce_range=reduce_range),
@@ -114,7 +115,8 @@ def _layers_by_type(model: nn.Module, converted: fx.GraphModule) -> tuple[tuple[
     """
     called = {str(node.target) for node in converted.graph.nodes if node.op == "call_module"}
     modules = dict(converted.named_modules())
-    int8, other = [], []
+    int8: list[str] = []
+    other: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             replaced = name in called and isinstance(modules.get(name), nnq.Conv2d | nnq.Linear)
