@@ -53,14 +53,24 @@ def load_dataset(options: DataConfig, seed: int) -> Dataset:
         InputError: the files are missing or broken; the message names the file, class or option.
     """
     readers = {"digits": _read_digits, "cifar10": _read_cifar10, "imagefolder": _read_imagefolder}
-    name, source, classes, tensors = readers[options.dataset](options)
+    source, classes, tensors = readers[options.dataset](options)
     full = Split(tensors["train_images"], tensors["train_labels"])
     test = Split(tensors["test_images"], tensors["test_labels"])
     held_out = stratified_sample(full.labels, max(1, round(options.validation_share * len(full))), seed)
     kept = torch.ones(len(full), dtype=torch.bool)
     kept[held_out] = False
     train = full.subset(kept.nonzero().flatten())
-    return Dataset(name, source, classes, train, full.subset(held_out), test, _content_digest(classes, tensors))
+    return Dataset(
+        dataset_name(options), source, classes, train, full.subset(held_out), test, _content_digest(classes, tensors)
+    )
+
+
+def dataset_name(options: DataConfig) -> str:
+    """The data set's part of experiment and model names; a folder gives its own, without / and :."""
+    if options.dataset != "imagefolder":
+        return options.dataset
+    name = Path(options.data_dir or "").resolve().name.lower()
+    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")[:MAX_NAME_LENGTH] or "images"
 
 
 def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
@@ -105,7 +115,7 @@ def _content_digest(classes: tuple[str, ...], tensors: dict[str, Tensor]) -> str
     return digest.hexdigest()[:16]
 
 
-Read = tuple[str, str, tuple[str, ...], dict[str, Tensor]]
+Read = tuple[str, tuple[str, ...], dict[str, Tensor]]  # source, class names, the four tensors
 
 
 def _read_digits(options: DataConfig) -> Read:
@@ -123,7 +133,6 @@ def _read_digits(options: DataConfig) -> Read:
     test[stratified_sample(labels, round(DIGITS_TEST_SHARE * len(labels)), seed=0)] = True
     classes = tuple(str(name) for name in digits.target_names)
     return (
-        "digits",
         "sklearn.datasets.load_digits",
         classes,
         _tensors(images[~test], labels[~test], images[test], labels[test]),
@@ -138,7 +147,7 @@ def _read_cifar10(options: DataConfig) -> Read:
         _decode_cifar10(root, options.image_size)
     files = sorted(str(file) for file in folder.iterdir())
     tensors = cached(root, files, options.image_size, lambda: _decode_cifar10(root, options.image_size))
-    return "cifar10", str(root.resolve()), CIFAR10_CLASSES, tensors
+    return str(root.resolve()), CIFAR10_CLASSES, tensors
 
 
 def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
@@ -148,8 +157,8 @@ def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
         sets = [torchvision.datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a proxy's page, a cut-off file: many kinds of errors, the same ways out
         raise InputError(
-            f"--dataset cifar10: not in {root}, no download ({error}); put cifar-10-python.tar.gz there or "
-            "use --dataset imagefolder --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/, or --dataset digits"
+            f"--dataset cifar10: not in {root}, no download: {error}; put cifar-10-python.tar.gz there, use "
+            "--dataset imagefolder --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/, or use --dataset digits"
         ) from None
     parts = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
     if image_size != parts[0].shape[-1]:
@@ -174,16 +183,10 @@ def _read_imagefolder(options: DataConfig) -> Read:
         return _tensors(images[:first], labels[0], images[first:].clone(), labels[1])
 
     tensors = cached(root, flat["train"] + flat["test"], options.image_size, read)
-    return _safe_name(root), str(root.resolve()), classes, tensors
+    return str(root.resolve()), classes, tensors
 
 
 def _tensors(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> dict[str, Tensor]:
     """The four tensors of a data set by name, as they are cached and digested."""
     names = ("train_images", "train_labels", "test_images", "test_labels")
     return dict(zip(names, (train_images, train_labels, test_images, test_labels), strict=True))
-
-
-def _safe_name(root: Path) -> str:
-    """The folder's name as part of experiment and model names, which may hold neither / nor :."""
-    kept = "".join(letter if letter.isalnum() else "-" for letter in root.resolve().name.lower())
-    return kept.strip("-")[:MAX_NAME_LENGTH] or "images"

@@ -100,6 +100,30 @@ class Evidence:
         }
 
 
+@dataclass(frozen=True)
+class SearchPoint:
+    """Validation top-1 with one sample count and observer, over calibration subsets drawn with several seeds."""
+
+    calibration_samples: int
+    observer: str
+    top1_percent: float
+    spread_points: float
+    top1_by_seed_percent: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All points by sample count; `best` has the highest mean, `winner` the smallest count within noise of it."""
+
+    study: str
+    points: tuple[SearchPoint, ...]
+    best: SearchPoint
+    winner: SearchPoint
+    noise_points: float
+    fp32_top1_percent: float
+    validation_images: int
+
+
 def to_json(result: object) -> str:
     """A result as indented JSON."""
     return TypeAdapter(type(result)).dump_json(result, indent=2).decode()

@@ -20,13 +20,20 @@ def run_main(config: Config, model_uri: str | None = None) -> Summary:
     with tracking.start_run("main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?") as run_id:
         tracking.log_setup(config, host)
         fp32 = stages.fp32_from_registry(model_uri, dataset) if model_uri else stages.train_stage(config, host, dataset)
-        int8 = stages.quantize_stage(config, host, dataset, fp32)
-        latency = stages.latency_stage(config, host, fp32.version, int8.version)
-        evidence = stages.gate_stage(config, fp32, int8, latency)
-        report_uri = stages.report_stage(config, host, evidence, run_id)
+        evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
         tracking.log_values({f"headline/{name}": value for name, value in evidence.headline.items()})
         tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
     return _summary("run", run_id, evidence, report_uri)
+
+
+def quantize_to_report(
+    config: Config, host: Host, dataset: Dataset, fp32: stages.Fp32, parent_run_id: str | None = None
+) -> tuple[Evidence, str]:
+    """Everything that follows an fp32 model; the evidence and the URI of the report."""
+    int8 = stages.quantize_stage(config, host, dataset, fp32)
+    latency = stages.latency_stage(config, host, fp32.version, int8.version)
+    evidence = stages.gate_stage(config, fp32, int8, latency)
+    return evidence, stages.report_stage(config, host, evidence, parent_run_id)
 
 
 def run_train(config: Config) -> Summary:

@@ -166,6 +166,12 @@ def newest_version(name: str) -> str:
     return str(max((int(version.version) for version in versions), default=0))
 
 
+def newest_uri(name: str) -> str | None:
+    """The newest version of a registered model, None when there is none."""
+    number = newest_version(name)
+    return None if number == "0" else f"models:/{name}/{number}"
+
+
 def from_entity(found: ModelVersion) -> Registered:
     """A version of the registry as the stages use it."""
     uri = f"models:/{found.name}/{found.version}"

@@ -73,8 +73,8 @@ def train_stage(config: Config, host: Host, dataset: Dataset) -> Fp32:
     return Fp32(model, version, evidence, logits)
 
 
-def fp32_from_registry(uri: str, dataset: Dataset) -> Fp32:
-    """Rebuild a registered fp32 model of ours from its weights file.
+def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPLITS) -> Fp32:
+    """Rebuild a registered fp32 model of ours from its weights file; its logits on these splits.
 
     Raises:
         InputError: the version does not exist, is not ours, or was trained on other data.
@@ -88,7 +88,7 @@ def fp32_from_registry(uri: str, dataset: Dataset) -> Fp32:
     with tracking.downloaded(found.tags["weights_uri"]) as file:
         model = load_classifier(file)
     evidence = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
-    logits, _ = evaluate_splits(model, dataset, "fp32")
+    logits, _ = evaluate_splits(model, dataset, "fp32", splits)
     return Fp32(model, registry.from_entity(found), evidence, logits)
 
 
@@ -212,10 +212,12 @@ def config_of_version(config: Config, uri: str, kind: str) -> Config:
     return config.model_copy(update={"model": recorded.model, "seed": recorded.seed, "data": data})
 
 
-def evaluate_splits(model: nn.Module, dataset: Dataset, label: str) -> tuple[dict[str, Tensor], dict[str, Accuracy]]:
-    """Logits and accuracy of a model on train, validation and test images."""
+def evaluate_splits(
+    model: nn.Module, dataset: Dataset, label: str, splits: tuple[str, ...] = SPLITS
+) -> tuple[dict[str, Tensor], dict[str, Accuracy]]:
+    """Logits and accuracy of a model by split."""
     logits, accuracy = {}, {}
-    for name in SPLITS:
+    for name in splits:
         split = getattr(dataset, name)
         logits[name] = predict_logits(model, split.images, label=f"{label} on {name} images")
         accuracy[name] = measure_accuracy(logits[name], split.labels)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
 
@@ -188,7 +188,7 @@ def log_latency(result: LatencyResult, owners: dict[str, tuple[str, str]]) -> No
             mlflow.log_metrics({f"latency/{kind}_p50_ms_batch{row.batch_size}": stats.p50_ms})
         mlflow.log_metrics({"latency/speedup": row.speedup}, step=row.batch_size)
         mlflow.log_metrics({f"latency/speedup_batch{row.batch_size}": row.speedup})
-    mlflow.log_table(latency_table(result.rows), "tables/latency.json")
+    log_columns(latency_table(result.rows), "tables/latency.json")
 
 
 def latency_table(rows: tuple[LatencyRow, ...]) -> dict[str, list[float]]:
@@ -202,12 +202,17 @@ def latency_table(rows: tuple[LatencyRow, ...]) -> dict[str, list[float]]:
 
 def log_accuracy_table(accuracy: dict[str, dict[str, Accuracy]]) -> None:
     """Accuracy by model and split as a table of the UI."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"model": model, "split": split, **asdict(result)}
         for model, by_split in accuracy.items()
         for split, result in by_split.items()
     ]
-    mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "tables/accuracy.json")
+    log_columns({key: [row[key] for row in rows] for key in rows[0]}, "tables/accuracy.json")
+
+
+def log_columns(columns: dict[str, list[Any]], file: str) -> None:
+    """A table of the UI, from its columns by name."""
+    mlflow.log_table(columns, file)
 
 
 def log_values(values: dict[str, float], step: int | None = None) -> None:
@@ -250,6 +255,14 @@ def log_file(file: Path, folder: str) -> None:
 def log_folder(folder: Path, artifact_folder: str, run_id: str) -> None:
     """All files below `folder` as artifacts of a run."""
     mlflow.log_artifacts(str(folder), artifact_folder, run_id=run_id)
+
+
+@contextmanager
+def new_folder(artifact_folder: str) -> Iterator[Path]:
+    """An empty folder; what the block leaves in it becomes artifacts of the active run."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        mlflow.log_artifacts(folder, artifact_folder)
 
 
 @contextmanager
