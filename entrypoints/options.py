@@ -114,7 +114,14 @@ def finish(action: Callable[[], dict[str, Any]]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     else:
-        print(json.dumps(summary), flush=True)
+        print(json.dumps(_rounded(summary)), flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    """Four decimals are more than any measurement here holds."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _fail(message: str, code: int) -> None:

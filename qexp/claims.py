@@ -3,22 +3,8 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from qexp.evaluation import Accuracy
 from qexp.evidence import Evidence
 from qexp.quantization.result import QuantizeResult
-
-__all__ = [
-    "Accuracy",
-    "accuracy",
-    "answer",
-    "gate",
-    "latency",
-    "macs",
-    "quantization",
-    "size",
-    "training",
-    "training_pace",
-]
 
 SAME_SPEED = 0.05  # speed-ups within 5 % of 1 are called equal: the noise of a quiet machine
 

@@ -171,7 +171,7 @@ def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
 def _validated_overrides(overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     nested = dict(overrides.get("", {})) | {name: options for name, options in overrides.items() if name}
     try:
-        checked = Config.model_validate_strings(nested)
+        checked = Config.model_validate(nested)  # not strict: text becomes numbers
     except ValidationError as error:
         raise InputError(_explain(error.errors()[0], "--", "-", " ")) from None
     given = {

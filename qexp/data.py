@@ -157,8 +157,8 @@ def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
         sets = [torchvision.datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a proxy's page, a cut-off file: many kinds of errors, the same ways out
         raise InputError(
-            f"--dataset cifar10: not in {root}, no download: {error}; put cifar-10-python.tar.gz there, use "
-            "--dataset imagefolder --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/, or use --dataset digits"
+            f"--dataset cifar10: not in {root}, no download: {error}; put cifar-10-python.tar.gz there, or "
+            "use --dataset imagefolder --data-dir DIR (DIR/train/<class>/ and DIR/test/<class>/) or --dataset digits"
         ) from None
     parts = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
     if image_size != parts[0].shape[-1]:

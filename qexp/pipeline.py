@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qexp import claims, registry, stages, tracking
+from qexp import claims, registered, registry, stages, tracking
 from qexp.config import Config
 from qexp.data import Dataset, calibration_subset, load_dataset
 from qexp.evidence import Evidence
@@ -19,7 +19,11 @@ def run_main(config: Config, model_uri: str | None = None) -> Summary:
     config, host, dataset = prepare(config, model_uri)
     with tracking.start_run("main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?") as run_id:
         tracking.log_setup(config, host)
-        fp32 = stages.fp32_from_registry(model_uri, dataset) if model_uri else stages.train_stage(config, host, dataset)
+        fp32 = (
+            registered.fp32_from_registry(model_uri, dataset)
+            if model_uri
+            else stages.train_stage(config, host, dataset)
+        )
         evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
         tracking.log_values({f"headline/{name}": value for name, value in evidence.headline.items()})
         tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
@@ -47,7 +51,7 @@ def run_train(config: Config) -> Summary:
 def run_quantize(config: Config, model_uri: str) -> Summary:
     """Quantize the registered fp32 version `model_uri` and register the int8 version."""
     config, host, dataset = prepare(config, model_uri)
-    fp32 = stages.fp32_from_registry(model_uri, dataset)
+    fp32 = registered.fp32_from_registry(model_uri, dataset)
     int8 = stages.quantize_stage(config, host, dataset, fp32)
     figures = {
         "int8_top1_percent": int8.evidence.accuracy["test"].top1_percent,
@@ -64,7 +68,7 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     int8 = registry.find_version(model_uri, "int8")
     fp32 = registry.find_version(int8.tags["fp32_uri"], "fp32")
     evidence = stages.latency_stage(config, host, registry.from_entity(fp32), registry.from_entity(int8))
-    speedups = {str(row.batch_size): round(row.speedup, 3) for row in evidence.latency.rows}
+    speedups = {str(row.batch_size): row.speedup for row in evidence.latency.rows}
     uris = {"fp32": evidence.fp32_uri, "int8": evidence.int8_uri}
     return {"command": "latency", **uris, "speedup_by_batch_size": speedups}
 
@@ -72,7 +76,7 @@ def run_latency(config: Config, model_uri: str) -> Summary:
 def run_report(config: Config, model_uri: str) -> Summary:
     """Write the report on the registered int8 version `model_uri` from what its runs have logged."""
     config, host = _prepare_for_version(config, model_uri)
-    evidence = stages.evidence_of_version(config, model_uri)
+    evidence = registered.evidence_of_version(config, model_uri)
     report_uri = stages.report_stage(config, host, evidence)
     return _summary("report", report_uri.split("/")[1], evidence, report_uri)
 
@@ -81,10 +85,12 @@ def prepare(config: Config, model_uri: str | None) -> tuple[Config, Host, Datase
     """What can be refused is refused here, before there is a run: store, version, names, data, calibration count."""
     tracking.use_store()
     if model_uri:
-        config = stages.config_of_version(config, model_uri, "fp32")
+        config = registered.config_of_version(config, model_uri, "fp32")
     check_model_name(config.model)
     host = _use_threads(config)
     dataset = load_dataset(config.data, config.seed)
+    if model_uri:
+        registered.check_data(model_uri, dataset)
     calibration_subset(dataset.train, config.quantize.calibration_samples, config.seed)
     tracking.use_experiment(dataset.name)
     return config, host, dataset
@@ -92,7 +98,7 @@ def prepare(config: Config, model_uri: str | None) -> tuple[Config, Host, Datase
 
 def _prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
     tracking.use_store()
-    config = stages.config_of_version(config, model_uri, "int8")
+    config = registered.config_of_version(config, model_uri, "int8")
     tracking.use_experiment(registry.find_version(model_uri, "int8").tags["dataset"])
     return config, _use_threads(config)
 
@@ -106,5 +112,4 @@ def _use_threads(config: Config) -> Host:
 def _summary(command: str, run_id: str, evidence: Evidence, report_uri: str) -> Summary:
     gate = "passed" if evidence.gate.passed else "failed"
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": report_uri}
-    figures = {name: round(value, 4) for name, value in evidence.headline.items()}
-    return {"command": command, "run_id": run_id, **uris, "gate": gate, **figures}
+    return {"command": command, "run_id": run_id, **uris, "gate": gate, **evidence.headline}

@@ -73,12 +73,14 @@ def register(
     number = str(info.registered_model_version)
     uri = f"models:/{name}/{number}"
     verified = verify(uri, module, sample)
-    facts = {"kind": kind, "classes": ",".join(spec.classes), "image_size": spec.image_size, "verified": verified}
+    size_bytes = _stored_bytes(uri)
+    facts = {"kind": kind, "classes": ",".join(spec.classes), "image_size": spec.image_size}
+    facts |= {"size_mb": size_bytes / 1e6, "verified": verified}
     tag_version(uri, facts | tags)
     client.update_model_version(name, number, _description(kind, uri, spec, tags))
     if verified:
         client.set_registered_model_alias(name, "challenger", number)
-    return Registered(name, number, info.model_id, info.run_id, _stored_bytes(uri), verified)
+    return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
 
 
 def _log_model(kind: str, module: nn.Module, name: str, spec: ModelSpec) -> Any:
@@ -128,6 +130,7 @@ def child_environment(threads: int) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
         "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # loading int8 weights warns, once a process, of a deprecation
         "PYTHONPATH": os.pathsep.join(paths),
     }
     return dict(os.environ) | own

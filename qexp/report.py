@@ -9,6 +9,7 @@ from pathlib import Path
 import markdown
 
 from qexp import claims
+from qexp.evaluation import Accuracy
 from qexp.evidence import Evidence, to_json
 from qexp.plots import save_figures
 
@@ -106,7 +107,7 @@ def _accuracy_table(evidence: Evidence) -> str:
     return table(header, rows)
 
 
-def _both(accuracy: claims.Accuracy) -> tuple[float, float]:
+def _both(accuracy: Accuracy) -> tuple[float, float]:
     return accuracy.top1_percent, accuracy.top3_percent
 
 

@@ -13,7 +13,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from qexp import pipeline, plots, registry, stages, tracking
+from qexp import metrics, pipeline, plots, registered, registry, stages, tracking
 from qexp.config import Config
 from qexp.data import Dataset, calibration_subset, dataset_name
 from qexp.errors import InputError, StageError
@@ -34,7 +34,7 @@ def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
         tracking.log_setup(config, host)
         if model_uri is None:
             model_uri = stages.train_stage(config, host, dataset).version.uri
-        fp32 = stages.fp32_from_registry(model_uri, dataset, splits=("validation",))
+        fp32 = registered.fp32_from_registry(model_uri, dataset, splits=("validation",))
         study = _open_study(config, fp32.version.uri)
         _run_trials(study, config, host, dataset, fp32)
         fp32_top1 = measure_accuracy(fp32.logits["validation"], dataset.validation.labels).top1_percent
@@ -156,8 +156,7 @@ def _spread(values: Any) -> float:
 
 
 def _log(result: SearchResult) -> None:
-    rows = [asdict(point) for point in result.points]
-    tracking.log_columns({key: [row[key] for row in rows] for key in rows[0]}, "tables/search.json")
+    tracking.log_table(metrics.columns([asdict(point) for point in result.points]), "search")
     tracking.log_result("search", result)
     with tracking.new_folder("figures") as folder:
         plots.save_search_figure(result, folder / "search.png")
@@ -185,6 +184,6 @@ def _register_winner(
     """Quantize with the winner, then measure, gate and report as `run` does; only now are test images looked at."""
     options = {"calibration_samples": winner.calibration_samples, "observer": winner.observer}
     config = config.model_copy(update={"quantize": config.quantize.model_copy(update=options)})
-    fp32 = stages.fp32_from_registry(model_uri, dataset)
+    fp32 = registered.fp32_from_registry(model_uri, dataset)
     evidence, report_uri = pipeline.quantize_to_report(config, host, dataset, fp32)
     return {"int8": evidence.int8.version_uri, "report": report_uri, **evidence.headline}

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qexp import registry, tracking
+from qexp import metrics, registry, tracking
 from qexp.config import Config
 from qexp.cost import measure_cost
 from qexp.data import Dataset, calibration_subset, stratified_sample
-from qexp.errors import InputError
 from qexp.evaluation import Accuracy, compare, measure_accuracy, predict_logits
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.gate import GateResult, decide_gate
 from qexp.host import Host
-from qexp.models import Classifier, ModelSpec, build_classifier, load_classifier, save_classifier
+from qexp.models import Classifier, ModelSpec, build_classifier, save_classifier
 from qexp.quantization import quantize_model
 from qexp.registry import Registered
 from qexp.report import write_report
@@ -73,25 +72,6 @@ def train_stage(config: Config, host: Host, dataset: Dataset) -> Fp32:
     return Fp32(model, version, evidence, logits)
 
 
-def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPLITS) -> Fp32:
-    """Rebuild a registered fp32 model of ours from its weights file; its logits on these splits.
-
-    Raises:
-        InputError: the version does not exist, is not ours, or was trained on other data.
-    """
-    found = registry.find_version(uri, "fp32")
-    if found.tags["data_digest"] != dataset.digest:
-        raise InputError(
-            f"--data-dir: {dataset.source} (digest {dataset.digest}) is not what {uri} was trained on (digest "
-            f"{found.tags['data_digest']}); its test images could be among those"
-        )
-    with tracking.downloaded(found.tags["weights_uri"]) as file:
-        model = load_classifier(file)
-    evidence = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
-    logits, _ = evaluate_splits(model, dataset, "fp32", splits)
-    return Fp32(model, registry.from_entity(found), evidence, logits)
-
-
 def quantize_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> Int8:
     """Quantize, compare both models on the same images, log and register the int8 model."""
     options = config.quantize
@@ -131,7 +111,7 @@ def _log_int8(fp32: Fp32, version: Registered, evidence: Int8Evidence) -> None:
     tracking.log_comparison(version.model_id, test, cost.int8_percent)
     for owner in (fp32.version, version):
         tracking.log_macs(cost.macs, owner.run_id, owner.model_id)
-    tracking.log_accuracy_table({"fp32": fp32.evidence.accuracy, "int8": accuracy})
+    tracking.log_table(metrics.accuracy_table({"fp32": fp32.evidence.accuracy, "int8": accuracy}), "accuracy")
     tracking.log_result("int8", evidence)
     tracking.set_note(
         f"`{fp32.version.uri}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
@@ -156,35 +136,19 @@ def latency_stage(config: Config, host: Host, fp32: Registered, int8: Registered
 def gate_stage(config: Config, fp32: Fp32, int8: Int8, latency: LatencyEvidence) -> Evidence:
     """Hold the int8 version against the gate; when it passes, both versions become `champion`."""
     verified = fp32.version.verified and int8.version.verified
-    gate = _decide(config, fp32.evidence, int8.evidence, latency, verified)
+    gate = decide(config, fp32.evidence, int8.evidence, latency, verified)
     if gate.passed:
         registry.promote(fp32.version, int8.version)
     registry.tag_version(int8.version.uri, {"gate": "passed" if gate.passed else "failed", "gate_reason": gate.summary})
     return Evidence(fp32.evidence, int8.evidence, latency.latency, latency.host, gate, champion=gate.passed)
 
 
-def _decide(
+def decide(
     config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence, verified: bool
 ) -> GateResult:
     drop = int8.comparison["test"].top1_drop_points
     ratio = fp32.size_bytes / int8.size_bytes
     return decide_gate(config.gate, drop, ratio, latency.latency.smallest_speedup, verified)
-
-
-def evidence_of_version(config: Config, uri: str) -> Evidence:
-    """What the stages logged about a registered int8 version, held against the gate of `config`; no alias moves.
-
-    Raises:
-        InputError: the version is not one of ours, or its latency has not been measured.
-    """
-    found = registry.find_version(uri, "int8")
-    if "latency_run_id" not in found.tags:
-        raise InputError(f"--model-uri {uri}: its latency was not measured; run `qexp latency --model-uri {uri}` first")
-    fp32 = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
-    int8 = tracking.read_result(Int8Evidence, found.tags["quantize_run_id"], "int8")
-    latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
-    gate = _decide(config, fp32, int8, latency, found.tags["verified"] == "true")
-    return Evidence(fp32, int8, latency.latency, latency.host, gate, champion=found.tags.get("gate") == "passed")
 
 
 def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: str | None = None) -> str:
@@ -198,18 +162,6 @@ def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: 
         if config.output_dir:
             write_report(evidence, Path(config.output_dir))
     return f"runs:/{run_id}/report/report.html"
-
-
-def config_of_version(config: Config, uri: str, kind: str) -> Config:
-    """`config` with the model, data and seed that the registered version was trained with; a given data_dir stays.
-
-    Raises:
-        InputError: the version does not exist or is not one of ours.
-    """
-    found = registry.find_version(uri, kind)
-    recorded = tracking.read_config(found.tags["train_run_id"])
-    data = recorded.data.model_copy(update={"data_dir": config.data.data_dir or recorded.data.data_dir})
-    return config.model_copy(update={"model": recorded.model, "seed": recorded.seed, "data": data})
 
 
 def evaluate_splits(

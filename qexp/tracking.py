@@ -7,10 +7,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
 
 import mlflow
@@ -18,19 +19,19 @@ from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
+from qexp import metrics
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data import Dataset, Split
 from qexp.errors import InputError
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import from_json, to_json
 from qexp.host import Host
-from qexp.latency import LatencyResult, LatencyRow
+from qexp.latency import LatencyResult
 from qexp.training import EpochResult
 
 T = TypeVar("T")
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
 STORE_ANSWER_TIMEOUT_S = 10
-FINAL_METRICS = {"train": "train/final_", "validation": "val/final_", "test": "test/"}  # train/top1 is the curve
 
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -48,7 +49,7 @@ def use_store() -> None:
     try:
         mlflow.MlflowClient().search_experiments(max_results=1)
     except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
             f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer ({reason}); "
             "start it, or unset the variable to use sqlite:///mlflow.db"
@@ -125,41 +126,17 @@ def _log_input(split: Split, dataset: Dataset, context: str, digest: str) -> Non
 
 def log_epoch(result: EpochResult) -> None:
     """The curves: step is the epoch."""
-    values = {
-        "train/loss": result.train_loss,
-        "train/top1": result.train_top1_percent,
-        "train/top3": result.train_top3_percent,
-        "val/loss": result.validation_loss,
-        "val/top1": result.validation_top1_percent,
-        "val/top3": result.validation_top3_percent,
-        "train/learning_rate": result.learning_rate,
-        "train/images_per_s": result.images_per_second,
-    }
-    mlflow.log_metrics(values, step=result.epoch)
+    mlflow.log_metrics(metrics.of_epoch(result), step=result.epoch)
 
 
 def log_model_metrics(model_id: str, accuracy: dict[str, Accuracy], size_bytes: int, parameters: int) -> None:
     """What is known of one logged model, in the active run and on the model's own page."""
-    values = {"model/size_mb": size_bytes / 1e6, "model/params": float(parameters)}
-    for split, result in accuracy.items():
-        prefix = FINAL_METRICS[split]
-        values |= {f"{prefix}top1": result.top1_percent, f"{prefix}top3": result.top3_percent}
-    mlflow.log_metrics(values, model_id=model_id)
+    mlflow.log_metrics(metrics.of_model(accuracy, size_bytes, parameters), model_id=model_id)
 
 
 def log_comparison(model_id: str, comparison: Comparison, int8_macs_percent: float) -> None:
     """int8 against fp32 on the test images, in the active run and on the int8 model's page."""
-    values = {
-        "test/top1_drop": comparison.top1_drop_points,
-        "test/top1_drop_low": comparison.top1_drop_low_points,
-        "test/top1_drop_high": comparison.top1_drop_high_points,
-        "test/top3_drop": comparison.top3_drop_points,
-        "test/agreement": comparison.agreement_percent,
-        "test/only_fp32_correct": comparison.only_fp32_correct_images,
-        "test/only_int8_correct": comparison.only_int8_correct_images,
-        "model/int8_macs_percent": int8_macs_percent,
-    }
-    mlflow.log_metrics(values, model_id=model_id)
+    mlflow.log_metrics(metrics.of_comparison(comparison, int8_macs_percent), model_id=model_id)
 
 
 def log_macs(macs: dict[int, int], run_id: str, model_id: str) -> None:
@@ -169,50 +146,30 @@ def log_macs(macs: dict[int, int], run_id: str, model_id: str) -> None:
 
 
 def log_latency(result: LatencyResult, owners: dict[str, tuple[str, str]]) -> None:
-    """Both models' latency in the active run, and each one's on its own run and model.
+    """Both models' latency in the active run, and each one's on its own run and model; step is the batch size.
+
+    The p50 and the speed-up are there as scalars too: a table of runs shows only the value at the largest step.
 
     Args:
         owners: run id and model id of "fp32" and "int8".
     """
     for row in result.rows:
+        step, scalar = row.batch_size, f"_batch{row.batch_size}"
+        mlflow.log_metrics({"latency/speedup": row.speedup}, step=step)
+        mlflow.log_metrics({f"latency/speedup{scalar}": row.speedup})
         for kind, (run_id, model_id) in owners.items():
             stats = getattr(row, kind)
-            values = {f"{name}_ms": getattr(stats, f"{name}_ms") for name in ("p50", "p90", "p99")}
-            values["images_per_s"] = stats.images_per_second
-            own = {f"latency/{name}": value for name, value in values.items()}
-            mlflow.log_metrics(own, step=row.batch_size, run_id=run_id, model_id=model_id)
-            own = {f"latency/p50_ms_batch{row.batch_size}": stats.p50_ms}
-            mlflow.log_metrics(own, run_id=run_id, model_id=model_id)
-            both = {f"latency/{kind}_{name}": value for name, value in values.items()}
-            mlflow.log_metrics(both, step=row.batch_size)
-            mlflow.log_metrics({f"latency/{kind}_p50_ms_batch{row.batch_size}": stats.p50_ms})
-        mlflow.log_metrics({"latency/speedup": row.speedup}, step=row.batch_size)
-        mlflow.log_metrics({f"latency/speedup_batch{row.batch_size}": row.speedup})
-    log_columns(latency_table(result.rows), "tables/latency.json")
+            log_own = partial(mlflow.log_metrics, run_id=run_id, model_id=model_id)
+            log_own(metrics.of_latency(stats, "latency/"), step=step)
+            log_own({f"latency/p50_ms{scalar}": stats.p50_ms})
+            mlflow.log_metrics(metrics.of_latency(stats, f"latency/{kind}_"), step=step)
+            mlflow.log_metrics({f"latency/{kind}_p50_ms{scalar}": stats.p50_ms})
+    log_table(metrics.latency_table(result.rows), "latency")
 
 
-def latency_table(rows: tuple[LatencyRow, ...]) -> dict[str, list[float]]:
-    """Columns by name, one row a batch size."""
-    columns: dict[str, list[float]] = {"batch_size": [row.batch_size for row in rows]}
-    for kind in ("fp32", "int8"):
-        for name in ("p50_ms", "p90_ms", "p99_ms", "images_per_second", "repeats"):
-            columns[f"{kind}_{name}"] = [getattr(getattr(row, kind), name) for row in rows]
-    return columns | {"speedup": [row.speedup for row in rows]}
-
-
-def log_accuracy_table(accuracy: dict[str, dict[str, Accuracy]]) -> None:
-    """Accuracy by model and split as a table of the UI."""
-    rows: list[dict[str, Any]] = [
-        {"model": model, "split": split, **asdict(result)}
-        for model, by_split in accuracy.items()
-        for split, result in by_split.items()
-    ]
-    log_columns({key: [row[key] for row in rows] for key in rows[0]}, "tables/accuracy.json")
-
-
-def log_columns(columns: dict[str, list[Any]], file: str) -> None:
+def log_table(columns: dict[str, list[Any]], name: str) -> None:
     """A table of the UI, from its columns by name."""
-    mlflow.log_table(columns, file)
+    mlflow.log_table(columns, f"tables/{name}.json")
 
 
 def log_values(values: dict[str, float], step: int | None = None) -> None:

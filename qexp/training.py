@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qexp.augmentation import augment
 from qexp.config import TrainConfig
 from qexp.data import Dataset, Split
 from qexp.errors import StageError
@@ -140,28 +141,6 @@ def _parameter_groups(model: Classifier, peak: float) -> list[dict[str, Any]]:
     first = list(model.network.get_submodule("classifier.0").parameters())
     others = [parameter for parameter in model.parameters() if all(parameter is not one for one in first)]
     return [{"params": others, "lr": peak}, {"params": first, "lr": peak / copies}]
-
-
-def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Random crop after reflecting `padding` pixels at each border, and random flip, of a uint8 batch [N, C, H, W].
-
-    The whole batch is one gather: each image gets its own row and column numbers, reflected where they leave it.
-    """
-    count, channels, height, width = images.shape
-    shift = torch.randint(-padding, padding + 1, (2, count, 1), generator=generator)
-    rows = _reflect(shift[0] + torch.arange(height), height)
-    columns = _reflect(shift[1] + torch.arange(width), width)
-    if flip:
-        flipped = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(flipped, columns.flip(1), columns)
-    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1)
-    return images.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
-
-
-def _reflect(index: Tensor, size: int) -> Tensor:
-    """Mirror positions outside 0..size-1 back inside, without repeating the border pixel."""
-    folded = index.abs() % (2 * size - 2) if size > 1 else index * 0
-    return torch.where(folded < size, folded, 2 * size - 2 - folded)
 
 
 def default_peak(model: nn.Module) -> float:

@@ -1,0 +1,132 @@
+"""What several test modules need: a data set, a trained model, evidence made by hand, and one finished pipeline run."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qexp.config import DataConfig, TrainConfig
+from qexp.cost import Cost
+from qexp.data import Dataset, load_dataset
+from qexp.evaluation import Accuracy, Comparison
+from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence
+from qexp.gate import GateResult
+from qexp.host import Host
+from qexp.latency import LatencyResult, LatencyRow, LatencyStats
+from qexp.models import Classifier, ModelSpec, build_classifier
+from qexp.quantization.result import QuantizeResult
+from qexp.training import EpochResult, TrainResult, train_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Enough for a model that has learnt something, and for every stage to have run.
+QUICK = "--epochs 4 --batch-sizes 1,8 --min-repeats 3 --min-seconds 0 --warmup 1 --calibration-samples 64".split()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ran as a process of its own: its folder, store, exit code and what it printed."""
+
+    folder: Path
+    uri: str
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads(self.stdout.splitlines()[-1])
+
+
+def run_qexp(folder: Path, *arguments: str, uri: str | None = None, timeout_s: float = 300) -> Finished:
+    """`qexp ARGUMENTS` in `folder`, with its own SQLite store there unless `uri` names another."""
+    uri = uri or f"sqlite:///{folder}/mlflow.db"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "entrypoints.cli", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    return Finished(folder, uri, done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The whole job, `qexp run`, on digits: for tests that only look."""
+    return _run_once(tmp_path_factory.mktemp("finished run"))
+
+
+@pytest.fixture(scope="session")
+def in_use(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same in a store of its own: for tests that add versions and runs to it."""
+    return _run_once(tmp_path_factory.mktemp("run in use"))
+
+
+def _run_once(folder: Path) -> Finished:
+    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report")
+    assert done.code == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return load_dataset(DataConfig(), seed=0)
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, TrainResult]:
+    """SmallNet after three epochs on digits."""
+    torch.manual_seed(0)
+    model = build_classifier(ModelSpec("smallnet", digits.classes, 32), digits.train.images)
+    weights = tmp_path_factory.mktemp("trained") / "best.safetensors"
+    result = train_model(model, digits, TrainConfig(epochs=3), 0, lambda epoch: None, weights)
+    return model, result
+
+
+@pytest.fixture(scope="session")
+def evidence() -> Evidence:
+    """Everything about an imagined SmallNet, in round numbers."""
+    epochs = tuple(
+        EpochResult(
+            n, 3.0 - 0.5 * n, 40.0 + 10 * n, 70.0 + 5 * n, 3.2 - 0.5 * n, 35.0 + 10 * n, 65.0 + 5 * n, 0.1, 900.0
+        )
+        for n in (1, 2, 3)
+    )
+    train = TrainResult(epochs, best_epoch=3, stopped_early=False, bf16=True, peak_learning_rate=0.2, duration_s=12.0)
+    data = DataFacts(
+        "digits", "sklearn.datasets.load_digits", "0123456789abcdef", tuple("0123456789"), 32, 1294, 144, 359
+    )
+    fp32_accuracy = {
+        "train": Accuracy(97.0, 99.5, 1294),
+        "validation": Accuracy(95.0, 99.0, 144),
+        "test": Accuracy(94.0, 98.5, 359),
+    }
+    int8_accuracy = {
+        "train": Accuracy(96.5, 99.4, 1294),
+        "validation": Accuracy(94.5, 98.9, 144),
+        "test": Accuracy(93.5, 98.25, 359),
+    }
+    comparison = Comparison(0.5, -0.3, 1.3, 0.25, 99.0, 5, 3, 359)
+    macs = {1: 1000, 8: 8000, 128: 128_000}
+    int8_macs = {batch: 9 * count // 10 for batch, count in macs.items()}
+    layers = ("network.0", "network.3")
+    quantize = QuantizeResult("fx", "x86", "histogram", True, False, 64, layers, (), 0.5)
+    cost = Cost(427_178, macs, int8_macs, int8_macs)
+    fp32 = Fp32Evidence("smallnet", 0, "models:/smallnet-digits-fp32/1", 1_800_000, data, train, fp32_accuracy)
+    comparisons = {split: comparison for split in ("train", "validation", "test")}
+    uri = "models:/smallnet-digits-int8/1"
+    int8 = Int8Evidence(uri, 450_000, quantize, "fedcba9876543210", cost, int8_accuracy, comparisons)
+    rows = tuple(
+        LatencyRow(batch, _stats(fp32_ms, batch), _stats(int8_ms, batch), fp32_ms / int8_ms)
+        for batch, fp32_ms, int8_ms in ((1, 1.0, 0.25), (8, 4.0, 0.8), (128, 100.0, 10.0))
+    )
+    host = Host("Imagined CPU", 2, 2, 16.0, ("AVX512-VNNI",), "Linux 6 x86_64", "3.11.7", {"torch": "2.13.0"})
+    gate = GateResult(True, ("top-1 drop 0.50 points (at most 1)",))
+    return Evidence(fp32, int8, LatencyResult(rows, threads=2), host, gate, champion=True)
+
+
+def _stats(p50_ms: float, batch_size: int) -> LatencyStats:
+    return LatencyStats(p50_ms, 1.1 * p50_ms, 1.5 * p50_ms, 1000 * batch_size / p50_ms, repeats=20)

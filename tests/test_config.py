@@ -1,0 +1,222 @@
+"""Configuration: precedence, what is refused and how it is explained, and the repository's config.yaml."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from pydantic import BaseModel
+
+from qexp.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    LatencyConfig,
+    SearchConfig,
+    TrainConfig,
+    flat_params,
+    load_config,
+    parse_yaml,
+    to_yaml,
+)
+from qexp.errors import InputError
+
+CHANGED = Config(
+    model="vgg16",
+    seed=7,
+    threads=3,
+    output_dir="out",
+    data=DataConfig(dataset="imagefolder", data_dir="pets", image_size=64),
+    train=TrainConfig(epochs=2, learning_rate=5e-4, flip=False, bf16=True),
+    latency=LatencyConfig(batch_sizes=[4, 2]),
+    gate=GateConfig(max_top1_drop=-0.5),
+    search=SearchConfig(observers=["minmax", "histogram"], study="mine"),
+)
+
+
+def _write(folder: Path, text: str) -> str:
+    file = folder / "options.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def _refusal(folder: Path, text: str) -> str:
+    with pytest.raises(InputError) as refused:
+        load_config(_write(folder, text))
+    return str(refused.value)
+
+
+def test_file_wins_over_defaults_and_overrides_win_over_both(tmp_path: Path) -> None:
+    file = _write(tmp_path, "seed: 5\ntrain:\n  epochs: 3\n  patience: 2\n")
+    config = load_config(file, {"train": {"epochs": "9"}, "": {"model": "resnet18"}})
+    assert (config.train.epochs, config.model) == (9, "resnet18")
+    assert (config.train.patience, config.seed) == (2, 5)
+    assert (config.train.momentum, config.latency) == (0.9, LatencyConfig())
+
+
+def test_override_wins_although_it_equals_the_default(tmp_path: Path) -> None:
+    file = _write(tmp_path, "train:\n  epochs: 3\n")
+    assert load_config(file, {"train": {"epochs": "20"}}).train.epochs == 20
+
+
+def test_overrides_are_text_that_becomes_values(tmp_path: Path) -> None:
+    given = {"train": {"bf16": "false", "learning_rate": "5e-4"}, "latency": {"batch_sizes": ["1", "8"]}}
+    config = load_config(_write(tmp_path, ""), given)
+    assert config.train.bf16 is False
+    assert config.train.learning_rate == 0.0005
+    assert config.latency.batch_sizes == [1, 8]
+
+
+def test_without_a_path_the_current_folder_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config() == Config()
+    (tmp_path / "config.yaml").write_text("seed: 11\n")
+    assert load_config().seed == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trian:\n  epochs: 3\n", ["trian", "unknown key", "model, seed, threads", "train, quantize"]),
+        ("train:\n  epoch: 3\n", ["train.epoch:", "unknown key", "epochs, batch_size"]),
+        ("train:\n  epochs: true\n", ["train.epochs", "True", "must be a valid integer"]),
+        ("train:\n  epochs: ten\n", ["train.epochs", "ten", "must be a valid integer"]),
+        ("train:\n  epochs: 2.5\n", ["train.epochs", "2.5", "must be a valid integer"]),
+        ("train:\n  epochs: '3'\n", ["train.epochs", "3", "must be a valid integer"]),
+        ("train:\n  epochs: 0\n", ["train.epochs", "0", "must be greater than or equal to 1"]),
+        ("train:\n  epochs:\n", ["train.epochs", "None", "must be a valid integer"]),
+        ("train:\n  flip: 1\n", ["train.flip", "1", "must be a valid boolean"]),
+        ("train:\n  learning_rate: .nan\n", ["train.learning_rate", "nan", "must be a finite number"]),
+        ("train:\n  learning_rate: nan\n", ["train.learning_rate", "nan", "must be a valid number"]),
+        ("train:\n  learning_rate: 0\n", ["train.learning_rate", "0", "must be greater than 0"]),
+        ("gate:\n  max_top1_drop: .inf\n", ["gate.max_top1_drop", "inf", "must be a finite number"]),
+        ("gate:\n  min_speedup: -.inf\n", ["gate.min_speedup", "-inf", "must be"]),
+        ("data:\n  validation_share: 0.5\n", ["data.validation_share", "0.5", "must be less than 0.5"]),
+        ("data:\n  dataset: mnist\n", ["data.dataset", "mnist", "digits", "cifar10", "imagefolder"]),
+        ("latency:\n  batch_sizes: [1, 0]\n", ["latency.batch_sizes", "0", "must be greater than 0"]),
+        ("latency:\n  batch_sizes: []\n", ["latency.batch_sizes", "[]", "at least 1 item"]),
+        ("latency:\n  batch_sizes: 8\n", ["latency.batch_sizes", "8", "must be a valid list"]),
+        ("train: 5\n", ["train", "5", "must be"]),
+        ("seed: -1\n", ["seed", "-1", "must be greater than or equal to 0"]),
+        ("seed: 4294967296\n", ["seed", "4294967296", "must be less than 4294967296"]),
+        ("threads: 0\n", ["threads", "0", "must be greater than or equal to 1"]),
+    ],
+)
+def test_refused_line_of_a_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    message = _refusal(tmp_path, text)
+    assert [word for word in [*words, "options.yaml"] if word not in message] == []
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"train": {"epochs": "ten"}}, ["--epochs ten:", "must be a valid integer"]),
+        ({"train": {"epochs": "true"}}, ["--epochs true:", "must be a valid integer"]),
+        ({"train": {"batch_size": "1"}}, ["--batch-size 1:", "must be greater than or equal to 2"]),
+        ({"train": {"learning_rate": "nan"}}, ["--learning-rate nan:", "must be a finite number"]),
+        ({"train": {"weight_decay": "inf"}}, ["--weight-decay inf:", "must be a finite number"]),
+        ({"train": {"bf16": "perhaps"}}, ["--bf16 perhaps:", "must be a valid boolean"]),
+        ({"data": {"dataset": "mnist"}}, ["--dataset mnist:", "digits", "cifar10", "imagefolder"]),
+        ({"latency": {"batch_sizes": ["1", "x"]}}, ["--batch-sizes x:", "must be a valid integer"]),
+        ({"": {"seed": "-1"}}, ["--seed -1:", "must be greater than or equal to 0"]),
+    ],
+)
+def test_refused_override_names_the_option(tmp_path: Path, overrides: dict, words: list[str]) -> None:
+    with pytest.raises(InputError) as refused:
+        load_config(_write(tmp_path, ""), overrides)
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize("text", ["train: [1,\n", "a: b: c\n", "\tseed: 1\n", "seed: 1\x00\n"])
+def test_text_that_is_not_yaml(tmp_path: Path, text: str) -> None:
+    message = _refusal(tmp_path, text)
+    assert "options.yaml: not YAML" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- seed\n", "list"), ("seed\n", "str"), ("5\n", "int")])
+def test_yaml_that_is_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
+    message = _refusal(tmp_path, text)
+    assert "options.yaml" in message and "`key: value`" in message and message.endswith(f"not {kind}")
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe")
+    for name in ("absent.yaml", "picture.yaml", "."):
+        with pytest.raises(InputError, match="cannot be read") as refused:
+            load_config(str(tmp_path / name))
+        assert str(tmp_path / name).removesuffix("/.") in str(refused.value)
+        assert "--config" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("5e-4", 5e-4), ("5E-4", 5e-4), ("1e1", 10.0), (".5e1", 5.0), ("5.e-1", 0.5), ("+1e-1", 0.1)]
+)
+def test_exponents_are_numbers(text: str, value: float) -> None:
+    assert parse_yaml(f"train:\n  weight_decay: {text}\n").train.weight_decay == value
+
+
+def test_names_that_begin_like_a_number_stay_text() -> None:
+    assert parse_yaml("search:\n  study: 5e-4-again\n").search.study == "5e-4-again"
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "train:\n", "train:\n  epochs: auto\n", "threads: auto\n", "{}"])
+def test_auto_and_nothing_mean_not_given(tmp_path: Path, text: str) -> None:
+    assert load_config(_write(tmp_path, text)) == Config()
+
+
+def test_auto_in_a_file_does_not_hide_an_override(tmp_path: Path) -> None:
+    file = _write(tmp_path, "train:\n  learning_rate: auto\n")
+    assert load_config(file, {"train": {"learning_rate": "0.1"}}).train.learning_rate == 0.1
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1
+
+
+def test_repository_file_equals_the_defaults() -> None:
+    assert load_config(str(REPOSITORY / "config.yaml")) == Config()
+
+
+def _options(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Description of every option by `section.key`."""
+    found: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            found |= _options(type(field.default), f"{name}.")
+        else:
+            found[prefix + name] = field.description or ""
+    return found
+
+
+def test_repository_file_has_every_option_with_its_help_as_comment() -> None:
+    comments, section = {}, ""
+    for line in (REPOSITORY / "config.yaml").read_text().splitlines():
+        if heading := re.fullmatch(r"(\w+):", line):
+            section = f"{heading[1]}."
+        elif option := re.fullmatch(r"( *)(\w+): [^#]*(?:# (.*))?", line):
+            comments[(section if option[1] else "") + option[2]] = option[3]
+    assert comments == _options()
+
+
+@pytest.mark.parametrize("config", [Config(), CHANGED], ids=["defaults", "changed"])
+def test_yaml_round_trip(tmp_path: Path, config: Config) -> None:
+    assert parse_yaml(to_yaml(config)) == config
+    assert load_config(_write(tmp_path, to_yaml(config))) == config
+
+
+def test_written_yaml_is_read_alike_by_a_plain_reader() -> None:
+    assert yaml.safe_load(to_yaml(CHANGED))["train"]["learning_rate"] == 5e-4
+
+
+def test_flat_params_have_a_section_each() -> None:
+    params = flat_params(CHANGED)
+    assert {name.removeprefix("config.") for name in params} == set(_options())
+    assert all("." in name for name in params)
+    assert params["config.seed"] == 7
+    assert params["train.learning_rate"] == 5e-4
+    assert params["quantize.observer"] == "histogram"
+    assert flat_params(Config())["train.learning_rate"] == "auto"

@@ -1,0 +1,155 @@
+"""`mlflow run` as a user calls it: against a real server, and in an environment that uv builds from conda.yaml."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import QUICK, REPOSITORY
+
+BIN = Path(sys.executable).parent
+OPTIONS = [
+    word
+    for name, value in zip(QUICK[::2], QUICK[1::2], strict=True)
+    for word in ("-P", f"{name[2:].replace('-', '_')}={value}")
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`mlflow server` on a free port, with SQLite and its own artifact folder."""
+    folder = tmp_path_factory.mktemp("mlflow server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        *store,
+    ]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, 15)
+            process.wait(timeout=30)
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], timeout_s: float = 90) -> None:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=2)
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"no answer from {url}")
+
+
+def _project(folder: Path) -> Path:
+    """The committed kinds of files, in a path with a space, without environment, data or runs."""
+    target = folder / "qexp project"
+    target.mkdir()
+    for name in ("MLproject", "conda.yaml", "config.yaml"):
+        shutil.copy(REPOSITORY / name, target)
+    for name in ("qexp", "entrypoints"):
+        shutil.copytree(REPOSITORY / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def _mlflow_run(
+    project: Path, uri: str, *arguments: str, extra: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_") and name != "PYTHONPATH"
+    }
+    environment |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | (extra or {})
+    command = [sys.executable, "-m", "mlflow", "run", ".", "--experiment-name", "qexp-digits", *arguments]
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def _runs(uri: str) -> dict[str, mlflow.entities.Run]:
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("qexp-digits")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+@pytest.mark.slow
+def test_main_through_mlflow_run_against_a_server(server: str, tmp_path: Path) -> None:
+    done = _mlflow_run(_project(tmp_path), server, "--env-manager", "local", "-e", "main", *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    runs = _runs(server)
+    assert set(runs) == {"main", "train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    assert runs["main"].info.run_id == summary["run_id"]
+    assert runs["main"].data.params["train.epochs"] == "4"
+    mlflow.set_tracking_uri(server)
+    page = mlflow.artifacts.load_text(summary["report"])
+    assert page.count("data:image/png;base64,") == 7
+    model = mlflow.pytorch.load_model("models:/smallnet-digits-int8@challenger")
+    assert "quantized::conv2d_relu" in str(model.inlined_graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "arguments", "expected"),
+    [
+        ("main", ["-P", "model=vgg17"], "--model vgg17"),
+        ("train", ["-P", "learning_rate=-1"], "--learning-rate -1"),
+        ("quantize", ["-P", "model_uri=models:/nothing/1"], "--model-uri models:/nothing/1"),
+    ],
+)
+def test_bad_input_under_mlflow_run_leaves_a_failed_run(
+    entry: str, arguments: list[str], expected: str, server: str, tmp_path: Path
+) -> None:
+    before = set(_runs(server))
+    done = _mlflow_run(
+        _project(tmp_path), server, "--env-manager", "local", "-e", entry, "--run-name", expected, *arguments
+    )
+    assert done.returncode != 0
+    assert f"error: {expected}" in done.stderr
+    runs = _runs(server)
+    assert set(runs) - before == {expected}
+    assert runs[expected].info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_main_in_the_environment_that_uv_builds(tmp_path: Path) -> None:
+    """uv does not read pip's configuration: the folder of wheels that pip knows, if any, is handed on."""
+    found = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
+    )
+    links = os.environ.get("UV_FIND_LINKS") or ",".join(found.stdout.split())
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    extra = {"MLFLOW_ENV_ROOT": str(tmp_path / "environments")} | ({"UV_FIND_LINKS": links} if links else {})
+    done = _mlflow_run(_project(tmp_path), uri, "--env-manager", "uv", "-e", "main", *OPTIONS, extra=extra)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["int8"] == "models:/smallnet-digits-int8/1"
+    assert _runs(uri)["main"].info.status == "FINISHED"
+    assert str(tmp_path / "environments") in done.stderr  # it ran there and not here

@@ -1,0 +1,170 @@
+"""The project's files agree with each other: dependencies, entry points, options, README, import table."""
+
+import ast
+import inspect
+import re
+import shlex
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from mlflow.projects.utils import load_project
+
+from entrypoints.cli import app
+from entrypoints.options import fields_of, type_name
+
+ENTRY_POINTS = ("main", "train", "quantize", "latency", "search", "report")
+# Who may import whom among our modules (design table). Every module may import errors and progress.
+ALLOWED = {
+    "config": set(),
+    "errors": set(),
+    "progress": set(),
+    "vision": set(),
+    "host": set(),
+    "imagefolder": {"host"},
+    "data": {"config", "imagefolder", "vision"},
+    "models": {"vision"},
+    "augmentation": set(),
+    "training": {"augmentation", "config", "data", "evaluation", "models"},
+    "quantization": {"config", "quantization"},
+    "evaluation": set(),
+    "cost": set(),
+    "latency": {"config"},
+    "gate": {"config"},
+    "evidence": {"cost", "evaluation", "gate", "host", "latency", "quantization", "training"},
+    "claims": {"evidence", "quantization"},
+    "plots": {"evidence"},
+    "report": {"claims", "evaluation", "evidence", "plots"},
+    "metrics": {"evaluation", "latency", "training"},
+    "tracking": {"config", "data", "evaluation", "evidence", "host", "latency", "metrics", "training"},
+    "registry": {"evaluation", "models"},
+    "sweep": {"config", "evidence", "latency", "registry"},
+}
+ABOVE = {"stages", "registered", "pipeline", "search"}  # these may import everything that is not above themselves
+ONLY_IN = {
+    "mlflow": {"tracking", "registry"},
+    "optuna": {"search"},
+    "matplotlib": {"plots"},
+    "torchinfo": {"cost"},
+    "typer": set(),
+}
+
+
+def _requirements() -> list[str]:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+
+
+def test_conda_environment_has_the_dependencies_of_pyproject() -> None:
+    environment = yaml.safe_load((REPOSITORY / "conda.yaml").read_text())
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert sorted(pip) == sorted(_requirements())
+
+
+def test_every_dependency_is_bounded_on_both_sides() -> None:
+    assert all(">=" in line and "<" in line for line in _requirements())
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_mlproject_mirrors_the_options(name: str) -> None:
+    entry = load_project(str(REPOSITORY)).get_entry_point(name)
+    command = getattr(import_module(f"entrypoints.{name}"), name)
+    options = inspect.signature(command).parameters
+    assert set(entry.parameters) == set(options)
+    words = shlex.split(entry.command)
+    assert words[:3] == ["python", "-m", f"entrypoints.{name}"]
+    pairs = dict(zip(words[3::2], words[4::2], strict=True))
+    assert pairs == {f"--{option.replace('_', '-')}": f"{{{option}}}" for option in options}
+    for option, parameter in entry.parameters.items():
+        field = fields_of((option,)).get(option)
+        number = field is not None and type_name(field[1]) in ("int", "float")
+        assert parameter.type == ("float" if number else "string"), option
+        required = options[option].default is inspect.Parameter.empty
+        assert parameter.default == (None if required else "auto"), option
+
+
+def test_option_names_are_unique_across_sections() -> None:
+    sections = ("", "data", "train", "quantize", "latency", "gate", "search")
+    assert sum(len(fields_of((section,))) for section in sections) == len(fields_of(sections))
+
+
+def _imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "qexp" else {node.module}
+    return found
+
+
+def _module_name(file: Path) -> str:
+    return file.relative_to(REPOSITORY / "qexp").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "qexp").rglob("*.py")), ids=lambda file: file.name)
+def test_imports_follow_the_table(file: Path) -> None:
+    module = _module_name(file)
+    imports = _imports(file)
+    ours = {name.split(".")[1] for name in imports if name.startswith("qexp.")} - {"errors", "progress"}
+    if module in ALLOWED:
+        assert ours <= ALLOWED[module], module
+    elif module != "__init__":
+        assert module in ABOVE
+    if module == "stages":
+        assert not ours & ABOVE
+    if module == "registered":
+        assert ours & ABOVE == {"stages"}
+    if module == "pipeline":
+        assert "search" not in ours
+    for package, places in ONLY_IN.items():
+        assert module in places or not any(name.split(".")[0] == package for name in imports), (module, package)
+
+
+def test_no_file_or_function_is_long() -> None:
+    for file in [*(REPOSITORY / "qexp").rglob("*.py"), *(REPOSITORY / "entrypoints").glob("*.py")]:
+        text = file.read_text()
+        assert len(text.splitlines()) <= 260, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 45, (file, node.name)
+
+
+def test_no_module_shadows_the_standard_library() -> None:
+    names = {file.stem for file in (REPOSITORY / "entrypoints").glob("*.py")}
+    assert not names & set(sys.stdlib_module_names)
+
+
+def _readme_commands() -> list[str]:
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [line.split("  #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_readme_shows_make_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    shown = {word for line in _readme_commands() if line.startswith("make ") for word in line.split()[1:]}
+    assert {"demo", "test"} <= shown <= targets
+
+
+def test_readme_qexp_commands_have_options_that_exist() -> None:
+    commands = {command.name: command.callback for command in app.registered_commands}
+    lines = [shlex.split(line) for line in _readme_commands() if line.startswith("qexp ")]
+    assert {line[1] for line in lines} == set(commands)
+    for line in lines:
+        options = {f"--{name.replace('_', '-')}" for name in inspect.signature(commands[line[1]]).parameters}
+        assert {word for word in line if word.startswith("--")} <= options | {"--help"}, line
+
+
+def test_readme_mlflow_run_commands_have_parameters_that_exist() -> None:
+    project = load_project(str(REPOSITORY))
+    lines = [shlex.split(line) for line in _readme_commands() if line.startswith("mlflow run")]
+    assert lines
+    for line in lines:
+        entry = project.get_entry_point(line[line.index("-e") + 1])
+        given = {line[at + 1].split("=")[0] for at, word in enumerate(line) if word == "-P"}
+        assert given <= set(entry.parameters), line
+        assert "--env-manager" in line

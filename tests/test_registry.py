@@ -1,0 +1,144 @@
+"""The registry, on a real SQLite store: what a version carries, verification, aliases, a bare process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from conftest import Finished
+
+from qexp import registry
+from qexp.data import Dataset
+from qexp.errors import InputError
+from qexp.evaluation import to_float
+from qexp.models import Classifier, ModelSpec, load_classifier
+from qexp.training import TrainResult
+
+BARE = """
+import sys
+import mlflow, numpy
+model = mlflow.pyfunc.load_model(sys.argv[1])
+numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2])))
+assert "qexp" not in sys.modules
+"""
+
+
+@pytest.fixture
+def client(finished: Finished) -> mlflow.MlflowClient:
+    mlflow.set_tracking_uri(finished.uri)
+    return mlflow.MlflowClient()
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_version_has_signature_example_pins_classes_and_lineage(
+    kind: str, finished: Finished, client: mlflow.MlflowClient
+) -> None:
+    uri = finished.summary[kind]
+    info = mlflow.models.get_model_info(uri)
+    assert info.signature.inputs.inputs[0].shape == (-1, 3, 32, 32)
+    assert info.signature.outputs.inputs[0].shape == (-1, 10)
+    assert info.metadata["classes"] == list("0123456789")
+    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    pins = (folder / "requirements.txt").read_text().split()
+    assert {pin.split("==")[0] for pin in pins} == {"mlflow", "torch", "numpy"} and all("==" in pin for pin in pins)
+    assert (folder / "input_example.json").is_file()
+    assert (folder / "data" / {"fp32": "model.pt2", "int8": "model.pth"}[kind]).is_file()
+    tags = client.get_model_version(*uri.removeprefix("models:/").split("/")).tags
+    expected = {"kind", "verified", "dataset", "data_digest", "cpu_features", "test_top1_percent", "size_mb"}
+    own = {"fp32": {"weights_uri"}, "int8": {"fp32_uri", "observer", "engine", "calibration_samples", "gate_reason"}}
+    assert expected | own[kind] <= set(tags)
+    assert tags["verified"] == "true"
+
+
+def test_both_versions_are_challenger_and_champion(client: mlflow.MlflowClient) -> None:
+    for name in ("smallnet-digits-fp32", "smallnet-digits-int8"):
+        for alias in ("challenger", "champion"):
+            assert client.get_model_version_by_alias(name, alias).version == 1
+
+
+def test_int8_version_in_a_bare_process_gives_the_logits_of_the_loaded_model(
+    finished: Finished, client: mlflow.MlflowClient, digits: Dataset, tmp_path: Path
+) -> None:
+    images = to_float(digits.test.images[:40])
+    np.save(tmp_path / "images.npy", images.numpy())
+    uri = "models:/smallnet-digits-int8@champion"
+    environment = registry.child_environment(torch.get_num_threads())
+    command = [sys.executable, "-c", BARE, uri, str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
+    subprocess.run(command, env=environment, check=True)
+    logits = np.load(tmp_path / "logits.npy")
+    with torch.no_grad():
+        loaded = registry.load_version(uri)(images).numpy()
+    assert np.array_equal(logits, loaded)
+    assert (logits.argmax(1) == digits.test.labels[:40].numpy()).mean() > 0.7
+
+
+def test_loaded_int8_model_computes_with_int8_kernels(client: mlflow.MlflowClient) -> None:
+    model = registry.load_version("models:/smallnet-digits-int8/1")
+    graph = str(model.inlined_graph)
+    assert graph.count("quantized::conv2d_relu") == 6 and graph.count("quantized::linear") == 1
+    assert "aten::conv2d" not in graph and "aten::linear" not in graph
+
+
+def test_weights_file_of_the_fp32_version_rebuilds_it(client: mlflow.MlflowClient, digits: Dataset) -> None:
+    weights = client.get_model_version("smallnet-digits-fp32", "1").tags["weights_uri"]
+    model = load_classifier(Path(mlflow.artifacts.download_artifacts(weights)))
+    images = to_float(digits.test.images[:16])
+    with torch.no_grad():
+        assert torch.equal(model(images), registry.load_version("models:/smallnet-digits-fp32/1")(images))
+
+
+def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
+    tmp_path: Path, trained: tuple[Classifier, TrainResult], digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    model, _ = trained
+    sample = digits.train.images[:8]
+    spec = ModelSpec("smallnet", digits.classes, 32)
+    # What was stored is not what is in memory: one weight changes between logging and verification.
+    damaged = registry._log_model
+
+    def log_then_change(kind: str, module: Classifier, name: str, spec: ModelSpec) -> object:
+        info = damaged(kind, module, name, spec)
+        with torch.no_grad():
+            module.network[0].weight[0, 0, 0, 0] += 0.25
+        return info
+
+    before = model.network[0].weight.detach().clone()
+    monkeypatch.setattr(registry, "_log_model", log_then_change)
+    try:
+        with mlflow.start_run():
+            version = registry.register("fp32", model, "damaged", spec, sample, {})
+    finally:
+        with torch.no_grad():
+            model.network[0].weight.copy_(before)
+    assert not version.verified
+    found = mlflow.MlflowClient().get_model_version("damaged", version.version)
+    assert found.tags["verified"] == "false"
+    assert found.aliases == []
+
+
+def test_load_sets_the_engine_of_the_version(client: mlflow.MlflowClient) -> None:
+    import qexp
+
+    client.set_model_version_tag("smallnet-digits-int8", "1", "backend", "onednn")
+    try:
+        qexp.load("models:/smallnet-digits-int8/1")
+        assert torch.backends.quantized.engine == "onednn"
+    finally:
+        torch.backends.quantized.engine = "x86"
+        client.set_model_version_tag("smallnet-digits-int8", "1", "backend", "x86")
+
+
+@pytest.mark.parametrize("uri", ["smallnet", "models:/a", "models:/a/b", "runs:/1/model", "models:/a/1/2"])
+def test_other_uris_are_refused(uri: str, client: mlflow.MlflowClient) -> None:
+    with pytest.raises(InputError, match="must be models:/NAME/VERSION"):
+        registry.find_version(uri, "fp32")
+
+
+def test_latest_is_the_newest_version(client: mlflow.MlflowClient) -> None:
+    assert registry.find_version("models:/smallnet-digits-int8/latest", "int8").version == 1
+    assert registry.newest_uri("no-such-model") is None
