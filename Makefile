@@ -30,7 +30,7 @@ lint: setup  ## ruff and mypy
 	$(ENV) mypy
 
 ui: setup  ## the MLflow UI on 127.0.0.1:$(PORT) for the runs made here
-	$(ENV) mlflow server --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///mlflow.db
+	$(ENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///mlflow.db
 
 clean:  ## remove the environment and caches; runs, models and reports stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -68,11 +68,9 @@ def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--image-size {spec.image_size}: too small for --model {spec.architecture} ({reason})"
-        ) from None
+    except (RuntimeError, AssertionError, ValueError) as error:  # what architectures raise at a size they cannot take
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"--image-size {spec.image_size}: not for --model {spec.architecture} ({reason})") from None
     return model
 
 

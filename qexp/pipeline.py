@@ -19,6 +19,7 @@ def run_main(config: Config, model_uri: str | None = None) -> Summary:
     config, host, dataset = prepare(config, model_uri)
     with tracking.start_run("main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?") as run_id:
         tracking.log_setup(config, host)
+        tracking.log_datasets(dataset, stages.SPLITS)
         fp32 = (
             registered.fp32_from_registry(model_uri, dataset)
             if model_uri

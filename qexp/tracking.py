@@ -31,6 +31,7 @@ from qexp.training import EpochResult
 
 T = TypeVar("T")
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
+EXPERIMENT_KIND = "mlflow.experimentKind"
 STORE_ANSWER_TIMEOUT_S = 10
 
 for noisy in ("mlflow", "alembic"):
@@ -74,6 +75,7 @@ def start_run(name: str, note: str) -> Iterator[str]:
     """
     resumed = "MLFLOW_RUN_ID" in os.environ
     run = mlflow.start_run(run_name=None if resumed else name, nested=mlflow.active_run() is not None)
+    _show_as_training(run.info.experiment_id)
     if resumed and GENERATED_NAME.fullmatch(run.info.run_name or ""):
         mlflow.set_tag("mlflow.runName", name)
     status = RunStatus.FAILED
@@ -89,6 +91,13 @@ def start_run(name: str, note: str) -> Iterator[str]:
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
+
+
+def _show_as_training(experiment_id: str) -> None:
+    """Without this tag the UI guesses, and shows its pages for language models."""
+    client = mlflow.MlflowClient()
+    if EXPERIMENT_KIND not in client.get_experiment(experiment_id).tags:
+        client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
 
 
 def set_note(text: str) -> None:

@@ -70,7 +70,7 @@ def test_bad_file_names_key_value_and_allowed(folder: Path, store: str) -> None:
     _one_line_and_two(run_qexp(folder, "train", "--config", "bad.yaml", uri=store), ["train.epoch", "epochs"])
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense://x", "sqlite:////nowhere/mlflow.db"])
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense://x", "sqlite:////dev/null/mlflow.db"])
 def test_unreachable_store_fails_at_once(uri: str, folder: Path) -> None:
     started = time.monotonic()
     _one_line_and_two(run_qexp(folder, "run", uri=uri), [uri, "does not answer"])

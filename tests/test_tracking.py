@@ -126,7 +126,7 @@ def test_a_run_ends_whatever_happens(error: BaseException, status: str, empty_st
 def test_inside_mlflow_run_the_given_run_is_used_and_named(
     empty_store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = empty_store.get_experiment_by_name("test").experiment_id
+    experiment = empty_store.get_experiment_by_name("qexp-test").experiment_id
     for given, expected in (("caring-toad-123", "main"), ("my own name", "my own name")):
         run = empty_store.create_run(experiment, run_name=given)
         # What mlflow.projects has logged before the program starts must not clash with our parameters.

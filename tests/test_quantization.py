@@ -1,0 +1,266 @@
+"""Quantization with FX: all layers int8, the traced module, options, layers that stay fp32, odd calibration images."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.config import QuantizeConfig
+from qexp.data import Dataset
+from qexp.errors import StageError
+from qexp.evaluation import predict_logits, to_float
+from qexp.host import read_host
+from qexp.models import Classifier
+from qexp.quantization import QuantizedModel, quantize_model
+from qexp.training import TrainResult
+
+LAYERS = tuple(f"network.{place}" for place in (0, 3, 7, 10, 14, 17, 22))
+
+
+@pytest.fixture(scope="module")
+def model(trained: tuple[Classifier, TrainResult]) -> Classifier:
+    return trained[0]
+
+
+@pytest.fixture(scope="module")
+def images(digits: Dataset) -> Tensor:
+    """Calibration images, uint8."""
+    return digits.train.images[:32]
+
+
+@pytest.fixture(scope="module")
+def inputs(digits: Dataset) -> Tensor:
+    """Test images, float."""
+    return to_float(digits.test.images[:128])
+
+
+def _quantize(model: nn.Module, images: Tensor, reduce_range: bool | None = None, **options: object) -> QuantizedModel:
+    """As the quantize stage does it: the range is reduced where the CPU's products saturate."""
+    if reduce_range is None:
+        reduce_range = not read_host(None).has_int8_dot_product
+    return quantize_model(model, images, QuantizeConfig(**options), reduce_range)
+
+
+@pytest.fixture(scope="module")
+def int8(model: Classifier, images: Tensor) -> QuantizedModel:
+    return _quantize(model, images)
+
+
+def test_every_convolution_and_linear_layer_is_int8(int8: QuantizedModel, model: Classifier) -> None:
+    assert int8.result.int8_layers == LAYERS
+    assert int8.result.float_layers == ()
+    kinds = [node.kind() for node in int8.module.inlined_graph.nodes()]
+    assert kinds.count("quantized::conv2d_relu") == 6 and kinds.count("quantized::linear") == 1
+    assert not {"aten::conv2d", "aten::_convolution", "aten::linear", "aten::batch_norm"} & set(kinds)
+
+
+def test_result_says_how_the_model_was_quantized(model: Classifier, images: Tensor) -> None:
+    result = _quantize(model, images[:9], True, observer="minmax", per_channel=False, backend="onednn").result
+    assert (result.engine, result.backend, result.observer) == ("fx", "onednn", "minmax")
+    assert (result.per_channel, result.reduce_range, result.calibration_images) == (False, True, 9)
+    assert result.duration_s > 0
+
+
+def test_int8_answers_like_fp32(int8: QuantizedModel, model: Classifier, digits: Dataset) -> None:
+    fp32 = predict_logits(model, digits.test.images)
+    quantized = predict_logits(int8.module, digits.test.images)
+    assert (fp32.argmax(1) == quantized.argmax(1)).double().mean() > 0.95
+    assert (fp32 - quantized).abs().mean() < 0.2 * fp32.std()
+    assert not torch.equal(fp32, quantized)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_logits_do_not_depend_on_the_batch(int8: QuantizedModel, inputs: Tensor, batch_size: int) -> None:
+    with torch.no_grad():
+        whole = int8.module(inputs[:7])
+        logits = int8.module(inputs[:batch_size])
+    assert logits.dtype == torch.float32 and logits.shape == (batch_size, 10)
+    assert torch.equal(logits, whole[:batch_size])
+
+
+def test_a_batch_in_another_memory_format_gives_the_same(int8: QuantizedModel, inputs: Tensor) -> None:
+    with torch.no_grad():
+        assert torch.equal(
+            int8.module(inputs[:7]), int8.module(inputs[:7].contiguous(memory_format=torch.channels_last))
+        )
+
+
+def test_saved_and_loaded_module_gives_equal_bits(int8: QuantizedModel, inputs: Tensor, tmp_path: Path) -> None:
+    file = str(tmp_path / "int8.pt")
+    torch.jit.save(int8.module, file)
+    loaded = torch.jit.load(file)
+    with torch.no_grad():
+        for batch_size in (1, 128):
+            assert torch.equal(loaded(inputs[:batch_size]), int8.module(inputs[:batch_size]))
+
+
+def test_quantizing_again_gives_equal_bits(
+    int8: QuantizedModel, model: Classifier, images: Tensor, inputs: Tensor
+) -> None:
+    again = _quantize(model, images)
+    with torch.no_grad():
+        assert torch.equal(again.module(inputs), int8.module(inputs))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"observer": "minmax"}, {"observer": "moving_average", "calibration_batch_size": 8}, {"per_channel": False}],
+)
+def test_options_change_the_model(
+    int8: QuantizedModel, model: Classifier, images: Tensor, inputs: Tensor, options: dict[str, object]
+) -> None:
+    with torch.no_grad():
+        other = _quantize(model, images, **options).module(inputs)
+        assert not torch.equal(other, int8.module(inputs))
+        assert (other.argmax(1) == model(inputs).argmax(1)).double().mean() > 0.9
+
+
+def test_reduced_range_changes_the_model(model: Classifier, images: Tensor, inputs: Tensor) -> None:
+    with torch.no_grad():
+        whole, reduced = (_quantize(model, images, reduce_range).module(inputs) for reduce_range in (False, True))
+        assert not torch.equal(whole, reduced)
+        assert (reduced.argmax(1) == model(inputs).argmax(1)).double().mean() > 0.9
+
+
+def test_calibration_images_set_the_ranges(
+    int8: QuantizedModel, model: Classifier, digits: Dataset, inputs: Tensor
+) -> None:
+    other = _quantize(model, digits.train.images[32:64])
+    with torch.no_grad():
+        assert not torch.equal(other.module(inputs), int8.module(inputs))
+
+
+def test_backends_give_equal_outputs(int8: QuantizedModel, model: Classifier, images: Tensor, inputs: Tensor) -> None:
+    onednn = _quantize(model, images, backend="onednn")
+    with torch.no_grad():
+        for batch_size in (1, 7, 128):
+            assert torch.equal(onednn.module(inputs[:batch_size]), int8.module(inputs[:batch_size]))
+
+
+@pytest.mark.parametrize("backend", ["x86", "onednn"])
+def test_the_process_keeps_its_engine(model: Classifier, images: Tensor, backend: str) -> None:
+    before = torch.backends.quantized.engine
+    other = "onednn" if before != "onednn" else "x86"
+    torch.backends.quantized.engine = other
+    try:
+        _quantize(model, images[:2], backend=backend)
+        assert torch.backends.quantized.engine == other
+        with pytest.raises(StageError):
+            _quantize(_Unused(), images[:2], backend=backend)
+        assert torch.backends.quantized.engine == other
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def test_the_model_stays_as_it_is(model: Classifier, images: Tensor, inputs: Tensor) -> None:
+    original = copy.deepcopy(model).train()
+    weights = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    _quantize(original, images)
+    assert original.training
+    assert [type(module) for module in original.modules()] == [type(module) for module in model.modules()]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in original.state_dict().items())
+    assert all(parameter.requires_grad for parameter in original.parameters())
+
+
+def test_a_model_in_training_mode_is_quantized_for_evaluation(
+    int8: QuantizedModel, model: Classifier, images: Tensor, inputs: Tensor
+) -> None:
+    training = copy.deepcopy(model).train()
+    with torch.no_grad():
+        assert torch.equal(_quantize(training, images).module(inputs), int8.module(inputs))
+
+
+class _Unused(nn.Module):
+    """One of its linear layers is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.forgotten = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.conv(images).mean((2, 3)))
+
+
+class _Attention(nn.Module):
+    """Attention keeps its inner projection in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        return self.last(self.attention(tokens, tokens, tokens)[0].mean(1))
+
+
+@pytest.mark.parametrize(("kind", "layer"), [(_Unused, "forgotten"), (_Attention, "attention.out_proj")])
+def test_layer_that_stays_fp32_is_named(kind: type[nn.Module], layer: str, images: Tensor, inputs: Tensor) -> None:
+    model = kind().eval()
+    with pytest.raises(StageError, match=f"not quantized: {layer} stayed fp32.*--allow-float true"):
+        _quantize(model, images)
+    allowed = _quantize(model, images, allow_float=True)
+    assert allowed.result.float_layers == (layer,)
+    assert allowed.result.int8_layers == ("conv", "last")
+    with torch.no_grad():
+        fp32 = model(inputs)
+        assert (allowed.module(inputs) - fp32).abs().max() < 0.2 * fp32.abs().max()
+
+
+class _Branching(nn.Module):
+    """Takes a decision that depends on pixels, which tracing cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(images.mean((2, 3)) if images.mean() > 0 else images.amax((2, 3)))
+
+
+class _Silent(_Branching):
+    """Fails without a word."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("kind", "words"), [(_Branching, "control flow"), (_Silent, "NotImplementedError")])
+def test_model_that_cannot_be_traced(kind: type[nn.Module], words: str, images: Tensor) -> None:
+    with pytest.raises(StageError, match=f"engine fx cannot quantize this model: .*{words}") as failed:
+        _quantize(kind(), images, allow_float=True)
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average"])
+def test_one_calibration_image_is_enough(model: Classifier, images: Tensor, inputs: Tensor, observer: str) -> None:
+    quantized = _quantize(model, images[:1], observer=observer)
+    assert quantized.result.calibration_images == 1
+    with torch.no_grad():
+        logits = quantized.module(inputs[:7])
+        assert logits.shape == (7, 10) and logits.isfinite().all()
+        assert torch.equal(logits[:1], quantized.module(inputs[:1]))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average"])
+def test_constant_calibration_images_work(
+    model: Classifier, images: Tensor, inputs: Tensor, value: int, observer: str
+) -> None:
+    quantized = _quantize(model, torch.full_like(images[:3], value), observer=observer)
+    with torch.no_grad():
+        assert quantized.module(inputs[:7]).isfinite().all()
+
+
+def test_calibration_in_batches_of_one_sees_every_image(model: Classifier, images: Tensor, inputs: Tensor) -> None:
+    """Smallest and largest values do not depend on the batches that the images come in."""
+    with torch.no_grad():
+        one, all_at_once = (
+            _quantize(model, images, observer="minmax", calibration_batch_size=size).module(inputs) for size in (1, 32)
+        )
+        assert torch.equal(one, all_at_once)
