@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from qexp.errors import InputError
 from qexp.evaluation import to_float
 from qexp.models import ModelSpec
+from qexp.progress import say
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
@@ -39,6 +40,7 @@ logits = mlflow.pyfunc.load_model(uri).predict(numpy.load(images))
 same = numpy.array_equal(logits, numpy.load(expected)) and "qexp" not in sys.modules
 sys.exit(0 if same else 3)
 """
+DIFFERENT = 3
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,10 @@ def verify(uri: str, module: nn.Module, sample: Tensor) -> bool:
         np.save(expected, module(images).numpy())
         command = [sys.executable, "-W", "ignore", "-c", BARE_PROCESS, uri, str(inputs), str(expected)]
         done = subprocess.run(command, env=child_environment(torch.get_num_threads()), capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        reason = "other logits" if done.returncode == DIFFERENT else f"exit code {done.returncode}: {lines[-1:]}"
+        say(f"{uri} is not verified: in a fresh process it gave {reason}")
     return done.returncode == 0
 
 

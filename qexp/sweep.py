@@ -3,6 +3,7 @@
 It loads both registered models as a user does, fixes the thread count, and does nothing else while it times them.
 """
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,4 +75,5 @@ def _say_row(row: LatencyRow) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
     _main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -7,7 +7,7 @@ from torch import nn
 from qexp.cost import measure_cost
 from qexp.models import Classifier, ModelSpec, build_classifier
 
-# Multiply-accumulates of one 8x8 image: 6x6 outputs of 4 channels from 3x3 pixels of 3 channels; 144 inputs, 10 outputs.
+# MACs of one 8x8 image: 6x6 outputs of 4 channels from 3x3 pixels of 3 channels; 144 inputs and 10 outputs.
 CONV, LINEAR = 6 * 6 * 4 * 3 * 3 * 3, 144 * 10
 SMALLNET_LAYERS = tuple(f"network.{place}" for place in (0, 3, 7, 10, 14, 17, 22))
 

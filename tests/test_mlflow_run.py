@@ -30,27 +30,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    store = [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        *store,
-    ]
+    store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+    command = [sys.executable, *f"-m mlflow server --host 127.0.0.1 --port {port} --workers 1".split(), *store]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
             yield f"http://127.0.0.1:{port}"
@@ -93,6 +77,11 @@ def _mlflow_run(
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=900)
 
 
+def _summary(stdout: str) -> dict[str, str]:
+    """Our last line; `mlflow run` itself may print the run's address after it."""
+    return json.loads([line for line in stdout.splitlines() if line.startswith("{")][-1])
+
+
 def _runs(uri: str) -> dict[str, mlflow.entities.Run]:
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("qexp-digits")
@@ -103,7 +92,7 @@ def _runs(uri: str) -> dict[str, mlflow.entities.Run]:
 def test_main_through_mlflow_run_against_a_server(server: str, tmp_path: Path) -> None:
     done = _mlflow_run(_project(tmp_path), server, "--env-manager", "local", "-e", "main", *OPTIONS)
     assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary = _summary(done.stdout)
     runs = _runs(server)
     assert set(runs) == {"main", "train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
@@ -150,6 +139,6 @@ def test_main_in_the_environment_that_uv_builds(tmp_path: Path) -> None:
     extra = {"MLFLOW_ENV_ROOT": str(tmp_path / "environments")} | ({"UV_FIND_LINKS": links} if links else {})
     done = _mlflow_run(_project(tmp_path), uri, "--env-manager", "uv", "-e", "main", *OPTIONS, extra=extra)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])["int8"] == "models:/smallnet-digits-int8/1"
+    assert _summary(done.stdout)["int8"] == "models:/smallnet-digits-int8/1"
     assert _runs(uri)["main"].info.status == "FINISHED"
     assert str(tmp_path / "environments") in done.stderr  # it ran there and not here

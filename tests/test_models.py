@@ -85,7 +85,7 @@ def test_unknown_name_suggests_near_ones(name: str, near: str) -> None:
 
 
 def test_image_size_too_small_for_alexnet() -> None:
-    with pytest.raises(InputError, match="--image-size 32: too small for --model alexnet") as refused:
+    with pytest.raises(InputError, match=r"--image-size 32: .*--model alexnet") as refused:
         _build("alexnet")
     assert "\n" not in str(refused.value)
 

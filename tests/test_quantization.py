@@ -257,10 +257,12 @@ def test_constant_calibration_images_work(
         assert quantized.module(inputs[:7]).isfinite().all()
 
 
-def test_calibration_in_batches_of_one_sees_every_image(model: Classifier, images: Tensor, inputs: Tensor) -> None:
-    """Smallest and largest values do not depend on the batches that the images come in."""
+def test_every_calibration_batch_counts(model: Classifier, images: Tensor, inputs: Tensor) -> None:
+    """Smallest and largest values are those of all images, whatever the batches they come in."""
     with torch.no_grad():
-        one, all_at_once = (
-            _quantize(model, images, observer="minmax", calibration_batch_size=size).module(inputs) for size in (1, 32)
+        one_by_one, at_once, first_only = (
+            _quantize(model, part, observer="minmax", calibration_batch_size=size).module(inputs)
+            for part, size in ((images, 1), (images, 32), (images[:1], 1))
         )
-        assert torch.equal(one, all_at_once)
+    # fp32 sums differ in the last bit with the batch, so the ranges and the logits do not agree exactly.
+    assert (one_by_one - at_once).abs().mean() < 0.1 * (first_only - at_once).abs().mean()

@@ -1,0 +1,272 @@
+"""Every sentence of the report, with values that make it true and with the opposite ones."""
+
+from dataclasses import replace
+
+import pytest
+
+from qexp import claims
+from qexp.evaluation import Accuracy, Comparison
+from qexp.evidence import Evidence
+from qexp.gate import GateResult
+from qexp.latency import LatencyRow, LatencyStats
+
+
+def _with_speedups(evidence: Evidence, speedups: dict[int, float], fp32_ms: float = 4.0) -> Evidence:
+    """fp32 takes `fp32_ms` for each image, int8 so many times less."""
+    rows = []
+    for batch, speedup in speedups.items():
+        times = [fp32_ms * batch, fp32_ms * batch / speedup]
+        stats = [LatencyStats(ms, 1.1 * ms, 1.5 * ms, 1000 * batch / ms, repeats=20 + batch) for ms in times]
+        rows.append(LatencyRow(batch, stats[0], stats[1], speedup))
+    return replace(evidence, latency=replace(evidence.latency, rows=tuple(rows)))
+
+
+def _with_comparison(evidence: Evidence, **changed: float) -> Evidence:
+    comparison = {**evidence.int8.comparison, "test": replace(evidence.int8.comparison["test"], **changed)}
+    return replace(evidence, int8=replace(evidence.int8, comparison=comparison))
+
+
+def _with_train(evidence: Evidence, **changed: object) -> Evidence:
+    return replace(evidence, fp32=replace(evidence.fp32, train=replace(evidence.fp32.train, **changed)))
+
+
+def _with_cost(evidence: Evidence, **changed: object) -> Evidence:
+    return replace(evidence, int8=replace(evidence.int8, cost=replace(evidence.int8.cost, **changed)))
+
+
+def _with_sizes(evidence: Evidence, fp32_bytes: int, int8_bytes: int) -> Evidence:
+    fp32, int8 = replace(evidence.fp32, size_bytes=fp32_bytes), replace(evidence.int8, size_bytes=int8_bytes)
+    return replace(evidence, fp32=fp32, int8=int8)
+
+
+# --- the answer
+
+
+def test_answer_of_a_model_that_can_ship(evidence: Evidence) -> None:
+    text = claims.answer(evidence)
+    assert text.startswith("**Yes**: it passes the gate")
+    assert "falls by 0.50 points" in text
+    assert "the file is 4.00x smaller" in text
+    assert "inference is 4.00x to 10.00x faster" in text
+
+
+def test_answer_when_everything_went_wrong(evidence: Evidence) -> None:
+    worse = _with_speedups(_with_sizes(evidence, 450_000, 1_800_000), {1: 0.5, 8: 0.8})
+    worse = replace(_with_comparison(worse, top1_drop_points=-0.25), gate=GateResult(False, ("too slow",)))
+    text = claims.answer(worse)
+    assert text.startswith("**No**: it does not pass the gate")
+    assert "rises by 0.25 points" in text
+    assert "the file is 4.00x larger" in text
+    assert "inference is 2.00x to 1.25x slower" in text
+    assert "faster" not in text and "smaller" not in text
+
+
+def test_answer_when_nothing_changed(evidence: Evidence) -> None:
+    level = _with_speedups(_with_sizes(evidence, 1000, 1000), {1: 1.0, 8: 1.001})
+    text = claims.answer(_with_comparison(level, top1_drop_points=0.0))
+    assert "does not change" in text and "not smaller" in text and "inference is not faster" in text
+
+
+def test_answer_with_speedups_on_both_sides(evidence: Evidence) -> None:
+    assert "1.25x slower to 2.00x faster" in claims.answer(_with_speedups(evidence, {1: 0.8, 8: 2.0}))
+
+
+# --- training
+
+
+def test_training_to_the_end(evidence: Evidence) -> None:
+    length, kept, fit = claims.training(evidence)
+    assert length == "Training took 3 epochs and 12 s; it ran to the configured number of epochs."
+    assert kept == "The weights of epoch 3 were kept, for the best validation top-1 (65.00 %)."
+    assert fit == "fp32 top-1 on the training images is 3.00 points above that on the test images."
+
+
+def test_training_that_stopped_early(evidence: Evidence) -> None:
+    length, kept, _ = claims.training(_with_train(evidence, stopped_early=True, best_epoch=2))
+    assert "early stopping ended it" in length and "configured number" not in length
+    assert "epoch 2 were kept" in kept and "(55.00 %)" in kept
+
+
+def test_training_of_one_epoch(evidence: Evidence) -> None:
+    one = _with_train(evidence, epochs=evidence.fp32.train.epochs[:1], best_epoch=1)
+    assert "took 1 epoch and" in claims.training(one)[0]
+
+
+def test_training_images_worse_than_test_images(evidence: Evidence) -> None:
+    accuracy = {**evidence.fp32.accuracy, "train": Accuracy(93.0, 99.0, 1294)}
+    worse = replace(evidence, fp32=replace(evidence.fp32, accuracy=accuracy))
+    assert "is 1.00 points below that on the test images" in claims.training(worse)[2]
+
+
+@pytest.mark.parametrize(("bf16", "words"), [(True, "bf16 autocast"), (False, "fp32")])
+def test_training_pace(evidence: Evidence, bf16: bool, words: str) -> None:
+    assert claims.training_pace(_with_train(evidence, bf16=bf16)) == f"12 s, {words}, peak learning rate 0.2"
+
+
+# --- accuracy
+
+
+@pytest.mark.parametrize(
+    ("drop", "words"),
+    [
+        (0.5, "falls by 0.50 points"),
+        (-0.5, "rises by 0.50 points"),
+        (0.0, "does not change"),
+        (-0.001, "does not change"),
+    ],
+)
+def test_drop_has_its_sign(evidence: Evidence, drop: float, words: str) -> None:
+    first = claims.accuracy(_with_comparison(evidence, top1_drop_points=drop))[0]
+    assert f"top-1 on the 359 test images {words};" in first
+    top3 = claims.accuracy(_with_comparison(evidence, top3_drop_points=drop))[0]
+    assert f"Top-3 {words}." in top3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "meaning"),
+    [
+        (0.1, 0.9, "so int8 is less accurate, beyond what chance"),
+        (-0.9, -0.1, "so int8 is more accurate, beyond what chance"),
+        (-0.1, 0.9, "which includes no change at all"),
+        (0.0, 0.9, "which includes no change at all"),
+    ],
+)
+def test_interval_is_explained(evidence: Evidence, low: float, high: float, meaning: str) -> None:
+    changed = _with_comparison(evidence, top1_drop_low_points=low, top1_drop_high_points=high)
+    first = claims.accuracy(changed)[0]
+    assert f"95 % interval of the drop is {low:+.2f} to {high:+.2f} points, {meaning}" in first
+    assert sum(words in first for words in ("less accurate", "more accurate", "no change at all")) == 1
+
+
+def test_flips_and_agreement(evidence: Evidence) -> None:
+    second = claims.accuracy(evidence)[1]
+    assert second == ("The two models agree on 99.00 % of the test images. 5 images only fp32 gets right, 3 only int8.")
+    one = claims.accuracy(_with_comparison(evidence, only_fp32_correct_images=1, only_int8_correct_images=0))[1]
+    assert "1 image only fp32 gets right, 0 only int8" in one
+
+
+def test_accuracy_is_that_of_the_test_images(evidence: Evidence) -> None:
+    other = Comparison(9.0, 8.0, 10.0, 9.0, 50.0, 40, 1, 1294)
+    comparison = {**evidence.int8.comparison, "train": other, "validation": other}
+    changed = replace(evidence, int8=replace(evidence.int8, comparison=comparison))
+    assert claims.accuracy(changed) == claims.accuracy(evidence)
+
+
+# --- size
+
+
+@pytest.mark.parametrize(
+    ("fp32_bytes", "int8_bytes", "words"),
+    [
+        (1_800_000, 450_000, "is 4.00x smaller: 0.450 MB instead of 1.800 MB"),
+        (450_000, 1_800_000, "is 4.00x larger: 1.800 MB instead of 0.450 MB"),
+        (450_000, 450_000, "is not smaller: 0.450 MB instead of 0.450 MB"),
+    ],
+)
+def test_size(evidence: Evidence, fp32_bytes: int, int8_bytes: int, words: str) -> None:
+    (sentence,) = claims.size(_with_sizes(evidence, fp32_bytes, int8_bytes))
+    assert words in sentence
+
+
+# --- MACs
+
+
+def test_macs_in_proportion_to_the_batch(evidence: Evidence) -> None:
+    growth, share = claims.macs(_with_cost(evidence, macs={1: 15_000_000, 128: 1_920_000_000}))
+    assert growth == "MACs grow in proportion to the batch size: 15.0 million at 1, 1.92 billion at 128."
+    assert "100.0 % of the MACs" in share and "stayed fp32" not in share
+
+
+def test_macs_out_of_proportion(evidence: Evidence) -> None:
+    growth = claims.macs(_with_cost(evidence, macs={1: 1000, 8: 8001, 128: 128_000}))[0]
+    assert "MACs do not grow in proportion to the batch size" in growth
+
+
+@pytest.mark.parametrize("macs", [{2: 2000, 3: 3000}, {8: 8000, 1: 1000}])
+def test_proportion_does_not_need_a_batch_of_one_in_front(evidence: Evidence, macs: dict[int, int]) -> None:
+    assert "MACs grow in proportion" in claims.macs(_with_cost(evidence, macs=macs))[0]
+
+
+def test_one_batch_size_says_nothing_about_growth(evidence: Evidence) -> None:
+    sentences = claims.macs(_with_cost(evidence, macs={8: 8000}))
+    assert len(sentences) == 1 and "grow" not in sentences[0]
+
+
+def test_layers_that_stayed_fp32_are_named(evidence: Evidence) -> None:
+    quantize = replace(evidence.int8.quantize, float_layers=("network.3", "network.22"))
+    changed = replace(evidence, int8=replace(evidence.int8, quantize=quantize))
+    share = claims.macs(_with_cost(changed, int8_macs={1: 450, 8: 3600, 128: 57_600}))[-1]
+    assert "50.0 % of the MACs" in share and "2 layers stayed fp32: network.3, network.22" in share
+
+
+# --- inference time
+
+
+def test_faster_at_every_size(evidence: Evidence) -> None:
+    first, saved, how = claims.latency(_with_speedups(evidence, {1: 2.0, 8: 4.0}))
+    assert first == "int8 is faster at every batch size: 2.00x to 4.00x faster."
+    assert saved == "The time saved a batch grows with every larger batch: 2.00 ms at 1, 24.00 ms at 8."
+    assert "at least 21 repeats each" in how and "2 threads" in how
+
+
+def test_slower_at_every_size(evidence: Evidence) -> None:
+    first, saved, _ = claims.latency(_with_speedups(evidence, {1: 0.8, 8: 0.5}))
+    assert first == "int8 is slower at every batch size: 2.00x to 1.25x slower."
+    assert "does not grow with every larger batch: -1.00 ms at 1, -32.00 ms at 8" in saved
+    assert "faster" not in first
+
+
+def test_mixed(evidence: Evidence) -> None:
+    first = claims.latency(_with_speedups(evidence, {1: 0.5, 2: 1.0, 8: 2.0, 16: 3.0, 32: 1.04}))[0]
+    assert first == (
+        "int8 is faster at batch size 8, 16; slower at batch size 1; as fast as fp32 within 5 % at batch size 2, 32."
+    )
+
+
+def test_level_at_every_size(evidence: Evidence) -> None:
+    first = claims.latency(_with_speedups(evidence, {1: 1.0, 8: 0.96, 32: 1.05}))[0]
+    assert first == "int8 is as fast as fp32 within 5 % at batch size 1, 8, 32."
+    assert "faster" not in first and "slower" not in first
+
+
+def test_time_saved_that_shrinks(evidence: Evidence) -> None:
+    saved = claims.latency(_with_speedups(evidence, {1: 4.0, 8: 1.06}))[1]
+    assert "does not grow with every larger batch: 3.00 ms at 1, 1.81 ms at 8" in saved
+
+
+def test_larger_batches_are_larger_whatever_their_order(evidence: Evidence) -> None:
+    """`--batch-sizes 128,8,1` is allowed; the time saved still grows with the batch."""
+    saved = claims.latency(_with_speedups(evidence, {128: 2.0, 8: 2.0, 1: 2.0}))[1]
+    assert "grows with every larger batch: 2.00 ms at 1, 256.00 ms at 128" in saved
+
+
+def test_one_batch_size_says_nothing_about_larger_ones(evidence: Evidence) -> None:
+    sentences = claims.latency(_with_speedups(evidence, {8: 2.0}))
+    assert sentences[0] == "int8 is faster at every batch size: 2.00x faster."
+    assert len(sentences) == 2 and "larger batch" not in " ".join(sentences)
+
+
+# --- gate and quantization
+
+
+def test_gate_that_passed(evidence: Evidence) -> None:
+    text = claims.gate(evidence)
+    assert text == "Gate passed: top-1 drop 0.50 points (at most 1); both versions became `champion`."
+
+
+def test_gate_that_failed(evidence: Evidence) -> None:
+    failed = replace(evidence, gate=GateResult(False, ("size ratio 2.50 is not at least 3",)), champion=False)
+    text = claims.gate(failed)
+    assert text == "Gate failed: size ratio 2.50 is not at least 3; `champion` stays where it was."
+
+
+@pytest.mark.parametrize(
+    ("per_channel", "reduce_range", "text"),
+    [
+        (True, False, "minmax observer, weights per channel"),
+        (False, True, "minmax observer, weights per layer, range reduced by one bit"),
+    ],
+)
+def test_quantization(evidence: Evidence, per_channel: bool, reduce_range: bool, text: str) -> None:
+    changed = replace(evidence.int8.quantize, observer="minmax", per_channel=per_channel, reduce_range=reduce_range)
+    assert claims.quantization(changed) == text

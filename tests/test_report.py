@@ -1,0 +1,296 @@
+"""Figures, page and metrics.json: made from the evidence alone, and complete."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from qexp import plots
+from qexp.evaluation import Accuracy
+from qexp.evidence import Evidence, SearchPoint, SearchResult, from_json, to_json
+from qexp.report import render_markdown, table, write_report
+
+FIGURES = [
+    "accuracy_curve",
+    "loss_curve",
+    "accuracy_against_loss",
+    "accuracy_bars",
+    "model_size",
+    "macs",
+    "inference_time",
+]
+SECTIONS = [
+    "# Can smallnet, trained on digits, ship as int8 on this CPU?",
+    "## Training",
+    "## Effect of quantization on accuracy",
+    "## Effect of quantization on model size",
+    "## Multiply-accumulates by batch size",
+    "## Effect of quantization on inference time",
+    "## Gate",
+    "## Environment",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the whole report in it."""
+    folder = tmp_path_factory.mktemp("report") / "new"
+    assert write_report(evidence, folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text()
+
+
+def _draw(name: str, evidence: Evidence) -> Axes:
+    axes = Figure().subplots()
+    plots.FIGURES[name](axes, evidence)
+    return axes
+
+
+def _lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
+    """x and y of every line that the legend names."""
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    return {
+        name: (np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist())
+        for name, line in lines.items()
+        if not name.startswith("_")
+    }
+
+
+def _bars(axes: Axes) -> list[list[float]]:
+    """Heights, by series."""
+    return [[bar.get_height() for bar in container] for container in axes.containers]
+
+
+# --- figures
+
+
+def test_seven_pictures_large_enough_to_read(folder: Path) -> None:
+    assert sorted(file.stem for file in (folder / "figures").iterdir()) == sorted(FIGURES)
+    for name in FIGURES:
+        with Image.open(folder / "figures" / f"{name}.png") as image:
+            assert image.format == "PNG"
+            assert image.width >= 500 and image.height >= 350
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20  # not blank
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_axes_have_a_title_names_and_a_legend(evidence: Evidence, name: str) -> None:
+    axes = _draw(name, evidence)
+    assert axes.get_title() and axes.get_ylabel()
+    if name in ("accuracy_bars", "model_size"):
+        assert all(label.get_text() for label in axes.get_xticklabels())
+    else:
+        assert axes.get_xlabel()
+    assert name == "model_size" or axes.get_legend()
+
+
+def test_curves_show_every_epoch(evidence: Evidence) -> None:
+    epochs = evidence.fp32.train.epochs
+    accuracy, loss = _lines(_draw("accuracy_curve", evidence)), _lines(_draw("loss_curve", evidence))
+    assert accuracy["train top-1"] == ([1, 2, 3], [50.0, 60.0, 70.0])
+    assert accuracy["validation top-1"] == ([1, 2, 3], [45.0, 55.0, 65.0])
+    assert accuracy["train top-3"][1] == [epoch.train_top3_percent for epoch in epochs]
+    assert accuracy["validation top-3"][1] == [epoch.validation_top3_percent for epoch in epochs]
+    assert loss["train"] == ([1, 2, 3], [epoch.train_loss for epoch in epochs])
+    assert loss["validation"] == ([1, 2, 3], [epoch.validation_loss for epoch in epochs])
+
+
+def test_accuracy_against_loss_pairs_them_by_epoch(evidence: Evidence) -> None:
+    lines = _lines(_draw("accuracy_against_loss", evidence))
+    (train,) = [line for name, line in lines.items() if name.startswith("train")]
+    (validation,) = [line for name, line in lines.items() if name.startswith("validation")]
+    assert train == ([2.5, 2.0, 1.5], [50.0, 60.0, 70.0])
+    assert validation[0] == pytest.approx([2.7, 2.2, 1.7]) and validation[1] == [45.0, 55.0, 65.0]
+
+
+def test_bars_show_accuracy_size_and_macs(evidence: Evidence) -> None:
+    assert _bars(_draw("accuracy_bars", evidence)) == [[97.0, 99.5, 94.0, 98.5], [96.5, 99.4, 93.5, 98.25]]
+    assert _bars(_draw("model_size", evidence)) == [[1.8, 0.45]]
+    totals, in_int8 = _bars(_draw("macs", evidence))
+    assert totals == pytest.approx([1e-6, 8e-6, 128e-6])
+    assert in_int8 == pytest.approx([0.9e-6, 7.2e-6, 115.2e-6])
+
+
+def test_layers_that_stayed_fp32_make_the_bars_whole(evidence: Evidence) -> None:
+    quantize = replace(evidence.int8.quantize, float_layers=("network.22",))
+    changed = replace(evidence, int8=replace(evidence.int8, quantize=quantize))
+    totals, in_int8, in_fp32 = _bars(_draw("macs", changed))
+    assert [a + b for a, b in zip(in_int8, in_fp32, strict=True)] == pytest.approx(totals)
+
+
+def test_inference_time_shows_both_medians(evidence: Evidence) -> None:
+    axes = _draw("inference_time", evidence)
+    lines = _lines(axes)
+    assert [line for name, line in lines.items() if name.startswith("fp32")] == [([1, 8, 128], [1.0, 4.0, 100.0])]
+    assert [line for name, line in lines.items() if name.startswith("int8")] == [([1, 8, 128], [0.25, 0.8, 10.0])]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8", "128"]
+    assert "2 threads" in axes.get_title()
+
+
+def test_one_epoch_and_one_batch_size_can_be_drawn(evidence: Evidence, tmp_path: Path) -> None:
+    train = replace(evidence.fp32.train, epochs=evidence.fp32.train.epochs[:1], best_epoch=1)
+    latency = replace(evidence.latency, rows=evidence.latency.rows[:1])
+    cost = replace(evidence.int8.cost, macs={1: 1000}, conv_linear_macs={1: 900}, int8_macs={1: 0})
+    short = replace(
+        evidence, fp32=replace(evidence.fp32, train=train), int8=replace(evidence.int8, cost=cost), latency=latency
+    )
+    assert [file.stem for file in plots.save_figures(short, tmp_path)] == FIGURES
+
+
+def test_search_figure(tmp_path: Path) -> None:
+    points = tuple(
+        SearchPoint(count, observer, top1, 0.2, (top1 - 0.2, top1 + 0.2))
+        for observer in ("histogram", "minmax")
+        for count, top1 in ((8, 93.0), (64, 94.5), (512, 94.6))
+    )
+    result = SearchResult("study", points, points[2], points[1], 0.3, 95.0, 144)
+    plots.save_search_figure(result, tmp_path / "search.png")
+    with Image.open(tmp_path / "search.png") as image:
+        assert image.width >= 500 and image.height >= 350
+    assert from_json(SearchResult, to_json(result)) == result
+
+
+# --- page
+
+
+def test_sections_come_in_order(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("#")] == SECTIONS
+    assert re.findall(r"!\[.*?\]\(figures/(\w+)\.png\)", text) == FIGURES
+    answer = text.split("## Training")[0]
+    assert "**Yes**" in answer
+
+
+def test_page_needs_no_other_file(page: str) -> None:
+    targets = re.findall(r"""(?:src|href|srcset|data)\s*=\s*["']?([^"'\s>]+)""", page)
+    assert len(targets) == 7
+    assert all(target.startswith("data:image/png;base64,") for target in targets)
+    assert not re.search(r"<(script|link|iframe|object)\b|url\(|@import", page)
+
+
+def test_pictures_in_the_page_are_those_in_the_folder(page: str, folder: Path) -> None:
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert pictures == [(folder / "figures" / f"{name}.png").read_bytes() for name in FIGURES]
+    for picture in pictures:
+        Image.open(io.BytesIO(picture)).verify()
+
+
+def test_page_has_title_headings_and_tables(page: str) -> None:
+    assert "<title>Can smallnet, trained on digits, ship as int8 on this CPU?</title>" in page
+    assert [html.unescape(heading) for heading in re.findall(r"<h[12]>(.*?)</h[12]>", page)] == [
+        section.lstrip("# ") for section in SECTIONS
+    ]
+    assert page.count("<table>") == 4 and "<strong>Yes</strong>" in page
+
+
+def test_metrics_read_back_to_equal_evidence(evidence: Evidence, folder: Path) -> None:
+    assert from_json(Evidence, (folder / "metrics.json").read_text()) == evidence
+    changed = replace(evidence, champion=False)
+    assert from_json(Evidence, to_json(changed)) == changed != evidence
+
+
+def test_a_second_report_replaces_the_first(evidence: Evidence, tmp_path: Path) -> None:
+    write_report(evidence, tmp_path)
+    write_report(replace(evidence, champion=False), tmp_path)
+    assert "`champion` stays where it was" in (tmp_path / "report.md").read_text()
+    assert not from_json(Evidence, (tmp_path / "metrics.json").read_text()).champion
+
+
+def _row(text: str, start: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return line.strip("| ").split(" | ")
+
+
+def test_accuracy_table(evidence: Evidence) -> None:
+    text = render_markdown(evidence)
+    assert _row(text, "smallnet fp32")[1:] == ["427,178", "1.800", "97.00 %", "99.50 %", "94.00 %", "98.50 %"]
+    assert _row(text, "smallnet int8")[1:] == ["427,178", "0.450", "96.50 %", "99.40 %", "93.50 %", "98.25 %"]
+
+
+def test_macs_and_latency_tables(evidence: Evidence) -> None:
+    text = render_markdown(evidence)
+    macs, times = text.split("## Effect of quantization on inference time")
+    assert _row(macs, "128") == ["128", "128,000", "115,200"]
+    assert _row(times, "8") == ["8", "4.00", "4.40", "6.00", "0.80", "0.88", "1.20", "2,000", "10,000", "5.00x"]
+
+
+def test_environment_table(evidence: Evidence) -> None:
+    text = render_markdown(evidence)
+    assert _row(text, "CPU")[1] == "Imagined CPU, 2 cores, 2 threads, 16 GB"
+    assert _row(text, "Instructions")[1] == "AVX512-VNNI"
+    assert _row(text, "Libraries")[1] == "torch 2.13.0"
+    assert "digest 0123456789abcdef" in _row(text, "Data")[1]
+    assert _row(text, "Images")[1] == "1294 train, 144 validation, 359 test"
+    assert "64 training images, digest fedcba9876543210" in _row(text, "Calibration")[1]
+    assert _row(text, "fp32 version")[1] == "`models:/smallnet-digits-fp32/1`"
+    assert _row(text, "int8 version")[1] == "`models:/smallnet-digits-int8/1`"
+    unknown = replace(evidence, host=replace(evidence.host, features=()))
+    assert _row(render_markdown(unknown), "Instructions")[1] == "unknown"
+
+
+def _other_accuracy(evidence: Evidence) -> Evidence:
+    accuracy = {**evidence.int8.accuracy, "test": Accuracy(12.34, 56.78, 359)}
+    return replace(evidence, int8=replace(evidence.int8, accuracy=accuracy))
+
+
+def _other_size(evidence: Evidence) -> Evidence:
+    return replace(evidence, int8=replace(evidence.int8, size_bytes=123_000))
+
+
+def _other_macs(evidence: Evidence) -> Evidence:
+    cost = replace(evidence.int8.cost, int8_macs={1: 777, 8: 6216, 128: 99_456})
+    return replace(evidence, int8=replace(evidence.int8, cost=cost))
+
+
+def _other_time(evidence: Evidence) -> Evidence:
+    first = evidence.latency.rows[0]
+    rows = (replace(first, int8=replace(first.int8, p99_ms=98.76)), *evidence.latency.rows[1:])
+    return replace(evidence, latency=replace(evidence.latency, rows=rows))
+
+
+def _other_host(evidence: Evidence) -> Evidence:
+    return replace(evidence, host=replace(evidence.host, cpu="Another CPU"))
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (_other_accuracy, ["12.34 %", "56.78 %"]),
+        (_other_size, ["| 0.123 |", "0.123 MB"]),
+        (_other_macs, ["| 777 |", "| 99,456 |"]),
+        (_other_time, ["| 98.76 |"]),
+        (_other_host, ["Another CPU"]),
+    ],
+)
+def test_numbers_come_from_the_evidence(
+    evidence: Evidence, change: Callable[[Evidence], Evidence], shown: list[str]
+) -> None:
+    before, after = render_markdown(evidence), render_markdown(change(evidence))
+    assert [text for text in shown if text in before or text not in after] == []
+
+
+def test_table_cells_cannot_break_the_table() -> None:
+    assert table(["a", "b"], [["x|y", "1"]]).splitlines() == ["| a | b |", "| :-- | --: |", "| x\\|y | 1 |"]
+    assert table(["a", "b"], [["x", "y"]], numbers=False).splitlines()[1] == "| :-- | :-- |"
+
+
+@pytest.mark.parametrize("source", ["/data/__pets__", "/data/*all*", "/data/<new>", "/data/a_b & c|d"])
+def test_folder_names_are_shown_as_they_are(evidence: Evidence, tmp_path: Path, source: str) -> None:
+    """None of their letters is Markdown or HTML."""
+    data = replace(evidence.fp32.data, source=source)
+    page = write_report(replace(evidence, fp32=replace(evidence.fp32, data=data)), tmp_path).read_text()
+    shown = html.unescape(re.sub(r"<[^>]*>", "", page.split("</h2>")[-1]))
+    assert f"digits from {source}, digest" in shown
