@@ -87,7 +87,7 @@ def macs(evidence: Evidence) -> list[str]:
 
 def latency(evidence: Evidence) -> list[str]:
     """Where int8 is faster, and how the advantage changes with the batch."""
-    rows = evidence.latency.rows
+    rows = sorted(evidence.latency.rows, key=lambda row: row.batch_size)
     faster = [row.batch_size for row in rows if row.speedup > 1 + SAME_SPEED]
     slower = [row.batch_size for row in rows if row.speedup < 1 - SAME_SPEED]
     level = [row.batch_size for row in rows if row.batch_size not in faster + slower]
@@ -148,11 +148,12 @@ def _times(ratio: float, above: str, below: str) -> str:
 
 
 def _range(speedups: Sequence[float]) -> str:
-    low, high = (_times(ratio, "faster", "slower") for ratio in (min(speedups), max(speedups)))
-    if low == high:
-        return low
-    same_side = low.split()[-1] == high.split()[-1] and "not" not in (low + high)
-    return f"{low.split()[0]} to {high}" if same_side else f"{low} to {high}"
+    low, high = min(speedups), max(speedups)
+    if _times(low, "faster", "slower") == _times(high, "faster", "slower"):
+        return _times(low, "faster", "slower")
+    if low >= 1:
+        return f"{low:.2f}x to {high:.2f}x faster"
+    return f"{1 / high:.2f}x to {1 / low:.2f}x slower" if high <= 1 else f"{low:.2f}x to {high:.2f}x as fast as fp32"
 
 
 def _plural(count: int, noun: str) -> str:

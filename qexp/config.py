@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from qexp.errors import InputError
@@ -19,7 +19,7 @@ STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 DATASETS = ("digits", "cifar10", "imagefolder")
 
 PositiveInt = Annotated[int, Field(gt=0)]
-BatchSizes = Annotated[list[PositiveInt], Field(min_length=1)]
+Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
 
 
 class DataConfig(BaseModel):
@@ -63,7 +63,7 @@ class QuantizeConfig(BaseModel):
 
 class LatencyConfig(BaseModel):
     model_config = STRICT
-    batch_sizes: BatchSizes = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
+    batch_sizes: Counts = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
     warmup: int = Field(5, ge=1, description="untimed passes of each model at each batch size")
     min_repeats: int = Field(20, ge=2, description="timed passes of each model at each batch size, at least")
     min_seconds: float = Field(1.0, ge=0, description="seconds of timing at each batch size, at least")
@@ -78,7 +78,7 @@ class GateConfig(BaseModel):
 
 class SearchConfig(BaseModel):
     model_config = STRICT
-    sample_counts: BatchSizes = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
+    sample_counts: Counts = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
     observers: list[Literal["histogram", "minmax", "moving_average"]] | None = Field(
         None, min_length=1, description="observers to try; auto: the one of quantize.observer"
     )
@@ -182,7 +182,7 @@ def _validated_overrides(overrides: dict[str, dict[str, Any]]) -> dict[str, dict
 
 def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> str:
     """One line from pydantic's error: key (or option), value, what is allowed."""
-    path = [str(part) for part in error["loc"] if not isinstance(part, int)]
+    path = [str(part) for part in error["loc"] if not isinstance(part, int)] or [str(error["loc"][0])]
     key = path[-1].replace("_", "-") if separator == "-" else ".".join(path)
     if error["type"] == "extra_forbidden":
         fields = _fields_of(path[:-1])

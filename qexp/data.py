@@ -76,9 +76,8 @@ def dataset_name(options: DataConfig) -> str:
 def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
     """Indices, ascending, of `count` items that hold each class in its share, to within one item.
 
-    Every class is shuffled, and its i-th of n items gets the place (i + 1/2) / n; the `count` first places win, ties in
-    random order. So a larger count with the same seed contains the smaller one. The generator is numpy's RandomState,
-    whose streams are frozen (NEP 19): the same seed gives the same indices on every machine.
+    The same seed gives the same indices on every machine: the generator is numpy's RandomState, whose streams are
+    frozen (NEP 19). A larger count with the same seed contains the smaller one.
 
     Raises:
         InputError: `count` is larger than the number of labels.
@@ -88,12 +87,23 @@ def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
     random = np.random.RandomState(seed)
     order = random.permutation(len(labels))
     shuffled = labels.numpy()[order]
-    place = np.empty(len(labels))
-    for label in np.unique(shuffled):
-        members = np.flatnonzero(shuffled == label)
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    chosen = order[np.argsort(place, kind="stable")[:count]]
+    members = [order[shuffled == label] for label in random.permutation(np.unique(shuffled))]
+    shares = _apportion(np.array([len(of_class) for of_class in members]), count)
+    chosen = np.concatenate([of_class[:share] for of_class, share in zip(members, shares, strict=True)])
     return torch.from_numpy(np.sort(chosen))
+
+
+def _apportion(sizes: np.ndarray, count: int) -> np.ndarray:
+    """How many of `count` items each class gives: its share rounded down or up, and never fewer for a larger count.
+
+    One item at a time, to the class with the most items for each it would have given, unless that class would exceed
+    its share rounded up (quota method: Balinski and Young, American Mathematical Monthly 82, 1975). Ties: the first.
+    """
+    given = np.zeros(len(sizes), dtype=np.int64)
+    for total in range(1, count + 1):
+        may_give = given < -(-sizes * total // sizes.sum())
+        given[np.argmax(np.where(may_give, sizes / (given + 1), -1.0))] += 1
+    return given
 
 
 def calibration_subset(train: Split, count: int, seed: int) -> tuple[Split, str]:

@@ -7,3 +7,9 @@ class InputError(ValueError):
 
 class StageError(RuntimeError):
     """The input was fine but a stage could not do its work: the message says why (exit code 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as part of one line; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -25,13 +25,13 @@ def decide_gate(
     checks = [
         (
             top1_drop_points <= options.max_top1_drop,
-            f"top-1 drop {top1_drop_points:.2f} points",
+            f"top-1 drop {top1_drop_points:.4g} points",
             f"at most {options.max_top1_drop:g}",
         ),
-        (size_ratio >= options.min_size_ratio, f"size ratio {size_ratio:.2f}", f"at least {options.min_size_ratio:g}"),
+        (size_ratio >= options.min_size_ratio, f"size ratio {size_ratio:.4g}", f"at least {options.min_size_ratio:g}"),
         (
             smallest_speedup >= options.min_speedup,
-            f"smallest speed-up {smallest_speedup:.2f}",
+            f"smallest speed-up {smallest_speedup:.4g}",
             f"at least {options.min_speedup:g}",
         ),
     ]

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +49,10 @@ def _class_names(root: Path, part: str) -> list[str]:
 
 def _class_files(folder: Path) -> list[str]:
     """Image files of one class, sub-folders included, in the same order on every machine."""
-    found = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    found = []
+    for top, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk goes into what is left here
+        found += [os.path.join(top, name) for name in names if not name.startswith(".")]
     images = sorted(file for file in found if os.path.splitext(file)[1].lower() in SUFFIXES)
     if not images:
         raise InputError(f"--data-dir: class {folder.name} is empty: no image in {folder}")
@@ -72,12 +76,17 @@ def decode_files(files: Sequence[str], image_size: int) -> Tensor:
 def _decode(file: str, image_size: int) -> np.ndarray:
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            image = _with_8_bits(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"--data-dir: broken image {file}: {error}") from None
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """Grey with 16 bits scaled to 8, which `convert` would clip."""
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
 def cached(
@@ -96,7 +105,8 @@ def cached(
         save_file(tensors, temporary)
         temporary.replace(cache)
     except (OSError, SafetensorError) as error:  # a read-only or full disk costs the next start some seconds, no more
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         say(f"no cache of the decoded images in {root}: {error}")
     return tensors
 
@@ -104,6 +114,9 @@ def cached(
 def _fingerprint(root: Path, files: Sequence[str]) -> str:
     """A digest of names below `root`, sizes and times; plain strings, since Path costs 60,000 files a second."""
     start = len(str(root)) + 1
-    status = [(file[start:], os.stat(file)) for file in files]
+    try:
+        status = [(file[start:], os.stat(file)) for file in files]
+    except OSError as error:
+        raise InputError(f"--data-dir: cannot read {error.filename}: {error.strerror}") from None
     lines = "\n".join(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}" for name, facts in status)
     return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]

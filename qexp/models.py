@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qexp.errors import InputError
+from qexp.errors import InputError, first_line
 
 SMALLNET_BLOCKS = ((32, 64), (64, 128), (128, 128))  # channels of the 3x3 convolutions; a 2x2 max-pool between blocks
 
@@ -69,8 +69,9 @@ def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size))
     except (RuntimeError, AssertionError, ValueError) as error:  # what architectures raise at a size they cannot take
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--image-size {spec.image_size}: not for --model {spec.architecture} ({reason})") from None
+        raise InputError(
+            f"--image-size {spec.image_size}: not for --model {spec.architecture} ({first_line(error)})"
+        ) from None
     return model
 
 

@@ -23,7 +23,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from torch import Tensor, nn
 
-from qexp.errors import InputError
+from qexp.errors import InputError, first_line
 from qexp.evaluation import to_float
 from qexp.models import ModelSpec
 from qexp.progress import say
@@ -165,8 +165,9 @@ def _look_up(uri: str) -> ModelVersion:
         number = newest_version(parts["name"]) if parts["version"] == "latest" else parts["version"]
         return client.get_model_version(parts["name"], number)
     except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--model-uri {uri}: does not exist in {mlflow.get_registry_uri()} ({reason})") from None
+        raise InputError(
+            f"--model-uri {uri}: does not exist in {mlflow.get_registry_uri()} ({first_line(error)})"
+        ) from None
 
 
 def newest_version(name: str) -> str:

@@ -145,7 +145,7 @@ def _environment_table(evidence: Evidence) -> str:
         ["Instructions", ", ".join(host.features) or "unknown"],
         ["System", f"{host.system}, Python {host.python}"],
         ["Libraries", ", ".join(f"{name} {number}" for name, number in host.libraries.items())],
-        ["Data", f"{data.name} from {data.source}, digest {data.digest}, {data.image_size_px} px"],
+        ["Data", f"{data.name} from `{data.source}`, digest {data.digest}, {data.image_size_px} px"],
         ["Images", f"{data.train_images} train, {data.validation_images} validation, {data.test_images} test"],
         [
             "Training",

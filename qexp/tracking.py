@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from qexp import metrics
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data import Dataset, Split
-from qexp.errors import InputError
+from qexp.errors import InputError, first_line
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import from_json, to_json
 from qexp.host import Host
@@ -50,10 +50,9 @@ def use_store() -> None:
     try:
         mlflow.MlflowClient().search_experiments(max_results=1)
     except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
-        reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
-            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer ({reason}); "
-            "start it, or unset the variable to use sqlite:///mlflow.db"
+            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer "
+            f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
         ) from None
     finally:
         for name, value in before.items():
@@ -200,7 +199,7 @@ def read_result(kind: type[T], run_id: str, name: str) -> T:
     try:
         return from_json(kind, mlflow.artifacts.load_text(f"runs:/{run_id}/results/{name}.json"))
     except (MlflowException, OSError, ValueError) as error:
-        raise InputError(f"run {run_id}: results/{name}.json cannot be read ({str(error).splitlines()[0]})") from None
+        raise InputError(f"run {run_id}: results/{name}.json cannot be read ({first_line(error)})") from None
 
 
 def read_config(run_id: str) -> Config:
@@ -242,5 +241,5 @@ def downloaded(uri: str) -> Iterator[Path]:
         try:
             file = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
         except (MlflowException, OSError) as error:
-            raise InputError(f"{uri}: cannot be read ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{uri}: cannot be read ({first_line(error)})") from None
         yield file

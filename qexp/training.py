@@ -23,6 +23,7 @@ from qexp.progress import say, track
 
 WARM_UP_SHARE = 0.25  # of the steps, in which the learning rate rises to its peak
 PEAK_WITH_BATCH_NORM, PEAK_WITHOUT_BATCH_NORM = 0.2, 0.03
+SHORTEST_CYCLE = 5  # steps; in a shorter one torch's warm-up has no length, and it divides by that
 EVALUATION_BATCH_SIZE = 256
 
 
@@ -78,6 +79,7 @@ def train_model(
     for epoch in range(1, options.epochs + 1):
         train = _train_epoch(loop, dataset.train, seed, epoch)
         result = EpochResult(epoch, *train[:3], *_evaluate(loop, dataset.validation), *train[3:])
+        _check_finite(result.validation_loss, epoch)
         epochs.append(result)
         on_epoch(result)
         say(_epoch_line(result, options.epochs))
@@ -122,8 +124,7 @@ def _prepare(model: Classifier, dataset: Dataset, options: TrainConfig) -> _Loop
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         [group["lr"] for group in groups],
-        epochs=options.epochs,
-        steps_per_epoch=math.ceil(len(dataset.train) / options.batch_size),
+        total_steps=max(SHORTEST_CYCLE, options.epochs * math.ceil(len(dataset.train) / options.batch_size)),
         pct_start=WARM_UP_SHARE,
         cycle_momentum=False,
     )
@@ -173,13 +174,17 @@ def _train_epoch(loop: _Loop, train: Split, seed: int, epoch: int) -> tuple[floa
 def _step(loop: _Loop, images: Tensor, labels: Tensor, epoch: int) -> Tensor:
     """One optimiser step on a uint8 batch; the sums of loss, hits and top-3 hits over it."""
     logits, loss = _forward(loop, images, labels)
-    if not torch.isfinite(loss):
-        raise StageError(f"training stopped in epoch {epoch}: the loss is {loss.item()}; lower --learning-rate")
+    _check_finite(loss.item(), epoch)
     loop.optimizer.zero_grad()
     loss.backward()
     loop.optimizer.step()
     loop.schedule.step()
     return _sums(loss, logits, labels)
+
+
+def _check_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise StageError(f"training stopped in epoch {epoch}: the loss is {loss}; lower --learning-rate")
 
 
 def _forward(loop: _Loop, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def test_answer_when_everything_went_wrong(evidence: Evidence) -> None:
     assert text.startswith("**No**: it does not pass the gate")
     assert "rises by 0.25 points" in text
     assert "the file is 4.00x larger" in text
-    assert "inference is 2.00x to 1.25x slower" in text
+    assert "inference is 1.25x to 2.00x slower" in text
     assert "faster" not in text and "smaller" not in text
 
 
@@ -68,7 +68,7 @@ def test_answer_when_nothing_changed(evidence: Evidence) -> None:
 
 
 def test_answer_with_speedups_on_both_sides(evidence: Evidence) -> None:
-    assert "1.25x slower to 2.00x faster" in claims.answer(_with_speedups(evidence, {1: 0.8, 8: 2.0}))
+    assert "0.80x to 2.00x as fast as fp32" in claims.answer(_with_speedups(evidence, {1: 0.8, 8: 2.0}))
 
 
 # --- training
@@ -211,7 +211,7 @@ def test_faster_at_every_size(evidence: Evidence) -> None:
 
 def test_slower_at_every_size(evidence: Evidence) -> None:
     first, saved, _ = claims.latency(_with_speedups(evidence, {1: 0.8, 8: 0.5}))
-    assert first == "int8 is slower at every batch size: 2.00x to 1.25x slower."
+    assert first == "int8 is slower at every batch size: 1.25x to 2.00x slower."
     assert "does not grow with every larger batch: -1.00 ms at 1, -32.00 ms at 8" in saved
     assert "faster" not in first
 

@@ -33,7 +33,7 @@ def _pixels(split: Split) -> set[bytes]:
 
 @pytest.mark.parametrize(
     ("count", "seed", "indices"),
-    [(5, 0, [1, 8, 10, 17, 18]), (5, 1, [3, 6, 10, 14, 16]), (10, 0, [1, 2, 4, 6, 8, 10, 13, 14, 17, 18])],
+    [(5, 0, [1, 8, 10, 13, 17]), (5, 1, [3, 6, 10, 14, 16]), (10, 0, [1, 2, 4, 6, 8, 10, 13, 14, 17, 18])],
 )
 def test_same_seed_draws_these_images_on_every_machine(count: int, seed: int, indices: list[int]) -> None:
     assert stratified_sample(_labels((12, 6, 2)), count, seed).tolist() == indices
@@ -132,7 +132,7 @@ def test_calibration_subset_is_the_same_for_the_same_seed(digits: Dataset) -> No
 
 def test_calibration_digest_is_that_of_the_indices() -> None:
     train = Split(torch.zeros(20, 3, 2, 2, dtype=torch.uint8), _labels((12, 6, 2)))
-    indices = np.array([1, 8, 10, 17, 18], dtype="<i8")
+    indices = np.array([1, 8, 10, 13, 17], dtype="<i8")
     assert calibration_subset(train, 5, seed=0)[1] == hashlib.sha256(indices.tobytes()).hexdigest()[:16]
 
 

@@ -104,17 +104,23 @@ def test_quantizing_again_gives_equal_bits(
         assert torch.equal(again.module(inputs), int8.module(inputs))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"observer": "minmax"}, {"observer": "moving_average", "calibration_batch_size": 8}, {"per_channel": False}],
-)
-def test_options_change_the_model(
-    int8: QuantizedModel, model: Classifier, images: Tensor, inputs: Tensor, options: dict[str, object]
-) -> None:
+def test_observers_choose_different_ranges(model: Classifier, images: Tensor, inputs: Tensor) -> None:
+    observers = ("histogram", "minmax", "moving_average")
     with torch.no_grad():
-        other = _quantize(model, images, **options).module(inputs)
-        assert not torch.equal(other, int8.module(inputs))
-        assert (other.argmax(1) == model(inputs).argmax(1)).double().mean() > 0.9
+        logits = [
+            _quantize(model, images, observer=name, calibration_batch_size=8).module(inputs) for name in observers
+        ]
+        for first, second in ((0, 1), (0, 2), (1, 2)):
+            assert not torch.equal(logits[first], logits[second])
+        assert all((found.argmax(1) == model(inputs).argmax(1)).double().mean() > 0.9 for found in logits)
+
+
+def test_one_scale_a_layer_is_coarser(int8: QuantizedModel, model: Classifier, images: Tensor, inputs: Tensor) -> None:
+    with torch.no_grad():
+        fp32, per_channel = model(inputs), int8.module(inputs)
+        per_layer = _quantize(model, images, per_channel=False).module(inputs)
+        assert (per_layer - fp32).abs().mean() > (per_channel - fp32).abs().mean()
+        assert (per_layer.argmax(1) == fp32.argmax(1)).double().mean() > 0.9
 
 
 def test_reduced_range_changes_the_model(model: Classifier, images: Tensor, inputs: Tensor) -> None:

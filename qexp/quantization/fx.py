@@ -25,7 +25,7 @@ from torch.ao.quantization import (
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from qexp.config import QuantizeConfig
-from qexp.errors import StageError
+from qexp.errors import StageError, first_line
 from qexp.quantization.result import QuantizedModel, QuantizeResult
 
 OBSERVERS: dict[str, Any] = {
@@ -73,8 +73,7 @@ def _calibrate_and_convert(
             prepared(batch.float() / 255)
         return convert_fx(prepared)
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
-        reason = str(error).strip().splitlines()[0]
-        raise StageError(f"engine fx cannot quantize this model: {type(error).__name__}: {reason}") from error
+        raise StageError(f"engine fx cannot quantize this model: {first_line(error)}") from error
 
 
 @contextmanager
