@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml
 
 demo: setup  ## train SmallNet on digits, quantize, measure, register: report/report.html and make ui show the result
 	$(ENV) mlflow run . --env-manager local -e main --experiment-name qexp-digits -P output_dir=report
+	@echo 'the report: report/report.html; the runs and models: make ui'
 
 test: setup  ## all tests, slow ones included
 	$(ENV) python -m pytest

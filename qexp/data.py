@@ -157,7 +157,7 @@ def _read_cifar10(options: DataConfig) -> Read:
         _decode_cifar10(root, options.image_size)
     files = sorted(str(file) for file in folder.iterdir())
     tensors = cached(root, files, options.image_size, lambda: _decode_cifar10(root, options.image_size))
-    return str(root.resolve()), CIFAR10_CLASSES, tensors
+    return str(root), CIFAR10_CLASSES, tensors
 
 
 def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def _read_imagefolder(options: DataConfig) -> Read:
         return _tensors(images[:first], labels[0], images[first:].clone(), labels[1])
 
     tensors = cached(root, flat["train"] + flat["test"], options.image_size, read)
-    return str(root.resolve()), classes, tensors
+    return str(root), classes, tensors
 
 
 def _tensors(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> dict[str, Tensor]:

@@ -106,7 +106,8 @@ def set_note(text: str) -> None:
 
 def log_setup(config: Config, host: Host) -> None:
     """Parameters, the resolved configuration and the host."""
-    mlflow.log_params(flat_params(config) | {"host.cpu": host.cpu, "host.threads": host.threads})
+    facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
+    mlflow.log_params(flat_params(config) | facts)
     mlflow.log_text(to_yaml(config), "config.yaml")
     mlflow.log_text(to_json(host), "host.json")
 
