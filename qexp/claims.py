@@ -121,10 +121,11 @@ def gate(evidence: Evidence) -> str:
 
 
 def training_pace(evidence: Evidence) -> str:
-    """Wall time, precision and peak learning rate of training."""
+    """Epochs, wall time, precision and peak learning rate of training."""
     train = evidence.fp32.train
+    epochs = f"{len(train.epochs)} {_plural(len(train.epochs), 'epoch')}"
     precision = "bf16 autocast" if train.bf16 else "fp32"
-    return f"{train.duration_s:.0f} s, {precision}, peak learning rate {train.peak_learning_rate:g}"
+    return f"{epochs} in {train.duration_s:.0f} s, {precision}, peak learning rate {train.peak_learning_rate:g}"
 
 
 def quantization(result: QuantizeResult) -> str:

@@ -149,7 +149,7 @@ def _environment_table(evidence: Evidence) -> str:
         ["Images", f"{data.train_images} train, {data.validation_images} validation, {data.test_images} test"],
         [
             "Training",
-            f"seed {evidence.fp32.seed}, {len(evidence.fp32.train.epochs)} epochs, {claims.training_pace(evidence)}",
+            f"seed {evidence.fp32.seed}, {claims.training_pace(evidence)}",
         ],
         ["Quantization", f"engine {quantize.engine}, {quantize.backend} kernels, {claims.quantization(quantize)}"],
         ["Calibration", f"{quantize.calibration_images} training images, digest {int8.calibration_digest}"],
