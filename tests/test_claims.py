@@ -100,7 +100,9 @@ def test_training_images_worse_than_test_images(evidence: Evidence) -> None:
 
 @pytest.mark.parametrize(("bf16", "words"), [(True, "bf16 autocast"), (False, "fp32")])
 def test_training_pace(evidence: Evidence, bf16: bool, words: str) -> None:
-    assert claims.training_pace(_with_train(evidence, bf16=bf16)) == f"12 s, {words}, peak learning rate 0.2"
+    assert (
+        claims.training_pace(_with_train(evidence, bf16=bf16)) == f"3 epochs in 12 s, {words}, peak learning rate 0.2"
+    )
 
 
 # --- accuracy
