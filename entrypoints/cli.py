@@ -4,6 +4,7 @@ import typer
 
 from entrypoints.latency import latency
 from entrypoints.main import main
+from entrypoints.options import run_app
 from entrypoints.quantize import quantize
 from entrypoints.report import report
 from entrypoints.search import search
@@ -24,5 +25,11 @@ for name, command in {
 }.items():
     app.command(name)(command)
 
+
+def main_program() -> None:
+    """The console command."""
+    run_app(app)
+
+
 if __name__ == "__main__":
-    app()
+    main_program()

@@ -13,6 +13,7 @@ from types import FrameType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+import typer.exceptions
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -115,6 +116,23 @@ def finish(action: Callable[[], dict[str, Any]]) -> None:
         _fail("interrupted", 130)
     else:
         print(json.dumps(_rounded(summary)), flush=True)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line; what Typer refuses (unknown or missing options) is one line too, and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.exceptions.TyperException as error:
+        typer.echo(f"error: {error.format_message()} (see --help)", err=True)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def run_alone(command: Callable[..., None]) -> None:
+    """Run one command by itself, as MLproject does."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    run_app(app)
 
 
 def _rounded(value: Any) -> Any:

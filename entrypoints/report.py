@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import typer
-
-from entrypoints.options import ModelUri, with_options
+from entrypoints.options import ModelUri, run_alone, with_options
 from qexp.config import Config
 
 
@@ -17,4 +15,4 @@ def report(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(report)
+    run_alone(report)

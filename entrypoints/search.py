@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import typer
-
-from entrypoints.options import ModelUri, given, with_options
+from entrypoints.options import ModelUri, given, run_alone, with_options
 from qexp.config import Config
 
 
@@ -20,4 +18,4 @@ def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(search)
+    run_alone(search)

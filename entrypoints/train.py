@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import typer
-
-from entrypoints.options import with_options
+from entrypoints.options import run_alone, with_options
 from qexp.config import Config
 
 
@@ -17,4 +15,4 @@ def train(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    run_alone(train)

@@ -16,8 +16,7 @@ def answer(evidence: Evidence) -> str:
     verdict = "**Yes**: it passes" if evidence.gate.passed else "**No**: it does not pass"
     return (
         f"{verdict} the gate of the configuration. As int8, top-1 on the test images {_changed(drop)}, the "
-        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}, and inference is {_range(speedups)}, depending "
-        "on batch size."
+        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}, and inference is {_range(speedups)}."
     )
 
 
@@ -32,7 +31,7 @@ def training(evidence: Evidence) -> list[str]:
     return [
         f"Training took {last} {_plural(last, 'epoch')} and {train.duration_s:.0f} s; {end}.",
         f"The weights of epoch {train.best_epoch} were kept, for the best validation top-1 "
-        f"({best.validation_top1_percent:.2f} %).",
+        f"during training ({best.validation_top1_percent:.2f} %).",
         f"fp32 top-1 on the training images is {abs(gap):.2f} points {fit} that on the test images.",
     ]
 
@@ -54,7 +53,7 @@ def accuracy(evidence: Evidence) -> list[str]:
         f"Top-3 {_changed(found.top3_drop_points)}.",
         f"The two models agree on {found.agreement_percent:.2f} % of the test images. {lost} {_plural(lost, 'image')} "
         f"only fp32 gets right, {gained} only int8.",
-        "The test images were used for this only: not for training, early stopping, calibration or search.",
+        "Neither training, early stopping, calibration nor search has seen a test image.",
     ]
 
 
@@ -102,22 +101,32 @@ def latency(evidence: Evidence) -> list[str]:
     sentences = [first]
     if len(rows) > 1:
         gaps = [row.fp32.p50_ms - row.int8.p50_ms for row in rows]
-        grows = all(later > earlier for earlier, later in pairwise(gaps))
+        grows = all(later > max(0.0, earlier) * (1 + SAME_SPEED) for earlier, later in pairwise(gaps))
         change = "grows with every larger batch" if grows else "does not grow with every larger batch"
         ends = f"{gaps[0]:.2f} ms at {rows[0].batch_size}, {gaps[-1]:.2f} ms at {rows[-1].batch_size}"
         sentences.append(f"The time saved a batch {change}: {ends}.")
     least = min(row.fp32.repeats for row in rows)
     sentences.append(
-        f"Wall time of one forward pass, both models in turn in a process of its own, {evidence.latency.threads} "
-        f"threads, at least {least} repeats each, loaded from the registry as a user loads them."
+        f"Wall time of one forward pass, both models in turn in a process of its own, "
+        f"{threads(evidence.latency.threads)}, at least {least} repeats each, {_loaded(evidence)}."
     )
     return sentences
 
 
 def gate(evidence: Evidence) -> str:
     """The gate's decision and what follows from it."""
-    follows = "both versions became `champion`" if evidence.champion else "`champion` stays where it was"
-    return f"Gate {evidence.gate.summary}; {follows}."
+    follows = {
+        (True, True): "the int8 version is `champion`",
+        (True, False): "the int8 version is not `champion`: only `qexp run` moves that alias",
+        (False, True): "the int8 version is `champion` all the same, by an earlier decision",
+        (False, False): "`champion` stays where it was",
+    }
+    return f"Gate {evidence.gate.summary}; {follows[evidence.gate.passed, evidence.champion]}."
+
+
+def threads(count: int) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {_plural(count, 'thread')}"
 
 
 def training_pace(evidence: Evidence) -> str:
@@ -136,6 +145,13 @@ def quantization(result: QuantizeResult) -> str:
     )
 
 
+def _loaded(evidence: Evidence) -> str:
+    if evidence.int8.quantize.backend == "x86":
+        return "loaded from the registry as `mlflow.pytorch.load_model` loads them"
+    backend = evidence.int8.quantize.backend
+    return f"loaded from the registry by `qexp.load`, which sets the {backend} kernels (a plain load uses x86)"
+
+
 def _changed(drop_points: float) -> str:
     if abs(drop_points) < 0.005:
         return "does not change"
@@ -149,12 +165,18 @@ def _times(ratio: float, above: str, below: str) -> str:
 
 
 def _range(speedups: Sequence[float]) -> str:
+    """How fast int8 is over all batch sizes, in the words of `latency`: within 5 % is as fast."""
     low, high = min(speedups), max(speedups)
-    if _times(low, "faster", "slower") == _times(high, "faster", "slower"):
-        return _times(low, "faster", "slower")
-    if low >= 1:
-        return f"{low:.2f}x to {high:.2f}x faster"
-    return f"{1 / high:.2f}x to {1 / low:.2f}x slower" if high <= 1 else f"{low:.2f}x to {high:.2f}x as fast as fp32"
+    if low > 1 + SAME_SPEED:
+        return f"{_from_to(low, high)} faster"
+    if high < 1 - SAME_SPEED:
+        return f"{_from_to(1 / high, 1 / low)} slower"
+    return f"{_from_to(low, high)} as fast as fp32"
+
+
+def _from_to(low: float, high: float) -> str:
+    ends = [f"{low:.2f}x", f"{high:.2f}x"]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def _plural(count: int, noun: str) -> str:

@@ -52,7 +52,9 @@ class QuantizeConfig(BaseModel):
     model_config = STRICT
     engine: Literal["fx"] = Field("fx", description="quantization engine")
     backend: Literal["x86", "onednn"] = Field("x86", description="int8 kernels; x86 is what a plain load uses")
-    calibration_samples: int = Field(256, ge=1, description="un-augmented training images that set the ranges")
+    calibration_samples: int | None = Field(
+        None, ge=1, description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer"
+    )
     calibration_batch_size: int = Field(64, ge=1, description="images a calibration step")
     observer: Literal["histogram", "minmax", "moving_average"] = Field(
         "histogram", description="how activation ranges are chosen"
@@ -108,9 +110,14 @@ class _Yaml12Loader(yaml.SafeLoader):
     """YAML 1.1 reads `5e-4` as text; YAML 1.2, and everybody's expectation, reads a number."""
 
 
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Yaml12Dumper(yaml.SafeDumper):
+    """Quotes text that the loader would read as a number."""
+
+
+for _side in (_Yaml12Loader, _Yaml12Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
@@ -202,7 +209,7 @@ def to_yaml(config: Config) -> str:
     """The resolved configuration as text that `load_config` reads back."""
     values = config.model_dump(mode="json")
     named = {k: _auto_named(v) if isinstance(v, dict) else ("auto" if v is None else v) for k, v in values.items()}
-    return yaml.safe_dump(named, sort_keys=False)
+    return yaml.dump(named, Dumper=_Yaml12Dumper, sort_keys=False)
 
 
 def _auto_named(section: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +222,7 @@ def flat_params(config: Config) -> dict[str, Any]:
     The dot keeps them apart from the parameters that `mlflow run` has logged already, as quoted text.
     """
     params: dict[str, Any] = {}
-    for key, value in yaml.safe_load(to_yaml(config)).items():
+    for key, value in yaml.load(to_yaml(config), _Yaml12Loader).items():
         if isinstance(value, dict):
             params |= {f"{key}.{name}": inner for name, inner in value.items()}
         else:

@@ -2,16 +2,18 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qexp.config import DataConfig
+from qexp.config import DataConfig, QuantizeConfig
 from qexp.errors import InputError
 from qexp.imagefolder import cached, decode_files, list_folder
 
+DEFAULT_CALIBRATION_SAMPLES = 256
 DIGITS_TEST_SHARE = 0.2
 MAX_NAME_LENGTH = 40
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -23,6 +25,11 @@ class Split:
 
     images: Tensor
     labels: Tensor
+
+    @cached_property
+    def digest(self) -> str:
+        """Of pixels and labels, in their order."""
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,14 +113,24 @@ def _apportion(sizes: np.ndarray, count: int) -> np.ndarray:
     return given
 
 
+def calibration_count(options: QuantizeConfig, train: Split) -> int:
+    """How many images `calibration_samples` stands for.
+
+    Raises:
+        InputError: there are fewer training images than asked for.
+    """
+    count = options.calibration_samples or min(DEFAULT_CALIBRATION_SAMPLES, len(train))
+    if count > len(train):
+        raise InputError(f"--calibration-samples {count}: must be at most {len(train)}, the number of training images")
+    return count
+
+
 def calibration_subset(train: Split, count: int, seed: int) -> tuple[Split, str]:
     """`count` un-augmented training images, class-stratified, and the digest of their indices in `train`.
 
     Raises:
         InputError: there are fewer training images than `count`.
     """
-    if count > len(train):
-        raise InputError(f"--calibration-samples {count}: must be at most {len(train)}, the number of training images")
     indices = stratified_sample(train.labels, count, seed)
     return train.subset(indices), hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 

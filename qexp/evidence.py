@@ -64,13 +64,14 @@ class LatencyEvidence:
     int8_uri: str
     latency: LatencyResult
     host: Host
+    run_id: str
 
 
 @dataclass(frozen=True)
 class Evidence:
     """Everything that answers the question: can this classifier ship as int8 on this CPU?
 
-    `champion` says whether the gate moved that alias to these versions.
+    `champion` says whether the int8 version has that alias.
     """
 
     fp32: Fp32Evidence

@@ -106,6 +106,12 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(deviation < 1e-4, torch.ones(()), deviation).float()
 
 
+def outline(spec: ModelSpec) -> nn.Module:
+    """The network's modules without memory for their weights."""
+    with torch.device("meta"):
+        return _build_network(spec)
+
+
 def repeated_inputs(model: Classifier) -> int:
     """How many equal copies of each value the first linear layer of a VGG sees.
 
@@ -174,5 +180,9 @@ def load_classifier(file: Path) -> Classifier:
         raise InputError(f"weights file {file}: not written by qexp ({error})") from None
     spec = ModelSpec(values["architecture"], tuple(values["classes"]), values["image_size"])
     model = Classifier(spec, torch.zeros(3), torch.ones(3))
-    model.load_state_dict(state)
+    fresh = model.state_dict()  # carries the layers' version numbers, which some of torchvision's modules insist on
+    if set(fresh) != set(state):
+        raise InputError(f"weights file {file}: not those of {spec.architecture} in this torchvision")
+    fresh.update(state)
+    model.load_state_dict(fresh)
     return model.eval()

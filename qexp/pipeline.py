@@ -6,17 +6,19 @@ import torch
 
 from qexp import claims, registered, registry, stages, tracking
 from qexp.config import Config
-from qexp.data import Dataset, calibration_subset, load_dataset
+from qexp.data import Dataset, calibration_count, load_dataset
 from qexp.evidence import Evidence
 from qexp.host import Host, read_host
-from qexp.models import check_model_name
+from qexp.models import ModelSpec, check_model_name, outline
+from qexp.training import settle_options
 
 Summary = dict[str, Any]
 
 
 def run_main(config: Config, model_uri: str | None = None) -> Summary:
     """Train (or take the registered fp32 version `model_uri`), quantize, measure, gate, report."""
-    config, host, dataset = prepare(config, model_uri)
+    config, host, dataset = prepare(config, model_uri, given=("data", "train"))
+    config = with_calibration_count(config, dataset)
     with tracking.start_run("main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?") as run_id:
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, stages.SPLITS)
@@ -52,6 +54,7 @@ def run_train(config: Config) -> Summary:
 def run_quantize(config: Config, model_uri: str) -> Summary:
     """Quantize the registered fp32 version `model_uri` and register the int8 version."""
     config, host, dataset = prepare(config, model_uri)
+    config = with_calibration_count(config, dataset)
     fp32 = registered.fp32_from_registry(model_uri, dataset)
     int8 = stages.quantize_stage(config, host, dataset, fp32)
     figures = {
@@ -71,7 +74,7 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     evidence = stages.latency_stage(config, host, registry.from_entity(fp32), registry.from_entity(int8))
     speedups = {str(row.batch_size): row.speedup for row in evidence.latency.rows}
     uris = {"fp32": evidence.fp32_uri, "int8": evidence.int8_uri}
-    return {"command": "latency", **uris, "speedup_by_batch_size": speedups}
+    return {"command": "latency", "run_id": evidence.run_id, **uris, "speedup_by_batch_size": speedups}
 
 
 def run_report(config: Config, model_uri: str) -> Summary:
@@ -82,24 +85,46 @@ def run_report(config: Config, model_uri: str) -> Summary:
     return _summary("report", report_uri.split("/")[1], evidence, report_uri)
 
 
-def prepare(config: Config, model_uri: str | None) -> tuple[Config, Host, Dataset]:
-    """What can be refused is refused here, before there is a run: store, version, names, data, calibration count."""
+def prepare(config: Config, model_uri: str | None, given: tuple[str, ...] = ()) -> tuple[Config, Host, Dataset]:
+    """What can be refused is refused here, before there is a run: store, version, names, data, folders.
+
+    Args:
+        given: sections of which options, if given, must not differ from what `model_uri` was made with.
+
+    Returns:
+        The configuration with every `auto` settled that a stage would settle.
+    """
     tracking.use_store()
     if model_uri:
+        if given:
+            registered.refuse_conflicts(config, model_uri, given)
         config = registered.config_of_version(config, model_uri, "fp32")
     check_model_name(config.model)
+    stages.check_output_dir(config)
     host = _use_threads(config)
     dataset = load_dataset(config.data, config.seed)
     if model_uri:
         registered.check_data(model_uri, dataset)
-    calibration_subset(dataset.train, config.quantize.calibration_samples, config.seed)
     tracking.use_experiment(dataset.name)
-    return config, host, dataset
+    return _settled(config, host, dataset), host, dataset
+
+
+def with_calibration_count(config: Config, dataset: Dataset) -> Config:
+    """`config` with the number of calibration images that it stands for; InputError if there are not so many."""
+    count = calibration_count(config.quantize, dataset.train)
+    return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
+
+
+def _settled(config: Config, host: Host, dataset: Dataset) -> Config:
+    network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
+    train = settle_options(config.train, dataset.name, network)
+    return config.model_copy(update={"threads": host.threads, "train": train})
 
 
 def _prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
     tracking.use_store()
     config = registered.config_of_version(config, model_uri, "int8")
+    stages.check_output_dir(config)
     tracking.use_experiment(registry.find_version(model_uri, "int8").tags["dataset"])
     return config, _use_threads(config)
 

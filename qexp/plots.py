@@ -5,7 +5,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from qexp import claims
 from qexp.evidence import Evidence, SearchResult
 
 WIDTH_IN, HEIGHT_IN, DPI = 4.2, 3.1, 180
@@ -37,8 +39,10 @@ def _accuracy_curve(axes: Axes, evidence: Evidence) -> None:
     axes.plot(
         steps, [e.validation_top1_percent for e in epochs], "o-", ms=3, color=VALIDATION, label="validation top-1"
     )
-    axes.plot(steps, [e.train_top3_percent for e in epochs], ":", color=TRAIN, label="train top-3")
-    axes.plot(steps, [e.validation_top3_percent for e in epochs], ":", color=VALIDATION, label="validation top-3")
+    axes.plot(steps, [e.train_top3_percent for e in epochs], "s:", ms=3, color=TRAIN, label="train top-3")
+    axes.plot(
+        steps, [e.validation_top3_percent for e in epochs], "s:", ms=3, color=VALIDATION, label="validation top-3"
+    )
     axes.axvline(evidence.fp32.train.best_epoch, color="grey", lw=0.8, ls="--")
     axes.set(title="Accuracy by epoch (dashed: weights kept)", xlabel="epoch", ylabel="accuracy, %")
     _whole_steps(axes)
@@ -108,6 +112,7 @@ def _macs(axes: Axes, evidence: Evidence) -> None:
         )
     axes.set_yscale("log")
     axes.set_ylim(bottom=min(totals) / 3)
+    axes.yaxis.set_minor_formatter(NullFormatter())  # over less than a decade, matplotlib labels every minor tick
     axes.set_xticks(list(places), [str(batch) for batch in cost.macs])
     axes.set(title="Multiply-accumulates by batch size", xlabel="batch size", ylabel="10⁹ MACs a batch")
     axes.legend(fontsize=7)
@@ -123,7 +128,7 @@ def _inference_time(axes: Axes, evidence: Evidence) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
-    title = f"Inference time by batch size, {evidence.latency.threads} threads"
+    title = f"Inference time by batch size, {claims.threads(evidence.latency.threads)}"
     axes.set(title=title, xlabel="batch size", ylabel="ms a batch")
     axes.legend(fontsize=7)
 
@@ -135,7 +140,9 @@ def _log_if_wide(set_scale: Callable[[str], None], values: list[float]) -> None:
 
 
 def _whole_steps(axes: Axes) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.5), max(high, 1.5))  # one epoch alone has no width
 
 
 FIGURES: dict[str, Callable[[Axes, Evidence], None]] = {

@@ -1,7 +1,7 @@
 """Models that are in the registry already, as the stages need them: configuration, fp32 model, evidence."""
 
 from qexp import registry, tracking
-from qexp.config import Config
+from qexp.config import Config, flat_params
 from qexp.data import Dataset
 from qexp.errors import InputError
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
@@ -10,7 +10,7 @@ from qexp.stages import SPLITS, Fp32, decide, evaluate_splits
 
 
 def config_of_version(config: Config, uri: str, kind: str) -> Config:
-    """`config` with the model, data and seed that the registered version was trained with; a given data_dir stays.
+    """`config` with the model, seed, data and training that the version was made with; a given data_dir stays.
 
     Raises:
         InputError: the version does not exist or is not one of ours.
@@ -18,7 +18,25 @@ def config_of_version(config: Config, uri: str, kind: str) -> Config:
     found = registry.find_version(uri, kind)
     recorded = tracking.read_config(found.tags["train_run_id"])
     data = recorded.data.model_copy(update={"data_dir": config.data.data_dir or recorded.data.data_dir})
-    return config.model_copy(update={"model": recorded.model, "seed": recorded.seed, "data": data})
+    made_with = {"model": recorded.model, "seed": recorded.seed, "data": data, "train": recorded.train}
+    return config.model_copy(update=made_with)
+
+
+def refuse_conflicts(config: Config, uri: str, sections: tuple[str, ...]) -> None:
+    """Raise InputError where `config` asks for something else than the fp32 version at `uri` was made with.
+
+    A value that is the default asks for nothing. Top-level `model` and `seed` are always looked at.
+    """
+    made_with = flat_params(config_of_version(config, uri, "fp32"))
+    default = flat_params(Config())
+    for name, value in flat_params(config).items():
+        section, key = name.split(".")
+        looked_at = section in sections or key in ("model", "seed")
+        if looked_at and value not in (default[name], made_with[name]):
+            option = key.replace("_", "-")
+            raise InputError(
+                f"--{option} {value}: {uri} was made with {made_with[name]}; leave the option or the URI out"
+            )
 
 
 def check_data(uri: str, dataset: Dataset) -> None:
@@ -57,5 +75,7 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     fp32 = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
     int8 = tracking.read_result(Int8Evidence, found.tags["quantize_run_id"], "int8")
     latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
-    gate = decide(config, fp32, int8, latency, found.tags["verified"] == "true")
-    return Evidence(fp32, int8, latency.latency, latency.host, gate, champion=found.tags.get("gate") == "passed")
+    source = registry.find_version(found.tags["fp32_uri"], "fp32")
+    verified = all(version.tags["verified"] == "true" for version in (source, found))
+    gate = decide(config, fp32, int8, latency, verified)
+    return Evidence(fp32, int8, latency.latency, latency.host, gate, champion="champion" in found.aliases)

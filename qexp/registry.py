@@ -1,5 +1,6 @@
 """The MLflow model registry: versions with signature, example, pinned requirements, lineage; verification; aliases."""
 
+import json
 import logging
 import os
 import re
@@ -76,7 +77,7 @@ def register(
     uri = f"models:/{name}/{number}"
     verified = verify(uri, module, sample)
     size_bytes = _stored_bytes(uri)
-    facts = {"kind": kind, "classes": ",".join(spec.classes), "image_size": spec.image_size}
+    facts = {"kind": kind, "classes": json.dumps(spec.classes), "image_size": spec.image_size}
     facts |= {"size_mb": size_bytes / 1e6, "verified": verified}
     tag_version(uri, facts | tags)
     client.update_model_version(name, number, _description(kind, uri, spec, tags))

@@ -141,7 +141,7 @@ def _environment_table(evidence: Evidence) -> str:
     host, int8, data = evidence.host, evidence.int8, evidence.fp32.data
     quantize = int8.quantize
     rows = [
-        ["CPU", f"{host.cpu}, {host.cores} cores, {evidence.latency.threads} threads, {host.memory_gb:g} GB"],
+        ["CPU", f"{host.cpu}, {host.cores} cores, {claims.threads(evidence.latency.threads)}, {host.memory_gb:g} GB"],
         ["Instructions", ", ".join(host.features) or "unknown"],
         ["System", f"{host.system}, Python {host.python}"],
         ["Libraries", ", ".join(f"{name} {number}" for name, number in host.libraries.items())],

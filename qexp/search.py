@@ -28,10 +28,11 @@ def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
     """Search with the fp32 version `model_uri`; without it, the newest one of this model and data, or a new one."""
     tracking.use_store()
     model_uri = model_uri or registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
-    config, host, dataset = pipeline.prepare(config, model_uri)
+    config, host, dataset = pipeline.prepare(config, model_uri, given=("data",))
     _check_counts(config, dataset)
     with tracking.start_run("search", f"Calibration search for {config.model} on {dataset.name}.") as run_id:
         tracking.log_setup(config, host)
+        tracking.log_datasets(dataset, ("train", "validation"))
         if model_uri is None:
             model_uri = stages.train_stage(config, host, dataset).version.uri
         fp32 = registered.fp32_from_registry(model_uri, dataset, splits=("validation",))
@@ -79,6 +80,7 @@ def _open_study(config: Config, fp32_uri: str) -> optuna.Study:
     fixed = config.quantize.model_dump(exclude={"calibration_samples", "observer"})
     options = (fixed, _grid(config), config.search.seeds_per_point, config.search.sampler, config.seed)
     digest = hashlib.sha256(repr(options).encode()).hexdigest()[:8]
+    made_for = f"{fp32_uri} {digest}"
     name = config.search.study or f"{fp32_uri.removeprefix('models:/').replace('/', '-v')}-{digest}"
     file = Path(config.search.study_dir, f"{name}.journal")
     try:
@@ -89,6 +91,9 @@ def _open_study(config: Config, fp32_uri: str) -> optuna.Study:
     study = optuna.create_study(
         study_name=name, storage=storage, sampler=_sampler(config), direction="maximize", load_if_exists=True
     )
+    if study.user_attrs.setdefault("made_for", made_for) != made_for:
+        raise InputError(f"--study {name}: {file} holds trials of another model version or other options; name another")
+    study.set_user_attr("made_for", made_for)
     say(f"study {name} in {file}: {len(_finished(study))} finished trials")
     return study
 
@@ -132,7 +137,7 @@ def _run_trials(study: optuna.Study, config: Config, host: Host, dataset: Datase
 
 def _trial(options: Any, config: Config, host: Host, dataset: Dataset, fp32: stages.Fp32, index: int) -> float:
     """Validation top-1 in percent with the calibration subset of one seed."""
-    subset, _ = calibration_subset(dataset.train, options.calibration_samples, config.seed + index)
+    subset, _ = calibration_subset(dataset.train, options.calibration_samples, (config.seed + index) % 2**32)
     int8 = quantize_model(fp32.model, subset.images, options, reduce_range=not host.has_int8_dot_product)
     logits = predict_logits(int8.module, dataset.validation.images, label="int8 on validation images")
     top1 = measure_accuracy(logits, dataset.validation.labels).top1_percent

@@ -1,6 +1,8 @@
 """Each stage in a run of its own: compute, log, register. pipeline.py says in which order they go."""
 
+import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from qexp import metrics, registry, tracking
 from qexp.config import Config
 from qexp.cost import measure_cost
-from qexp.data import Dataset, calibration_subset, stratified_sample
+from qexp.data import Dataset, calibration_count, calibration_subset, stratified_sample
+from qexp.errors import InputError
 from qexp.evaluation import Accuracy, compare, measure_accuracy, predict_logits
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.gate import GateResult, decide_gate
@@ -60,6 +63,8 @@ def train_stage(config: Config, host: Host, dataset: Dataset) -> Fp32:
         name = f"{config.model}-{dataset.name}-fp32"
         version = registry.register("fp32", model, name, spec, _verification_images(dataset), tags)
         kept.unlink()
+        with suppress(OSError):  # another training may have its weights there
+            kept.parent.rmdir()
         tracking.log_model_metrics(version.model_id, accuracy, version.size_bytes, _parameters(model))
         facts = _data_facts(dataset, config)
         evidence = Fp32Evidence(config.model, config.seed, version.uri, version.size_bytes, facts, trained, accuracy)
@@ -75,8 +80,9 @@ def train_stage(config: Config, host: Host, dataset: Dataset) -> Fp32:
 def quantize_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> Int8:
     """Quantize, compare both models on the same images, log and register the int8 model."""
     options = config.quantize
-    subset, digest = calibration_subset(dataset.train, options.calibration_samples, config.seed)
-    name = f"quantize-{options.engine}-{options.calibration_samples}"
+    count = calibration_count(options, dataset.train)
+    subset, digest = calibration_subset(dataset.train, count, config.seed)
+    name = f"quantize-{options.engine}-{count}"
     with tracking.start_run(name, f"Quantization of `{fp32.version.uri}`.") as run_id:
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
@@ -125,7 +131,7 @@ def latency_stage(config: Config, host: Host, fp32: Registered, int8: Registered
         tracking.log_setup(config, host)
         request = SweepRequest(fp32.uri, int8.uri, config.data.image_size, host.threads, config.latency)
         result = run_sweep(request, registry.child_environment(host.threads))
-        evidence = LatencyEvidence(fp32.uri, int8.uri, result, host)
+        evidence = LatencyEvidence(fp32.uri, int8.uri, result, host, run_id)
         tracking.log_latency(result, {"fp32": (fp32.run_id, fp32.model_id), "int8": (int8.run_id, int8.model_id)})
         tracking.log_result("latency", evidence)
         registry.tag_version(int8.uri, {"latency_run_id": run_id, "smallest_speedup": f"{result.smallest_speedup:.3f}"})
@@ -141,6 +147,16 @@ def gate_stage(config: Config, fp32: Fp32, int8: Int8, latency: LatencyEvidence)
         registry.promote(fp32.version, int8.version)
     registry.tag_version(int8.version.uri, {"gate": "passed" if gate.passed else "failed", "gate_reason": gate.summary})
     return Evidence(fp32.evidence, int8.evidence, latency.latency, latency.host, gate, champion=gate.passed)
+
+
+def check_output_dir(config: Config) -> None:
+    """Make `output_dir`, if it is set; InputError if that cannot be done."""
+    if config.output_dir is None:
+        return
+    try:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {config.output_dir}: must be a folder that can be written ({error})") from None
 
 
 def decide(
@@ -159,8 +175,8 @@ def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: 
             write_report(evidence, Path(folder))
             for owner in filter(None, (run_id, parent_run_id)):
                 tracking.log_folder(Path(folder), "report", owner)
-        if config.output_dir:
-            write_report(evidence, Path(config.output_dir))
+            if config.output_dir:
+                shutil.copytree(folder, config.output_dir, dirs_exist_ok=True)
     return f"runs:/{run_id}/report/report.html"
 
 

@@ -115,7 +115,8 @@ def log_setup(config: Config, host: Host) -> None:
 def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
     """The splits named (train, validation, test) as data set inputs of the active run."""
     for context in contexts:
-        _log_input(getattr(dataset, context), dataset, context, dataset.digest)
+        split = getattr(dataset, context)
+        _log_input(split, dataset, context, split.digest)
 
 
 def log_calibration(subset: Split, dataset: Dataset, digest: str) -> None:

@@ -54,6 +54,17 @@ class TrainResult:
     duration_s: float
 
 
+def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) -> TrainConfig:
+    """The options with every `auto` replaced by what it stands for with this data set and network."""
+    settled = {
+        "learning_rate": options.learning_rate or default_peak(network),
+        # A mirrored digit is no digit.
+        "flip": dataset_name != "digits" if options.flip is None else options.flip,
+        "bf16": _cpu_has_bf16() if options.bf16 is None else options.bf16,
+    }
+    return options.model_copy(update=settled)
+
+
 def train_model(
     model: Classifier,
     dataset: Dataset,
@@ -109,7 +120,8 @@ class _Loop:
 
 
 def _prepare(model: Classifier, dataset: Dataset, options: TrainConfig) -> _Loop:
-    peak = options.learning_rate or default_peak(model)
+    options = settle_options(options, dataset.name, model)
+    peak = options.learning_rate or 0.0
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     groups = _parameter_groups(model, peak)
     optimizer = torch.optim.SGD(
@@ -128,10 +140,7 @@ def _prepare(model: Classifier, dataset: Dataset, options: TrainConfig) -> _Loop
         pct_start=WARM_UP_SHARE,
         cycle_momentum=False,
     )
-    # A mirrored digit is no digit.
-    flip = dataset.name != "digits" if options.flip is None else options.flip
-    bf16 = _cpu_has_bf16() if options.bf16 is None else options.bf16
-    return _Loop(model, options, optimizer, schedule, peak, flip, bf16)
+    return _Loop(model, options, optimizer, schedule, peak, bool(options.flip), bool(options.bf16))
 
 
 def _parameter_groups(model: Classifier, peak: float) -> list[dict[str, Any]]:

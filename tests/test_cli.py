@@ -27,6 +27,10 @@ BAD_INPUT = {
     "no such alias": ("latency --model-uri models:/nothing@champion", ["models:/nothing@champion", "not exist"]),
     "no model uri": ("report --model-uri nothing", ["--model-uri nothing", "models:/NAME/VERSION"]),
     "too many search samples": ("search --sample-counts 8,5000", ["--sample-counts 5000", "1294"]),
+    "output is a file": ("run --output-dir /dev/null", ["--output-dir /dev/null", "folder"]),
+    "unknown option": ("run --modle vgg16", ["--modle", "--help"]),
+    "unknown command": ("runn", ["runn", "--help"]),
+    "missing option": ("quantize", ["--model-uri", "--help"]),
     "image too small": ("train --model alexnet", ["--image-size 32", "alexnet"]),
 }
 

@@ -13,8 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.config import DataConfig
-from qexp.data import CIFAR10_CLASSES, Dataset, Split, calibration_subset, dataset_name, load_dataset, stratified_sample
+from qexp.config import DataConfig, QuantizeConfig
+from qexp.data import (
+    CIFAR10_CLASSES,
+    Dataset,
+    Split,
+    calibration_count,
+    calibration_subset,
+    dataset_name,
+    load_dataset,
+    stratified_sample,
+)
 from qexp.errors import InputError
 from qexp.vision import torchvision
 
@@ -138,7 +147,13 @@ def test_calibration_digest_is_that_of_the_indices() -> None:
 
 def test_more_calibration_images_than_training_images(digits: Dataset) -> None:
     with pytest.raises(InputError, match=r"--calibration-samples 1295: must be at most 1294"):
-        calibration_subset(digits.train, 1295, 0)
+        calibration_count(QuantizeConfig(calibration_samples=1295), digits.train)
+
+
+def test_calibration_count_is_256_or_all_there_are(digits: Dataset) -> None:
+    assert calibration_count(QuantizeConfig(), digits.train) == 256
+    assert calibration_count(QuantizeConfig(), digits.train.subset(torch.arange(100))) == 100
+    assert calibration_count(QuantizeConfig(calibration_samples=7), digits.train) == 7
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,21 @@ def test_weights_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.
         save_classifier(_build("smallnet"), file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_weights_file_of_a_network_with_versioned_layers(tmp_path: Path) -> None:
+    """MNASNet refuses weights that do not say which version of its layers they are for."""
+    model = _build("mnasnet0_5", classes=("a", "b"))
+    save_classifier(model, tmp_path / "weights")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), load_classifier(tmp_path / "weights")(images))
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in _build("smallnet").state_dict().items()}
+    tensors.pop("network.0.weight")
+    spec = '{"architecture": "smallnet", "classes": ["a", "b"], "image_size": 32}'
+    save_file(tensors, tmp_path / "weights", metadata={"qexp": spec})
+    with pytest.raises(InputError, match="not those of smallnet"):
+        load_classifier(tmp_path / "weights")

@@ -9,6 +9,7 @@ import pytest
 from conftest import Finished, run_qexp
 from PIL import Image
 
+from qexp import tracking
 from qexp.data import Dataset
 from qexp.evidence import Evidence, from_json
 
@@ -36,14 +37,20 @@ def test_sizes_are_those_of_the_stored_files(finished: Finished) -> None:
 
 
 def test_nothing_is_left_in_the_working_folder(finished: Finished) -> None:
-    assert {path.name for path in finished.folder.iterdir()} <= {
-        "mlflow.db",
-        "mlruns",
-        "mlartifacts",
-        "report",
-        "checkpoints",
-    }
-    assert not list((finished.folder / "checkpoints").iterdir())
+    assert {path.name for path in finished.folder.iterdir()} <= {"mlflow.db", "mlruns", "mlartifacts", "report"}
+
+
+def test_the_logged_configuration_says_what_auto_stood_for(finished: Finished) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    config = tracking.read_config(finished.summary["run_id"])
+    assert config.train.learning_rate == 0.2 and config.train.flip is False and config.train.bf16 is not None
+    assert config.threads is not None and config.quantize.calibration_samples == 64
+
+
+def test_options_that_contradict_the_version_are_refused(in_use: Finished) -> None:
+    for option, value in (("--model", "vgg16"), ("--seed", "7"), ("--epochs", "9"), ("--image-size", "64")):
+        done = run_qexp(in_use.folder, "run", "--model-uri", in_use.summary["fp32"], option, value)
+        assert done.code == 2 and f"{option} {value}: {in_use.summary['fp32']} was made with" in done.stderr
 
 
 def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) -> None:
@@ -60,13 +67,13 @@ def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) ->
 
     latency = run_qexp(in_use.folder, "latency", "--model-uri", uri, *SWEEP)
     assert latency.code == 0, latency.stderr
-    assert set(latency.summary["speedup_by_batch_size"]) == {"1", "4"}
+    assert set(latency.summary["speedup_by_batch_size"]) == {"1", "4"} and len(latency.summary["run_id"]) == 32
 
     report = run_qexp(in_use.folder, "report", "--model-uri", uri, "--output-dir", "second", "--min-size-ratio", "99")
     assert report.code == 0, report.stderr
     text = (in_use.folder / "second" / "report.md").read_text()
     assert "minmax observer, weights per layer" in text
-    assert "is not at least 99" in text and report.summary["gate"] == "failed"
+    assert "is not at least 99; `champion` stays where it was" in text and report.summary["gate"] == "failed"
     client = mlflow.MlflowClient(tracking_uri=in_use.uri)
     assert str(client.get_model_version_by_alias("smallnet-digits-int8", "champion").version) == "1"
 
@@ -99,7 +106,7 @@ def picture_folder(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_whole_job_on_a_folder_of_pictures(picture_folder: Path, tmp_path: Path) -> None:
     data = ["--dataset", "imagefolder", "--data-dir", str(picture_folder), "--image-size", "24"]
-    options = ["--epochs", "2", "--batch-size", "16", "--calibration-samples", "16", "--output-dir", "out", *SWEEP]
+    options = ["--epochs", "2", "--batch-size", "16", "--output-dir", "out", *SWEEP]
     done = run_qexp(tmp_path, "run", *data, *options)
     assert done.code == 0, done.stderr
     assert done.summary["int8"] == "models:/smallnet-three-digits-int8/1"

@@ -37,7 +37,7 @@ ALLOWED = {
     "gate": {"config"},
     "evidence": {"cost", "evaluation", "gate", "host", "latency", "quantization", "training"},
     "claims": {"evidence", "quantization"},
-    "plots": {"evidence"},
+    "plots": {"claims", "evidence"},
     "report": {"claims", "evaluation", "evidence", "plots"},
     "metrics": {"evaluation", "latency", "training"},
     "tracking": {"config", "data", "evaluation", "evidence", "host", "latency", "metrics", "training"},

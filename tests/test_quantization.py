@@ -12,7 +12,7 @@ from qexp.data import Dataset
 from qexp.errors import StageError
 from qexp.evaluation import predict_logits, to_float
 from qexp.host import read_host
-from qexp.models import Classifier
+from qexp.models import Classifier, ModelSpec, build_classifier
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.training import TrainResult
 
@@ -272,3 +272,13 @@ def test_every_calibration_batch_counts(model: Classifier, images: Tensor, input
         )
     # fp32 sums differ in the last bit with the batch, so the ranges and the logits do not agree exactly.
     assert (one_by_one - at_once).abs().mean() < 0.1 * (first_only - at_once).abs().mean()
+
+
+def test_model_whose_operations_have_no_int8_kernel_ends_in_one_line(images: Tensor) -> None:
+    """Either it works, every layer in int8, or the error says what stopped it."""
+    torch.manual_seed(0)
+    shuffle = build_classifier(ModelSpec("shufflenet_v2_x1_0", ("a", "b"), images.shape[-1]), images)
+    try:
+        assert _quantize(shuffle, images[:4]).result.float_layers == ()
+    except StageError as error:
+        assert "engine fx" in str(error) and "\n" not in str(error)

@@ -102,6 +102,13 @@ def test_a_killed_search_goes_on(in_use: Finished) -> None:
     assert len(_trials(in_use, done.summary["run_id"])) == 6 - len(before)
 
 
+def test_a_study_is_not_mixed_with_other_options(in_use: Finished) -> None:
+    first = ["--study", "mine", "--sample-counts", "4", "--seeds-per-point", "1"]
+    assert run_qexp(in_use.folder, "search", *first).code == 0
+    done = run_qexp(in_use.folder, "search", "--study", "mine", "--sample-counts", "4,16", "--seeds-per-point", "1")
+    assert done.code == 2 and "--study mine" in done.stderr
+
+
 def test_tpe_makes_the_trials_it_is_asked_for(in_use: Finished) -> None:
     options = ["--sampler", "tpe", "--trials", "3", "--seeds-per-point", "1", "--sample-counts", "8,16"]
     done = run_qexp(in_use.folder, "search", *options)

@@ -78,7 +78,7 @@ def test_datasets_are_inputs_with_digests(runs: dict[str, Run]) -> None:
     inputs = runs["quantize-fx-64"].inputs.dataset_inputs
     contexts = {tag.value: item.dataset for item in inputs for tag in item.tags}
     assert set(contexts) == {"train", "validation", "test", "calibration"}
-    assert contexts["train"].digest == contexts["test"].digest != contexts["calibration"].digest
+    assert len({dataset.digest for dataset in contexts.values()}) == 4
 
 
 def test_report_and_tables_are_artifacts(runs: dict[str, Run]) -> None:

@@ -47,8 +47,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
                 f"not quantized: {', '.join(float_layers)} stayed fp32; "
                 "use another --model, or accept it with --allow-float true"
             )
-        traced = torch.jit.trace(converted, images[:2].float() / 255, check_trace=False)
-        module = torch.jit.freeze(traced.eval())
+        module = _trace(converted, images[:2].float() / 255)
     result = QuantizeResult(
         engine="fx",
         backend=options.backend,
@@ -74,6 +73,13 @@ def _calibrate_and_convert(
         return convert_fx(prepared)
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
         raise StageError(f"engine fx cannot quantize this model: {first_line(error)}") from error
+
+
+def _trace(converted: fx.GraphModule, example: Tensor) -> torch.jit.ScriptModule:
+    try:
+        return torch.jit.freeze(torch.jit.trace(converted, example, check_trace=False).eval())
+    except Exception as error:  # an operation for which there is no int8 kernel
+        raise StageError(f"engine fx quantized this model, but it does not run: {first_line(error)}") from error
 
 
 @contextmanager
