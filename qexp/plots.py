@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from qexp import claims
 from qexp.evidence import Evidence, SearchResult
@@ -55,7 +56,9 @@ def _loss_curve(axes: Axes, evidence: Evidence) -> None:
     axes.plot(steps, [e.train_loss for e in epochs], "o-", ms=3, color=TRAIN, label="train")
     axes.plot(steps, [e.validation_loss for e in epochs], "o-", ms=3, color=VALIDATION, label="validation")
     axes.set(title="Loss by epoch", xlabel="epoch", ylabel="cross entropy (smoothed labels)")
-    _log_if_wide(axes.set_yscale, [loss for e in epochs for loss in (e.train_loss, e.validation_loss)])
+    if _is_wide([loss for e in epochs for loss in (e.train_loss, e.validation_loss)]):
+        axes.set_yscale("log")
+        _plain_log_ticks(axes.yaxis)
     _whole_steps(axes)
     axes.legend(fontsize=7)
 
@@ -69,7 +72,9 @@ def _accuracy_against_loss(axes: Axes, evidence: Evidence) -> None:
         axes.plot(losses, accuracies, "o-", ms=3, lw=0.8, color=color, label=f"{label} (ring: last epoch)")
         axes.plot(*points[-1], "o", ms=8, mfc="none", color=color)
     axes.set(title="Accuracy against loss", xlabel="cross entropy (smoothed labels)", ylabel="top-1, %")
-    _log_if_wide(axes.set_xscale, [loss for loss, _ in train + validation])
+    if _is_wide([loss for loss, _ in train + validation]):
+        axes.set_xscale("log")
+        _plain_log_ticks(axes.xaxis)
     axes.legend(fontsize=7)
 
 
@@ -133,10 +138,16 @@ def _inference_time(axes: Axes, evidence: Evidence) -> None:
     axes.legend(fontsize=7)
 
 
-def _log_if_wide(set_scale: Callable[[str], None], values: list[float]) -> None:
+def _is_wide(values: list[float]) -> bool:
     """A loss that once was ten times its smallest would hide everything else on a linear scale."""
-    if max(values) > 10 * min(values) > 0:
-        set_scale("log")
+    return max(values) > 10 * min(values) > 0
+
+
+def _plain_log_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10 instead of powers of ten: such a scale spans one decade or two."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _whole_steps(axes: Axes) -> None:
