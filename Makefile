@@ -4,6 +4,8 @@ PORT ?= 5000
 STAMP := .venv/.installed
 # The environment's programs come first, so that `mlflow run --env-manager local` finds its python.
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true
+# MLflow's own default quotes the path: in one with a space, it would make a second folder with %20 in its name.
+STORE := MLFLOW_TRACKING_URI="sqlite:///$(CURDIR)/mlflow.db"
 
 .PHONY: help setup demo test lint ui clean
 
@@ -19,7 +21,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: setup  ## train SmallNet on digits, quantize, measure, register: report/report.html and make ui show the result
-	$(ENV) mlflow run . --env-manager local -e main --experiment-name qexp-digits -P output_dir=report
+	$(ENV) $(STORE) mlflow run . --env-manager local -e main --experiment-name qexp-digits -P output_dir=report
 	@echo 'the report: report/report.html; the runs and models: make ui'
 
 test: setup  ## all tests, slow ones included

@@ -114,6 +114,8 @@ def finish(action: Callable[[], dict[str, Any]]) -> None:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except SystemExit as stopped:
+        _fail("terminated", int(stopped.code or 0))
     else:
         print(json.dumps(_rounded(summary)), flush=True)
 

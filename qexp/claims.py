@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from qexp.evidence import Evidence
+from qexp.latency import LatencyStats
 from qexp.quantization.result import QuantizeResult
 
+NOISY_TAIL = 1.5  # p90 over p50; 1.0 to 1.2 on a quiet machine
 SAME_SPEED = 0.05  # speed-ups within 5 % of 1 are called equal: the noise of a quiet machine
 
 
@@ -105,6 +107,13 @@ def latency(evidence: Evidence) -> list[str]:
         change = "grows with every larger batch" if grows else "does not grow with every larger batch"
         ends = f"{gaps[0]:.2f} ms at {rows[0].batch_size}, {gaps[-1]:.2f} ms at {rows[-1].batch_size}"
         sentences.append(f"The time saved a batch {change}: {ends}.")
+    noisy = [row.batch_size for row in rows if max(_tail(row.fp32), _tail(row.int8)) > NOISY_TAIL]
+    if noisy:
+        worst = max(max(_tail(row.fp32), _tail(row.int8)) for row in rows)
+        sentences.append(
+            f"**The machine was busy**: at batch size {', '.join(map(str, noisy))} p90 is up to {worst:.1f} times p50. "
+            "Measure again on a quiet machine before deciding on these speed-ups."
+        )
     least = min(row.fp32.repeats for row in rows)
     sentences.append(
         f"Wall time of one forward pass, both models in turn in a process of its own, "
@@ -143,6 +152,10 @@ def quantization(result: QuantizeResult) -> str:
     return f"{result.observer} observer, weights {granularity}" + (
         ", range reduced by one bit" if result.reduce_range else ""
     )
+
+
+def _tail(stats: LatencyStats) -> float:
+    return stats.p90_ms / stats.p50_ms
 
 
 def _loaded(evidence: Evidence) -> str:

@@ -45,7 +45,11 @@ class TrainConfig(BaseModel):
     crop_padding: int = Field(4, ge=0, description="random crop after reflecting so many pixels at each border")
     flip: bool | None = Field(None, description="random horizontal flip; auto: on, off for digits")
     bf16: bool | None = Field(None, description="bf16 autocast; auto: on where the CPU has bf16 instructions")
-    patience: int = Field(6, ge=1, description="epochs without a better validation top-1 before training stops")
+    patience: int = Field(
+        6,
+        ge=1,
+        description="epochs without a better validation top-1, or the same with a lower loss, before training stops",
+    )
 
 
 class QuantizeConfig(BaseModel):

@@ -40,7 +40,10 @@ def quantize_to_report(
     int8 = stages.quantize_stage(config, host, dataset, fp32)
     latency = stages.latency_stage(config, host, fp32.version, int8.version)
     evidence = stages.gate_stage(config, fp32, int8, latency)
-    return evidence, stages.report_stage(config, host, evidence, parent_run_id)
+    report_uri = stages.report_stage(config, host, evidence, parent_run_id)
+    if evidence.champion:  # the last act: a job that fails on its way moves no alias
+        registry.promote(fp32.version, int8.version)
+    return evidence, report_uri
 
 
 def run_train(config: Config) -> Summary:

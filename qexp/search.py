@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from qexp import metrics, pipeline, plots, registered, registry, stages, tracking
@@ -22,6 +22,8 @@ from qexp.evidence import SearchPoint, SearchResult
 from qexp.host import Host
 from qexp.progress import say
 from qexp.quantization import quantize_model
+
+STALE_LOCK_S = 10  # writing a line takes milliseconds
 
 
 def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
@@ -85,7 +87,9 @@ def _open_study(config: Config, fp32_uri: str) -> optuna.Study:
     file = Path(config.search.study_dir, f"{name}.journal")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        storage = JournalStorage(JournalFileBackend(str(file)))
+        # A worker killed while it wrote leaves its lock behind; the next one takes it over after the grace period.
+        lock = JournalFileOpenLock(str(file), grace_period=STALE_LOCK_S)
+        storage = JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
     except OSError as error:
         raise InputError(f"--study-dir {file.parent}: cannot be written ({error})") from None
     study = optuna.create_study(
@@ -191,4 +195,5 @@ def _register_winner(
     config = config.model_copy(update={"quantize": config.quantize.model_copy(update=options)})
     fp32 = registered.fp32_from_registry(model_uri, dataset)
     evidence, report_uri = pipeline.quantize_to_report(config, host, dataset, fp32)
-    return {"int8": evidence.int8.version_uri, "report": report_uri, **evidence.headline}
+    gate = "passed" if evidence.gate.passed else "failed"
+    return {"int8": evidence.int8.version_uri, "report": report_uri, "gate": gate, **evidence.headline}

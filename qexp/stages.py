@@ -140,11 +140,9 @@ def latency_stage(config: Config, host: Host, fp32: Registered, int8: Registered
 
 
 def gate_stage(config: Config, fp32: Fp32, int8: Int8, latency: LatencyEvidence) -> Evidence:
-    """Hold the int8 version against the gate; when it passes, both versions become `champion`."""
+    """Hold the int8 version against the gate and tag it with the decision; the pipeline acts on it."""
     verified = fp32.version.verified and int8.version.verified
     gate = decide(config, fp32.evidence, int8.evidence, latency, verified)
-    if gate.passed:
-        registry.promote(fp32.version, int8.version)
     registry.tag_version(int8.version.uri, {"gate": "passed" if gate.passed else "failed", "gate_reason": gate.summary})
     return Evidence(fp32.evidence, int8.evidence, latency.latency, latency.host, gate, champion=gate.passed)
 

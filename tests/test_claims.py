@@ -272,3 +272,13 @@ def test_gate_that_failed(evidence: Evidence) -> None:
 def test_quantization(evidence: Evidence, per_channel: bool, reduce_range: bool, text: str) -> None:
     changed = replace(evidence.int8.quantize, observer="minmax", per_channel=per_channel, reduce_range=reduce_range)
     assert claims.quantization(changed) == text
+
+
+def test_a_busy_machine_is_named(evidence: Evidence) -> None:
+    quiet = claims.latency(evidence)
+    assert not [sentence for sentence in quiet if "busy" in sentence]
+    row = evidence.latency.rows[1]
+    noisy = replace(row, int8=replace(row.int8, p90_ms=7 * row.int8.p50_ms))
+    rows = (evidence.latency.rows[0], noisy, evidence.latency.rows[2])
+    sentences = claims.latency(replace(evidence, latency=replace(evidence.latency, rows=rows)))
+    assert [sentence for sentence in sentences if "busy**: at batch size 8 p90 is up to 7.0 times" in sentence]

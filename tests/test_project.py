@@ -36,7 +36,7 @@ ALLOWED = {
     "latency": {"config"},
     "gate": {"config"},
     "evidence": {"cost", "evaluation", "gate", "host", "latency", "quantization", "training"},
-    "claims": {"evidence", "quantization"},
+    "claims": {"evidence", "latency", "quantization"},
     "plots": {"claims", "evidence"},
     "report": {"claims", "evaluation", "evidence", "plots"},
     "metrics": {"evaluation", "latency", "training"},

@@ -102,6 +102,14 @@ def test_a_killed_search_goes_on(in_use: Finished) -> None:
     assert len(_trials(in_use, done.summary["run_id"])) == 6 - len(before)
 
 
+def test_a_lock_left_by_a_killed_search_is_taken_over(in_use: Finished) -> None:
+    (in_use.folder / "studies").mkdir(exist_ok=True)
+    (in_use.folder / "studies" / "locked.journal.lock").touch()
+    options = ["--study", "locked", "--sample-counts", "4", "--seeds-per-point", "1"]
+    done = run_qexp(in_use.folder, "search", *options, timeout_s=120)
+    assert done.code == 0, done.stderr
+
+
 def test_a_study_is_not_mixed_with_other_options(in_use: Finished) -> None:
     first = ["--study", "mine", "--sample-counts", "4", "--seeds-per-point", "1"]
     assert run_qexp(in_use.folder, "search", *first).code == 0
