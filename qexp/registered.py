@@ -51,10 +51,11 @@ def check_data(uri: str, dataset: Dataset) -> None:
 def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPLITS) -> Fp32:
     """Rebuild a registered fp32 model of ours from its weights file; its logits on these splits.
 
+    `dataset` is the one that it was trained on: `check_data` says so before there is a run.
+
     Raises:
-        InputError: the version does not exist, is not ours, or was trained on other data.
+        InputError: the version does not exist or is not ours.
     """
-    check_data(uri, dataset)
     found = registry.find_version(uri, "fp32")
     with tracking.downloaded(found.tags["weights_uri"]) as file:
         model = load_classifier(file)

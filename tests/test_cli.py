@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bad input")
 
 
-def _one_line_and_two(done: Finished, expected: list[str]) -> None:
+def _check_one_line_and_code_2(done: Finished, expected: list[str]) -> None:
     assert done.code == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -65,19 +65,19 @@ def store(folder: Path) -> str:
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(case: str, folder: Path, store: str) -> None:
     arguments, expected = BAD_INPUT[case]
-    _one_line_and_two(run_qexp(folder, *arguments.split(), uri=store), expected)
+    _check_one_line_and_code_2(run_qexp(folder, *arguments.split(), uri=store), expected)
     assert "RUNNING" not in _statuses(store)
 
 
 def test_bad_file_names_key_value_and_allowed(folder: Path, store: str) -> None:
     (folder / "bad.yaml").write_text("train:\n  epoch: 3\n")
-    _one_line_and_two(run_qexp(folder, "train", "--config", "bad.yaml", uri=store), ["train.epoch", "epochs"])
+    _check_one_line_and_code_2(run_qexp(folder, "train", "--config", "bad.yaml", uri=store), ["train.epoch", "epochs"])
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense://x", "sqlite:////dev/null/mlflow.db"])
 def test_unreachable_store_fails_at_once(uri: str, folder: Path) -> None:
     started = time.monotonic()
-    _one_line_and_two(run_qexp(folder, "run", uri=uri), [uri, "does not answer"])
+    _check_one_line_and_code_2(run_qexp(folder, "run", uri=uri), [uri, "does not answer"])
     assert time.monotonic() - started < 60  # MLflow's own retries take minutes
 
 
