@@ -1,5 +1,6 @@
 """The machine that a measurement belongs to: CPU model, its int8 and bf16 features, threads, library versions."""
 
+import ctypes
 import os
 import platform
 import sys
@@ -19,6 +20,7 @@ FEATURES = {
     "i8mm": "NEON-i8mm",
 }
 INT8_DOT_PRODUCTS = {"AVX512-VNNI", "AVX-VNNI", "AMX-int8", "NEON-dotprod"}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
 LIBRARIES = ("torch", "torchvision", "mlflow", "optuna", "torchinfo", "numpy")
 
 
@@ -69,3 +71,15 @@ def _first_processor(cpuinfo: Path) -> dict[str, str]:
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def reuse_freed_memory() -> bool:
+    """Let glibc keep large freed blocks for the next allocation instead of giving them back; False without glibc.
+
+    A training step frees and allocates gradients and bf16 copies of all weights. By default each is a mapping of its
+    own, whose pages the kernel must clear again every step: a third of VGG16's step (benchmarks/training.py).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

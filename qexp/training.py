@@ -18,6 +18,7 @@ from qexp.config import TrainConfig
 from qexp.data import Dataset, Split
 from qexp.errors import StageError
 from qexp.evaluation import to_float, top_k_correct
+from qexp.host import reuse_freed_memory
 from qexp.models import Classifier, load_classifier, repeated_inputs, save_classifier
 from qexp.progress import say, track
 
@@ -83,6 +84,7 @@ def train_model(
         StageError: the loss is not a finite number.
     """
     started = time.monotonic()
+    reuse_freed_memory()
     loop = _prepare(model, dataset, options)
     epochs: list[EpochResult] = []
     best = (-math.inf, -math.inf)

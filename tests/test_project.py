@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"config", "imagefolder", "vision"},
     "models": {"vision"},
     "augmentation": set(),
-    "training": {"augmentation", "config", "data", "evaluation", "models"},
+    "training": {"augmentation", "config", "data", "evaluation", "host", "models"},
     "quantization": {"config", "quantization"},
     "evaluation": set(),
     "cost": set(),
