@@ -6,9 +6,12 @@ range for the command line and the file alike; `auto` means not given, since MLp
 
 import inspect
 import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -23,6 +26,9 @@ from qexp.errors import InputError, StageError
 NOT_GIVEN = ("auto", "")
 ModelUri = Annotated[
     str, typer.Option(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI")
+]
+Resume = Annotated[
+    str, typer.Option(help="run of this command that was stopped: go on with it, in the same run", metavar="RUN_ID")
 ]
 ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here, if it is there", metavar="FILE")]
 
@@ -100,8 +106,9 @@ def _is_list(field: FieldInfo) -> bool:
     return "list[" in str(field.annotation)
 
 
-def finish(action: Callable[[], dict[str, Any]]) -> None:
-    """Run a command to its end: a line of JSON, or a line on standard error and an exit code.
+def finish(action: Callable[[], dict[str, Any] | None]) -> None:
+    """Run a command to its end: a line of JSON (none if another process has printed it), or a line on standard error
+    and an exit code.
 
     2 for bad input, 1 for a stage that failed, 130 and 143 for SIGINT and SIGTERM.
     """
@@ -117,7 +124,8 @@ def finish(action: Callable[[], dict[str, Any]]) -> None:
     except SystemExit as stopped:
         _fail("terminated", int(stopped.code or 0))
     else:
-        print(json.dumps(_rounded(summary)), flush=True)
+        if summary is not None:
+            print(json.dumps(_rounded(summary)), flush=True)
 
 
 def run_app(app: typer.Typer) -> None:
@@ -145,7 +153,11 @@ def _rounded(value: Any) -> Any:
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    line = " ".join(message.split())
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher shows it, and ends the other processes
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": int(time.time())}}}))
+    else:
+        typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)
 
 

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from entrypoints.options import run_alone, with_options
+from entrypoints.options import Resume, given, run_alone, with_options
 from qexp.config import Config
 
 
 @with_options("model", "seed", "threads", "data", "train")
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, *, resume: Resume = "auto") -> dict[str, Any] | None:
     """Train a classifier, measure it in fp32 and register it."""
     from qexp.pipeline import run_train
 
-    return run_train(config)
+    return run_train(config, given(resume))
 
 
 if __name__ == "__main__":

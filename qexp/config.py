@@ -45,6 +45,11 @@ class TrainConfig(BaseModel):
     crop_padding: int = Field(4, ge=0, description="random crop after reflecting so many pixels at each border")
     flip: bool | None = Field(None, description="random horizontal flip; auto: on, off for digits")
     bf16: bool | None = Field(None, description="bf16 autocast; auto: on where the CPU has bf16 instructions")
+    device: Literal["cpu", "cuda"] | None = Field(None, description="where to train; auto: cuda if there is one")
+    processes: int = Field(1, ge=1, le=64, description="training processes on this machine, started by torchrun")
+    checkpoint_minutes: float = Field(
+        5.0, gt=0, description="minutes between checkpoints inside an epoch; each epoch ends with one anyway"
+    )
     patience: int = Field(
         6,
         ge=1,
@@ -232,3 +237,9 @@ def flat_params(config: Config) -> dict[str, Any]:
         else:
             params[f"config.{key}"] = value
     return params
+
+
+def given_otherwise(given: Config, recorded: Config) -> list[tuple[str, Any, Any]]:
+    """(`section.key`, given, recorded) wherever `given` is neither the default nor what was recorded."""
+    asked, made, default = (flat_params(config) for config in (given, recorded, Config()))
+    return [(name, value, made[name]) for name, value in asked.items() if value not in (default[name], made[name])]

@@ -10,11 +10,13 @@ from qexp.training import EpochResult
 
 FINAL = {"train": "train/final_", "validation": "val/final_", "test": "test/"}  # train/top1 is the curve
 
+FIRST_OF_EPOCH = "train/loss"
+
 
 def of_epoch(result: EpochResult) -> dict[str, float]:
     """One point of every training curve."""
     return {
-        "train/loss": result.train_loss,
+        FIRST_OF_EPOCH: result.train_loss,
         "train/top1": result.train_top1_percent,
         "train/top3": result.train_top3_percent,
         "val/loss": result.validation_loss,

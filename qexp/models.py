@@ -6,7 +6,6 @@ no pickle) says how to rebuild the module: `load_classifier` needs nothing else.
 
 import difflib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexp.errors import InputError, first_line
+from qexp.files import replacing
 
 SMALLNET_BLOCKS = ((32, 64), (64, 128), (128, 128))  # channels of the 3x3 convolutions; a 2x2 max-pool between blocks
 
@@ -154,16 +154,15 @@ def _smallnet(classes: int) -> nn.Sequential:
 
 
 def save_classifier(model: Classifier, file: Path) -> None:
-    """Write weights and spec as safetensors: to a temporary file first, so that `file` is never half written."""
+    """Write weights and spec as safetensors; `file` is never half written.
+
+    Raises:
+        StageError: it cannot be written.
+    """
     spec = json.dumps(asdict(model.spec))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(file) as temporary:
         save_file(tensors, temporary, metadata={"qexp": spec})
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_classifier(file: Path) -> Classifier:

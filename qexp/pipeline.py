@@ -1,36 +1,73 @@
 """The commands of qexp: each calls the stages in order and returns what the last line on standard output shows."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from qexp import claims, registered, registry, stages, tracking
+from qexp import claims, launch, registered, registry, resumed, stages, tracking
+from qexp.checkpoint import checkpoint_folder, locked, remove_checkpoints
 from qexp.config import Config
 from qexp.data import Dataset, calibration_count, load_dataset
-from qexp.evidence import Evidence
+from qexp.distributed import read_group
+from qexp.evidence import Evidence, Fp32Evidence
 from qexp.host import Host, read_host
 from qexp.models import ModelSpec, check_model_name, outline
-from qexp.training import settle_options
+from qexp.recipe import settle_options
+from qexp.training import train_model
 
 Summary = dict[str, Any]
 
 
-def run_main(config: Config, model_uri: str | None = None) -> Summary:
-    """Train (or take the registered fp32 version `model_uri`), quantize, measure, gate, report."""
-    config, host, dataset = prepare(config, model_uri, given=("data", "train"))
+def run_main(config: Config, model_uri: str | None = None, resume: str | None = None) -> Summary | None:
+    """Train (or take the registered fp32 version `model_uri`), quantize, measure, gate, report.
+
+    With `resume`, go on with that run of this function. None where other processes have done the work (`processes`).
+    """
+    if resume:
+        tracking.use_store()
+        model_uri = model_uri or tracking.find_run(resume).model_uri
+    config, host, dataset = prepare(config, model_uri, given=("data", "train"), resume=resume, command="run")
     config = with_calibration_count(config, dataset)
-    with tracking.start_run("main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?") as run_id:
+    name, note = "main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
+    if not model_uri and _hand_over("main", config, dataset, name, note, resume):
+        return None
+    with tracking.start_run(name, note, resume) as run_id, locked(checkpoint_folder(run_id), run_id):
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, stages.SPLITS)
-        fp32 = (
-            registered.fp32_from_registry(model_uri, dataset)
-            if model_uri
-            else stages.train_stage(config, host, dataset)
-        )
+        fp32 = _fp32_of_main(config, host, dataset, model_uri, run_id)
         evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
         tracking.log_values({f"headline/{name}": value for name, value in evidence.headline.items()})
         tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
+        remove_checkpoints(run_id)
     return _summary("run", run_id, evidence, report_uri)
+
+
+def _fp32_of_main(config: Config, host: Host, dataset: Dataset, model_uri: str | None, run_id: str) -> stages.Fp32:
+    """The version given, the one that this run has trained before it was stopped, or a new one."""
+    if model_uri:
+        tracking.set_tag("qexp.model_uri", model_uri)
+        return registered.fp32_from_registry(model_uri, dataset)
+    training = resumed.training_below(run_id)
+    if training and training.status == "FINISHED":
+        evidence = tracking.read_result(Fp32Evidence, training.run_id, "fp32")
+        return registered.fp32_from_registry(evidence.version_uri, dataset)
+    return stages.train_stage(config, host, dataset, training.run_id if training else None)
+
+
+def _hand_over(command: str, config: Config, dataset: Dataset, name: str, note: str, resume: str | None) -> bool:
+    """Whether this process has nothing else to do: other processes did the work, or it only follows their leader."""
+    if not launch.is_worker():
+        if config.train.processes == 1:
+            return False
+        with tracking.start_run(name, note, resume) as run_id:
+            launch.run_workers(command, config, run_id, resume)
+        return True
+    if read_group().leads:
+        return False
+    model = stages.fresh_classifier(config, dataset)
+    train_model(model, dataset, config.train, config.seed, lambda epoch: None, Path("checkpoints"))
+    return True
 
 
 def quantize_to_report(
@@ -46,10 +83,13 @@ def quantize_to_report(
     return evidence, report_uri
 
 
-def run_train(config: Config) -> Summary:
-    """Train and register an fp32 version."""
-    config, host, dataset = prepare(config, None)
-    fp32 = stages.train_stage(config, host, dataset)
+def run_train(config: Config, resume: str | None = None) -> Summary | None:
+    """Train and register an fp32 version; with `resume`, going on with that run. None as in `run_main`."""
+    config, host, dataset = prepare(config, None, resume=resume, command="train")
+    name, note = f"train-{config.model}", f"Training of {config.model} on {dataset.name}."
+    if _hand_over("train", config, dataset, name, note, resume):
+        return None
+    fp32 = stages.train_stage(config, host, dataset, resume)
     top1 = fp32.evidence.accuracy["test"].top1_percent
     return {"command": "train", "run_id": fp32.version.run_id, "fp32": fp32.version.uri, "fp32_top1_percent": top1}
 
@@ -88,16 +128,21 @@ def run_report(config: Config, model_uri: str) -> Summary:
     return _summary("report", report_uri.split("/")[1], evidence, report_uri)
 
 
-def prepare(config: Config, model_uri: str | None, given: tuple[str, ...] = ()) -> tuple[Config, Host, Dataset]:
+def prepare(
+    config: Config, model_uri: str | None, given: tuple[str, ...] = (), resume: str | None = None, command: str = ""
+) -> tuple[Config, Host, Dataset]:
     """What can be refused is refused here, before there is a run: store, version, names, data, folders.
 
     Args:
         given: sections of which options, if given, must not differ from what `model_uri` was made with.
+        resume: run of `qexp <command>` to go on with, as it was started.
 
     Returns:
         The configuration with every `auto` settled that a stage would settle.
     """
     tracking.use_store()
+    if resume:
+        config = resumed.config_of_run(config, resume, command)
     if model_uri:
         if given:
             registered.refuse_conflicts(config, model_uri, given)
@@ -108,7 +153,8 @@ def prepare(config: Config, model_uri: str | None, given: tuple[str, ...] = ()) 
     dataset = load_dataset(config.data, config.seed)
     if model_uri:
         registered.check_data(model_uri, dataset)
-    tracking.use_experiment(dataset.name)
+    if read_group().leads:
+        tracking.use_experiment(dataset.name, resume)
     return _settled(config, host, dataset), host, dataset
 
 

@@ -1,7 +1,7 @@
 """Models that are in the registry already, as the stages need them: configuration, fp32 model, evidence."""
 
 from qexp import registry, tracking
-from qexp.config import Config, flat_params
+from qexp.config import Config, given_otherwise
 from qexp.data import Dataset
 from qexp.errors import InputError
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
@@ -27,16 +27,11 @@ def refuse_conflicts(config: Config, uri: str, sections: tuple[str, ...]) -> Non
 
     A value that is the default asks for nothing. Top-level `model` and `seed` are always looked at.
     """
-    made_with = flat_params(config_of_version(config, uri, "fp32"))
-    default = flat_params(Config())
-    for name, value in flat_params(config).items():
+    for name, value, made_with in given_otherwise(config, config_of_version(config, uri, "fp32")):
         section, key = name.split(".")
-        looked_at = section in sections or key in ("model", "seed")
-        if looked_at and value not in (default[name], made_with[name]):
+        if section in sections or key in ("model", "seed"):
             option = key.replace("_", "-")
-            raise InputError(
-                f"--{option} {value}: {uri} was made with {made_with[name]}; leave the option or the URI out"
-            )
+            raise InputError(f"--{option} {value}: {uri} was made with {made_with}; leave the option or the URI out")
 
 
 def check_data(uri: str, dataset: Dataset) -> None:

@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp import metrics, registry, tracking
+from qexp.checkpoint import checkpoint_folder, locked, remove_checkpoints
 from qexp.config import Config
 from qexp.cost import measure_cost
 from qexp.data import Dataset, calibration_count, calibration_subset, stratified_sample
@@ -24,7 +24,7 @@ from qexp.quantization import quantize_model
 from qexp.registry import Registered
 from qexp.report import write_report
 from qexp.sweep import SweepRequest, run_sweep
-from qexp.training import train_model
+from qexp.training import EpochResult, TrainResult, train_model
 
 VERIFY_IMAGES = 64  # training images on which a reloaded version must give the same bits
 SPLITS = ("train", "validation", "test")
@@ -48,32 +48,47 @@ class Int8:
     evidence: Int8Evidence
 
 
-def train_stage(config: Config, host: Host, dataset: Dataset) -> Fp32:
-    """Train, evaluate, log and register an fp32 classifier."""
-    torch.manual_seed(config.seed)
-    spec = ModelSpec(config.model, dataset.classes, config.data.image_size)
-    model = build_classifier(spec, dataset.train.images)
-    with tracking.start_run(f"train-{config.model}", f"Training of {config.model} on {dataset.name}.") as run_id:
+def train_stage(config: Config, host: Host, dataset: Dataset, resume: str | None = None) -> Fp32:
+    """Train, evaluate, log and register an fp32 classifier; with `resume`, going on with that run."""
+    name, note = f"train-{config.model}", f"Training of {config.model} on {dataset.name}."
+    logged = tracking.find_run(resume).epochs if resume else ()
+    with tracking.start_run(name, note, resume) as run_id, locked(checkpoint_folder(run_id), run_id):
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
-        kept = Path("checkpoints", f"{run_id}.safetensors")
-        trained = train_model(model, dataset, config.train, config.seed, tracking.log_epoch, kept)
-        logits, accuracy = evaluate_splits(model, dataset, "fp32")
-        tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | _lineage(dataset, host, accuracy)
-        name = f"{config.model}-{dataset.name}-fp32"
-        version = registry.register("fp32", model, name, spec, _verification_images(dataset), tags)
-        kept.unlink()
-        with suppress(OSError):  # another training may have its weights there
-            kept.parent.rmdir()
-        tracking.log_model_metrics(version.model_id, accuracy, version.size_bytes, _parameters(model))
-        facts = _data_facts(dataset, config)
-        evidence = Fp32Evidence(config.model, config.seed, version.uri, version.size_bytes, facts, trained, accuracy)
-        tracking.log_result("fp32", evidence)
-        top1 = accuracy["test"].top1_percent
-        tracking.set_note(
-            f"{config.model} on {dataset.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
-            f"{trained.best_epoch}; registered as `{version.uri}`."
-        )
+        model = fresh_classifier(config, dataset)
+
+        def log_new(epoch: EpochResult) -> None:
+            if epoch.epoch not in logged:
+                tracking.log_epoch(epoch)
+
+        trained = train_model(model, dataset, config.train, config.seed, log_new, checkpoint_folder(run_id))
+        fp32 = _register_trained(config, host, dataset, model, trained, run_id)
+        remove_checkpoints(run_id)
+    return fp32
+
+
+def fresh_classifier(config: Config, dataset: Dataset) -> Classifier:
+    """The classifier before its first step: the same bits from the same seed."""
+    torch.manual_seed(config.seed)
+    return build_classifier(ModelSpec(config.model, dataset.classes, config.data.image_size), dataset.train.images)
+
+
+def _register_trained(
+    config: Config, host: Host, dataset: Dataset, model: Classifier, trained: TrainResult, run_id: str
+) -> Fp32:
+    logits, accuracy = evaluate_splits(model, dataset, "fp32")
+    tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | _lineage(dataset, host, accuracy)
+    name = f"{config.model}-{dataset.name}-fp32"
+    version = registry.register("fp32", model, name, model.spec, _verification_images(dataset), tags)
+    tracking.log_model_metrics(version.model_id, accuracy, version.size_bytes, _parameters(model))
+    facts = _data_facts(dataset, config)
+    evidence = Fp32Evidence(config.model, config.seed, version.uri, version.size_bytes, facts, trained, accuracy)
+    tracking.log_result("fp32", evidence)
+    top1 = accuracy["test"].top1_percent
+    tracking.set_note(
+        f"{config.model} on {dataset.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
+        f"{trained.best_epoch}; registered as `{version.uri}`."
+    )
     return Fp32(model, version, evidence, logits)
 
 

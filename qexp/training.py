@@ -1,6 +1,7 @@
 """Training: whole-batch augmentation, SGD with a one-cycle schedule, early stopping by validation, best weights kept.
 
-Everything random in an epoch follows from (seed, epoch) alone, so an epoch can be repeated exactly.
+Everything random in an epoch follows from (seed, epoch), and a checkpoint holds whatever goes on from step to step: a
+training that was stopped anywhere, even by `kill -9`, goes on to the same bits.
 """
 
 import math
@@ -11,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from qexp.augmentation import augment
+from qexp import loop as passes
+from qexp.checkpoint import Position, best_file, checkpoint_exists, load_checkpoint, save_checkpoint
 from qexp.config import TrainConfig
-from qexp.data import Dataset, Split
-from qexp.errors import StageError
-from qexp.evaluation import to_float, top_k_correct
+from qexp.data import Dataset
+from qexp.distributed import joined, shared, threads_each
+from qexp.errors import InputError
 from qexp.host import reuse_freed_memory
-from qexp.models import Classifier, load_classifier, repeated_inputs, save_classifier
-from qexp.progress import say, track
-
-WARM_UP_SHARE = 0.25  # of the steps, in which the learning rate rises to its peak
-PEAK_WITH_BATCH_NORM, PEAK_WITHOUT_BATCH_NORM = 0.2, 0.03
-SHORTEST_CYCLE = 5  # steps; in a shorter one torch's warm-up has no length, and it divides by that
-EVALUATION_BATCH_SIZE = 256
+from qexp.interrupts import stop_requests
+from qexp.loop import Loop
+from qexp.models import Classifier, load_classifier, save_classifier
+from qexp.progress import say
+from qexp.recipe import settle_options
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,10 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """All epochs in order (numbered from 1), which of them gave the weights that were kept, and the time taken."""
+    """All epochs in order (numbered from 1), which of them gave the weights that were kept, and the time taken.
+
+    `duration_s` is the time of training, without what passed before a stopped one went on.
+    """
 
     epochs: tuple[EpochResult, ...]
     best_epoch: int
@@ -53,17 +55,9 @@ class TrainResult:
     bf16: bool
     peak_learning_rate: float
     duration_s: float
-
-
-def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) -> TrainConfig:
-    """The options with every `auto` replaced by what it stands for with this data set and network."""
-    settled = {
-        "learning_rate": options.learning_rate or default_peak(network),
-        # A mirrored digit is no digit.
-        "flip": dataset_name != "digits" if options.flip is None else options.flip,
-        "bf16": _cpu_has_bf16() if options.bf16 is None else options.bf16,
-    }
-    return options.model_copy(update=settled)
+    device: str = "cpu"
+    processes: int = 1
+    times_resumed: int = 0
 
 
 def train_model(
@@ -72,161 +66,150 @@ def train_model(
     options: TrainConfig,
     seed: int,
     on_epoch: Callable[[EpochResult], None],
-    best_weights: Path,
+    folder: Path,
 ) -> TrainResult:
     """Train `model` in place and leave it in evaluation mode with its best weights by validation top-1, then loss.
 
+    Under torchrun all processes call this together; only that of rank 0 writes to `folder` and gets the best weights.
+
     Args:
-        on_epoch: told of every epoch as it ends.
-        best_weights: file that holds the best weights so far after every epoch, whatever happens to the process.
+        on_epoch: told of every epoch as it ends, after the checkpoint that holds it; a training that goes on
+            first tells of the epochs before again.
+        folder: holds the checkpoint. If one is there already, training goes on from it.
 
     Raises:
-        StageError: the loss is not a finite number.
+        StageError: the loss is not finite or has exploded; a checkpoint cannot be written; another process has ended.
+        InputError: the checkpoint in `folder` is of another training.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came, and the checkpoint is written.
     """
-    started = time.monotonic()
-    reuse_freed_memory()
-    loop = _prepare(model, dataset, options)
-    epochs: list[EpochResult] = []
-    best = (-math.inf, -math.inf)
-    best_epoch = 0
-    for epoch in range(1, options.epochs + 1):
-        train = _train_epoch(loop, dataset.train, seed, epoch)
-        result = EpochResult(epoch, *train[:3], *_evaluate(loop, dataset.validation), *train[3:])
-        _check_finite(result.validation_loss, epoch)
-        epochs.append(result)
-        on_epoch(result)
-        say(_epoch_line(result, options.epochs))
-        rank = (result.validation_top1_percent, -result.validation_loss)
-        if rank > best:
-            best, best_epoch = rank, epoch
-            save_classifier(model, best_weights)
-        elif epoch - best_epoch >= options.patience:
-            break
-    model.load_state_dict(load_classifier(best_weights).state_dict())
-    model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    stopped_early = len(epochs) < options.epochs
-    return TrainResult(tuple(epochs), best_epoch, stopped_early, loop.bf16, loop.peak, time.monotonic() - started)
-
-
-@dataclass(frozen=True)
-class _Loop:
-    """What every epoch needs, settled before the first."""
-
-    model: Classifier
-    options: TrainConfig
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    peak: float
-    flip: bool
-    bf16: bool
-
-
-def _prepare(model: Classifier, dataset: Dataset, options: TrainConfig) -> _Loop:
     options = settle_options(options, dataset.name, model)
-    peak = options.learning_rate or 0.0
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    groups = _parameter_groups(model, peak)
-    optimizer = torch.optim.SGD(
-        groups,
-        lr=peak,
-        momentum=options.momentum,
-        nesterov=options.momentum > 0,
-        weight_decay=options.weight_decay,
-        fused=True,
+    reuse_freed_memory()
+    threads, device = torch.get_num_threads(), options.device or "cpu"
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with stop_requests() as stop, joined(device) as group, shared(model, group) as module:
+        torch.set_num_threads(threads_each(threads, group))
+        loop = passes.prepare(model, module, dataset, options, seed, group, stop)
+        keeper = _Keeper(loop, folder, {"seed": seed, "data_digest": dataset.digest, "options": _lasting(options)})
+        for result in keeper.load():
+            on_epoch(result)
+        while not _finished(loop):
+            on_epoch(_run_epoch(loop, dataset, keeper))
+    torch.set_num_threads(threads)
+    model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    if group.leads:
+        model.load_state_dict(load_classifier(best_file(folder, loop.position.best_epoch)).state_dict())
+    return _result(loop)
+
+
+def _finished(loop: Loop) -> bool:
+    position = loop.position
+    return position.epoch > loop.options.epochs or (
+        position.best_epoch > 0 and position.epoch - 1 - position.best_epoch >= loop.options.patience
     )
-    # One cycle: Smith and Topin, "Super-Convergence", arXiv 1708.07120. Momentum stays as configured.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in groups],
-        total_steps=max(SHORTEST_CYCLE, options.epochs * math.ceil(len(dataset.train) / options.batch_size)),
-        pct_start=WARM_UP_SHARE,
-        cycle_momentum=False,
+
+
+def _run_epoch(loop: Loop, dataset: Dataset, keeper: "_Keeper") -> EpochResult:
+    """The rest of the epoch under way; ends with a checkpoint at the beginning of the next."""
+    position = loop.position
+    passes.train_pass(loop, dataset.train, keeper.after_step)
+    validation = passes.validate(loop, dataset.validation)
+    keeper.stop_if_asked()
+    passes.check_loss(validation[0], position.epoch)  # may be large early on, with batch norm's running means
+    train = passes.means(position.sums)
+    pace = len(dataset.train) / position.epoch_s
+    result = EpochResult(position.epoch, *train, *validation, position.learning_rate, pace)
+    best_epoch = position.best_epoch
+    if not best_epoch or _rank(result) > _rank(EpochResult(**position.epochs[best_epoch - 1])):
+        best_epoch = position.epoch
+        keeper.save_best()
+    epochs, times = [*position.epochs, asdict(result)], position.times_resumed
+    loop.position = Position(position.epoch + 1, epochs=epochs, best_epoch=best_epoch, times_resumed=times)
+    keeper.save()
+    say(_epoch_line(result, loop.options.epochs))
+    return result
+
+
+def _rank(result: EpochResult) -> tuple[float, float]:
+    return result.validation_top1_percent, -result.validation_loss
+
+
+@dataclass
+class _Keeper:
+    """Writes and reads the checkpoints of a loop; `identity` is what a checkpoint must agree in to go on from it."""
+
+    loop: Loop
+    folder: Path
+    identity: dict[str, Any]
+    before_s: float = 0.0  # trained in earlier processes
+    started: float = 0.0
+    saved: float = 0.0
+
+    def load(self) -> list[EpochResult]:
+        """Go on from the checkpoint, if there is one; the epochs that it holds."""
+        self.started = self.saved = time.monotonic()
+        loop = self.loop
+        state = load_checkpoint(self.folder) if loop.group.leads and checkpoint_exists(self.folder) else None
+        state = loop.group.from_leader(state)
+        if state is None:
+            return []
+        for name, value in self.identity.items():
+            if state["identity"][name] != value:
+                raise InputError(f"checkpoint in {self.folder}: of another training: its {name} differ")
+        loop.model.load_state_dict(state["model"])
+        loop.optimizer.load_state_dict(state["optimizer"])
+        loop.schedule.load_state_dict(state["schedule"])
+        loop.random_states = state["random"] or None
+        loop.position = Position(**state["position"])
+        loop.position.times_resumed += 1
+        self.before_s = loop.position.total_s
+        say(f"going on in epoch {loop.position.epoch} after step {loop.position.step}")
+        return [EpochResult(**values) for values in loop.position.epochs]
+
+    def after_step(self) -> None:
+        """A checkpoint if its time has come, or if a signal asks to stop."""
+        self.stop_if_asked()
+        if time.monotonic() - self.saved > 60 * self.loop.options.checkpoint_minutes:
+            self.save()
+
+    def stop_if_asked(self) -> None:
+        if self.loop.stop.signal:
+            self.save()
+            self.loop.stop.act()
+
+    def save(self) -> None:
+        loop = self.loop
+        now = time.monotonic()
+        loop.position.total_s = self.before_s + now - self.started
+        if loop.group.leads:
+            state = {name: getattr(loop, name).state_dict() for name in ("model", "optimizer", "schedule")}
+            position, random = asdict(loop.position), passes.random_states(loop) if loop.position.step else {}
+            save_checkpoint(self.folder, state | {"identity": self.identity, "position": position, "random": random})
+        self.saved = time.monotonic()
+
+    def save_best(self) -> None:
+        if self.loop.group.leads:
+            save_classifier(self.loop.model, best_file(self.folder, self.loop.position.epoch))
+
+
+def _lasting(options: TrainConfig) -> dict[str, Any]:
+    """The options that must not change on the way; a training may go on elsewhere."""
+    return options.model_dump(exclude={"device", "processes", "checkpoint_minutes"})
+
+
+def _result(loop: Loop) -> TrainResult:
+    options, position = loop.options, loop.position
+    epochs = tuple(EpochResult(**values) for values in position.epochs)
+    return TrainResult(
+        epochs=epochs,
+        best_epoch=position.best_epoch,
+        stopped_early=len(epochs) < options.epochs,
+        bf16=bool(options.bf16),
+        peak_learning_rate=options.learning_rate or math.nan,
+        duration_s=position.total_s,
+        device=loop.device,
+        processes=loop.group.size,
+        times_resumed=position.times_resumed,
     )
-    return _Loop(model, options, optimizer, schedule, peak, bool(options.flip), bool(options.bf16))
-
-
-def _parameter_groups(model: Classifier, peak: float) -> list[dict[str, Any]]:
-    """All parameters at the peak rate; where the first linear layer sees copies, its own rate is divided by them."""
-    copies = repeated_inputs(model)
-    if copies == 1:
-        return [{"params": list(model.parameters()), "lr": peak}]
-    first = list(model.network.get_submodule("classifier.0").parameters())
-    others = [parameter for parameter in model.parameters() if all(parameter is not one for one in first)]
-    return [{"params": others, "lr": peak}, {"params": first, "lr": peak / copies}]
-
-
-def default_peak(model: nn.Module) -> float:
-    """The learning rate's peak: networks without batch norm diverge at the rate that serves those with it."""
-    has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    return PEAK_WITH_BATCH_NORM if has_norm else PEAK_WITHOUT_BATCH_NORM
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _train_epoch(loop: _Loop, train: Split, seed: int, epoch: int) -> tuple[float, float, float, float, float]:
-    """Loss, top-1 and top-3 in percent over the epoch, learning rate of its last step, images a second."""
-    started = time.perf_counter()
-    generator = _seed_epoch(seed, epoch)
-    loop.model.train()
-    batches = torch.randperm(len(train), generator=generator).split(loop.options.batch_size)
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches = batches[:-1]  # batch norm cannot take the statistics of one image
-    sums, learning_rate = torch.zeros(3, dtype=torch.float64), 0.0
-    for batch in track(batches, f"epoch {epoch}", len(batches)):
-        images = augment(train.images[batch], loop.options.crop_padding, loop.flip, generator)
-        learning_rate = float(loop.schedule.get_last_lr()[0])
-        sums += _step(loop, images, train.labels[batch], epoch)
-    loss_mean, top1, top3 = (sums / sum(len(batch) for batch in batches)).tolist()
-    return loss_mean, 100 * top1, 100 * top3, learning_rate, len(train) / (time.perf_counter() - started)
-
-
-def _step(loop: _Loop, images: Tensor, labels: Tensor, epoch: int) -> Tensor:
-    """One optimiser step on a uint8 batch; the sums of loss, hits and top-3 hits over it."""
-    logits, loss = _forward(loop, images, labels)
-    _check_finite(loss.item(), epoch)
-    loop.optimizer.zero_grad()
-    loss.backward()
-    loop.optimizer.step()
-    loop.schedule.step()
-    return _sums(loss, logits, labels)
-
-
-def _check_finite(loss: float, epoch: int) -> None:
-    if not math.isfinite(loss):
-        raise StageError(f"training stopped in epoch {epoch}: the loss is {loss}; lower --learning-rate")
-
-
-def _forward(loop: _Loop, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=loop.bf16):
-        logits = loop.model(to_float(images).contiguous(memory_format=torch.channels_last)).float()
-    return logits, nn.functional.cross_entropy(logits, labels, label_smoothing=loop.options.label_smoothing)
-
-
-def _seed_epoch(seed: int, epoch: int) -> torch.Generator:
-    """Seed dropout (torch's global generator) and return the generator of order and augmentation."""
-    torch.manual_seed(seed * 100_003 + epoch)
-    return torch.Generator().manual_seed(seed * 100_003 + epoch)
-
-
-def _sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss, hits and top-3 hits summed over the batch, float64 [3]."""
-    hits = [top_k_correct(logits.detach(), labels, k).sum().double() for k in (1, 3)]
-    return torch.stack([loss.detach().double() * len(labels), *hits])
-
-
-def _evaluate(loop: _Loop, split: Split) -> tuple[float, float, float]:
-    """Loss, top-1 and top-3 in percent, on un-augmented images."""
-    loop.model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    with torch.no_grad():
-        for batch in torch.arange(len(split)).split(EVALUATION_BATCH_SIZE):
-            labels = split.labels[batch]
-            logits, loss = _forward(loop, split.images[batch], labels)
-            sums += _sums(loss, logits, labels)
-    loss_mean, top1, top3 = (sums / len(split)).tolist()
-    return loss_mean, 100 * top1, 100 * top3
 
 
 def _epoch_line(result: EpochResult, epochs: int) -> str:

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from qexp.config import DataConfig, TrainConfig
 from qexp.cost import Cost
@@ -77,12 +78,32 @@ def digits() -> Dataset:
 
 
 @pytest.fixture(scope="session")
+def tiny() -> Dataset:
+    """Digits at 8 px: 160 to train with and 60 to validate."""
+    dataset = load_dataset(DataConfig(image_size=8), seed=0)
+    train, validation = dataset.train.subset(torch.arange(160)), dataset.validation.subset(torch.arange(60))
+    return replace(dataset, train=train, validation=validation)
+
+
+def build_tiny(dataset: Dataset) -> Classifier:
+    """The SmallNet for `tiny`, with the weights of seed 0."""
+    torch.manual_seed(0)
+    return build_classifier(ModelSpec("smallnet", dataset.classes, 8), dataset.train.images)
+
+
+def equal_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Whether all weights and buffers are equal bit for bit."""
+    left, right = first.state_dict(), second.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="session")
 def trained(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, TrainResult]:
     """SmallNet after three epochs on digits."""
     torch.manual_seed(0)
     model = build_classifier(ModelSpec("smallnet", digits.classes, 32), digits.train.images)
-    weights = tmp_path_factory.mktemp("trained") / "best.safetensors"
-    result = train_model(model, digits, TrainConfig(epochs=3), 0, lambda epoch: None, weights)
+    folder = tmp_path_factory.mktemp("trained")
+    result = train_model(model, digits, TrainConfig(epochs=3), 0, lambda epoch: None, folder)
     return model, result
 
 

@@ -1,51 +1,38 @@
-"""Training: the same seed gives the same bits, schedule, early stopping, which weights are kept."""
+"""Training: the same seed gives the same bits, early stopping, which weights are kept, going on after a stop."""
 
+import os
+import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_tiny, equal_weights
 from torch import Tensor, nn
 
-from qexp import training
-from qexp.augmentation import augment
-from qexp.config import DataConfig, TrainConfig
-from qexp.data import Dataset, load_dataset
-from qexp.errors import StageError
+from qexp import loop, training
+from qexp.checkpoint import best_file
+from qexp.config import TrainConfig
+from qexp.data import Dataset
+from qexp.errors import InputError, StageError
 from qexp.evaluation import measure_accuracy, predict_logits
-from qexp.models import Classifier, ModelSpec, build_classifier, load_classifier
-from qexp.training import EpochResult, TrainResult, default_peak, train_model
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Dataset:
-    """Digits at 8 px: 160 to train with and 60 to validate."""
-    dataset = load_dataset(DataConfig(image_size=8), seed=0)
-    train, validation = dataset.train.subset(torch.arange(160)), dataset.validation.subset(torch.arange(60))
-    return replace(dataset, train=train, validation=validation)
+from qexp.models import Classifier, load_classifier
+from qexp.training import EpochResult, TrainResult, train_model
 
 
 def _ignore(epoch: EpochResult) -> None:
     pass
 
 
-def _build(dataset: Dataset) -> Classifier:
-    torch.manual_seed(0)
-    return build_classifier(ModelSpec("smallnet", dataset.classes, 8), dataset.train.images)
-
-
 def _train(
     dataset: Dataset, folder: Path, seed: int = 0, on_epoch: Callable[[EpochResult], None] = _ignore, **options: object
 ) -> tuple[Classifier, TrainResult]:
-    model = _build(dataset)
+    """In a new folder below `folder`: a training of its own."""
+    model = build_tiny(dataset)
     config = TrainConfig(**{"epochs": 2, "batch_size": 64, **options})
-    return model, train_model(model, dataset, config, seed, on_epoch, folder / "best.safetensors")
-
-
-def _equal_weights(first: nn.Module, second: nn.Module) -> bool:
-    left, right = first.state_dict(), second.state_dict()
-    return all(torch.equal(left[name], right[name]) for name in left)
+    return model, train_model(model, dataset, config, seed, on_epoch, Path(tempfile.mkdtemp(dir=folder)))
 
 
 def test_same_seed_gives_equal_weights_bit_for_bit(tiny: Dataset, tmp_path: Path) -> None:
@@ -53,20 +40,9 @@ def test_same_seed_gives_equal_weights_bit_for_bit(tiny: Dataset, tmp_path: Path
     torch.rand(7)  # what the process drew before must not matter
     second, again = _train(tiny, tmp_path, seed=5)
     other, _ = _train(tiny, tmp_path, seed=6)
-    assert _equal_weights(first, second)
+    assert equal_weights(first, second)
     assert [epoch.train_loss for epoch in result.epochs] == [epoch.train_loss for epoch in again.epochs]
-    assert not _equal_weights(first, other)
-
-
-def test_dropout_follows_the_seed_too(tiny: Dataset, tmp_path: Path) -> None:
-    losses = []
-    for _ in range(2):
-        model = _build(tiny)
-        model.network.add_module("drop", nn.Dropout(0.5))
-        torch.rand(len(losses) + 1)
-        epoch = training._train_epoch(training._prepare(model, tiny, TrainConfig(batch_size=64)), tiny.train, 0, 1)
-        losses.append(epoch[0])
-    assert losses[0] == losses[1]
+    assert not equal_weights(first, other)
 
 
 def test_training_learns(trained: tuple[Classifier, TrainResult], digits: Dataset) -> None:
@@ -78,25 +54,16 @@ def test_training_learns(trained: tuple[Classifier, TrainResult], digits: Datase
     assert result.duration_s > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "flip", "expected"),
-    [("digits", None, False), ("pets", None, True), ("digits", True, True), ("p", False, False)],
-)
-def test_digits_are_not_mirrored_unless_asked(tiny: Dataset, name: str, flip: bool | None, expected: bool) -> None:
-    loop = training._prepare(_build(tiny), replace(tiny, name=name), TrainConfig(flip=flip))
-    assert loop.flip is expected
-
-
 def _script(monkeypatch: pytest.MonkeyPatch, *validation: tuple[float, float]) -> None:
     """Let validation find these (loss, top-1) pairs, epoch by epoch."""
     left = list(validation)
-    monkeypatch.setattr(training, "_evaluate", lambda loop, split: (*left.pop(0), 99.0))
+    monkeypatch.setattr(loop, "validate", lambda loop, split: (*left.pop(0), 99.0))
 
 
 def test_best_weights_are_those_of_the_best_epoch(tiny: Dataset, tmp_path: Path) -> None:
     """Evaluated again, the kept weights give what was noted for that epoch; so the last ones were not kept instead."""
     snapshots: list[dict[str, Tensor]] = []
-    model = _build(tiny)
+    model = build_tiny(tiny)
 
     def keep(epoch: EpochResult) -> None:
         snapshots.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
@@ -104,12 +71,12 @@ def test_best_weights_are_those_of_the_best_epoch(tiny: Dataset, tmp_path: Path)
     options = TrainConfig(
         epochs=6, batch_size=64, bf16=False, learning_rate=1.0
     )  # too high: validation goes up and down
-    result = train_model(model, tiny, options, 0, keep, tmp_path / "best")
+    result = train_model(model, tiny, options, 0, keep, tmp_path)
     best = max(result.epochs, key=lambda epoch: (epoch.validation_top1_percent, -epoch.validation_loss))
     assert result.best_epoch == best.epoch
     kept = model.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in snapshots[result.best_epoch - 1].items())
-    assert _equal_weights(load_classifier(tmp_path / "best"), model)
+    assert equal_weights(load_classifier(best_file(tmp_path, best.epoch)), model)
     logits = predict_logits(model, tiny.validation.images)
     assert measure_accuracy(logits, tiny.validation.labels).top1_percent == pytest.approx(best.validation_top1_percent)
     loss = nn.functional.cross_entropy(logits, tiny.validation.labels, label_smoothing=0.1)
@@ -125,7 +92,7 @@ def test_earlier_epoch_is_kept_when_later_ones_are_worse(
     _script(monkeypatch, (1.0, 50.0), (0.9, 80.0), (0.1, 70.0), (0.1, 90.0))
     last, result = _train(tiny, tmp_path, epochs=4)
     assert result.best_epoch == 4
-    assert not _equal_weights(model, last)
+    assert not equal_weights(model, last)
 
 
 def test_equal_accuracy_is_decided_by_the_loss(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,37 +110,12 @@ def test_training_stops_after_so_many_epochs_without_a_better_one(
     assert result.stopped_early and result.best_epoch == 2
 
 
-def test_learning_rate_rises_for_a_quarter_then_falls(tiny: Dataset, tmp_path: Path) -> None:
-    _, result = _train(tiny, tmp_path, epochs=12, patience=12, batch_size=160, learning_rate=0.05)
-    rates = [epoch.learning_rate for epoch in result.epochs]
-    top = rates.index(max(rates))
-    assert top in (2, 3)
-    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
-    assert 0.04 < max(rates) <= 0.05 and rates[-1] < 0.001
-    assert result.peak_learning_rate == 0.05
-
-
 @pytest.mark.parametrize(("images", "epochs"), [(40, 1), (40, 4), (70, 2), (200, 1)])
 def test_runs_of_few_steps_work(tiny: Dataset, tmp_path: Path, images: int, epochs: int) -> None:
     """One step in all, and four: a quarter of them is one, so the warm-up has no length."""
     few = replace(tiny, train=tiny.train.subset(torch.arange(images) % 160))
     _, result = _train(few, tmp_path, epochs=epochs)
     assert len(result.epochs) == epochs
-
-
-def test_default_peak_depends_on_batch_norm(tiny: Dataset, tmp_path: Path) -> None:
-    assert default_peak(_build(tiny)) == 0.2
-    assert default_peak(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))) == 0.03
-    assert _train(tiny, tmp_path, epochs=1)[1].peak_learning_rate == 0.2
-
-
-def test_layer_that_sees_49_copies_gets_a_49th_of_the_rate() -> None:
-    with torch.device("meta"):
-        model = Classifier(ModelSpec("vgg16", tuple("abcdefghij"), 32), torch.zeros(3), torch.ones(3))
-        others, first = training._parameter_groups(model, 0.03)
-    assert first["lr"] == pytest.approx(0.03 / 49) and others["lr"] == 0.03
-    assert [tuple(parameter.shape) for parameter in first["params"]] == [(4096, 25088), (4096,)]
-    assert len(first["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
 def test_loss_that_is_no_number_stops_training(tiny: Dataset, tmp_path: Path) -> None:
@@ -198,52 +140,9 @@ def test_on_epoch_is_told_of_each_epoch_in_order(tiny: Dataset, tmp_path: Path) 
         assert epoch.train_loss > 0 and epoch.validation_loss > 0 and epoch.images_per_second > 0
 
 
-def test_best_weights_are_on_disk_after_every_epoch(tiny: Dataset, tmp_path: Path) -> None:
-    seen: list[bool] = []
-
-    def look(epoch: EpochResult) -> None:
-        seen.append((tmp_path / "best.safetensors").is_file())
-
-    _train(tiny, tmp_path, epochs=3, on_epoch=look)
-    assert seen[1:] == [True, True]
-
-
 def test_last_batch_of_one_image_is_left_out(tiny: Dataset, tmp_path: Path) -> None:
     odd = replace(tiny, train=tiny.train.subset(torch.arange(2 * 64 + 1)))
     assert len(_train(odd, tmp_path)[1].epochs) == 2
-
-
-def test_only_a_last_batch_of_one_is_left_out(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch norm cannot take the statistics of one value."""
-    sizes: list[int] = []
-    step = training._step
-
-    def note(loop: object, images: Tensor, labels: Tensor, epoch: int) -> Tensor:
-        sizes.append(len(images))
-        return step(loop, images, labels, epoch)
-
-    monkeypatch.setattr(training, "_step", note)
-    for count in (129, 130):
-        part = tiny.train.subset(torch.arange(count))
-        loop = training._prepare(_build(tiny), replace(tiny, train=part), TrainConfig(batch_size=64))
-        training._train_epoch(loop, part, 0, 1)
-    assert sizes == [64, 64, 64, 64, 2]
-
-
-def test_every_image_is_seen_once_an_epoch(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tensor] = []
-
-    def note(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-        seen.append(images)
-        return augment(images, padding, flip, generator)
-
-    monkeypatch.setattr(training, "augment", note)
-    loop = training._prepare(_build(tiny), tiny, TrainConfig(batch_size=64))
-    training._train_epoch(loop, tiny.train, 0, 1)
-    assert sorted(image.numpy().tobytes() for image in torch.cat(seen)) == sorted(
-        image.numpy().tobytes() for image in tiny.train.images
-    )
-    assert not torch.equal(torch.cat(seen), tiny.train.images)  # in another order
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -253,7 +152,104 @@ def test_bf16_is_as_asked(tiny: Dataset, tmp_path: Path, bf16: bool) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_momentum_zero_is_plain_descent(tiny: Dataset) -> None:
-    optimizer = training._prepare(_build(tiny), tiny, TrainConfig(momentum=0.0)).optimizer
-    assert optimizer.defaults["nesterov"] is False
-    assert training._prepare(_build(tiny), tiny, TrainConfig()).optimizer.defaults["nesterov"] is True
+def test_best_weights_and_a_checkpoint_are_on_disk_after_every_epoch(tiny: Dataset, tmp_path: Path) -> None:
+    def look(epoch: EpochResult) -> None:
+        assert (tmp_path / "checkpoint.pt").is_file()
+        assert len(list(tmp_path.glob("best-*.safetensors"))) == 1
+        assert {file.suffix for file in tmp_path.iterdir()} == {".pt", ".safetensors"}  # nothing half written
+
+    train_model(build_tiny(tiny), tiny, TrainConfig(epochs=3, batch_size=64), 0, look, tmp_path)
+
+
+def test_exploding_loss_stops_training(tiny: Dataset, tmp_path: Path) -> None:
+    model = build_tiny(tiny)
+    with torch.no_grad():
+        model.network[-1].weight.mul_(1e5)  # type: ignore[index,union-attr,operator]
+    with pytest.raises(StageError, match=r"epoch 1: the loss is [\d.e+]+, more than 100 times that of guessing"):
+        train_model(model, tiny, TrainConfig(epochs=1), 0, _ignore, tmp_path)
+
+
+def _train_with_stops(
+    dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch, every: int, number: int, **options: object
+) -> tuple[Classifier, TrainResult, int]:
+    """Start again and again, with a signal at every so many steps, until the training is through."""
+    steps, stops, step = 0, 0, loop._step
+
+    def step_and_signal(*arguments: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps % every == 0:
+            os.kill(os.getpid(), number)
+        step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", step_and_signal)
+    while True:
+        model = build_tiny(dataset)
+        torch.rand(stops + 3)  # another process has another past
+        try:
+            config = TrainConfig(**{"epochs": 3, "batch_size": 32, **options})
+            return model, train_model(model, dataset, config, 5, _ignore, folder), stops
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            assert isinstance(stopped, KeyboardInterrupt) == (number == signal.SIGINT)
+            stops += 1
+
+
+@pytest.mark.parametrize(("every", "number"), [(2, signal.SIGINT), (4, signal.SIGTERM)])
+def test_training_stopped_by_signals_gives_the_same_bits(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, number: int
+) -> None:
+    """Every 4 of 5 steps; every 2 gives also stops at the last step of an epoch."""
+    whole, expected = _train(tiny, tmp_path, seed=5, epochs=3, batch_size=32)
+    model, result, stops = _train_with_stops(tiny, tmp_path / "stopped", monkeypatch, every, number)
+    assert stops == 15 // every == result.times_resumed
+    assert equal_weights(model, whole)
+    timeless = {"images_per_second": 0.0}
+    assert [replace(e, **timeless) for e in result.epochs] == [replace(e, **timeless) for e in expected.epochs]  # type: ignore[arg-type]
+
+
+def test_checkpoints_inside_an_epoch_come_with_time(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    save = training.save_checkpoint
+
+    def note(folder: Path, state: dict[str, dict[str, int]]) -> None:
+        steps.append(state["position"]["step"])
+        save(folder, state)
+
+    monkeypatch.setattr(training, "save_checkpoint", note)
+    _train(tiny, tmp_path, epochs=1, batch_size=32, checkpoint_minutes=1e-9)
+    assert steps == [1, 2, 3, 4, 5, 0]
+    steps.clear()
+    _train(tiny, tmp_path, epochs=2, batch_size=32)
+    assert steps == [0, 0]
+
+
+def test_early_stopping_is_remembered(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best epoch and the wait since are in the checkpoint: patience does not start again."""
+    folder = tmp_path / "own"
+    told: list[int] = []
+    for scores in ([(1.0, 50.0), (0.9, 60.0), (1.0, 40.0)], [(1.0, 40.0)]):
+        _script(monkeypatch, *scores)
+        try:  # the script ends before the training: an error in the middle of validation
+            config = TrainConfig(epochs=9, batch_size=64, patience=2)
+            result = train_model(build_tiny(tiny), tiny, config, 0, lambda e: told.append(e.epoch), folder)
+        except IndexError:
+            continue
+    assert [epoch.validation_top1_percent for epoch in result.epochs] == [50.0, 60.0, 40.0, 40.0]
+    assert result.best_epoch == 2 and result.stopped_early
+    assert told == [1, 2, 3, 1, 2, 3, 4]  # those of the checkpoint again
+
+
+def test_checkpoint_of_another_training_is_refused(tiny: Dataset, tmp_path: Path) -> None:
+    train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1), 0, _ignore, tmp_path)
+    for seed, options in ((1, {}), (0, {"momentum": 0.5})):
+        with pytest.raises(InputError, match="of another training"):
+            train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1, **options), seed, _ignore, tmp_path)
+
+
+def test_finished_training_goes_on_to_its_result(tiny: Dataset, tmp_path: Path) -> None:
+    first, second = build_tiny(tiny), build_tiny(tiny)
+    result = train_model(first, tiny, TrainConfig(epochs=2), 0, _ignore, tmp_path)
+    again = train_model(second, tiny, TrainConfig(epochs=2), 0, _ignore, tmp_path)
+    assert again.epochs == result.epochs and equal_weights(first, second)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stand
 
 import mlflow
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import RunStatus
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from qexp import metrics
@@ -27,76 +26,14 @@ from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import from_json, to_json
 from qexp.host import Host
 from qexp.latency import LatencyResult
+from qexp.tracking.runs import RunFacts, children_of, end_open_runs, find_run, start_run, use_experiment, use_store
 from qexp.training import EpochResult
 
+__all__ = ["RunFacts", "children_of", "end_open_runs", "find_run", "start_run", "use_experiment", "use_store"]
 T = TypeVar("T")
-GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
-EXPERIMENT_KIND = "mlflow.experimentKind"
-STORE_ANSWER_TIMEOUT_S = 10
 
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def use_store() -> None:
-    """Check once, without MLflow's minutes of retries, that the tracking store answers.
-
-    Raises:
-        InputError: it does not; the message names its URI.
-    """
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(STORE_ANSWER_TIMEOUT_S)}
-    before = {name: os.environ.get(name) for name in patience}
-    os.environ.update(patience)
-    try:
-        mlflow.MlflowClient().search_experiments(max_results=1)
-    except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
-        raise InputError(
-            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer "
-            f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
-        ) from None
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def use_experiment(dataset_name: str) -> None:
-    """One experiment a data set, unless MLflow was told another: by `mlflow run` or MLFLOW_EXPERIMENT_NAME or _ID."""
-    if not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
-        mlflow.set_experiment(f"qexp-{dataset_name}")
-
-
-@contextmanager
-def start_run(name: str, note: str) -> Iterator[str]:
-    """A run that always ends: FINISHED, FAILED with its error as a tag, or KILLED on Ctrl-C and SIGTERM.
-
-    Inside another run it is nested; inside `mlflow run` the first one is the run that MLflow has started.
-    Yields its id. `note` is Markdown for the run's page.
-    """
-    resumed = "MLFLOW_RUN_ID" in os.environ
-    run = mlflow.start_run(run_name=None if resumed else name, nested=mlflow.active_run() is not None)
-    _show_as_training(run.info.experiment_id)
-    if resumed and GENERATED_NAME.fullmatch(run.info.run_name or ""):
-        mlflow.set_tag("mlflow.runName", name)
-    status = RunStatus.FAILED
-    try:
-        mlflow.set_tags({"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
-        yield run.info.run_id
-        status = RunStatus.FINISHED
-    except (KeyboardInterrupt, SystemExit):
-        status = RunStatus.KILLED
-        raise
-    except Exception as error:
-        mlflow.set_tag("qexp.error", f"{type(error).__name__}: {error}"[:500])
-        raise
-    finally:
-        mlflow.end_run(RunStatus.to_string(status))
-
-
-def _show_as_training(experiment_id: str) -> None:
-    """Without this tag the UI guesses, and shows its pages for language models."""
-    client = mlflow.MlflowClient()
-    if EXPERIMENT_KIND not in client.get_experiment(experiment_id).tags:
-        client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
 
 
 def set_note(text: str) -> None:
@@ -104,16 +41,31 @@ def set_note(text: str) -> None:
     mlflow.set_tag("mlflow.note.content", text)
 
 
+def set_tag(name: str, value: str) -> None:
+    """A tag of the active run."""
+    mlflow.set_tag(name, value)
+
+
+def _active_run() -> Run:
+    """As the store has it now."""
+    active = mlflow.active_run()
+    assert active is not None
+    return mlflow.MlflowClient().get_run(active.info.run_id)
+
+
 def log_setup(config: Config, host: Host) -> None:
-    """Parameters, the resolved configuration and the host."""
+    """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has."""
     facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
-    mlflow.log_params(flat_params(config) | facts)
+    logged = _active_run().data.params
+    mlflow.log_params({name: value for name, value in (flat_params(config) | facts).items() if name not in logged})
     mlflow.log_text(to_yaml(config), "config.yaml")
     mlflow.log_text(to_json(host), "host.json")
 
 
 def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
-    """The splits named (train, validation, test) as data set inputs of the active run."""
+    """The splits named (train, validation, test) as data set inputs of the active run, unless it has them."""
+    if (inputs := _active_run().inputs) and inputs.dataset_inputs:
+        return
     for context in contexts:
         split = getattr(dataset, context)
         _log_input(split, dataset, context, split.digest)

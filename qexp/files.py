@@ -1,0 +1,54 @@
+"""Files that are either complete or not there: written beside their place, synced to disk, then renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qexp.errors import StageError, first_line
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to; what stands there at the end takes the place of `file` in one step.
+
+    Neither a crash nor a full disk leaves `file` half written: until the rename the old one stays as it was.
+
+    Raises:
+        StageError: the disk is full or the folder cannot be written.
+    """
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(file)
+        _sync(file.parent)
+    except Exception as error:  # torch and safetensors have their own types for a full disk
+        raise StageError(f"{file}: cannot be written ({first_line(_root(error))}{_room(file.parent)})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the system said, where a library says something else about it."""
+    deeper: BaseException | None = error
+    while deeper and not isinstance(deeper, OSError):
+        deeper = deeper.__cause__ or deeper.__context__
+    return deeper or error
+
+
+def _room(folder: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(folder).free / 1e6:.0f} MB free there"
+    except OSError:
+        return ""

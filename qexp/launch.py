@@ -1,0 +1,70 @@
+"""Start a command's training processes with torchrun's elastic launcher, and say in one line how one of them died.
+
+The processes run the same command again. torchrun's environment tells them that they are several (distributed.py), so
+that `torchrun … -m entrypoints.train …` on each of several machines does the same without this module.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from qexp.config import Config, to_yaml
+from qexp.errors import StageError, first_line
+
+SHUTDOWN_TIMEOUT_S = 120  # for the checkpoint that a signal asks for
+
+
+def is_worker() -> bool:
+    """Whether torchrun has started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def run_workers(command: str, config: Config, run_id: str, resume: str | None = None) -> None:
+    """Run `entrypoints.<command>` in `config.train.processes` processes; the first takes the run `run_id`.
+
+    Raises:
+        StageError: a process has died; the message says which, and why. The others have been ended.
+        KeyboardInterrupt, SystemExit: a signal came; the processes have got it too.
+    """
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it has to say is in the exceptions
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.train.processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,  # `--resume` does that, at the user's word
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "config.yaml")
+        file.write_text(to_yaml(config))
+        arguments = ["-m", f"entrypoints.{command}", "--config", str(file)] + (["--resume", resume] if resume else [])
+        before = os.environ.get("MLFLOW_RUN_ID")
+        os.environ["MLFLOW_RUN_ID"] = run_id
+        try:
+            elastic_launch(settings, sys.executable)(*arguments)
+        except ChildFailedError as error:
+            raise StageError(_describe(error, config.train.processes)) from None
+        except SignalException as error:
+            if error.sigval.name == "SIGINT":
+                raise KeyboardInterrupt from None
+            sys.exit(128 + error.sigval)
+        finally:
+            os.environ.pop("MLFLOW_RUN_ID") if before is None else os.environ.update(MLFLOW_RUN_ID=before)
+
+
+def _describe(error: ChildFailedError, processes: int) -> str:
+    rank, failure = error.get_first_failure()
+    name = f"training process {rank} of {processes} (pid {failure.pid})"
+    if failure.exitcode < 0:
+        return f"{name} was ended by {failure.signal_name()}; the others were stopped"
+    return f"{name} ended with exit code {failure.exitcode}: {first_line(Exception(failure.message))}"

@@ -1,0 +1,194 @@
+"""One pass over the images: training step by step, or validation. training.py says how passes make a training."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qexp.augmentation import augment
+from qexp.checkpoint import Position
+from qexp.config import TrainConfig
+from qexp.data import Dataset, Split
+from qexp.distributed import Group
+from qexp.errors import StageError
+from qexp.evaluation import to_float, top_k_correct
+from qexp.interrupts import StopRequest
+from qexp.models import Classifier
+from qexp.progress import track
+from qexp.recipe import make_optimizer, steps_of
+
+EVALUATION_BATCH_SIZE = 256
+EXPLODED = 100  # times the loss of guessing
+STEPS_BETWEEN_LOOKS = 25  # at the figures on a GPU, which has to be waited for
+
+
+@dataclass
+class Loop:
+    """What goes on from one step to the next, and what every step needs. `options` are settled ones."""
+
+    model: Classifier
+    module: nn.Module  # `model`, or what adds up its gradients over several processes
+    options: TrainConfig
+    seed: int
+    group: Group
+    stop: StopRequest
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    position: Position = field(default_factory=Position)
+    random_states: dict[str, Tensor] | None = None  # those at `position`, where it came from a checkpoint
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    figures: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # since the last look
+
+    @property
+    def device(self) -> str:
+        return self.options.device or "cpu"
+
+
+def prepare(
+    model: Classifier,
+    module: nn.Module,
+    dataset: Dataset,
+    options: TrainConfig,
+    seed: int,
+    group: Group,
+    stop: StopRequest,
+) -> Loop:
+    """The loop at its beginning, for a model that is on its device."""
+    optimizer, schedule = make_optimizer(model, options, steps_of(len(dataset.train), options))
+    loop = Loop(model, module, options, seed, group, stop, optimizer, schedule)
+    loop.figures = loop.figures.to(loop.device)
+    return loop
+
+
+def train_pass(loop: Loop, train: Split, after_step: Callable[[], None]) -> None:
+    """The steps of the epoch at `loop.position` that are still to do; `after_step` is called after each
+    (on a GPU, after every so many).
+
+    Raises:
+        StageError: the loss is not a finite number, or has exploded.
+    """
+    position = loop.position
+    loop.model.train()
+    batches = _batches(loop, len(train))
+    started, before = time.perf_counter(), position.epoch_s
+    for batch in track(batches[position.step :], f"epoch {position.epoch}", len(batches), position.step):
+        position.step += 1
+        every = 1 if loop.device == "cpu" else STEPS_BETWEEN_LOOKS
+        look = position.step % every == 0 or position.step == len(batches)
+        position.learning_rate = float(loop.schedule.get_last_lr()[0])
+        _step(loop, train, batch, look)
+        position.epoch_s = before + time.perf_counter() - started
+        if look:
+            after_step()
+
+
+def _batches(loop: Loop, count: int) -> list[Tensor]:
+    """Indices of the epoch's batches; leaves the random states where the next step needs them."""
+    loop.generator = _seed_epoch(loop.seed, loop.position.epoch)
+    batches = list(torch.randperm(count, generator=loop.generator).split(loop.options.batch_size))
+    # Batch norm cannot take the statistics of one image, and every process must have one.
+    if len(batches) > 1 and len(batches[-1]) < max(2, loop.group.size):
+        batches.pop()
+    if loop.random_states:
+        set_random_states(loop, loop.random_states)
+        loop.random_states = None
+    return batches
+
+
+def _seed_epoch(seed: int, epoch: int) -> torch.Generator:
+    """Seed dropout (torch's global generator) and return the generator of order and augmentation."""
+    torch.manual_seed(seed * 100_003 + epoch)
+    return torch.Generator().manual_seed(seed * 100_003 + epoch)
+
+
+def random_states(loop: Loop) -> dict[str, Tensor]:
+    """The states of all generators that a step draws from."""
+    states = {"global": torch.get_rng_state(), "epoch": loop.generator.get_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if loop.device == "cuda" else {})
+
+
+def set_random_states(loop: Loop, states: dict[str, Tensor]) -> None:
+    """Put the generators back to what `random_states` found."""
+    torch.set_rng_state(states["global"])
+    loop.generator.set_state(states["epoch"])
+    if "cuda" in states and loop.device == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _step(loop: Loop, train: Split, batch: Tensor, look: bool) -> None:
+    """One optimiser step on these images; with `look`, the figures since the last look are added up and checked."""
+    share = slice(loop.group.rank, None, loop.group.size)
+    loop.group.batch_size = len(batch)
+    options = loop.options
+    images = augment(_on_device(loop, train.images[batch]), options.crop_padding, bool(options.flip), loop.generator)
+    labels = _on_device(loop, train.labels[batch])[share]
+    logits, loss = _forward(loop, loop.module, images[share], labels)
+    loop.figures += _figures(loss, logits, labels)
+    if look:
+        _look(loop)
+    loop.optimizer.zero_grad()
+    # Gradients are averaged over processes, which have a different number of images where the batch does not divide.
+    (loss * (len(labels) * loop.group.size / len(batch))).backward()
+    loop.optimizer.step()
+    loop.schedule.step()
+
+
+def _look(loop: Loop) -> None:
+    """Add the figures of all processes to those of the epoch; all stop where one is asked to or a loss is no good."""
+    asked = torch.tensor([float(loop.stop.signal)], dtype=torch.float64, device=loop.figures.device)
+    *sums, count, signals = loop.group.total(torch.cat([loop.figures, asked])).tolist()
+    loop.figures = torch.zeros_like(loop.figures)
+    check_loss(sums[0] / count, loop.position.epoch, EXPLODED * math.log(len(loop.model.spec.classes)))
+    loop.position.sums = [old + new for old, new in zip(loop.position.sums, [*sums, count], strict=True)]
+    if signals and not loop.stop.signal:
+        loop.stop.signal = signal.SIGTERM
+
+
+def check_loss(loss: float, epoch: int, limit: float = math.inf) -> None:
+    """Raise StageError where going on is of no use: the loss is not a finite number, or above `limit`."""
+    if math.isfinite(loss) and loss <= limit:
+        return
+    why = f", more than {EXPLODED} times that of guessing" if math.isfinite(loss) else ""
+    raise StageError(f"training stopped in epoch {epoch}: the loss is {loss:.4g}{why}; lower --learning-rate")
+
+
+def _on_device(loop: Loop, values: Tensor) -> Tensor:
+    return values.pin_memory().to(loop.device, non_blocking=True) if loop.device == "cuda" else values
+
+
+def _forward(loop: Loop, module: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast(loop.device, torch.bfloat16, enabled=bool(loop.options.bf16)):
+        logits = module(to_float(images).contiguous(memory_format=torch.channels_last)).float()
+    return logits, nn.functional.cross_entropy(logits, labels, label_smoothing=loop.options.label_smoothing)
+
+
+def _figures(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss, hits and top-3 hits summed over the images, and their number, float64 [4]."""
+    hits = [top_k_correct(logits.detach(), labels, k).sum().double() for k in (1, 3)]
+    return torch.stack([loss.detach().double() * len(labels), *hits, torch.full_like(hits[0], len(labels))])
+
+
+def validate(loop: Loop, split: Split) -> tuple[float, float, float]:
+    """Loss, top-1 and top-3 in percent, on un-augmented images."""
+    loop.model.eval()
+    figures = torch.zeros_like(loop.figures)
+    with torch.no_grad():
+        for batch in torch.arange(len(split)).split(EVALUATION_BATCH_SIZE):
+            if loop.stop.signal and loop.group.size == 1:  # several processes must stop at the same step
+                break
+            share = batch[loop.group.rank :: loop.group.size]
+            if len(share):
+                labels = _on_device(loop, split.labels[share])
+                logits, loss = _forward(loop, loop.model, _on_device(loop, split.images[share]), labels)
+                figures += _figures(loss, logits, labels)
+    return means(loop.group.total(figures).tolist())
+
+
+def means(figures: list[float]) -> tuple[float, float, float]:
+    """Loss, top-1 and top-3 in percent, from sums and the number of images; 0 of none."""
+    loss, top1, top3, count = figures
+    return (loss / count, 100 * top1 / count, 100 * top3 / count) if count else (0.0, 0.0, 0.0)

@@ -1,0 +1,55 @@
+"""Files that are complete or not there."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from qexp.errors import StageError
+from qexp.files import replacing
+
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from qexp.checkpoint import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what a full disk does, at 100 kB
+save_checkpoint(Path(sys.argv[1]), {"position": {"best_epoch": 0}, "model": torch.zeros(1_000_000)})
+"""
+
+
+def test_new_text_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "file"
+    for text in ("old", "new"):
+        with replacing(file) as temporary:
+            temporary.write_text(text)
+        assert file.read_text() == text and os.listdir(file.parent) == ["file"]
+
+
+def test_error_leaves_the_old_text(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    with (
+        pytest.raises(StageError, match=r"file: cannot be written \(no room; \d+ MB free there\)"),
+        replacing(file) as new,
+    ):
+        new.write_text("half")
+        raise OSError("no room")
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit of file size here")
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_text("previous")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        done.returncode == 1
+        and "StageError" in done.stderr
+        and "checkpoint.pt: cannot be written ([Errno 27]" in done.stderr
+    )
+    assert (tmp_path / "checkpoint.pt").read_text() == "previous" and os.listdir(tmp_path) == ["checkpoint.pt"]
