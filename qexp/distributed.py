@@ -131,9 +131,9 @@ def _batch_norm(module: Any, values: Tensor) -> Tensor:
     """Batch norm with mean and variance of all processes' values; torch's SyncBatchNorm refuses CPUs."""
     if not module.training:
         return type(module).forward(module, values)
-    wide = values.float()
+    wide = values if values.dtype == torch.float64 else values.float()
     dims = [0, *range(2, values.dim())]
-    count = torch.full((1,), values.numel() / values.shape[1], device=values.device)
+    count = wide.new_full((1,), values.numel() / values.shape[1])
     sums = _Sum.apply(torch.cat([wide.sum(dims), wide.square().sum(dims), count]))
     channels = values.shape[1]
     total = sums[-1]

@@ -140,7 +140,8 @@ def prepare(
     Returns:
         The configuration with every `auto` settled that a stage would settle.
     """
-    tracking.use_store()
+    if read_group().leads or resume:  # processes that open a new database at once break it
+        tracking.use_store()
     if resume:
         config = resumed.config_of_run(config, resume, command)
     if model_uri:

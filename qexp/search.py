@@ -28,6 +28,11 @@ STALE_LOCK_S = 10  # writing a line takes milliseconds
 
 def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
     """Search with the fp32 version `model_uri`; without it, the newest one of this model and data, or a new one."""
+    if config.train.processes > 1:
+        raise InputError(
+            f"--processes {config.train.processes}: a search trains in one process; "
+            "give it to `qexp train` first, and the search takes that version"
+        )
     tracking.use_store()
     model_uri = model_uri or registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
     config, host, dataset = pipeline.prepare(config, model_uri, given=("data",))

@@ -44,12 +44,17 @@ class Finished:
         return json.loads(self.stdout.splitlines()[-1])
 
 
+def environment_for(uri: str) -> dict[str, str]:
+    """The environment of a command that uses the store at `uri`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return environment | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(REPOSITORY)}
+
+
 def run_qexp(folder: Path, *arguments: str, uri: str | None = None, timeout_s: float = 300) -> Finished:
     """`qexp ARGUMENTS` in `folder`, with its own SQLite store there unless `uri` names another."""
     uri = uri or f"sqlite:///{folder}/mlflow.db"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "entrypoints.cli", *arguments]
+    environment = environment_for(uri)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s)
     return Finished(folder, uri, done.returncode, done.stdout, done.stderr)
 

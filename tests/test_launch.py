@@ -1,0 +1,76 @@
+"""Training in several processes: the same curve, one run, and what happens when one of them dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import environment_for, run_qexp
+
+# A small learning rate: rounding differences grow with every step, the faster the higher it is.
+OPTIONS = "--epochs 3 --image-size 8 --learning-rate 0.01 --bf16 false --seed 3".split()
+CURVES = ("train/loss", "val/loss")
+
+
+def _curves(uri: str, run_id: str) -> dict[str, list[float]]:
+    client = mlflow.MlflowClient(uri)
+    histories = {name: client.get_metric_history(run_id, name) for name in CURVES}
+    assert all([metric.step for metric in history] == [1, 2, 3] for history in histories.values())
+    return {name: [metric.value for metric in history] for name, history in histories.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
+    one = run_qexp(tmp_path, "train", *OPTIONS)
+    two = run_qexp(tmp_path, "train", *OPTIONS, "--processes", "2")
+    assert one.code == two.code == 0, two.stderr
+    first, second = _curves(one.uri, one.summary["run_id"]), _curves(one.uri, two.summary["run_id"])
+    for name in CURVES:
+        assert second[name] == pytest.approx(first[name], rel=2e-3)
+        assert first[name][0] != first[name][2]
+    runs = mlflow.MlflowClient(one.uri).search_runs(["1"])
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]  # one each
+    assert two.stderr.count("epoch 1/3") == 1 and "Warning" not in two.stderr
+    assert len(two.stdout.splitlines()) == 1
+
+
+def _workers(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children if b"entrypoints.train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
+    options = "--epochs 500 --image-size 8 --processes 2".split()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    command = [sys.executable, "-m", "entrypoints.cli", "train", *options]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment_for(uri), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stderr
+    next(line for line in process.stderr if line.startswith("epoch 2/500"))
+    workers = _workers(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1
+    said = f"training process 1 of 2 (pid {workers[1]}) was ended by SIGKILL"
+    assert f"error: {said}" in errors and "Traceback" not in errors
+    (run,) = mlflow.MlflowClient(uri).search_runs(["1"])
+    assert run.info.status == "FAILED" and said in run.data.tags["qexp.error"]
+    time.sleep(0.5)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+@pytest.mark.slow
+def test_bad_input_is_refused_before_there_are_processes(tmp_path: Path) -> None:
+    for arguments in (["--processes", "0"], ["--processes", "2", "--model", "vgg17"]):
+        done = run_qexp(tmp_path, "train", *arguments)
+        assert done.code == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    done = run_qexp(tmp_path, "search", "--processes", "2")
+    assert done.code == 2 and "--processes 2: " in done.stderr
