@@ -24,8 +24,9 @@ demo: setup  ## train SmallNet on digits, quantize, measure, register: report/re
 	$(ENV) $(STORE) mlflow run . --env-manager local -e main --experiment-name qexp-digits -P output_dir=report
 	@echo 'the report: report/report.html; the runs and models: make ui'
 
+# Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
 test: setup  ## all tests, slow ones included
-	$(ENV) python -m pytest
+	$(ENV) OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	$(ENV) ruff check .

@@ -135,7 +135,12 @@ def run_app(app: typer.Typer) -> None:
     except typer.exceptions.TyperException as error:
         typer.echo(f"error: {error.format_message()} (see --help)", err=True)
         code = error.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may abort a process that Python tears down around them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_alone(command: Callable[..., None]) -> None:

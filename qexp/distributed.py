@@ -4,6 +4,7 @@ torchrun starts the processes (qexp/launch.py, or by hand on several machines) a
 Each takes every n-th image of the configured batch; batch norm and dropout act on the whole batch, not on the share.
 """
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -82,16 +83,18 @@ def joined(device: str) -> Iterator[Group]:
             raise
         raise StageError(f"process {group.rank} of {group.size}: {first_line(error)}") from error
     finally:
+        gc.collect()  # what `shared` has made must go first: it may abort the process at its end otherwise
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 @contextmanager
-def shared(model: nn.Module, group: Group) -> Iterator[nn.Module]:
-    """The module to train with: `model` itself when alone, else one that adds up gradients over the processes.
+def shared(model: nn.Module, group: Group, device: str) -> Iterator[nn.Module]:
+    """The module to train with on this device: `model` when alone, else one that averages gradients over the processes.
 
     Within the block, batch norm and dropout of `model` see whole batches.
     """
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if group.size == 1:
         yield model
         return

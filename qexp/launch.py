@@ -33,7 +33,9 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
         StageError: a process has died; the message says which, and why. The others have been ended.
         KeyboardInterrupt, SystemExit: a signal came; the processes have got it too.
     """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it has to say is in the exceptions
+    for name in logging.root.manager.loggerDict:  # what they have to say is in the exceptions
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

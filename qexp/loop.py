@@ -142,7 +142,7 @@ def _look(loop: Loop) -> None:
     asked = torch.tensor([float(loop.stop.signal)], dtype=torch.float64, device=loop.figures.device)
     *sums, count, signals = loop.group.total(torch.cat([loop.figures, asked])).tolist()
     loop.figures = torch.zeros_like(loop.figures)
-    check_loss(sums[0] / count, loop.position.epoch, EXPLODED * math.log(len(loop.model.spec.classes)))
+    check_loss(sums[0] / count, loop.position.epoch, EXPLODED * math.log(max(2, len(loop.model.spec.classes))))
     loop.position.sums = [old + new for old, new in zip(loop.position.sums, [*sums, count], strict=True)]
     if signals and not loop.stop.signal:
         loop.stop.signal = signal.SIGTERM

@@ -123,8 +123,9 @@ def repeated_inputs(model: Classifier) -> int:
     if not (type(network).__name__ == "VGG" and isinstance(pool, nn.AdaptiveAvgPool2d)):
         return 1
     size = model.spec.image_size
+    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
     with torch.no_grad():
-        shape = network.get_submodule("features")(torch.zeros(1, 3, size, size)).shape
+        shape = network.get_submodule("features")(image).shape
     return 49 if shape[2:] == (1, 1) else 1
 
 

@@ -61,7 +61,10 @@ def _hand_over(command: str, config: Config, dataset: Dataset, name: str, note: 
         if config.train.processes == 1:
             return False
         with tracking.start_run(name, note, resume) as run_id:
-            launch.run_workers(command, config, run_id, resume)
+            try:
+                launch.run_workers(command, config, run_id, resume)
+            finally:  # a process that was killed could not
+                tracking.end_open_runs(tracking.children_of(run_id), "FAILED")
         return True
     if read_group().leads:
         return False

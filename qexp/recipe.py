@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qexp.config import TrainConfig
+from qexp.errors import InputError
 from qexp.models import Classifier, repeated_inputs
 
 WARM_UP_SHARE = 0.25  # of the steps, in which the learning rate rises to its peak
@@ -15,8 +16,14 @@ SHORTEST_CYCLE = 5  # steps; in a shorter one torch's warm-up has no length, and
 
 
 def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) -> TrainConfig:
-    """The options with every `auto` replaced by what it stands for with this data set, network and machine."""
+    """The options with every `auto` replaced by what it stands for with this data set, network and machine.
+
+    Raises:
+        InputError: there are not as many GPUs as asked for.
+    """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and (gpus := torch.cuda.device_count()) < options.processes:
+        raise InputError(f"--device cuda: {options.processes} processes need a GPU each, here are {gpus}; allowed: cpu")
     settled = {
         "device": device,
         "learning_rate": options.learning_rate or default_peak(network),

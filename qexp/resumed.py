@@ -3,6 +3,7 @@
 from qexp import tracking
 from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder
 from qexp.config import Config, given_otherwise
+from qexp.distributed import read_group
 from qexp.errors import InputError
 from qexp.tracking import RunFacts
 
@@ -25,14 +26,15 @@ def config_of_run(config: Config, run_id: str, command: str) -> Config:
         raise InputError(f"--resume {run_id}: not a run of `qexp {command}`; {hint}")
     if run.status == "FINISHED":
         raise InputError(f"--resume {run_id}: this run has finished; there is nothing to go on with")
-    check_unlocked(checkpoint_folder(run_id), run_id)
+    if leads := read_group().leads:
+        check_unlocked(checkpoint_folder(run_id), run_id)
     recorded = tracking.read_config(run_id)
     for name, value, before in given_otherwise(config, recorded):
         key = name.split(".")[1]
         if key not in FREE:
             option = key.replace("_", "-")
             raise InputError(f"--{option} {value}: run {run_id} was started with {before}; leave the option out")
-    if stage == "train":
+    if stage == "train" and leads:
         check_checkpoint(run)
     return _with_free_options(recorded, config)
 

@@ -85,19 +85,25 @@ def train_model(
     options = settle_options(options, dataset.name, model)
     reuse_freed_memory()
     threads, device = torch.get_num_threads(), options.device or "cpu"
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with stop_requests() as stop, joined(device) as group, shared(model, group) as module:
+    with stop_requests() as stop, joined(device) as group:
         torch.set_num_threads(threads_each(threads, group))
-        loop = passes.prepare(model, module, dataset, options, seed, group, stop)
-        keeper = _Keeper(loop, folder, {"seed": seed, "data_digest": dataset.digest, "options": _lasting(options)})
-        for result in keeper.load():
-            on_epoch(result)
-        while not _finished(loop):
-            on_epoch(_run_epoch(loop, dataset, keeper))
+        with shared(model, group, device) as module:
+            loop = passes.prepare(model, module, dataset, options, seed, group, stop)
+            identity = {"seed": seed, "data_digest": dataset.digest, "options": _lasting(options)}
+            result = _train(loop, dataset, on_epoch, _Keeper(loop, folder, identity))
+        del loop, module
     torch.set_num_threads(threads)
     model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     if group.leads:
-        model.load_state_dict(load_classifier(best_file(folder, loop.position.best_epoch)).state_dict())
+        model.load_state_dict(load_classifier(best_file(folder, result.best_epoch)).state_dict())
+    return result
+
+
+def _train(loop: Loop, dataset: Dataset, on_epoch: Callable[[EpochResult], None], keeper: "_Keeper") -> TrainResult:
+    for result in keeper.load():
+        on_epoch(result)
+    while not _finished(loop):
+        on_epoch(_run_epoch(loop, dataset, keeper))
     return _result(loop)
 
 

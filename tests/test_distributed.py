@@ -19,7 +19,7 @@ torch.manual_seed(0)
 layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(288, 5)
 network = nn.Sequential(*layers).double()
 images, labels = torch.rand(7, 3, 8, 8, dtype=torch.double), torch.randint(0, 5, (7,))  # 7: 4 and 3
-with joined("cpu") as group, shared(network, group) as module:
+with joined("cpu") as group, shared(network, group, "cpu") as module:
     for _ in range(3):
         group.batch_size = len(images)
         share = slice(group.rank, None, group.size)
@@ -28,6 +28,7 @@ with joined("cpu") as group, shared(network, group) as module:
     if group.leads:
         state = dict(network.state_dict()) | {f"{n}.grad": p.grad for n, p in network.named_parameters()}
         torch.save(state, sys.argv[1])
+    del module, loss
 """
 
 
@@ -54,7 +55,7 @@ def test_alone_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     module = torch.nn.BatchNorm1d(3)
-    with joined("cpu") as group, shared(module, group) as same:
+    with joined("cpu") as group, shared(module, group, "cpu") as same:
         assert same is module and "forward" not in vars(module)
         assert group == read_group() == Group(0, 1, 1) and group.leads
         values = torch.tensor([1.0, 2.0], dtype=torch.float64)

@@ -7,6 +7,7 @@ from torch import nn
 
 from qexp.config import TrainConfig
 from qexp.data import Dataset
+from qexp.errors import InputError
 from qexp.models import Classifier, ModelSpec
 from qexp.recipe import default_peak, make_optimizer, parameter_groups, settle_options, steps_of
 
@@ -23,6 +24,9 @@ def test_settled_options_name_the_device(tiny: Dataset) -> None:
     model = build_tiny(tiny)
     assert settle_options(TrainConfig(), "p", model).device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert settle_options(TrainConfig(device="cpu"), "p", model).device == "cpu"
+    gpus = torch.cuda.device_count()
+    with pytest.raises(InputError, match=rf"--device cuda: {gpus + 1} processes need a GPU each, here are {gpus}"):
+        settle_options(TrainConfig(device="cuda", processes=gpus + 1), "p", model)
 
 
 def test_learning_rate_rises_for_a_quarter_then_falls(tiny: Dataset) -> None:
