@@ -139,11 +139,14 @@ def threads(count: int) -> str:
 
 
 def training_pace(evidence: Evidence) -> str:
-    """Epochs, wall time, precision and peak learning rate of training."""
+    """Epochs, wall time, device, processes and stops if there were any, precision and peak learning rate."""
     train = evidence.fp32.train
     epochs = f"{len(train.epochs)} {_plural(len(train.epochs), 'epoch')}"
     precision = "bf16 autocast" if train.bf16 else "fp32"
-    return f"{epochs} in {train.duration_s:.0f} s, {precision}, peak learning rate {train.peak_learning_rate:g}"
+    several = f", {train.processes} processes" if train.processes > 1 else ""
+    stops = f", resumed {train.times_resumed} {_plural(train.times_resumed, 'time')}" if train.times_resumed else ""
+    pace = f"{epochs} in {train.duration_s:.0f} s on {train.device.upper()}{several}{stops}"
+    return f"{pace}, {precision}, peak learning rate {train.peak_learning_rate:g}"
 
 
 def quantization(result: QuantizeResult) -> str:

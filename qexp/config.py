@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from qexp.errors import InputError
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes")  # options of training that do not change what comes out
 DATASETS = ("digits", "cifar10", "imagefolder")
 
 PositiveInt = Annotated[int, Field(gt=0)]

@@ -1,7 +1,7 @@
 """Models that are in the registry already, as the stages need them: configuration, fp32 model, evidence."""
 
 from qexp import registry, tracking
-from qexp.config import Config, given_otherwise
+from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.data import Dataset
 from qexp.errors import InputError
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
@@ -18,7 +18,8 @@ def config_of_version(config: Config, uri: str, kind: str) -> Config:
     found = registry.find_version(uri, kind)
     recorded = tracking.read_config(found.tags["train_run_id"])
     data = recorded.data.model_copy(update={"data_dir": config.data.data_dir or recorded.data.data_dir})
-    made_with = {"model": recorded.model, "seed": recorded.seed, "data": data, "train": recorded.train}
+    train = recorded.train.model_copy(update={name: getattr(config.train, name) for name in HOW_TO_TRAIN})
+    made_with = {"model": recorded.model, "seed": recorded.seed, "data": data, "train": train}
     return config.model_copy(update=made_with)
 
 

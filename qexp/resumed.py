@@ -2,13 +2,13 @@
 
 from qexp import tracking
 from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder
-from qexp.config import Config, given_otherwise
+from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.distributed import read_group
 from qexp.errors import InputError
 from qexp.tracking import RunFacts
 
 # What may differ when a run goes on: where and how fast, not what comes out.
-FREE = ("data_dir", "output_dir", "threads", "device", "processes", "checkpoint_minutes")
+FREE = ("data_dir", "output_dir", "threads", *HOW_TO_TRAIN)
 
 
 def config_of_run(config: Config, run_id: str, command: str) -> Config:
@@ -69,7 +69,7 @@ def _with_free_options(recorded: Config, given: Config) -> Config:
     top = {name: getattr(given, name) for name in ("output_dir", "threads") if getattr(given, name) is not None}
     train = {
         name: getattr(given.train, name)
-        for name in ("device", "processes", "checkpoint_minutes")
+        for name in HOW_TO_TRAIN
         if getattr(given.train, name) != getattr(default.train, name)
     }
     data = {"data_dir": given.data.data_dir or recorded.data.data_dir}

@@ -15,7 +15,7 @@ import torch
 
 from qexp import loop as passes
 from qexp.checkpoint import Position, best_file, checkpoint_exists, load_checkpoint, save_checkpoint
-from qexp.config import TrainConfig
+from qexp.config import HOW_TO_TRAIN, TrainConfig
 from qexp.data import Dataset
 from qexp.distributed import joined, shared, threads_each
 from qexp.errors import InputError
@@ -199,7 +199,7 @@ class _Keeper:
 
 def _lasting(options: TrainConfig) -> dict[str, Any]:
     """The options that must not change on the way; a training may go on elsewhere."""
-    return options.model_dump(exclude={"device", "processes", "checkpoint_minutes"})
+    return options.model_dump(exclude=set(HOW_TO_TRAIN))
 
 
 def _result(loop: Loop) -> TrainResult:

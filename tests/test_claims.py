@@ -101,8 +101,15 @@ def test_training_images_worse_than_test_images(evidence: Evidence) -> None:
 @pytest.mark.parametrize(("bf16", "words"), [(True, "bf16 autocast"), (False, "fp32")])
 def test_training_pace(evidence: Evidence, bf16: bool, words: str) -> None:
     assert (
-        claims.training_pace(_with_train(evidence, bf16=bf16)) == f"3 epochs in 12 s, {words}, peak learning rate 0.2"
+        claims.training_pace(_with_train(evidence, bf16=bf16))
+        == f"3 epochs in 12 s on CPU, {words}, peak learning rate 0.2"
     )
+
+
+def test_training_pace_tells_of_processes_and_stops(evidence: Evidence) -> None:
+    told = claims.training_pace(_with_train(evidence, device="cuda", processes=4, times_resumed=1))
+    assert "12 s on CUDA, 4 processes, resumed 1 time, " in told
+    assert "resumed 2 times, " in claims.training_pace(_with_train(evidence, times_resumed=2))
 
 
 # --- accuracy
