@@ -122,7 +122,7 @@ def our_loop(model: str, split: Split) -> tuple[Loop, Callable[[int], None]]:
     classifier.train()
     dataset = Dataset("random", "random", CLASSES, split, split, split, "")
     options = settle_options(
-        TrainConfig(learning_rate=1e-3, batch_size=BATCH_SIZE, epochs=10_000), "random", classifier
+        TrainConfig(device="cpu", learning_rate=1e-3, batch_size=BATCH_SIZE, epochs=10_000), "random", classifier
     )
     loop = passes.prepare(classifier, classifier, dataset, options, 0, Group(), StopRequest())
 

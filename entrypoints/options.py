@@ -161,7 +161,7 @@ def _fail(message: str, code: int) -> None:
     line = " ".join(message.split())
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher shows it, and ends the other processes
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it sends to this one too, that is ending already
-        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": int(time.time())}}}))
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
     else:
         typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)

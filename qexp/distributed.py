@@ -33,11 +33,6 @@ class Group:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def share(self, batch: Tensor) -> Tensor:
-        """This process's part of something with one entry an image; sets `batch_size`."""
-        self.batch_size = len(batch)
-        return batch[self.rank :: self.size]
-
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes, float64 on the CPU."""
         if self.size == 1:

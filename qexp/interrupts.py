@@ -48,3 +48,5 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if request.signal:  # it came after the last look at it
+        request.act()

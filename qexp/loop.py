@@ -41,6 +41,7 @@ class Loop:
     position: Position = field(default_factory=Position)
     random_states: dict[str, Tensor] | None = None  # those at `position`, where it came from a checkpoint
     generator: torch.Generator = field(default_factory=torch.Generator)
+    asked_to_stop: int = 0  # by which signal; all processes have agreed on it
     figures: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # since the last look
 
     @property
@@ -144,8 +145,8 @@ def _look(loop: Loop) -> None:
     loop.figures = torch.zeros_like(loop.figures)
     check_loss(sums[0] / count, loop.position.epoch, EXPLODED * math.log(max(2, len(loop.model.spec.classes))))
     loop.position.sums = [old + new for old, new in zip(loop.position.sums, [*sums, count], strict=True)]
-    if signals and not loop.stop.signal:
-        loop.stop.signal = signal.SIGTERM
+    if signals:
+        loop.asked_to_stop = loop.stop.signal or signal.SIGTERM
 
 
 def check_loss(loss: float, epoch: int, limit: float = math.inf) -> None:

@@ -30,7 +30,8 @@ def run_main(config: Config, model_uri: str | None = None, resume: str | None = 
     config, host, dataset = prepare(config, model_uri, given=("data", "train"), resume=resume, command="run")
     config = with_calibration_count(config, dataset)
     name, note = "main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
-    if not model_uri and _hand_over("main", config, dataset, name, note, resume):
+    trained = resume is not None and resumed.has_trained(resume)
+    if not (model_uri or trained) and _hand_over("main", config, dataset, name, note, resume):
         return None
     with tracking.start_run(name, note, resume) as run_id, locked(checkpoint_folder(run_id), run_id):
         tracking.log_setup(config, host)
@@ -39,7 +40,7 @@ def run_main(config: Config, model_uri: str | None = None, resume: str | None = 
         evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
         tracking.log_values({f"headline/{name}": value for name, value in evidence.headline.items()})
         tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
-        remove_checkpoints(run_id)
+    remove_checkpoints(run_id)
     return _summary("run", run_id, evidence, report_uri)
 
 

@@ -39,6 +39,11 @@ def config_of_run(config: Config, run_id: str, command: str) -> Config:
     return _with_free_options(recorded, config)
 
 
+def has_trained(main_run_id: str) -> bool:
+    """Whether the training of a run of `qexp run` has finished."""
+    return any(run.stage == "train" and run.status == "FINISHED" for run in tracking.children_of(main_run_id))
+
+
 def training_below(main_run_id: str) -> RunFacts | None:
     """The training that a run of `qexp run` has begun, if it has; whatever was left open below it is closed.
 

@@ -63,7 +63,7 @@ def train_stage(config: Config, host: Host, dataset: Dataset, resume: str | None
 
         trained = train_model(model, dataset, config.train, config.seed, log_new, checkpoint_folder(run_id))
         fp32 = _register_trained(config, host, dataset, model, trained, run_id)
-        remove_checkpoints(run_id)
+    remove_checkpoints(run_id)
     return fp32
 
 

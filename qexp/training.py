@@ -119,7 +119,8 @@ def _run_epoch(loop: Loop, dataset: Dataset, keeper: "_Keeper") -> EpochResult:
     position = loop.position
     passes.train_pass(loop, dataset.train, keeper.after_step)
     validation = passes.validate(loop, dataset.validation)
-    keeper.stop_if_asked()
+    if loop.group.size == 1:
+        keeper.stop_if(loop.stop.signal)
     passes.check_loss(validation[0], position.epoch)  # may be large early on, with batch norm's running means
     train = passes.means(position.sums)
     pace = len(dataset.train) / position.epoch_s
@@ -173,13 +174,16 @@ class _Keeper:
 
     def after_step(self) -> None:
         """A checkpoint if its time has come, or if a signal asks to stop."""
-        self.stop_if_asked()
+        alone = self.loop.group.size == 1  # several processes stop where all have seen the request
+        self.stop_if(self.loop.stop.signal if alone else self.loop.asked_to_stop)
         if time.monotonic() - self.saved > 60 * self.loop.options.checkpoint_minutes:
             self.save()
 
-    def stop_if_asked(self) -> None:
-        if self.loop.stop.signal:
+    def stop_if(self, number: int) -> None:
+        """Checkpoint, then end as this signal ends a process; 0 is no signal."""
+        if number:
             self.save()
+            self.loop.stop.signal = number
             self.loop.stop.act()
 
     def save(self) -> None:

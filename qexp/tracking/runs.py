@@ -116,6 +116,8 @@ def find_run(run_id: str) -> RunFacts:
         raise InputError(
             f"--resume {run_id}: no such run in {mlflow.get_tracking_uri()} ({first_line(error)})"
         ) from None
+    if run.info.lifecycle_stage != "active":
+        raise InputError(f"--resume {run_id}: this run was deleted; restore it first (mlflow runs restore)")
     return _facts(run)
 
 
