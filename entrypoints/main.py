@@ -2,19 +2,21 @@
 
 from typing import Any
 
-from entrypoints.options import ModelUri, Resume, given, run_alone, with_options
+from entrypoints.options import ModelUri, Overrides, Resume, given_or_none, run_alone, with_options
 from qexp.config import Config
 
 
 @with_options("model", "seed", "threads", "output_dir", "data", "train", "quantize", "latency", "gate")
-def main(config: Config, *, model_uri: ModelUri = "auto", resume: Resume = "auto") -> dict[str, Any] | None:
+def main(
+    config: Config, *, model_uri: ModelUri = "auto", resume: Resume = "auto", overrides: Overrides
+) -> dict[str, Any] | None:
     """Train, quantize, measure fp32 and int8 side by side, register both, report: the whole job.
 
     With --model-uri, a registered fp32 version takes the place of training.
     """
     from qexp.pipeline import run_main
 
-    return run_main(config, given(model_uri), given(resume))
+    return run_main(config, given_or_none(model_uri), given_or_none(resume), overrides)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ An option is declared once: as a field of a model in qexp/config.py. Its text go
 range for the command line and the file alike; `auto` means not given, since MLproject has no other word for that.
 """
 
+import ctypes
 import inspect
 import json
 import os
@@ -23,6 +24,7 @@ from pydantic.fields import FieldInfo
 from qexp.config import Config, load_config
 from qexp.errors import InputError, StageError
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 NOT_GIVEN = ("auto", "")
 ModelUri = Annotated[
     str, typer.Option(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI")
@@ -30,6 +32,7 @@ ModelUri = Annotated[
 Resume = Annotated[
     str, typer.Option(help="run of this command that was stopped: go on with it, in the same run", metavar="RUN_ID")
 ]
+Overrides = dict[str, dict[str, Any]]  # text of the options given, by section and key
 ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here, if it is there", metavar="FILE")]
 
 
@@ -46,17 +49,22 @@ def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo]]:
 
 def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Turn `command(config, **own options)` into a function for Typer, with --config and an option for every field of
-    `fields_of(names)`. The result of `command` is printed as one line of JSON.
+    `fields_of(names)`. The result of `command` is printed as one line of JSON. A command that has a parameter
+    `overrides` is told there which options were given, as `load_config` takes them.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., None]:
         fields = fields_of(names)
 
         def run(**given: str) -> None:
-            own = {name: value for name, value in given.items() if name not in fields and name != "config"}
-            finish(lambda: command(_configure(given, fields), **own))
+            names = set(given) - set(fields) - {"config"}
+            own: dict[str, Any] = {name: given[name] for name in names}
+            overrides = _overrides(given, fields)
+            if "overrides" in inspect.signature(command).parameters:
+                own["overrides"] = overrides
+            finish(lambda: command(load_config(given_or_none(given["config"]), overrides), **own))
 
-        own = [p for name, p in inspect.signature(command).parameters.items() if name != "config"]
+        own = [p for name, p in inspect.signature(command).parameters.items() if name not in ("config", "overrides")]
         file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=ConfigFile)
         parameters = [*own, file, *(_parameter(name, field) for name, (_, field) in fields.items())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -67,17 +75,17 @@ def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., No
     return decorate
 
 
-def given(value: str) -> str | None:
+def given_or_none(value: str) -> str | None:
     """The value of an option, None for `auto` and the empty text."""
     return None if value in NOT_GIVEN else value
 
 
-def _configure(values: dict[str, str], fields: dict[str, tuple[str, FieldInfo]]) -> Config:
+def _overrides(values: dict[str, str], fields: dict[str, tuple[str, FieldInfo]]) -> Overrides:
     overrides: dict[str, dict[str, Any]] = {}
     for name, (section, field) in fields.items():
-        if (text := given(values[name])) is not None:
+        if (text := given_or_none(values[name])) is not None:
             overrides.setdefault(section, {})[name] = text.split(",") if _is_list(field) else text
-    return load_config(given(values["config"]), overrides)
+    return overrides
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -113,6 +121,8 @@ def finish(action: Callable[[], dict[str, Any] | None]) -> None:
     2 for bad input, 1 for a stage that failed, 130 and 143 for SIGINT and SIGTERM.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when the launcher is killed, its processes stop
     try:
         summary = action()
     except InputError as error:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from entrypoints.options import ModelUri, given, run_alone, with_options
+from entrypoints.options import ModelUri, given_or_none, run_alone, with_options
 from qexp.config import Config
 
 
@@ -14,7 +14,7 @@ def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
     """
     from qexp.search import run_search
 
-    return run_search(config, given(model_uri))
+    return run_search(config, given_or_none(model_uri))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from entrypoints.options import Resume, given, run_alone, with_options
+from entrypoints.options import Overrides, Resume, given_or_none, run_alone, with_options
 from qexp.config import Config
 
 
 @with_options("model", "seed", "threads", "data", "train")
-def train(config: Config, *, resume: Resume = "auto") -> dict[str, Any] | None:
+def train(config: Config, *, resume: Resume = "auto", overrides: Overrides) -> dict[str, Any] | None:
     """Train a classifier, measure it in fp32 and register it."""
     from qexp.pipeline import run_train
 
-    return run_train(config, given(resume))
+    return run_train(config, given_or_none(resume), overrides)
 
 
 if __name__ == "__main__":

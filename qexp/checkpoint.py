@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ def check_unlocked(folder: Path, run_id: str) -> None:
     if (folder / LOCK).exists():
         with locked(folder, run_id):
             pass
+
+
+def lock_of(run_id: str | None) -> AbstractContextManager[None]:
+    """`locked` for the folder of this run; without a run, nothing."""
+    return locked(checkpoint_folder(run_id), run_id) if run_id else nullcontext()
 
 
 @contextmanager

@@ -141,7 +141,7 @@ def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | 
         InputError: unknown key, wrong type or value out of range, naming key, value and what is allowed.
     """
     values = _read_file(path)
-    given = _validated_overrides(overrides or {})
+    given = parse_options(overrides or {})
     for section, options in given.items():
         (values if section == "" else values.setdefault(section, {})).update(options)
     return Config.model_validate(values, strict=True)  # both parts were checked; together they cannot fail
@@ -185,7 +185,8 @@ def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kept.items() if v != "auto" and not (v is None and k in sections)}
 
 
-def _validated_overrides(overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def parse_options(overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Values of their types from the text of options, by section and key; raises InputError as `load_config` does."""
     nested = dict(overrides.get("", {})) | {name: options for name, options in overrides.items() if name}
     try:
         checked = Config.model_validate(nested)  # not strict: text becomes numbers

@@ -62,19 +62,19 @@ def joined(device: str) -> Iterator[Group]:
     """The group of this training: nccl between GPUs, gloo between CPUs.
 
     Raises:
-        StageError: another process has ended, or cannot be reached.
+        StageError: another process has ended, or cannot be reached; the GPU's memory is full.
     """
     group = read_group()
-    if group.size == 1:
-        yield group
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if group.size > 1:
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
         yield group
+    except torch.OutOfMemoryError as error:
+        raise StageError(f"GPU memory is full ({first_line(error)}); lower --batch-size") from error
     except (dist.DistError, RuntimeError) as error:
-        if isinstance(error, StageError):
+        if isinstance(error, StageError) or group.size == 1:
             raise
         raise StageError(f"process {group.rank} of {group.size}: {first_line(error)}") from error
     finally:

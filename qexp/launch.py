@@ -6,6 +6,7 @@ that `torchrun … -m entrypoints.train …` on each of several machines does th
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -15,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from qexp.config import Config, to_yaml
+from qexp.config import HOW_TO_TRAIN, Config, to_yaml
 from qexp.errors import StageError, first_line
 
 SHUTDOWN_TIMEOUT_S = 120  # for the checkpoint that a signal asks for
@@ -49,8 +50,11 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         file.write_text(to_yaml(config))
-        arguments = ["-m", f"entrypoints.{command}", "--config", str(file)] + (["--resume", resume] if resume else [])
+        arguments = ["-m", f"entrypoints.{command}", "--config", str(file)]
+        if resume:  # the run's own configuration counts, but for these
+            arguments += ["--resume", resume, *_free_options(config, command)]
         before = os.environ.get("MLFLOW_RUN_ID")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         os.environ["MLFLOW_RUN_ID"] = run_id
         try:
             elastic_launch(settings, sys.executable)(*arguments)
@@ -61,7 +65,17 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
                 raise KeyboardInterrupt from None
             sys.exit(128 + error.sigval)
         finally:
+            for number, handler in handlers.items():  # the launcher leaves its own there
+                signal.signal(number, handler)
             os.environ.pop("MLFLOW_RUN_ID") if before is None else os.environ.update(MLFLOW_RUN_ID=before)
+
+
+def _free_options(config: Config, command: str) -> list[str]:
+    values = {"threads": config.threads, "data_dir": config.data.data_dir}
+    values |= {"output_dir": config.output_dir} if command == "main" else {}
+    values |= {name: getattr(config.train, name) for name in HOW_TO_TRAIN}
+    given = {name: value for name, value in values.items() if value is not None}
+    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def _describe(error: ChildFailedError, processes: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qexp import claims, launch, registered, registry, resumed, stages, tracking
-from qexp.checkpoint import checkpoint_folder, locked, remove_checkpoints
+from qexp.checkpoint import lock_of, remove_checkpoints
 from qexp.config import Config
 from qexp.data import Dataset, calibration_count, load_dataset
 from qexp.distributed import read_group
@@ -17,23 +17,28 @@ from qexp.recipe import settle_options
 from qexp.training import train_model
 
 Summary = dict[str, Any]
+Overrides = dict[str, dict[str, Any]]
 
 
-def run_main(config: Config, model_uri: str | None = None, resume: str | None = None) -> Summary | None:
+def run_main(
+    config: Config, model_uri: str | None = None, resume: str | None = None, overrides: Overrides | None = None
+) -> Summary | None:
     """Train (or take the registered fp32 version `model_uri`), quantize, measure, gate, report.
 
-    With `resume`, go on with that run of this function. None where other processes have done the work (`processes`).
+    With `resume`, go on with that run of this function, as it was started but for the options in `overrides` (section,
+    key, text) that may change. None where other processes have done the work (`processes`).
     """
     if resume:
         tracking.use_store()
         model_uri = model_uri or tracking.find_run(resume).model_uri
-    config, host, dataset = prepare(config, model_uri, given=("data", "train"), resume=resume, command="run")
+        config = resumed.config_of_run(overrides or {}, resume, "run")
+    config, host, dataset = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config = with_calibration_count(config, dataset)
     name, note = "main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
     trained = resume is not None and resumed.has_trained(resume)
-    if not (model_uri or trained) and _hand_over("main", config, dataset, name, note, resume):
+    if not (model_uri or trained) and _hand_over("main", config, host, dataset, name, note, resume):
         return None
-    with tracking.start_run(name, note, resume) as run_id, locked(checkpoint_folder(run_id), run_id):
+    with lock_of(resume), tracking.start_run(name, note, resume) as run_id, lock_of(None if resume else run_id):
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, stages.SPLITS)
         fp32 = _fp32_of_main(config, host, dataset, model_uri, run_id)
@@ -56,12 +61,15 @@ def _fp32_of_main(config: Config, host: Host, dataset: Dataset, model_uri: str |
     return stages.train_stage(config, host, dataset, training.run_id if training else None)
 
 
-def _hand_over(command: str, config: Config, dataset: Dataset, name: str, note: str, resume: str | None) -> bool:
+def _hand_over(
+    command: str, config: Config, host: Host, dataset: Dataset, name: str, note: str, resume: str | None
+) -> bool:
     """Whether this process has nothing else to do: other processes did the work, or it only follows their leader."""
     if not launch.is_worker():
         if config.train.processes == 1:
             return False
         with tracking.start_run(name, note, resume) as run_id:
+            tracking.log_setup(config, host)
             try:
                 launch.run_workers(command, config, run_id, resume)
             finally:  # a process that was killed could not
@@ -87,11 +95,14 @@ def quantize_to_report(
     return evidence, report_uri
 
 
-def run_train(config: Config, resume: str | None = None) -> Summary | None:
-    """Train and register an fp32 version; with `resume`, going on with that run. None as in `run_main`."""
-    config, host, dataset = prepare(config, None, resume=resume, command="train")
+def run_train(config: Config, resume: str | None = None, overrides: Overrides | None = None) -> Summary | None:
+    """Train and register an fp32 version. `resume`, `overrides` and None are as in `run_main`."""
+    if resume:
+        tracking.use_store()
+        config = resumed.config_of_run(overrides or {}, resume, "train")
+    config, host, dataset = prepare(config, None, resume=resume)
     name, note = f"train-{config.model}", f"Training of {config.model} on {dataset.name}."
-    if _hand_over("train", config, dataset, name, note, resume):
+    if _hand_over("train", config, host, dataset, name, note, resume):
         return None
     fp32 = stages.train_stage(config, host, dataset, resume)
     top1 = fp32.evidence.accuracy["test"].top1_percent
@@ -133,27 +144,28 @@ def run_report(config: Config, model_uri: str) -> Summary:
 
 
 def prepare(
-    config: Config, model_uri: str | None, given: tuple[str, ...] = (), resume: str | None = None, command: str = ""
+    config: Config, model_uri: str | None, given: tuple[str, ...] = (), resume: str | None = None
 ) -> tuple[Config, Host, Dataset]:
     """What can be refused is refused here, before there is a run: store, version, names, data, folders.
 
     Args:
         given: sections of which options, if given, must not differ from what `model_uri` was made with.
-        resume: run of `qexp <command>` to go on with, as it was started.
+        resume: run that goes on: it stays in its experiment.
 
     Returns:
         The configuration with every `auto` settled that a stage would settle.
     """
-    if read_group().leads or resume:  # processes that open a new database at once break it
+    if read_group().leads:  # processes that open a new database at once break it
         tracking.use_store()
-    if resume:
-        config = resumed.config_of_run(config, resume, command)
     if model_uri:
         if given:
             registered.refuse_conflicts(config, model_uri, given)
         config = registered.config_of_version(config, model_uri, "fp32")
     check_model_name(config.model)
     stages.check_output_dir(config)
+    if launch.is_worker():
+        train = config.train.model_copy(update={"processes": read_group().local_size})
+        config = config.model_copy(update={"train": train})
     host = _use_threads(config)
     dataset = load_dataset(config.data, config.seed)
     if model_uri:

@@ -19,11 +19,15 @@ def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) 
     """The options with every `auto` replaced by what it stands for with this data set, network and machine.
 
     Raises:
-        InputError: there are not as many GPUs as asked for.
+        InputError: there are not as many GPUs as processes, or too few images a step for them.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and (gpus := torch.cuda.device_count()) < options.processes:
         raise InputError(f"--device cuda: {options.processes} processes need a GPU each, here are {gpus}; allowed: cpu")
+    if options.batch_size < 2 * options.processes:
+        raise InputError(
+            f"--batch-size {options.batch_size}: must be at least 2 for each of {options.processes} processes"
+        )
     settled = {
         "device": device,
         "learning_rate": options.learning_rate or default_peak(network),

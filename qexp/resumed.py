@@ -1,8 +1,10 @@
 """Going on with a run that was stopped or killed: which run, with which configuration, and whether it can."""
 
+from typing import Any
+
 from qexp import tracking
 from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder
-from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
+from qexp.config import HOW_TO_TRAIN, Config, parse_options
 from qexp.distributed import read_group
 from qexp.errors import InputError
 from qexp.tracking import RunFacts
@@ -11,8 +13,11 @@ from qexp.tracking import RunFacts
 FREE = ("data_dir", "output_dir", "threads", *HOW_TO_TRAIN)
 
 
-def config_of_run(config: Config, run_id: str, command: str) -> Config:
-    """The configuration that the run of `qexp <command>` was started with; options of FREE are those of `config`.
+def config_of_run(overrides: dict[str, dict[str, Any]], run_id: str, command: str) -> Config:
+    """The configuration that the run of `qexp <command>` was started with, but for the options of FREE in `overrides`.
+
+    Args:
+        overrides: text of the options given, by section and key.
 
     Raises:
         InputError: there is no such run, it is of another command or has finished, an option asks for something else,
@@ -28,15 +33,25 @@ def config_of_run(config: Config, run_id: str, command: str) -> Config:
         raise InputError(f"--resume {run_id}: this run has finished; there is nothing to go on with")
     if leads := read_group().leads:
         check_unlocked(checkpoint_folder(run_id), run_id)
-    recorded = tracking.read_config(run_id)
-    for name, value, before in given_otherwise(config, recorded):
-        key = name.split(".")[1]
-        if key not in FREE:
-            option = key.replace("_", "-")
-            raise InputError(f"--{option} {value}: run {run_id} was started with {before}; leave the option out")
+    try:
+        recorded = tracking.read_config(run_id)
+    except InputError:
+        raise InputError(f"--resume {run_id}: stopped before its configuration was recorded; start it anew") from None
+    config = _with_free_options(recorded, parse_options(overrides), run_id)
     if stage == "train" and leads:
         check_checkpoint(run)
-    return _with_free_options(recorded, config)
+    return config
+
+
+def _with_free_options(recorded: Config, given: dict[str, dict[str, Any]], run_id: str) -> Config:
+    for section, options in given.items():
+        before = getattr(recorded, section) if section else recorded
+        for name, value in options.items():
+            if name not in FREE and value != getattr(before, name):
+                option, was = name.replace("_", "-"), getattr(before, name)
+                raise InputError(f"--{option} {value}: run {run_id} was started with {was}; leave the option out")
+    parts = {name: getattr(recorded, name).model_copy(update=options) for name, options in given.items() if name}
+    return recorded.model_copy(update=given.get("", {}) | parts)
 
 
 def has_trained(main_run_id: str) -> bool:
@@ -67,16 +82,3 @@ def check_checkpoint(run: RunFacts) -> None:
             f"--resume {run.run_id}: no checkpoint in {folder}; "
             "give the command in the folder where the run was started"
         )
-
-
-def _with_free_options(recorded: Config, given: Config) -> Config:
-    default = Config()
-    top = {name: getattr(given, name) for name in ("output_dir", "threads") if getattr(given, name) is not None}
-    train = {
-        name: getattr(given.train, name)
-        for name in HOW_TO_TRAIN
-        if getattr(given.train, name) != getattr(default.train, name)
-    }
-    data = {"data_dir": given.data.data_dir or recorded.data.data_dir}
-    sections = {"train": recorded.train.model_copy(update=train), "data": recorded.data.model_copy(update=data)}
-    return recorded.model_copy(update=top | sections)

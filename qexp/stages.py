@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp import metrics, registry, tracking
-from qexp.checkpoint import checkpoint_folder, locked, remove_checkpoints
+from qexp.checkpoint import checkpoint_folder, lock_of, remove_checkpoints
 from qexp.config import Config
 from qexp.cost import measure_cost
 from qexp.data import Dataset, calibration_count, calibration_subset, stratified_sample
@@ -52,7 +52,8 @@ def train_stage(config: Config, host: Host, dataset: Dataset, resume: str | None
     """Train, evaluate, log and register an fp32 classifier; with `resume`, going on with that run."""
     name, note = f"train-{config.model}", f"Training of {config.model} on {dataset.name}."
     logged = tracking.find_run(resume).epochs if resume else ()
-    with tracking.start_run(name, note, resume) as run_id, locked(checkpoint_folder(run_id), run_id):
+    # Of a run that goes on, nothing is touched before it is known that nobody else is at work on it.
+    with lock_of(resume), tracking.start_run(name, note, resume) as run_id, lock_of(None if resume else run_id):
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
         model = fresh_classifier(config, dataset)

@@ -156,12 +156,11 @@ class _Keeper:
         self.started = self.saved = time.monotonic()
         loop = self.loop
         state = load_checkpoint(self.folder) if loop.group.leads and checkpoint_exists(self.folder) else None
-        state = loop.group.from_leader(state)
+        leader, state = loop.group.from_leader((self.identity, state))
+        self._check(leader, f"process {loop.group.rank}")
         if state is None:
             return []
-        for name, value in self.identity.items():
-            if state["identity"][name] != value:
-                raise InputError(f"checkpoint in {self.folder}: of another training: its {name} differ")
+        self._check(state["identity"], f"checkpoint in {self.folder}")
         loop.model.load_state_dict(state["model"])
         loop.optimizer.load_state_dict(state["optimizer"])
         loop.schedule.load_state_dict(state["schedule"])
@@ -171,6 +170,11 @@ class _Keeper:
         self.before_s = loop.position.total_s
         say(f"going on in epoch {loop.position.epoch} after step {loop.position.step}")
         return [EpochResult(**values) for values in loop.position.epochs]
+
+    def _check(self, identity: dict[str, Any], owner: str) -> None:
+        different = [name for name, value in self.identity.items() if identity[name] != value]
+        if different:
+            raise InputError(f"{owner}: of another training: {' and '.join(different)} differ")
 
     def after_step(self) -> None:
         """A checkpoint if its time has come, or if a signal asks to stop."""

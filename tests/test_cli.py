@@ -1,7 +1,5 @@
 """The command line as a user meets it: real processes, exit codes, one line of error, one line of JSON."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -103,21 +101,3 @@ def test_last_line_is_json_with_ids_versions_and_figures(finished: Finished) -> 
     assert 3.5 < summary["size_ratio"] < 4.5
     assert 0 <= summary["int8_top1_percent"] <= 100
     assert finished.stdout.count("\n") == 1
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_as_killed(number: int, code: int, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "entrypoints.cli", "train", "--epochs", "500", "--patience", "500"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("epoch 2/"):
-            break
-    process.send_signal(number)
-    process.stderr.read()
-    assert process.wait(timeout=60) == code
-    assert _statuses(uri) == ["KILLED"]
-    kept = list((tmp_path / "checkpoints").glob("*.safetensors"))
-    assert len(kept) == 1  # the best weights so far are on disk

@@ -63,12 +63,13 @@ def log_setup(config: Config, host: Host) -> None:
 
 
 def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
-    """The splits named (train, validation, test) as data set inputs of the active run, unless it has them."""
-    if (inputs := _active_run().inputs) and inputs.dataset_inputs:
-        return
+    """The splits named (train, validation, test) as data set inputs of the active run, those that it lacks."""
+    inputs = _active_run().inputs
+    logged = {given.dataset.name for given in inputs.dataset_inputs} if inputs else set()
     for context in contexts:
         split = getattr(dataset, context)
-        _log_input(split, dataset, context, split.digest)
+        if f"{dataset.name}-{context}" not in logged:
+            _log_input(split, dataset, context, split.digest)
 
 
 def log_calibration(subset: Split, dataset: Dataset, digest: str) -> None:

@@ -57,11 +57,10 @@ def start_run(name: str, note: str, resume: str | None = None) -> Iterator[str]:
     Inside another run it is nested; inside `mlflow run` the first one is the run that MLflow has started. With `resume`
     it is that run, which goes on. Yields its id. `note` is Markdown for the run's page.
     """
-    run = _begin(name, resume)
-    _show_as_training(run.info.experiment_id)
+    run = _begin(name, resume, {"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
     status = RunStatus.FAILED
     try:
-        mlflow.set_tags({"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
+        _show_as_training(run.info.experiment_id)
         yield run.info.run_id
         status = RunStatus.FINISHED
     except (KeyboardInterrupt, SystemExit):
@@ -74,12 +73,13 @@ def start_run(name: str, note: str, resume: str | None = None) -> Iterator[str]:
         mlflow.end_run(RunStatus.to_string(status))
 
 
-def _begin(name: str, resume: str | None) -> mlflow.ActiveRun:
+def _begin(name: str, resume: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
     nested = mlflow.active_run() is not None
     given = None if nested else os.environ.pop("MLFLOW_RUN_ID", None)  # by `mlflow run`, or by the launcher
     if resume is None and given is None:
-        return mlflow.start_run(run_name=name, nested=nested)
+        return mlflow.start_run(run_name=name, nested=nested, tags=tags)
     run = mlflow.start_run(run_id=resume or given, nested=nested)
+    mlflow.set_tags(tags)
     mlflow.delete_tag("qexp.error") if "qexp.error" in run.data.tags else None
     if given and resume and given != resume:
         mlflow.MlflowClient().set_tag(given, "mlflow.note.content", f"Went on with run `{resume}`.")
