@@ -1,7 +1,6 @@
 """Files that are complete or not there."""
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
