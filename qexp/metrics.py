@@ -1,11 +1,11 @@
 """The names under which results appear in MLflow: a slash makes a section of the UI. Pure functions, no MLflow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from qexp.evaluation import Accuracy, Comparison
-from qexp.latency import LatencyRow, LatencyStats
+from qexp.latency import LatencyResult, LatencyRow, LatencyStats
 from qexp.training import EpochResult
 
 FINAL = {"train": "train/final_", "validation": "val/final_", "test": "test/"}  # train/top1 is the curve
@@ -49,10 +49,22 @@ def of_comparison(comparison: Comparison, int8_macs_percent: float) -> dict[str,
     }
 
 
-def of_latency(stats: LatencyStats, prefix: str) -> dict[str, float]:
-    """One model at one batch size."""
-    values = {"p50_ms": stats.p50_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms}
-    return {f"{prefix}{name}": value for name, value in (values | {"images_per_s": stats.images_per_second}).items()}
+def of_latency(result: LatencyResult) -> Iterator[tuple[str, int | None, dict[str, float]]]:
+    """Values with their step, the batch size, and whose they are: "fp32" or "int8", or "both" for the comparison.
+
+    The p50 and the speed-up are there without a step too: a table of runs shows only the value at the largest one.
+    """
+    for row in result.rows:
+        step, scalar = row.batch_size, f"_batch{row.batch_size}"
+        yield "both", step, {"latency/speedup": row.speedup}
+        yield "both", None, {f"latency/speedup{scalar}": row.speedup}
+        for kind in ("fp32", "int8"):
+            stats: LatencyStats = getattr(row, kind)
+            values = {"p50_ms": stats.p50_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms}
+            values["images_per_s"] = stats.images_per_second
+            for owner, prefix in ((kind, "latency/"), ("both", f"latency/{kind}_")):
+                yield owner, step, {f"{prefix}{name}": value for name, value in values.items()}
+                yield owner, None, {f"{prefix}p50_ms{scalar}": stats.p50_ms}
 
 
 def latency_table(rows: Sequence[LatencyRow]) -> dict[str, list[Any]]:

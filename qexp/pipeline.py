@@ -30,7 +30,7 @@ def run_main(
     """
     if resume:
         tracking.use_store()
-        model_uri = model_uri or tracking.find_run(resume).model_uri
+        model_uri = model_uri or tracking.find_run(resume).data.tags.get("qexp.model_uri")
         config = resumed.config_of_run(overrides or {}, resume, "run")
     config, host, dataset = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config = with_calibration_count(config, dataset)
@@ -43,7 +43,7 @@ def run_main(
         tracking.log_datasets(dataset, stages.SPLITS)
         fp32 = _fp32_of_main(config, host, dataset, model_uri, run_id)
         evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
-        tracking.log_values({f"headline/{name}": value for name, value in evidence.headline.items()})
+        tracking.log_metrics({f"headline/{name}": value for name, value in evidence.headline.items()})
         tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
     remove_checkpoints(run_id)
     return _summary("run", run_id, evidence, report_uri)
@@ -55,10 +55,10 @@ def _fp32_of_main(config: Config, host: Host, dataset: Dataset, model_uri: str |
         tracking.set_tag("qexp.model_uri", model_uri)
         return registered.fp32_from_registry(model_uri, dataset)
     training = resumed.training_below(run_id)
-    if training and training.status == "FINISHED":
-        evidence = tracking.read_result(Fp32Evidence, training.run_id, "fp32")
+    if training and training.info.status == "FINISHED":
+        evidence = tracking.read_result(Fp32Evidence, training.info.run_id, "fp32")
         return registered.fp32_from_registry(evidence.version_uri, dataset)
-    return stages.train_stage(config, host, dataset, training.run_id if training else None)
+    return stages.train_stage(config, host, dataset, training.info.run_id if training else None)
 
 
 def _hand_over(

@@ -4,9 +4,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,23 +22,11 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor, nn
 
 from qexp.errors import InputError, first_line
-from qexp.evaluation import to_float
 from qexp.models import ModelSpec
-from qexp.progress import say
+from qexp.verification import verify
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
-
-# Runs with nothing of qexp imported: what a user's process sees.
-BARE_PROCESS = """
-import sys
-import mlflow, numpy
-uri, images, expected = sys.argv[1:]
-logits = mlflow.pyfunc.load_model(uri).predict(numpy.load(images))
-same = numpy.array_equal(logits, numpy.load(expected)) and "qexp" not in sys.modules
-sys.exit(0 if same else 3)
-"""
-DIFFERENT = 3
 
 
 @dataclass(frozen=True)
@@ -54,6 +39,11 @@ class Registered:
     run_id: str
     size_bytes: int
     verified: bool
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """Where its metrics belong: the ids of its run and of its logged model."""
+        return self.run_id, self.model_id
 
     @property
     def uri(self) -> str:
@@ -75,7 +65,7 @@ def register(
     client = mlflow.MlflowClient()
     number = str(info.registered_model_version)
     uri = f"models:/{name}/{number}"
-    verified = verify(uri, module, sample)
+    verified = verify(uri, module, sample, child_environment(torch.get_num_threads()))
     size_bytes = _stored_bytes(uri)
     facts = {"kind": kind, "classes": json.dumps(spec.classes), "image_size": spec.image_size}
     facts |= {"size_mb": size_bytes / 1e6, "verified": verified}
@@ -110,23 +100,6 @@ def _log_model(kind: str, module: nn.Module, name: str, spec: ModelSpec) -> Any:
             },
             model_type="classifier",
         )
-
-
-def verify(uri: str, module: nn.Module, sample: Tensor) -> bool:
-    """Whether the version, loaded in a fresh process that imports only mlflow and numpy, gives the same logits, bit for
-    bit, as `module` in this one, for uint8 `sample` [N, 3, H, W] and at the same thread count."""
-    images = to_float(sample)
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        inputs, expected = Path(folder, "images.npy"), Path(folder, "logits.npy")
-        np.save(inputs, images.numpy())
-        np.save(expected, module(images).numpy())
-        command = [sys.executable, "-W", "ignore", "-c", BARE_PROCESS, uri, str(inputs), str(expected)]
-        done = subprocess.run(command, env=child_environment(torch.get_num_threads()), capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        reason = "other logits" if done.returncode == DIFFERENT else f"exit code {done.returncode}: {lines[-1:]}"
-        say(f"{uri} is not verified: in a fresh process it gave {reason}")
-    return done.returncode == 0
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -197,6 +170,13 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
     client = mlflow.MlflowClient()
     for key, value in tags.items():
         client.set_model_version_tag(name, number, key, str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def discard_versions(run_id: str) -> None:
+    """Delete the versions of a run that was killed after it had registered them: it will register them again."""
+    client = mlflow.MlflowClient()
+    for found in client.search_model_versions(f"run_id = '{run_id}'"):
+        client.delete_model_version(found.name, found.version)
 
 
 def promote(*versions: Registered) -> None:

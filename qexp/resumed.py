@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from qexp import tracking
+from qexp import metrics, registry, tracking
 from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder
 from qexp.config import HOW_TO_TRAIN, Config, parse_options
 from qexp.distributed import read_group
 from qexp.errors import InputError
-from qexp.tracking import RunFacts
+from qexp.tracking import Run
 
 # What may differ when a run goes on: where and how fast, not what comes out.
 FREE = ("data_dir", "output_dir", "threads", *HOW_TO_TRAIN)
@@ -24,12 +24,13 @@ def config_of_run(overrides: dict[str, dict[str, Any]], run_id: str, command: st
             or the checkpoint of a training is not here.
     """
     run = tracking.find_run(run_id)
+    begun_as = _stage(run)
     stage = {"run": "main"}.get(command, command)
-    if run.stage != stage:
-        right = {"main": "run", "train": "train"}.get(run.stage)
+    if begun_as != stage:
+        right = {"main": "run", "train": "train"}.get(begun_as)
         hint = f"use `qexp {right} --resume {run_id}`" if right else "only runs of `qexp train` and `qexp run` go on"
         raise InputError(f"--resume {run_id}: not a run of `qexp {command}`; {hint}")
-    if run.status == "FINISHED":
+    if run.info.status == "FINISHED":
         raise InputError(f"--resume {run_id}: this run has finished; there is nothing to go on with")
     if leads := read_group().leads:
         check_unlocked(checkpoint_folder(run_id), run_id)
@@ -56,29 +57,36 @@ def _with_free_options(recorded: Config, given: dict[str, dict[str, Any]], run_i
 
 def has_trained(main_run_id: str) -> bool:
     """Whether the training of a run of `qexp run` has finished."""
-    return any(run.stage == "train" and run.status == "FINISHED" for run in tracking.children_of(main_run_id))
+    return any(_stage(run) == "train" and run.info.status == "FINISHED" for run in tracking.children_of(main_run_id))
 
 
-def training_below(main_run_id: str) -> RunFacts | None:
-    """The training that a run of `qexp run` has begun, if it has; whatever was left open below it is closed.
+def _stage(run: Run) -> str:
+    return run.data.tags.get("qexp.stage", "")
+
+
+def training_below(main_run_id: str) -> Run | None:
+    """The training that a run of `qexp run` has begun, if it has; whatever else was left open below it is closed.
 
     Raises:
         InputError: its checkpoint is not here.
     """
     children = tracking.children_of(main_run_id)
-    tracking.end_open_runs([run for run in children if run.stage != "train"], "KILLED")
-    training = next((run for run in children if run.stage == "train"), None)
-    if training and training.status != "FINISHED":
-        check_unlocked(checkpoint_folder(training.run_id), training.run_id)
+    left_open = [run for run in children if _stage(run) != "train" and run.info.status == "RUNNING"]
+    for run in left_open:
+        registry.discard_versions(run.info.run_id)
+    tracking.end_open_runs(left_open, "KILLED")
+    training = next((run for run in children if _stage(run) == "train"), None)
+    if training and training.info.status != "FINISHED":
+        check_unlocked(checkpoint_folder(training.info.run_id), training.info.run_id)
         check_checkpoint(training)
     return training
 
 
-def check_checkpoint(run: RunFacts) -> None:
+def check_checkpoint(run: Run) -> None:
     """Raise InputError if the run has finished epochs whose checkpoint is not here; before the first, it can start."""
-    folder = checkpoint_folder(run.run_id)
-    if run.epochs and not checkpoint_exists(folder):
+    run_id = run.info.run_id
+    folder = checkpoint_folder(run_id)
+    if tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH) and not checkpoint_exists(folder):
         raise InputError(
-            f"--resume {run.run_id}: no checkpoint in {folder}; "
-            "give the command in the folder where the run was started"
+            f"--resume {run_id}: no checkpoint in {folder}; give the command in the folder where the run was started"
         )

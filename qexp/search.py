@@ -2,6 +2,7 @@
 
 import hashlib
 import statistics
+import tempfile
 import warnings
 from dataclasses import asdict
 from math import sqrt
@@ -132,7 +133,7 @@ def _run_trials(study: optuna.Study, config: Config, host: Host, dataset: Datase
             top1 = [
                 _trial(options, config, host, dataset, fp32, index) for index in range(config.search.seeds_per_point)
             ]
-            tracking.log_values({"val/top1_mean": statistics.fmean(top1), "val/top1_spread": _spread(top1)})
+            tracking.log_metrics({"val/top1_mean": statistics.fmean(top1), "val/top1_spread": _spread(top1)})
         trial.set_user_attr("top1_by_seed_percent", top1)
         say(f"trial {trial.number}: {count} images, {observer}: validation top-1 {statistics.fmean(top1):.2f} %")
         return statistics.fmean(top1)
@@ -150,7 +151,7 @@ def _trial(options: Any, config: Config, host: Host, dataset: Dataset, fp32: sta
     int8 = quantize_model(fp32.model, subset.images, options, reduce_range=not host.has_int8_dot_product)
     logits = predict_logits(int8.module, dataset.validation.images, label="int8 on validation images")
     top1 = measure_accuracy(logits, dataset.validation.labels).top1_percent
-    tracking.log_values({"val/top1": top1}, step=config.seed + index)
+    tracking.log_metrics({"val/top1": top1}, step=config.seed + index)
     return top1
 
 
@@ -172,9 +173,12 @@ def _spread(values: Any) -> float:
 def _log(result: SearchResult) -> None:
     tracking.log_table(metrics.columns([asdict(point) for point in result.points]), "search")
     tracking.log_result("search", result)
-    with tracking.new_folder("figures") as folder:
-        plots.save_search_figure(result, folder / "search.png")
-    tracking.log_values({"val/best_top1": result.best.top1_percent, "search/winner": result.winner.calibration_samples})
+    with tempfile.TemporaryDirectory() as folder:
+        plots.save_search_figure(result, Path(folder, "search.png"))
+        tracking.log_folder(Path(folder), "figures")
+    tracking.log_metrics(
+        {"val/best_top1": result.best.top1_percent, "search/winner": result.winner.calibration_samples}
+    )
     winner, best = result.winner, result.best
     tracking.set_note(
         f"{winner.calibration_samples} calibration images ({winner.observer}) are enough: validation top-1 "

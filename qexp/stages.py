@@ -51,16 +51,18 @@ class Int8:
 def train_stage(config: Config, host: Host, dataset: Dataset, resume: str | None = None) -> Fp32:
     """Train, evaluate, log and register an fp32 classifier; with `resume`, going on with that run."""
     name, note = f"train-{config.model}", f"Training of {config.model} on {dataset.name}."
-    logged = tracking.find_run(resume).epochs if resume else ()
+    logged = tracking.logged_steps(resume, metrics.FIRST_OF_EPOCH) if resume else set()
     # Of a run that goes on, nothing is touched before it is known that nobody else is at work on it.
     with lock_of(resume), tracking.start_run(name, note, resume) as run_id, lock_of(None if resume else run_id):
+        if resume:
+            registry.discard_versions(resume)
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
         model = fresh_classifier(config, dataset)
 
         def log_new(epoch: EpochResult) -> None:
             if epoch.epoch not in logged:
-                tracking.log_epoch(epoch)
+                tracking.log_metrics(metrics.of_epoch(epoch), step=epoch.epoch)
 
         trained = train_model(model, dataset, config.train, config.seed, log_new, checkpoint_folder(run_id))
         fp32 = _register_trained(config, host, dataset, model, trained, run_id)
@@ -81,7 +83,7 @@ def _register_trained(
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | _lineage(dataset, host, accuracy)
     name = f"{config.model}-{dataset.name}-fp32"
     version = registry.register("fp32", model, name, model.spec, _verification_images(dataset), tags)
-    tracking.log_model_metrics(version.model_id, accuracy, version.size_bytes, _parameters(model))
+    tracking.log_metrics(metrics.of_model(accuracy, version.size_bytes, _parameters(model)), owner=version.owner)
     facts = _data_facts(dataset, config)
     evidence = Fp32Evidence(config.model, config.seed, version.uri, version.size_bytes, facts, trained, accuracy)
     tracking.log_result("fp32", evidence)
@@ -102,7 +104,7 @@ def quantize_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> 
     with tracking.start_run(name, f"Quantization of `{fp32.version.uri}`.") as run_id:
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
-        tracking.log_calibration(subset, dataset, digest)
+        tracking.log_dataset(subset, dataset, "calibration", digest)
         quantized = quantize_model(fp32.model, subset.images, options, reduce_range=not host.has_int8_dot_product)
         logits, accuracy = evaluate_splits(quantized.module, dataset, "int8")
         tags: dict[str, Any] = {
@@ -129,10 +131,11 @@ def quantize_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> 
 
 def _log_int8(fp32: Fp32, version: Registered, evidence: Int8Evidence) -> None:
     accuracy, test, cost = evidence.accuracy, evidence.comparison["test"], evidence.cost
-    tracking.log_model_metrics(version.model_id, accuracy, version.size_bytes, cost.parameters)
-    tracking.log_comparison(version.model_id, test, cost.int8_percent)
-    for owner in (fp32.version, version):
-        tracking.log_macs(cost.macs, owner.run_id, owner.model_id)
+    values = metrics.of_model(accuracy, version.size_bytes, cost.parameters)
+    tracking.log_metrics(values | metrics.of_comparison(test, cost.int8_percent), owner=version.owner)
+    for owner in (fp32.version.owner, version.owner):
+        for batch_size, count in cost.macs.items():
+            tracking.log_metrics({"model/macs": count}, step=batch_size, owner=owner)
     tracking.log_table(metrics.accuracy_table({"fp32": fp32.evidence.accuracy, "int8": accuracy}), "accuracy")
     tracking.log_result("int8", evidence)
     tracking.set_note(
@@ -148,7 +151,10 @@ def latency_stage(config: Config, host: Host, fp32: Registered, int8: Registered
         request = SweepRequest(fp32.uri, int8.uri, config.data.image_size, host.threads, config.latency)
         result = run_sweep(request, registry.child_environment(host.threads))
         evidence = LatencyEvidence(fp32.uri, int8.uri, result, host, run_id)
-        tracking.log_latency(result, {"fp32": (fp32.run_id, fp32.model_id), "int8": (int8.run_id, int8.model_id)})
+        owners = {"fp32": fp32.owner, "int8": int8.owner, "both": None}
+        for whose, step, values in metrics.of_latency(result):
+            tracking.log_metrics(values, step, owners[whose])
+        tracking.log_table(metrics.latency_table(result.rows), "latency")
         tracking.log_result("latency", evidence)
         registry.tag_version(int8.uri, {"latency_run_id": run_id, "smallest_speedup": f"{result.smallest_speedup:.3f}"})
         tracking.set_note(f"Smallest speed-up of `{int8.uri}` over `{fp32.uri}`: **{result.smallest_speedup:.2f}x**.")
@@ -208,9 +214,8 @@ def evaluate_splits(
 
 def _log_weights(model: Classifier, run_id: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "model.safetensors")
-        save_classifier(model, file)
-        tracking.log_file(file, "weights")
+        save_classifier(model, Path(folder, "model.safetensors"))
+        tracking.log_folder(Path(folder), "weights", run_id)
     return f"runs:/{run_id}/weights/model.safetensors"
 
 

@@ -57,8 +57,9 @@ ALLOWED = {
     "plots": {"claims", "evidence"},
     "report": {"claims", "evaluation", "evidence", "plots"},
     "metrics": {"evaluation", "latency", "training"},
-    "tracking": {"config", "data", "evaluation", "evidence", "host", "latency", "metrics", "tracking", "training"},
-    "registry": {"evaluation", "models"},
+    "tracking": {"config", "data", "evidence", "host"},
+    "verification": {"evaluation"},
+    "registry": {"models", "verification"},
     "sweep": {"config", "evidence", "latency", "registry"},
 }
 ABOVE = {

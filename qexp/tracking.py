@@ -1,0 +1,257 @@
+"""MLflow's tracking: store, run tree, parameters, metrics, data set inputs and artifacts. Nothing is computed here."""
+
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
+
+import mlflow
+from mlflow.data.numpy_dataset import from_numpy
+from mlflow.entities import Run as Run
+from mlflow.entities import RunStatus
+from mlflow.exceptions import MlflowException
+
+from qexp.config import Config, flat_params, parse_yaml, to_yaml
+from qexp.data import Dataset, Split
+from qexp.errors import InputError, first_line
+from qexp.evidence import from_json, to_json
+from qexp.host import Host
+
+T = TypeVar("T")
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
+EXPERIMENT_KIND = "mlflow.experimentKind"
+STORE_ANSWER_TIMEOUT_S = 10
+
+for noisy in ("mlflow", "alembic"):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def use_store() -> None:
+    """Check once, without MLflow's minutes of retries, that the tracking store answers.
+
+    Raises:
+        InputError: it does not; the message names its URI.
+    """
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(STORE_ANSWER_TIMEOUT_S)}
+    before = {name: os.environ.get(name) for name in patience}
+    os.environ.update(patience)
+    try:
+        mlflow.MlflowClient().search_experiments(max_results=1)
+    except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer "
+            f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
+        ) from None
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def use_experiment(dataset_name: str, resume: str | None = None) -> None:
+    """One experiment a data set, unless MLflow was told another: by `mlflow run` or MLFLOW_EXPERIMENT_NAME or _ID.
+
+    A run that goes on stays in its own.
+    """
+    if resume:
+        mlflow.set_experiment(experiment_id=mlflow.MlflowClient().get_run(resume).info.experiment_id)
+    elif not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
+        mlflow.set_experiment(f"qexp-{dataset_name}")
+
+
+@contextmanager
+def start_run(name: str, note: str, resume: str | None = None) -> Iterator[str]:
+    """A run that always ends: FINISHED, FAILED with its error as a tag, or KILLED on Ctrl-C and SIGTERM.
+
+    Inside another run it is nested; inside `mlflow run` the first one is the run that MLflow has started. With `resume`
+    it is that run, which goes on. Yields its id. `note` is Markdown for the run's page.
+    """
+    run = _begin(name, resume, {"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
+    status = RunStatus.FAILED
+    try:
+        _show_as_training(run.info.experiment_id)
+        yield run.info.run_id
+        status = RunStatus.FINISHED
+    except (KeyboardInterrupt, SystemExit):
+        status = RunStatus.KILLED
+        raise
+    except Exception as error:
+        mlflow.set_tag("qexp.error", f"{type(error).__name__}: {error}"[:500])
+        raise
+    finally:
+        mlflow.end_run(RunStatus.to_string(status))
+
+
+def _begin(name: str, resume: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
+    nested = mlflow.active_run() is not None
+    given = None if nested else os.environ.pop("MLFLOW_RUN_ID", None)  # by `mlflow run`, or by the launcher
+    if resume is None and given is None:
+        return mlflow.start_run(run_name=name, nested=nested, tags=tags)
+    run = mlflow.start_run(run_id=resume or given, nested=nested)
+    mlflow.set_tags(tags)
+    mlflow.delete_tag("qexp.error") if "qexp.error" in run.data.tags else None
+    if given and resume and given != resume:
+        mlflow.MlflowClient().set_tag(given, "mlflow.note.content", f"Went on with run `{resume}`.")
+    if GENERATED_NAME.fullmatch(run.info.run_name or ""):
+        mlflow.set_tag("mlflow.runName", name)
+    return run
+
+
+def _show_as_training(experiment_id: str) -> None:
+    """Without this tag the UI guesses, and shows its pages for language models."""
+    client = mlflow.MlflowClient()
+    if EXPERIMENT_KIND not in client.get_experiment(experiment_id).tags:
+        client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
+
+
+def find_run(run_id: str) -> Run:
+    """A run of the store.
+
+    Raises:
+        InputError: there is none, or it was deleted.
+    """
+    try:
+        run = mlflow.MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        raise InputError(
+            f"--resume {run_id}: no such run in {mlflow.get_tracking_uri()} ({first_line(error)})"
+        ) from None
+    if run.info.lifecycle_stage != "active":
+        raise InputError(f"--resume {run_id}: this run was deleted; restore it first (mlflow runs restore)")
+    return run
+
+
+def children_of(run_id: str) -> list[Run]:
+    """The runs below a run, newest first."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    return list(client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'"))
+
+
+def end_open_runs(runs: list[Run], status: str) -> None:
+    """End the runs that a killed process has left in RUNNING."""
+    for run in runs:
+        if run.info.status == "RUNNING":
+            mlflow.MlflowClient().set_terminated(run.info.run_id, status)
+
+
+def logged_steps(run_id: str, metric: str) -> set[int]:
+    """The steps at which a run has logged a metric."""
+    return {point.step for point in mlflow.MlflowClient().get_metric_history(run_id, metric)}
+
+
+def set_note(text: str) -> None:
+    """Replace the Markdown note of the active run."""
+    mlflow.set_tag("mlflow.note.content", text)
+
+
+def set_tag(name: str, value: str) -> None:
+    """A tag of the active run."""
+    mlflow.set_tag(name, value)
+
+
+def _active_run() -> Run:
+    """As the store has it now."""
+    active = mlflow.active_run()
+    assert active is not None
+    return mlflow.MlflowClient().get_run(active.info.run_id)
+
+
+def log_setup(config: Config, host: Host) -> None:
+    """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has."""
+    facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
+    logged = _active_run().data.params
+    mlflow.log_params({name: value for name, value in (flat_params(config) | facts).items() if name not in logged})
+    mlflow.log_text(to_yaml(config), "config.yaml")
+    mlflow.log_text(to_json(host), "host.json")
+
+
+def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
+    """The splits named (train, validation, test) as data set inputs of the active run, those that it lacks."""
+    inputs = _active_run().inputs
+    logged = {given.dataset.name for given in inputs.dataset_inputs} if inputs else set()
+    for context in contexts:
+        if f"{dataset.name}-{context}" not in logged:
+            split = getattr(dataset, context)
+            log_dataset(split, dataset, context, split.digest)
+
+
+def log_dataset(split: Split, dataset: Dataset, context: str, digest: str) -> None:
+    """Some images of a data set as an input of the active run; `context` is what they are used for."""
+    images, labels = split.images.numpy(), split.labels.numpy()
+    name = f"{dataset.name}-{context}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow wonders aloud which of its classes the source's name belongs to
+        described = from_numpy(images, source=dataset.source, targets=labels, name=name, digest=digest)
+    mlflow.log_input(described, context=context)
+
+
+def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[str, str] | None = None) -> None:
+    """Metrics of the active run, or of `owner`: a run's id and the id of the model that it logged.
+
+    `step` is the epoch of a curve, the batch size of a cost or latency.
+    """
+    run_id, model_id = owner or (None, None)
+    mlflow.log_metrics(values, step=step, run_id=run_id, model_id=model_id)
+
+
+def log_table(columns: dict[str, list[Any]], name: str) -> None:
+    """A table of the UI, from its columns by name."""
+    mlflow.log_table(columns, f"tables/{name}.json")
+
+
+def log_result(name: str, result: object) -> None:
+    """A stage's result as `results/<name>.json`, which `read_result` reads back."""
+    mlflow.log_text(to_json(result), f"results/{name}.json")
+
+
+def read_result(kind: type[T], run_id: str, name: str) -> T:
+    """The result that a run logged under `name`.
+
+    Raises:
+        InputError: the run or the artifact is not there.
+    """
+    return from_json(kind, _read_text(run_id, f"results/{name}.json"))
+
+
+def read_config(run_id: str) -> Config:
+    """The resolved configuration of a run.
+
+    Raises:
+        InputError: the run or the artifact is not there.
+    """
+    return parse_yaml(_read_text(run_id, "config.yaml"))
+
+
+def _read_text(run_id: str, path: str) -> str:
+    try:
+        return mlflow.artifacts.load_text(f"runs:/{run_id}/{path}")
+    except (MlflowException, OSError, ValueError) as error:
+        raise InputError(f"run {run_id}: {path} cannot be read ({first_line(error)})") from None
+
+
+def log_folder(folder: Path, artifact_folder: str, run_id: str | None = None) -> None:
+    """All files below `folder` as artifacts of a run, the active one unless named."""
+    mlflow.log_artifacts(str(folder), artifact_folder, run_id=run_id)
+
+
+@contextmanager
+def downloaded(uri: str) -> Iterator[Path]:
+    """A local copy of an artifact (`runs:/…`) for as long as the block lasts.
+
+    Raises:
+        InputError: it is not there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
+        except (MlflowException, OSError) as error:
+            raise InputError(f"{uri}: cannot be read ({first_line(error)})") from None
+        yield file
