@@ -17,8 +17,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qexp.config import HOW_TO_TRAIN, Config, to_yaml
-from qexp.errors import StageError, first_line
+from qexp.errors import InputError, StageError, first_line
 
+BAD_INPUT = 2  # the exit code of InputError
 SHUTDOWN_TIMEOUT_S = 120  # for the checkpoint that a signal asks for
 
 
@@ -32,6 +33,7 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
 
     Raises:
         StageError: a process has died; the message says which, and why. The others have been ended.
+        InputError: a process has refused its input.
         KeyboardInterrupt, SystemExit: a signal came; the processes have got it too.
     """
     for name in logging.root.manager.loggerDict:  # what they have to say is in the exceptions
@@ -59,7 +61,9 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
         try:
             elastic_launch(settings, sys.executable)(*arguments)
         except ChildFailedError as error:
-            raise StageError(_describe(error, config.train.processes)) from None
+            _, failure = error.get_first_failure()
+            kind = InputError if failure.exitcode == BAD_INPUT else StageError
+            raise kind(_describe(error, config.train.processes)) from None
         except SignalException as error:
             if error.sigval.name == "SIGINT":
                 raise KeyboardInterrupt from None

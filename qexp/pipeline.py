@@ -171,8 +171,11 @@ def prepare(
     if model_uri:
         registered.check_data(model_uri, dataset)
     if read_group().leads:
+        if resume:
+            resumed.check_data(resume, dataset)
         tracking.use_experiment(dataset.name, resume)
-    return _settled(config, host, dataset), host, dataset
+    config = config.model_copy(update={"threads": host.threads})
+    return config if model_uri else _settled(config, dataset), host, dataset
 
 
 def with_calibration_count(config: Config, dataset: Dataset) -> Config:
@@ -181,10 +184,9 @@ def with_calibration_count(config: Config, dataset: Dataset) -> Config:
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
 
 
-def _settled(config: Config, host: Host, dataset: Dataset) -> Config:
+def _settled(config: Config, dataset: Dataset) -> Config:
     network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
-    train = settle_options(config.train, dataset.name, network)
-    return config.model_copy(update={"threads": host.threads, "train": train})
+    return config.model_copy(update={"train": settle_options(config.train, dataset.name, network)})
 
 
 def _prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:

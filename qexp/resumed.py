@@ -5,6 +5,7 @@ from typing import Any
 from qexp import metrics, registry, tracking
 from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder
 from qexp.config import HOW_TO_TRAIN, Config, parse_options
+from qexp.data import Dataset
 from qexp.distributed import read_group
 from qexp.errors import InputError
 from qexp.tracking import Run
@@ -53,6 +54,15 @@ def _with_free_options(recorded: Config, given: dict[str, dict[str, Any]], run_i
                 raise InputError(f"--{option} {value}: run {run_id} was started with {was}; leave the option out")
     parts = {name: getattr(recorded, name).model_copy(update=options) for name, options in given.items() if name}
     return recorded.model_copy(update=given.get("", {}) | parts)
+
+
+def check_data(run_id: str, dataset: Dataset) -> None:
+    """Raise InputError unless these are the training images that the run has begun with."""
+    inputs = tracking.find_run(run_id).inputs
+    digests = {given.dataset.name: given.dataset.digest for given in inputs.dataset_inputs} if inputs else {}
+    digest = dataset.train.digest
+    if digests.setdefault(f"{dataset.name}-train", digest) != digest:
+        raise InputError(f"--data-dir: {dataset.source} holds other images than run {run_id} was started with")
 
 
 def has_trained(main_run_id: str) -> bool:

@@ -68,6 +68,41 @@ def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
+    sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
+    options = "--epochs 12 --patience 12 --image-size 8 --processes 2".split()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    command = [sys.executable, "-m", "entrypoints.cli", "run", *options, *sweep]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment_for(uri), text=True, stderr=subprocess.PIPE)
+    assert process.stderr
+    next(line for line in process.stderr if line.startswith("epoch 2/12"))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 143 and "Traceback" not in errors, errors
+    client = mlflow.MlflowClient(uri)
+    stopped = {run.info.run_name: run.info for run in client.search_runs(["1"])}
+    assert {name: info.status for name, info in stopped.items()} == {"main": "KILLED", "train-smallnet": "KILLED"}
+    done = run_qexp(tmp_path, "run", "--resume", stopped["main"].run_id)
+    assert done.code == 0, done.stderr
+    runs = {run.info.run_name: run.info for run in client.search_runs(["1"])}
+    assert len(runs) == 5 and {info.status for info in runs.values()} == {"FINISHED"}
+    train = stopped["train-smallnet"].run_id
+    assert runs["main"].run_id == stopped["main"].run_id and runs["train-smallnet"].run_id == train
+    assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 13))
+    assert done.stderr.count("going on in epoch") == 1 and len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_loss_that_explodes_in_two_processes_is_said(tmp_path: Path) -> None:
+    done = run_qexp(tmp_path, "train", "--image-size", "8", "--learning-rate", "1e20", "--processes", "2")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.code == 1 and "the loss is" in line and "lower --learning-rate" in line, done.stderr
+    assert "Traceback" not in done.stderr
+    (run,) = mlflow.MlflowClient(done.uri).search_runs(["1"])
+    assert run.info.status == "FAILED" and "the loss is" in run.data.tags["qexp.error"]
+
+
+@pytest.mark.slow
 def test_bad_input_is_refused_before_there_are_processes(tmp_path: Path) -> None:
     for arguments in (["--processes", "0"], ["--processes", "2", "--model", "vgg17"]):
         done = run_qexp(tmp_path, "train", *arguments)

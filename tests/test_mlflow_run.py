@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import QUICK, REPOSITORY
+from conftest import QUICK, REPOSITORY, environment_for
 
 BIN = Path(sys.executable).parent
 OPTIONS = [
@@ -103,6 +103,29 @@ def test_main_through_mlflow_run_against_a_server(server: str, tmp_path: Path) -
     assert page.count("data:image/png;base64,") == 7
     model = mlflow.pytorch.load_model("models:/smallnet-digits-int8@challenger")
     assert "quantized::conv2d_relu" in str(model.inlined_graph)
+
+
+@pytest.mark.slow
+def test_stopped_training_goes_on_through_mlflow_run_with_two_processes(server: str, tmp_path: Path) -> None:
+    project = _project(tmp_path)
+    command = [sys.executable, "-m", "entrypoints.cli", "train", "--epochs", "8", "--image-size", "8"]
+    process = subprocess.Popen(
+        command, cwd=project, env=environment_for(server), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr
+    next(line for line in process.stderr if line.startswith("epoch 2/8"))
+    process.kill()
+    process.communicate()
+    (run_id,) = (path.name for path in (project / "checkpoints").glob("*"))
+    arguments = ["-P", f"resume={run_id}", "-P", "processes=2", "--run-name", "goes on"]
+    done = _mlflow_run(project, server, "--env-manager", "local", "-e", "train", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert _summary(done.stdout)["run_id"] == run_id
+    client = mlflow.MlflowClient(server)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, 9))
+    pointer = _runs(server)["goes on"]
+    assert pointer.info.status == "FINISHED" and run_id in pointer.data.tags["mlflow.note.content"]
 
 
 @pytest.mark.slow

@@ -7,11 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 from conftest import Finished, environment_for, run_qexp
+
+from qexp.config import DataConfig
+from qexp.data import load_dataset
+from qexp.errors import InputError
+from qexp.resumed import check_data
 
 OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split()
 EPOCHS = list(range(1, 21))
@@ -133,6 +140,34 @@ def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
     assert _weights(tmp_path, train) == _weights(reference.folder, reference.summary["run_id"])
 
 
+@pytest.mark.slow
+def test_killed_after_it_has_registered_its_version_registers_one(tmp_path: Path) -> None:
+    """The moment between the version in the registry and the end of the run."""
+    script = """
+import os, signal, sys
+from qexp import registry
+register = registry.register
+def register_and_die(*given):
+    register(*given)
+    os.kill(os.getpid(), signal.SIGKILL)
+registry.register = register_and_die
+from entrypoints.cli import app
+sys.argv = ["qexp", "train", "--epochs", "1", "--image-size", "8"]
+app()
+"""
+    died = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment_for(f"sqlite:///{tmp_path}/mlflow.db")
+    )
+    assert died.returncode == -signal.SIGKILL
+    client, run_id = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), _run_id(tmp_path)
+    assert [version.version for version in client.search_model_versions()] == [1]
+    done = run_qexp(tmp_path, "train", "--resume", run_id)
+    assert done.code == 0, done.stderr
+    (version,) = client.search_model_versions()
+    assert done.summary["fp32"] == f"models:/smallnet-digits-fp32/{version.version}" and version.run_id == run_id
+    assert client.get_model_version_by_alias(version.name, "challenger").version == version.version
+
+
 def test_what_cannot_go_on_is_said(reference: Finished, tmp_path: Path) -> None:
     done = reference
     run_id = done.summary["run_id"]
@@ -152,3 +187,12 @@ def test_what_cannot_go_on_is_said(reference: Finished, tmp_path: Path) -> None:
         assert refused.code == 2 and f"--batch-size 128: run {run_id} was started with 32" in refused.stderr
     finally:
         client.set_terminated(run_id, "FINISHED")
+
+
+def test_other_images_are_refused(reference: Finished) -> None:
+    mlflow.set_tracking_uri(reference.uri)
+    own = load_dataset(DataConfig(image_size=8), seed=0)
+    check_data(reference.summary["run_id"], own)
+    other = replace(own, train=own.train.subset(torch.arange(100)))
+    with pytest.raises(InputError, match="other images than run"):
+        check_data(reference.summary["run_id"], other)

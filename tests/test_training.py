@@ -140,11 +140,6 @@ def test_on_epoch_is_told_of_each_epoch_in_order(tiny: Dataset, tmp_path: Path) 
         assert epoch.train_loss > 0 and epoch.validation_loss > 0 and epoch.images_per_second > 0
 
 
-def test_last_batch_of_one_image_is_left_out(tiny: Dataset, tmp_path: Path) -> None:
-    odd = replace(tiny, train=tiny.train.subset(torch.arange(2 * 64 + 1)))
-    assert len(_train(odd, tmp_path)[1].epochs) == 2
-
-
 @pytest.mark.parametrize("bf16", [True, False])
 def test_bf16_is_as_asked(tiny: Dataset, tmp_path: Path, bf16: bool) -> None:
     model, result = _train(tiny, tmp_path, epochs=1, bf16=bf16)
