@@ -1,7 +1,9 @@
 """Training in several processes: the same curve, one run, and what happens when one of them dies."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,6 +92,28 @@ def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
     assert runs["main"].run_id == stopped["main"].run_id and runs["train-smallnet"].run_id == train
     assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 13))
     assert done.stderr.count("going on in epoch") == 1 and len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines_makes_one_run(tmp_path: Path) -> None:
+    """Two launchers that meet at a port, each in a folder of its own; only the first one's has a store afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launchers = []
+    for rank in (0, 1):
+        folder = tmp_path / f"machine {rank}"
+        folder.mkdir()
+        meeting = f"--nnodes 2 --node-rank {rank} --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}"
+        train = [*meeting.split(), "-m", "entrypoints.train", *OPTIONS]
+        command = [sys.executable, "-m", "torch.distributed.run", *train]
+        environment = environment_for(f"sqlite:///{folder}/mlflow.db")
+        launchers.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE))
+    first, second = (launcher.communicate(timeout=120)[0] for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [0, 0]
+    run_id = json.loads(first)["run_id"]
+    assert second == "" and not (tmp_path / "machine 1" / "mlflow.db").exists()
+    _curves(f"sqlite:///{tmp_path}/machine 0/mlflow.db", run_id)
 
 
 @pytest.mark.slow
