@@ -26,7 +26,7 @@ demo: setup  ## train SmallNet on digits, quantize, measure, register: report/re
 
 # Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
 test: setup  ## all tests, slow ones included
-	$(ENV) OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(ENV) OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff and mypy
 	$(ENV) ruff check .

@@ -1,10 +1,11 @@
 """What several test modules need: a data set, a trained model, evidence made by hand, and one finished pipeline run."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,22 @@ class Finished:
         return json.loads(self.stdout.splitlines()[-1])
 
 
+def pytest_configure() -> None:
+    """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait."""
+    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if number and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        if cores:
+            os.sched_setaffinity(0, cores)
+            torch.set_num_threads(len(cores))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def environment_for(uri: str) -> dict[str, str]:
     """The environment of a command that uses the store at `uri`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
@@ -61,8 +78,18 @@ def run_qexp(folder: Path, *arguments: str, uri: str | None = None, timeout_s: f
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The whole job, `qexp run`, on digits: for tests that only look."""
-    return _run_once(tmp_path_factory.mktemp("finished run"))
+    """The whole job, `qexp run`, on digits: for tests that only look. One for all workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        note = shared / "finished.json"
+        if not note.exists():
+            folder = shared / "finished run"
+            folder.mkdir()
+            note.write_text(json.dumps(asdict(_run_once(folder)) | {"folder": str(folder)}))
+    values = json.loads(note.read_text())
+    return Finished(**values | {"folder": Path(values["folder"])})
 
 
 @pytest.fixture(scope="session")
