@@ -121,6 +121,7 @@ def finish(action: Callable[[], dict[str, Any] | None]) -> None:
     2 for bad input, 1 for a stage that failed, 130 and 143 for SIGINT and SIGTERM.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when the launcher is killed, its processes stop
     try:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from qexp.errors import InputError, first_line
+from qexp.errors import InputError, StageError
 from qexp.files import replacing
 
-NAME, LOCK = "checkpoint.pt", "lock"
+NAME, LOCK, LAUNCHER_LOCK = "checkpoint.pt", "lock", "launcher.lock"  # of the process that trains; that starts others
 FORMAT = 1
 
 
@@ -70,7 +70,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile have many words for a file that is none of theirs
-        raise InputError(f"checkpoint {file}: cannot be read ({first_line(error)})") from None
+        raise InputError(f"checkpoint {file}: cannot be read ({type(error).__name__}); it is damaged") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"checkpoint {file}: not written by this version of qexp")
     return state
@@ -91,25 +91,32 @@ def remove_checkpoints(run_id: str) -> None:
 
 def check_unlocked(folder: Path, run_id: str) -> None:
     """Raise InputError if a process is at work in the folder."""
-    if (folder / LOCK).exists():
-        with locked(folder, run_id):
-            pass
+    for name in (LOCK, LAUNCHER_LOCK):
+        file = folder / name
+        if file.exists() and file.read_text() != str(os.getppid()):  # a training process's own launcher is no other
+            with locked(folder, run_id, name):
+                pass
 
 
-def lock_of(run_id: str | None) -> AbstractContextManager[None]:
+def lock_of(run_id: str | None, name: str = LOCK) -> AbstractContextManager[None]:
     """`locked` for the folder of this run; without a run, nothing."""
-    return locked(checkpoint_folder(run_id), run_id) if run_id else nullcontext()
+    return locked(checkpoint_folder(run_id), run_id, name) if run_id else nullcontext()
 
 
 @contextmanager
-def locked(folder: Path, run_id: str) -> Iterator[None]:
+def locked(folder: Path, run_id: str, name: str = LOCK) -> Iterator[None]:
     """Only one process at a time works in a folder; the lock ends with its process, however that ends.
 
     Raises:
         InputError: another process has it.
+        StageError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / name).open("a+")
+    except OSError as error:
+        raise StageError(f"{folder}: checkpoints cannot be written there ({error.strerror})") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

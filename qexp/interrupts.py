@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM as a request that long work looks at between two steps, instead of an exception anywhere."""
 
+import os
 import signal
 import sys
 import threading
@@ -37,7 +38,8 @@ def stop_requests() -> Iterator[StopRequest]:
         if request.signal:
             request.act()
         request.signal = number
-        say(f"{signal.Signals(number).name}: stopping after this step; once more to stop at once")
+        if "TORCHELASTIC_RUN_ID" not in os.environ or number == signal.SIGINT:  # the launcher's SIGTERM is no user's
+            say(f"{signal.Signals(number).name}: stopping after this step; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qexp.config import HOW_TO_TRAIN, Config, to_yaml
+from qexp.environment import environment
 from qexp.errors import InputError, StageError, first_line
 
 BAD_INPUT = 2  # the exit code of InputError
@@ -55,11 +56,10 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
         arguments = ["-m", f"entrypoints.{command}", "--config", str(file)]
         if resume:  # the run's own configuration counts, but for these
             arguments += ["--resume", resume, *_free_options(config, command)]
-        before = os.environ.get("MLFLOW_RUN_ID")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        os.environ["MLFLOW_RUN_ID"] = run_id
         try:
-            elastic_launch(settings, sys.executable)(*arguments)
+            with environment(MLFLOW_RUN_ID=run_id):
+                elastic_launch(settings, sys.executable)(*arguments)
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             kind = InputError if failure.exitcode == BAD_INPUT else StageError
@@ -71,7 +71,6 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
         finally:
             for number, handler in handlers.items():  # the launcher leaves its own there
                 signal.signal(number, handler)
-            os.environ.pop("MLFLOW_RUN_ID") if before is None else os.environ.update(MLFLOW_RUN_ID=before)
 
 
 def _free_options(config: Config, command: str) -> list[str]:
@@ -84,7 +83,7 @@ def _free_options(config: Config, command: str) -> list[str]:
 
 def _describe(error: ChildFailedError, processes: int) -> str:
     rank, failure = error.get_first_failure()
-    name = f"training process {rank} of {processes} (pid {failure.pid})"
+    name = f"training process of rank {rank} (pid {failure.pid}; {processes} in all)"
     if failure.exitcode < 0:
         return f"{name} was ended by {failure.signal_name()}; the others were stopped"
     return f"{name} ended with exit code {failure.exitcode}: {first_line(Exception(failure.message))}"

@@ -48,6 +48,11 @@ class Loop:
     def device(self) -> str:
         return self.options.device or "cpu"
 
+    @property
+    def largest_loss(self) -> float:
+        """Where a loss counts as exploded."""
+        return EXPLODED * math.log(max(2, len(self.model.spec.classes)))
+
 
 def prepare(
     model: Classifier,
@@ -79,7 +84,8 @@ def train_pass(loop: Loop, train: Split, after_step: Callable[[], None]) -> None
     for batch in track(batches[position.step :], f"epoch {position.epoch}", len(batches), position.step):
         position.step += 1
         every = 1 if loop.device == "cpu" else STEPS_BETWEEN_LOOKS
-        look = position.step % every == 0 or position.step == len(batches)
+        asked = loop.group.size == 1 and loop.stop.signal != 0  # several processes must look at the same step
+        look = asked or position.step % every == 0 or position.step == len(batches)
         position.learning_rate = float(loop.schedule.get_last_lr()[0])
         _step(loop, train, batch, look)
         position.epoch_s = before + time.perf_counter() - started
@@ -143,7 +149,7 @@ def _look(loop: Loop) -> None:
     asked = torch.tensor([float(loop.stop.signal)], dtype=torch.float64, device=loop.figures.device)
     *sums, count, signals = loop.group.total(torch.cat([loop.figures, asked])).tolist()
     loop.figures = torch.zeros_like(loop.figures)
-    check_loss(sums[0] / count, loop.position.epoch, EXPLODED * math.log(max(2, len(loop.model.spec.classes))))
+    check_loss(sums[0] / count, loop.position.epoch, loop.largest_loss)
     loop.position.sums = [old + new for old, new in zip(loop.position.sums, [*sums, count], strict=True)]
     if signals:
         loop.asked_to_stop = loop.stop.signal or signal.SIGTERM

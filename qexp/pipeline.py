@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qexp import claims, launch, registered, registry, resumed, stages, tracking
-from qexp.checkpoint import lock_of, remove_checkpoints
+from qexp.checkpoint import LAUNCHER_LOCK, lock_of, remove_checkpoints
 from qexp.config import Config
 from qexp.data import Dataset, calibration_count, load_dataset
 from qexp.distributed import read_group
@@ -36,7 +36,10 @@ def run_main(
     config = with_calibration_count(config, dataset)
     name, note = "main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
     trained = resume is not None and resumed.has_trained(resume)
-    if not (model_uri or trained) and _hand_over("main", config, host, dataset, name, note, resume):
+    if model_uri or trained:
+        if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
+            return None
+    elif _hand_over("main", config, host, dataset, name, note, resume):
         return None
     with lock_of(resume), tracking.start_run(name, note, resume) as run_id, lock_of(None if resume else run_id):
         tracking.log_setup(config, host)
@@ -68,7 +71,7 @@ def _hand_over(
     if not launch.is_worker():
         if config.train.processes == 1:
             return False
-        with tracking.start_run(name, note, resume) as run_id:
+        with lock_of(resume, LAUNCHER_LOCK), tracking.start_run(name, note, resume) as run_id:
             tracking.log_setup(config, host)
             try:
                 launch.run_workers(command, config, run_id, resume)
@@ -86,7 +89,8 @@ def quantize_to_report(
     config: Config, host: Host, dataset: Dataset, fp32: stages.Fp32, parent_run_id: str | None = None
 ) -> tuple[Evidence, str]:
     """Everything that follows an fp32 model; the evidence and the URI of the report."""
-    int8 = stages.quantize_stage(config, host, dataset, fp32)
+    quantized = resumed.quantized_below(parent_run_id) if parent_run_id else None
+    int8 = registered.int8_of_run(quantized) if quantized else stages.quantize_stage(config, host, dataset, fp32)
     latency = stages.latency_stage(config, host, fp32.version, int8.version)
     evidence = stages.gate_stage(config, fp32, int8, latency)
     report_uri = stages.report_stage(config, host, evidence, parent_run_id)

@@ -23,7 +23,8 @@ def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) 
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and (gpus := torch.cuda.device_count()) < options.processes:
-        raise InputError(f"--device cuda: {options.processes} processes need a GPU each, here are {gpus}; allowed: cpu")
+        here = f"here are {gpus} GPUs for {options.processes} processes" if gpus else "here is no GPU"
+        raise InputError(f"--device cuda: {here}; allowed: cpu")
     if options.batch_size < 2 * options.processes:
         raise InputError(
             f"--batch-size {options.batch_size}: must be at least 2 for each of {options.processes} processes"

@@ -6,7 +6,7 @@ from qexp.data import Dataset
 from qexp.errors import InputError
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.models import load_classifier
-from qexp.stages import SPLITS, Fp32, decide, evaluate_splits
+from qexp.stages import SPLITS, Fp32, Int8, decide, evaluate_splits
 
 
 def config_of_version(config: Config, uri: str, kind: str) -> Config:
@@ -58,6 +58,12 @@ def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPL
     evidence = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
     logits, _ = evaluate_splits(model, dataset, "fp32", splits)
     return Fp32(model, registry.from_entity(found), evidence, logits)
+
+
+def int8_of_run(run_id: str) -> Int8:
+    """The version that a run of the quantization stage has registered."""
+    evidence = tracking.read_result(Int8Evidence, run_id, "int8")
+    return Int8(registry.from_entity(registry.find_version(evidence.version_uri, "int8")), evidence)
 
 
 def evidence_of_version(config: Config, uri: str) -> Evidence:

@@ -173,10 +173,13 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
 
 
 def discard_versions(run_id: str) -> None:
-    """Delete the versions of a run that was killed after it had registered them: it will register them again."""
+    """Delete versions and logged models of a run that did not come to its end: another will take their place."""
     client = mlflow.MlflowClient()
     for found in client.search_model_versions(f"run_id = '{run_id}'"):
         client.delete_model_version(found.name, found.version)
+    outputs = client.get_run(run_id).outputs
+    for model in outputs.model_outputs if outputs else []:
+        client.delete_logged_model(model.model_id)
 
 
 def promote(*versions: Registered) -> None:

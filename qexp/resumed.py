@@ -3,7 +3,7 @@
 from typing import Any
 
 from qexp import metrics, registry, tracking
-from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder
+from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder, load_checkpoint
 from qexp.config import HOW_TO_TRAIN, Config, parse_options
 from qexp.data import Dataset
 from qexp.distributed import read_group
@@ -70,6 +70,13 @@ def has_trained(main_run_id: str) -> bool:
     return any(_stage(run) == "train" and run.info.status == "FINISHED" for run in tracking.children_of(main_run_id))
 
 
+def quantized_below(main_run_id: str) -> str | None:
+    """The run in which a run of `qexp run` has quantized its model, if that has finished."""
+    children = tracking.children_of(main_run_id)
+    done = (run.info.run_id for run in children if _stage(run) == "quantize" and run.info.status == "FINISHED")
+    return next(done, None)
+
+
 def _stage(run: Run) -> str:
     return run.data.tags.get("qexp.stage", "")
 
@@ -81,10 +88,10 @@ def training_below(main_run_id: str) -> Run | None:
         InputError: its checkpoint is not here.
     """
     children = tracking.children_of(main_run_id)
-    left_open = [run for run in children if _stage(run) != "train" and run.info.status == "RUNNING"]
-    for run in left_open:
+    unfinished = [run for run in children if _stage(run) != "train" and run.info.status != "FINISHED"]
+    for run in unfinished:
         registry.discard_versions(run.info.run_id)
-    tracking.end_open_runs(left_open, "KILLED")
+    tracking.end_open_runs(unfinished, "KILLED")
     training = next((run for run in children if _stage(run) == "train"), None)
     if training and training.info.status != "FINISHED":
         check_unlocked(checkpoint_folder(training.info.run_id), training.info.run_id)
@@ -93,9 +100,11 @@ def training_below(main_run_id: str) -> Run | None:
 
 
 def check_checkpoint(run: Run) -> None:
-    """Raise InputError if the run has finished epochs whose checkpoint is not here; before the first, it can start."""
+    """Raise InputError if the run has finished epochs whose checkpoint is not here, or is damaged."""
     run_id = run.info.run_id
     folder = checkpoint_folder(run_id)
+    if checkpoint_exists(folder):
+        load_checkpoint(folder)
     if tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH) and not checkpoint_exists(folder):
         raise InputError(
             f"--resume {run_id}: no checkpoint in {folder}; give the command in the folder where the run was started"

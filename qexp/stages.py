@@ -83,7 +83,6 @@ def _register_trained(
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | _lineage(dataset, host, accuracy)
     name = f"{config.model}-{dataset.name}-fp32"
     version = registry.register("fp32", model, name, model.spec, _verification_images(dataset), tags)
-    tracking.log_metrics(metrics.of_model(accuracy, version.size_bytes, _parameters(model)), owner=version.owner)
     facts = _data_facts(dataset, config)
     evidence = Fp32Evidence(config.model, config.seed, version.uri, version.size_bytes, facts, trained, accuracy)
     tracking.log_result("fp32", evidence)
@@ -92,6 +91,8 @@ def _register_trained(
         f"{config.model} on {dataset.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
         f"{trained.best_epoch}; registered as `{version.uri}`."
     )
+    # Last: what a killed run has logged before is logged again when it goes on.
+    tracking.log_metrics(metrics.of_model(accuracy, version.size_bytes, _parameters(model)), owner=version.owner)
     return Fp32(model, version, evidence, logits)
 
 

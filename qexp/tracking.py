@@ -21,14 +21,16 @@ from mlflow.exceptions import MlflowException
 
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data import Dataset, Split
-from qexp.errors import InputError, first_line
+from qexp.environment import environment
+from qexp.errors import InputError, StageError, first_line
 from qexp.evidence import from_json, to_json
 from qexp.host import Host
+from qexp.progress import say
 
 T = TypeVar("T")
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
 EXPERIMENT_KIND = "mlflow.experimentKind"
-STORE_ANSWER_TIMEOUT_S = 10
+STORE_CHECK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds
 
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -40,19 +42,14 @@ def use_store() -> None:
     Raises:
         InputError: it does not; the message names its URI.
     """
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(STORE_ANSWER_TIMEOUT_S)}
-    before = {name: os.environ.get(name) for name in patience}
-    os.environ.update(patience)
     try:
-        mlflow.MlflowClient().search_experiments(max_results=1)
+        with environment(**STORE_CHECK):
+            mlflow.MlflowClient().search_experiments(max_results=1)
     except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
         raise InputError(
             f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer "
             f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
         ) from None
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def use_experiment(dataset_name: str, resume: str | None = None) -> None:
@@ -71,22 +68,36 @@ def start_run(name: str, note: str, resume: str | None = None) -> Iterator[str]:
     """A run that always ends: FINISHED, FAILED with its error as a tag, or KILLED on Ctrl-C and SIGTERM.
 
     Inside another run it is nested; inside `mlflow run` the first one is the run that MLflow has started. With `resume`
-    it is that run, which goes on. Yields its id. `note` is Markdown for the run's page.
+    it is that run, which goes on. Yields its id. `note` is Markdown for the run's page. Raises StageError if the store
+    fails; whatever else happens in the block is raised as it is.
     """
+    told = mlflow.active_run() is not None or "MLFLOW_RUN_ID" in os.environ
     run = _begin(name, resume, {"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
-    status = RunStatus.FAILED
+    if not told:
+        say(f"run {run.info.run_id}")
     try:
         _show_as_training(run.info.experiment_id)
         yield run.info.run_id
-        status = RunStatus.FINISHED
+        mlflow.end_run()
     except (KeyboardInterrupt, SystemExit):
-        status = RunStatus.KILLED
+        _end_without_finish(run.info.run_id, RunStatus.KILLED)
         raise
     except Exception as error:
-        mlflow.set_tag("qexp.error", f"{type(error).__name__}: {error}"[:500])
-        raise
-    finally:
-        mlflow.end_run(RunStatus.to_string(status))
+        if isinstance(error, MlflowException):
+            error = StageError(f"MLflow ({mlflow.get_tracking_uri()}): {first_line(error)}")
+        _end_without_finish(run.info.run_id, RunStatus.FAILED, error)
+        raise error
+
+
+def _end_without_finish(run_id: str, status: int, error: Exception | None = None) -> None:
+    word = RunStatus.to_string(status)
+    try:
+        if error:
+            mlflow.set_tag("qexp.error", f"{type(error).__name__}: {error}"[:500])
+        if (active := mlflow.active_run()) and active.info.run_id == run_id:
+            mlflow.end_run(word)
+    except Exception as problem:  # a full disk, a server that has gone: any library's
+        say(f"run {run_id} could not be marked {word} ({first_line(problem)})")
 
 
 def _begin(name: str, resume: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
@@ -120,9 +131,9 @@ def find_run(run_id: str) -> Run:
     try:
         run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
-        raise InputError(
-            f"--resume {run_id}: no such run in {mlflow.get_tracking_uri()} ({first_line(error)})"
-        ) from None
+        where = "give the command in the folder where the run was started, or set MLFLOW_TRACKING_URI"
+        store = mlflow.get_tracking_uri()
+        raise InputError(f"--resume {run_id}: no such run in {store} ({first_line(error)}); {where}") from None
     if run.info.lifecycle_stage != "active":
         raise InputError(f"--resume {run_id}: this run was deleted; restore it first (mlflow runs restore)")
     return run
@@ -130,9 +141,8 @@ def find_run(run_id: str) -> Run:
 
 def children_of(run_id: str) -> list[Run]:
     """The runs below a run, newest first."""
-    client = mlflow.MlflowClient()
-    experiment = client.get_run(run_id).info.experiment_id
-    return list(client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'"))
+    experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
+    return list(mlflow.MlflowClient().search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'"))
 
 
 def end_open_runs(runs: list[Run], status: str) -> None:
@@ -149,7 +159,7 @@ def logged_steps(run_id: str, metric: str) -> set[int]:
 
 def set_note(text: str) -> None:
     """Replace the Markdown note of the active run."""
-    mlflow.set_tag("mlflow.note.content", text)
+    set_tag("mlflow.note.content", text)
 
 
 def set_tag(name: str, value: str) -> None:
@@ -158,7 +168,6 @@ def set_tag(name: str, value: str) -> None:
 
 
 def _active_run() -> Run:
-    """As the store has it now."""
     active = mlflow.active_run()
     assert active is not None
     return mlflow.MlflowClient().get_run(active.info.run_id)
@@ -194,10 +203,7 @@ def log_dataset(split: Split, dataset: Dataset, context: str, digest: str) -> No
 
 
 def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[str, str] | None = None) -> None:
-    """Metrics of the active run, or of `owner`: a run's id and the id of the model that it logged.
-
-    `step` is the epoch of a curve, the batch size of a cost or latency.
-    """
+    """Metrics of the active run, or of `owner` (ids of run and model); `step` is the epoch or the batch size."""
     run_id, model_id = owner or (None, None)
     mlflow.log_metrics(values, step=step, run_id=run_id, model_id=model_id)
 
@@ -231,10 +237,8 @@ def read_config(run_id: str) -> Config:
 
 
 def _read_text(run_id: str, path: str) -> str:
-    try:
-        return mlflow.artifacts.load_text(f"runs:/{run_id}/{path}")
-    except (MlflowException, OSError, ValueError) as error:
-        raise InputError(f"run {run_id}: {path} cannot be read ({first_line(error)})") from None
+    with downloaded(f"runs:/{run_id}/{path}") as file:
+        return file.read_text()
 
 
 def log_folder(folder: Path, artifact_folder: str, run_id: str | None = None) -> None:
@@ -244,11 +248,7 @@ def log_folder(folder: Path, artifact_folder: str, run_id: str | None = None) ->
 
 @contextmanager
 def downloaded(uri: str) -> Iterator[Path]:
-    """A local copy of an artifact (`runs:/…`) for as long as the block lasts.
-
-    Raises:
-        InputError: it is not there.
-    """
+    """A local copy of an artifact (`runs:/…`) for as long as the block lasts; InputError if it is not there."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))

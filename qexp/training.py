@@ -87,6 +87,10 @@ def train_model(
     threads, device = torch.get_num_threads(), options.device or "cpu"
     with stop_requests() as stop, joined(device) as group:
         torch.set_num_threads(threads_each(threads, group))
+        if options.batch_size < 2 * group.size:
+            raise InputError(
+                f"--batch-size {options.batch_size}: must be at least 2 for each of {group.size} processes"
+            )
         with shared(model, group, device) as module:
             loop = passes.prepare(model, module, dataset, options, seed, group, stop)
             identity = {"seed": seed, "data_digest": dataset.digest, "options": _lasting(options)}
@@ -104,7 +108,9 @@ def _train(loop: Loop, dataset: Dataset, on_epoch: Callable[[EpochResult], None]
         on_epoch(result)
     while not _finished(loop):
         on_epoch(_run_epoch(loop, dataset, keeper))
-    return _result(loop)
+    result = _result(loop)
+    passes.check_loss(result.epochs[result.best_epoch - 1].validation_loss, result.best_epoch, loop.largest_loss)
+    return result
 
 
 def _finished(loop: Loop) -> bool:
@@ -121,7 +127,7 @@ def _run_epoch(loop: Loop, dataset: Dataset, keeper: "_Keeper") -> EpochResult:
     validation = passes.validate(loop, dataset.validation)
     if loop.group.size == 1:
         keeper.stop_if(loop.stop.signal)
-    passes.check_loss(validation[0], position.epoch)  # may be large early on, with batch norm's running means
+    passes.check_loss(validation[0], position.epoch)  # may be large for a while, with batch norm's running means
     train = passes.means(position.sums)
     pace = len(dataset.train) / position.epoch_s
     result = EpochResult(position.epoch, *train, *validation, position.learning_rate, pace)

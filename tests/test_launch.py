@@ -61,7 +61,7 @@ def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
     os.kill(workers[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
-    said = f"training process 1 of 2 (pid {workers[1]}) was ended by SIGKILL"
+    said = f"training process of rank 1 (pid {workers[1]}; 2 in all) was ended by SIGKILL"
     assert f"error: {said}" in errors and "Traceback" not in errors
     (run,) = mlflow.MlflowClient(uri).search_runs(["1"])
     assert run.info.status == "FAILED" and said in run.data.tags["qexp.error"]
@@ -84,14 +84,22 @@ def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
     client = mlflow.MlflowClient(uri)
     stopped = {run.info.run_name: run.info for run in client.search_runs(["1"])}
     assert {name: info.status for name, info in stopped.items()} == {"main": "KILLED", "train-smallnet": "KILLED"}
-    done = run_qexp(tmp_path, "run", "--resume", stopped["main"].run_id)
-    assert done.code == 0, done.stderr
+    command = [sys.executable, "-m", "entrypoints.cli", "run", "--resume", stopped["main"].run_id]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment_for(uri), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stderr
+    next(line for line in process.stderr if line.startswith("going on in epoch"))
+    refused = run_qexp(tmp_path, "run", "--resume", stopped["main"].run_id)
+    assert refused.code == 2 and "is still at work on this run" in refused.stderr
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     runs = {run.info.run_name: run.info for run in client.search_runs(["1"])}
     assert len(runs) == 5 and {info.status for info in runs.values()} == {"FINISHED"}
     train = stopped["train-smallnet"].run_id
     assert runs["main"].run_id == stopped["main"].run_id and runs["train-smallnet"].run_id == train
     assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 13))
-    assert done.stderr.count("going on in epoch") == 1 and len(done.stdout.splitlines()) == 1
+    assert errors.count("going on in epoch") == 0 and len(output.splitlines()) == 1
 
 
 @pytest.mark.slow

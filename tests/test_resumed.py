@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_signal_ends_the_run_as_killed_and_it_goes_on(
 @pytest.mark.slow
 def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
     """Killed in the middle of training: the run of `qexp run` goes on, with the training below it."""
-    sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
+    sweep = "--batch-sizes 1,2 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
     process = _start(tmp_path, "run", *OPTIONS, *sweep)
     _wait_for_line(process, "epoch 2/")
     process.kill()
@@ -130,12 +131,18 @@ def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
     main, train = before["main"].info.run_id, before["train"].info.run_id
     wrong = run_qexp(tmp_path, "train", "--resume", main)
     assert wrong.code == 2 and f"use `qexp run --resume {main}`" in wrong.stderr
+    process = _start(tmp_path, "run", "--resume", main)
+    _wait_for_line(process, "latency at batch size 1")
+    process.kill()  # once more, after quantization: that is not done again
+    process.wait()
     done = run_qexp(tmp_path, "run", "--resume", main)
     assert done.code == 0, done.stderr
-    assert done.summary["run_id"] == main
-    runs = {run.data.tags["qexp.stage"]: run for run in client.search_runs(["1"])}
-    assert set(runs) == {"main", "train", "quantize", "latency", "report"}
-    assert all(run.info.status == "FINISHED" for run in runs.values())
+    assert done.summary["run_id"] == main and done.summary["int8"] == "models:/smallnet-digits-int8/1"
+    found = client.search_runs(["1"])
+    stages = sorted((run.data.tags["qexp.stage"], run.info.status) for run in found)
+    finished = [(stage, "FINISHED") for stage in ("main", "quantize", "report", "train")]
+    assert stages == sorted([*finished, ("latency", "FINISHED"), ("latency", "KILLED")])
+    runs = {run.data.tags["qexp.stage"]: run for run in found}
     assert runs["train"].info.run_id == train
     assert _weights(tmp_path, train) == _weights(reference.folder, reference.summary["run_id"])
 
@@ -166,6 +173,26 @@ app()
     (version,) = client.search_model_versions()
     assert done.summary["fp32"] == f"models:/smallnet-digits-fp32/{version.version}" and version.run_id == run_id
     assert client.get_model_version_by_alias(version.name, "challenger").version == version.version
+
+
+@pytest.mark.slow
+def test_folder_or_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    done = run_qexp(tmp_path, "train", "--image-size", "8")
+    assert done.code == 1 and "checkpoints cannot be written there" in done.stderr and "Traceback" not in done.stderr
+    (run,) = mlflow.MlflowClient(done.uri).search_runs(["1"])
+    assert run.info.status == "FAILED"
+    full = (tmp_path / "mlflow.db").stat().st_size  # no file may grow above that: as on a full disk
+    died = subprocess.run(
+        [sys.executable, "-m", "entrypoints.cli", "train", "--image-size", "8"],
+        cwd=tmp_path,
+        env=environment_for(done.uri),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (full, full)),
+    )
+    assert died.returncode in (1, 2) and "Traceback" not in died.stderr, died.stderr
+    assert [line for line in died.stderr.splitlines() if line.startswith("error: ")], died.stderr
 
 
 def test_what_cannot_go_on_is_said(reference: Finished, tmp_path: Path) -> None:
