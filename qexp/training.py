@@ -108,9 +108,9 @@ def _train(loop: Loop, dataset: Dataset, on_epoch: Callable[[EpochResult], None]
         on_epoch(result)
     while not _finished(loop):
         on_epoch(_run_epoch(loop, dataset, keeper))
-    result = _result(loop)
-    passes.check_loss(result.epochs[result.best_epoch - 1].validation_loss, result.best_epoch, loop.largest_loss)
-    return result
+    trained = _result(loop)
+    passes.check_loss(trained.epochs[trained.best_epoch - 1].validation_loss, trained.best_epoch, loop.largest_loss)
+    return trained
 
 
 def _finished(loop: Loop) -> bool:
