@@ -140,10 +140,12 @@ def test_on_epoch_is_told_of_each_epoch_in_order(tiny: Dataset, tmp_path: Path) 
         assert epoch.train_loss > 0 and epoch.validation_loss > 0 and epoch.images_per_second > 0
 
 
-def test_exploded_weights_are_not_kept(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_with_an_exploded_validation_loss_are_told_of(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(loop, "validate", lambda given, split: (1e4, 10.0, 30.0))
-    with pytest.raises(StageError, match=r"the loss is 1e\+04, more than 100 times that of guessing"):
-        _train(tiny, tmp_path, epochs=1)
+    _train(tiny, tmp_path, epochs=1)
+    assert "warning: the validation loss of the weights kept is 1e+04" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bf16", [True, False])
