@@ -162,7 +162,7 @@ def _tail(stats: LatencyStats) -> float:
 
 
 def _loaded(evidence: Evidence) -> str:
-    if evidence.int8.quantize.backend == "x86":
+    if evidence.int8.quantize.load_backend in (None, "x86"):
         return "loaded from the registry as `mlflow.pytorch.load_model` loads them"
     backend = evidence.int8.quantize.backend
     return f"loaded from the registry by `qexp.load`, which sets the {backend} kernels (a plain load uses x86)"

@@ -60,8 +60,8 @@ class TrainConfig(BaseModel):
 
 class QuantizeConfig(BaseModel):
     model_config = STRICT
-    engine: Literal["fx"] = Field("fx", description="quantization engine")
-    backend: Literal["x86", "onednn"] = Field("x86", description="int8 kernels; x86 is what a plain load uses")
+    engine: Literal["fx", "pt2e"] = Field("fx", description="quantization engine")
+    backend: Literal["x86", "onednn"] = Field("x86", description="int8 kernels of engine fx; a plain load uses x86")
     calibration_samples: int | None = Field(
         None, ge=1, description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer"
     )

@@ -227,7 +227,7 @@ def _description(kind: str, uri: str, spec: ModelSpec, tags: dict[str, Any]) -> 
         f"normalisation is inside. Output: logits [N, {len(spec.classes)}] in the order {', '.join(spec.classes)}.",
         f"```python\nmodel = mlflow.pytorch.load_model({uri!r})\n```",
     ]
-    if kind == "int8":
+    if "backend" in tags:
         lines.append(
             f"Measured with the `{tags['backend']}` kernels. TorchScript packs int8 weights at load for the engine "
             f"that the process has chosen: set `torch.backends.quantized.engine = {tags['backend']!r}` before loading "

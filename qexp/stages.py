@@ -113,7 +113,9 @@ def quantize_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> 
             "fp32_uri": fp32.version.uri,
             "train_run_id": fp32.version.run_id,
         }
-        tags |= {"engine": options.engine, "backend": options.backend, "observer": options.observer}
+        tags |= {"engine": options.engine, "observer": options.observer}
+        if quantized.result.load_backend:
+            tags["backend"] = quantized.result.load_backend
         tags |= {"per_channel": options.per_channel, "calibration_samples": len(subset), "calibration_digest": digest}
         tags |= _lineage(dataset, host, accuracy)
         model_name = fp32.version.name.removesuffix("-fp32") + "-int8"

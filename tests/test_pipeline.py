@@ -85,12 +85,13 @@ def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) ->
 
 def test_run_from_a_registered_fp32_version_with_a_gate_that_fails(in_use: Finished) -> None:
     uri, champion = in_use.summary["fp32"], _champion(in_use)
-    done = run_qexp(in_use.folder, "run", "--model-uri", uri, *SWEEP, "--min-speedup", "1000")
+    done = run_qexp(in_use.folder, "run", "--model-uri", uri, *SWEEP, "--min-speedup", "1000", "--engine", "pt2e")
     assert done.code == 0, done.stderr
     assert done.summary["fp32"] == uri and done.summary["gate"] == "failed"
     client = mlflow.MlflowClient(tracking_uri=in_use.uri)
     version = client.get_model_version(*done.summary["int8"].removeprefix("models:/").split("/"))
     assert version.tags["gate"] == "failed" and "at least 1000" in version.tags["gate_reason"]
+    assert version.tags["engine"] == "pt2e" and version.tags["verified"] == "true" and "backend" not in version.tags
     assert str(client.get_model_version_by_alias("smallnet-digits-int8", "challenger").version) == str(version.version)
     assert _champion(in_use) == champion
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from qexp.config import QuantizeConfig
-from qexp.quantization import fx
+from qexp.errors import StageError
+from qexp.quantization import fx, pt2e
 from qexp.quantization.result import QuantizedModel
 
 __all__ = ["QuantizedModel", "quantize_model"]
@@ -26,5 +27,11 @@ def quantize_model(
     Raises:
         StageError: a Conv2d or Linear stayed fp32 and `options.allow_float` is off; the message names them.
     """
-    engines = {"fx": fx.quantize}
-    return engines[options.engine](model, calibration_images, options, reduce_range)
+    engines = {"fx": fx.quantize, "pt2e": pt2e.quantize}
+    quantized = engines[options.engine](model, calibration_images, options, reduce_range)
+    if quantized.result.float_layers and not options.allow_float:
+        raise StageError(
+            f"not quantized: {', '.join(quantized.result.float_layers)} stayed fp32; "
+            "use another --model, or accept it with --allow-float true"
+        )
+    return quantized

@@ -42,11 +42,6 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
         converted = _calibrate_and_convert(model, images, options, reduce_range)
         int8_layers, float_layers = _layers_by_type(model, converted)
-        if float_layers and not options.allow_float:
-            raise StageError(
-                f"not quantized: {', '.join(float_layers)} stayed fp32; "
-                "use another --model, or accept it with --allow-float true"
-            )
         module = _trace(converted, images[:2].float() / 255)
     result = QuantizeResult(
         engine="fx",
@@ -58,6 +53,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
         int8_layers=int8_layers,
         float_layers=float_layers,
         duration_s=time.monotonic() - started,
+        load_backend=options.backend,
     )
     return QuantizedModel(module, result)
 

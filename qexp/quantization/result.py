@@ -7,7 +7,10 @@ import torch
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules."""
+    """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules.
+
+    `load_backend` is what `torch.backends.quantized.engine` must be at load for the speed of `backend`; None: any.
+    """
 
     engine: str
     backend: str
@@ -18,6 +21,7 @@ class QuantizeResult:
     int8_layers: tuple[str, ...]
     float_layers: tuple[str, ...]
     duration_s: float
+    load_backend: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""Graph passes from a PT2E program (quantize, dequantize, fp32 operations) to oneDNN's int8 kernels.
+
+Torch's Inductor finds the patterns and puts its int8 operations in place. What is left to do here: integers stay
+integers through pools and reshapes, quantize and dequantize become torch's own kernels, and weights can be saved.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.fx_passes.freezing_patterns import freezing_passes
+
+from qexp.quantization.packed import pack
+
+aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
+QUANTIZE, DEQUANTIZE = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
+INT8_CALLS = (
+    "onednn::qconv_pointwise",
+    "onednn::qconv2d_pointwise.binary",
+    "onednn::qlinear_pointwise",
+    "onednn::qlinear_pointwise.binary",
+)
+RESHAPES = (aten.view.default, aten.reshape.default)
+STORED_AS = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
+
+
+def lower(converted: fx.GraphModule, example: Tensor, dynamic_shapes: Any) -> fx.GraphModule:
+    """The program that `convert_pt2e` gave, with int8 kernels in place of its patterns, for batches of any size."""
+    table = torch.export.default_decompositions()
+    keep = {name: function for name, function in table.items() if torch._export.utils._is_cia_op(name)}
+    exported = torch.export.export(converted, (example,), dynamic_shapes=dynamic_shapes, strict=True)
+    program: Any = exported.run_decompositions(keep).module()
+    _for_tracing(program)
+    freezing_passes(program, (example,))
+    _pack_weights(program)
+    _stay_integer(program)
+    _use_native_kernels(program)
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    return fx.GraphModule(program, program.graph)  # without the fp32 weights and whatever else the graph does not use
+
+
+def _for_tracing(program: fx.GraphModule) -> None:
+    """What a trace would turn into a constant, or does not know."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            if node.target is aten.t.default:  # Inductor's patterns look for a permutation
+                _replace(node, graph.call_function(aten.permute.default, (node.args[0], [1, 0])))
+            elif node.target is aten.sym_size.int:
+                _replace(node, graph.call_method("size", node.args))
+            elif node.op == "call_module" and "guards" in str(node.target):
+                graph.erase_node(node)
+    program.recompile()
+
+
+def _pack_weights(program: fx.GraphModule) -> None:
+    for node in list(program.graph.nodes):
+        if not (isinstance(node.target, torch._ops.OpOverload) and node.target.name() in INT8_CALLS):
+            continue
+        prepack = node.args[3]
+        weight = _constant(program, prepack.args[0])
+        arguments = tuple(_constant(program, arg) if _is_constant(arg) else arg for arg in node.args)
+        module, inputs = pack(node.target, arguments, weight)
+        name = f"int8_{node.name}"
+        program.add_submodule(name, module)
+        with program.graph.inserting_before(node):
+            _replace(node, program.graph.call_module(name, inputs))
+
+
+def _stay_integer(program: fx.GraphModule) -> None:
+    """dequantize > f > quantize with the same scale is f on the integers, where f moves or picks values.
+
+    So are dequantize > quantize, and a chain of such f, one after the other.
+    """
+    waiting = [node for node in program.graph.nodes if node.target is QUANTIZE]
+    while waiting:
+        quantize = waiting.pop(0)
+        source = quantize.args[0]
+        pool = source.args[0] if source.target is operator.getitem else None
+        inner = source if source.target is DEQUANTIZE else (pool or source).args[0] if source.args else None
+        if not isinstance(inner, fx.Node) or inner.target is not DEQUANTIZE or inner.args[1:] != quantize.args[1:]:
+            continue
+        with program.graph.inserting_before(quantize):
+            if source.target is DEQUANTIZE:
+                new = inner.args[0]
+            elif source.target in RESHAPES:
+                new = program.graph.call_method("reshape", (inner.args[0], tuple(source.args[1])))
+            elif pool and pool.target is aten.max_pool2d_with_indices.default and source.args[1] == 0:
+                arguments = _pool_arguments(inner.args[0], pool)
+                new = program.graph.call_function(torch.ops.quantized.max_pool2d.default, arguments)
+            else:
+                continue
+        _replace(quantize, new)
+
+
+def _pool_arguments(images: Any, pool: Any) -> tuple[Any, ...]:
+    kernel = pool.args[1]
+    given: list[Any] = list(pool.args[2:])
+    defaults: list[Any] = [kernel, [0, 0], [1, 1], False]
+    stride, padding, dilation, ceil = given + defaults[len(given) :]
+    return images, kernel, stride or kernel, padding, dilation, ceil
+
+
+def _use_native_kernels(program: fx.GraphModule) -> None:
+    """The decomposed operations are Python that only torch.ao knows; these are kernels that every process has."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            if node.target is QUANTIZE:
+                values, scale, zero, _, _, dtype = node.args
+                stored = graph.call_function(aten.quantize_per_tensor.default, (values, scale, zero, STORED_AS[dtype]))
+                _replace(node, graph.call_function(aten.int_repr.default, (stored,)))
+            elif node.target is DEQUANTIZE:
+                stored = graph.call_function(aten._make_per_tensor_quantized_tensor.default, node.args[:3])
+                _replace(node, graph.call_function(aten.dequantize.self, (stored,)))
+            elif node.target in RESHAPES:  # as a method, so that a trace records the batch size
+                _replace(node, graph.call_method("reshape", (node.args[0], tuple(node.args[1]))))
+
+
+def _replace(node: fx.Node, new: Any) -> None:
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _is_constant(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+
+
+def _constant(program: fx.GraphModule, node: Any) -> Tensor:
+    value: Any = program
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value.detach()

@@ -1,0 +1,118 @@
+"""PT2E quantization (torchao) of an exported program, lowered to oneDNN's int8 kernels and traced with TorchScript.
+
+Method: https://docs.pytorch.org/ao/stable/pt2e_quantization/pt2e_quant_x86_inductor.html, without the compiler: what
+Inductor's patterns leave is traced, so that it loads without qexp, without torchao and without a C++ compiler.
+"""
+
+import logging
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qexp.config import QuantizeConfig
+from qexp.errors import StageError, first_line
+from qexp.quantization.result import QuantizedModel, QuantizeResult
+
+MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
+LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
+LEFT_FP32 = ("conv2d", "convolution", "linear", "addmm", "mm")
+
+
+def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
+    """See `qexp.quantization.quantize_model`."""
+    started = time.monotonic()
+    logging.getLogger("torchao").setLevel(logging.CRITICAL)  # it tells of CUDA extensions that it cannot load
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            module, int8_layers, float_layers = _quantize(model.eval(), images, options, reduce_range)
+        except Exception as error:  # export raises whatever the model's Python code does when it meets a symbol
+            raise StageError(f"engine pt2e cannot quantize this model: {first_line(error)}") from error
+    result = QuantizeResult(
+        engine="pt2e",
+        backend="onednn",
+        observer=options.observer,
+        per_channel=options.per_channel,
+        reduce_range=reduce_range,
+        calibration_images=len(images),
+        int8_layers=int8_layers,
+        float_layers=float_layers,
+        duration_s=time.monotonic() - started,
+    )
+    return QuantizedModel(module, result)
+
+
+def _quantize(
+    model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool
+) -> tuple[torch.jit.ScriptModule, tuple[str, ...], tuple[str, ...]]:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    from qexp.quantization.lowering import lower
+
+    example = images[:2].float() / 255
+    example = torch.cat(
+        [example, example]
+    )  # of one image alone, too, a batch that torch.export does not take for fixed
+    sizes = ({0: torch.export.Dim("images", min=1, max=MOST_IMAGES)},)
+    # Strict: the quantizer looks for the source of each operation, which the other mode does not record.
+    program = torch.export.export(model, (example,), dynamic_shapes=sizes, strict=True).module()
+    prepared = prepare_pt2e(program, _quantizer(options, reduce_range))
+    for batch in images.split(options.calibration_batch_size):
+        prepared(batch.float() / 255)
+    converted = convert_pt2e(prepared)
+    layers = [_module_of(node) for node in converted.graph.nodes if node.target in LAYERS]
+    lowered = lower(converted, example, sizes)
+    stayed = {_module_of(node) for node in lowered.graph.nodes if _computes_in_fp32(node)}
+    module = torch.jit.trace(lowered, example, check_trace=False).eval()
+    return module, tuple(name for name in layers if name not in stayed), tuple(sorted(stayed))
+
+
+def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
+    from torchao.quantization.pt2e import observer as kinds
+    from torchao.quantization.pt2e.quantizer import QuantizationSpec
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
+
+    observers = {
+        "histogram": kinds.HistogramObserver,
+        "minmax": kinds.MinMaxObserver,
+        "moving_average": kinds.MovingAverageMinMaxObserver,
+    }
+    activation = QuantizationSpec(
+        dtype=torch.uint8,
+        quant_min=0,
+        quant_max=127 if reduce_range else 255,
+        qscheme=torch.per_tensor_affine,
+        observer_or_fake_quant_ctr=observers[options.observer].with_args(eps=2**-12),
+    )
+
+    class OneScale(kinds.PerChannelMinMaxObserver):
+        """The largest channel's scale for all of them: oneDNN's patterns know weights with a scale a channel only."""
+
+        def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+            scale, zero = super().calculate_qparams()
+            return torch.full_like(scale, float(scale.max())), zero
+
+    weight = QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        observer_or_fake_quant_ctr=(kinds.PerChannelMinMaxObserver if options.per_channel else OneScale).with_args(
+            eps=2**-12
+        ),
+    )
+    return X86InductorQuantizer().set_global(QuantizationConfig(activation, activation, weight, None))
+
+
+def _module_of(node: fx.Node) -> str:
+    """The qualified name of the module that an operation comes from, the operation's own where none is known."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).removeprefix("L['self'].") if stack else str(node.target)
+
+
+def _computes_in_fp32(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._opname in LEFT_FP32
