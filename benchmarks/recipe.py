@@ -164,7 +164,7 @@ def summarize(scores: dict[str, list[float]], times: dict[str, list[float]]) -> 
     rows = []
     for name, values in scores.items():
         gains = [value - base for value, base in zip(values, scores["as shipped"], strict=True)]
-        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
         row = {"variant": name, "top1_percent": statistics.mean(values), "gain_points": statistics.mean(gains)}
         rows.append(row | {"standard_error_points": error, "duration_s": statistics.mean(times[name]), "top1": values})
     return rows
@@ -194,7 +194,8 @@ def main() -> None:
             print(f"seed {seed}, {name}: {scores[name][-1]:.2f} % in {times[name][-1]:.0f} s", flush=True)
     rows = summarize(scores, times)
     for row in rows:
-        change = f"{row['gain_points']:+.2f} ± {row['standard_error_points']:.2f}"
+        error = row["standard_error_points"]
+        change = f"{row['gain_points']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
         print(f"{row['variant']:36} {row['top1_percent']:6.2f} % {change:>16} {row['duration_s']:6.0f} s")
     facts = {"model": given.model, "epochs": given.epochs, "cpu": host.cpu, "threads": host.threads}
     text = json.dumps(facts | {"libraries": host.libraries, "rows": rows})
