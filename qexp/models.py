@@ -65,13 +65,7 @@ def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
     """
     mean, std = channel_statistics(train_images)
     model = Classifier(spec, mean, std)
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:  # what architectures raise at a size they cannot take
-        raise InputError(
-            f"--image-size {spec.image_size}: not for --model {spec.architecture} ({first_line(error)})"
-        ) from None
+    _check_image_size(model, spec)
     return model
 
 
@@ -107,9 +101,29 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def outline(spec: ModelSpec) -> nn.Module:
-    """The network's modules without memory for their weights."""
-    with torch.device("meta"):
-        return _build_network(spec)
+    """The network's modules, as far as possible without memory for their weights.
+
+    Raises:
+        InputError: the architecture cannot take images of this size.
+    """
+    try:
+        with torch.device("meta"):
+            network = _build_network(spec)
+    except NotImplementedError:  # RegNets calculate their widths with tensors
+        network = _build_network(spec)
+    _check_image_size(network, spec)
+    return network
+
+
+def _check_image_size(network: nn.Module, spec: ModelSpec) -> None:
+    try:
+        with torch.no_grad():
+            device = next(network.parameters()).device
+            network.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # what architectures raise at a size they cannot take
+        raise InputError(
+            f"--image-size {spec.image_size}: not for --model {spec.architecture} ({first_line(error)})"
+        ) from None
 
 
 def repeated_inputs(model: Classifier) -> int:

@@ -19,6 +19,7 @@ from qexp.models import (
     channel_statistics,
     check_model_name,
     load_classifier,
+    outline,
     repeated_inputs,
     save_classifier,
 )
@@ -40,6 +41,14 @@ def _without_weights(name: str, image_size: int = 32) -> Classifier:
 
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["smallnet", "vgg16", "regnet_y_400mf", "shufflenet_v2_x0_5"])
+def test_outline_has_the_modules_and_refuses_the_size_that_the_network_does(name: str) -> None:
+    network = outline(ModelSpec(name, TEN, 64))
+    assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) >= 6
+    with pytest.raises(InputError, match="--image-size 32: not for --model alexnet"):
+        outline(ModelSpec("alexnet", TEN, 32))
 
 
 def test_vgg16_is_the_network_of_the_paper_with_ten_classes() -> None:
