@@ -54,10 +54,10 @@ def run_main(
 
 def _fp32_of_main(config: Config, host: Host, dataset: Dataset, model_uri: str | None, run_id: str) -> stages.Fp32:
     """The version given, the one that this run has trained before it was stopped, or a new one."""
+    training = resumed.training_below(run_id)
     if model_uri:
         tracking.set_tag("qexp.model_uri", model_uri)
         return registered.fp32_from_registry(model_uri, dataset)
-    training = resumed.training_below(run_id)
     if training and training.info.status == "FINISHED":
         evidence = tracking.read_result(Fp32Evidence, training.info.run_id, "fp32")
         return registered.fp32_from_registry(evidence.version_uri, dataset)
