@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config
 from qexp.errors import InputError, StageError
+from qexp.options import option_name
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 NOT_GIVEN = ("auto", "")
@@ -36,14 +37,15 @@ Overrides = dict[str, dict[str, Any]]  # text of the options given, by section a
 ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here, if it is there", metavar="FILE")]
 
 
-def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo]]:
-    """Option name -> (section, field). A name is a section of `Config`, standing for all its fields, or one field."""
-    every: dict[str, tuple[str, FieldInfo]] = {}
+def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo, str]]:
+    """Option name -> (section, field, its key there). A name is a section of `Config`, standing for all its fields, or one field."""
+    every: dict[str, tuple[str, FieldInfo, str]] = {}
     for name, field in Config.model_fields.items():
         if isinstance(field.default, BaseModel):
-            every |= {key: (name, inner) for key, inner in type(field.default).model_fields.items()}
+            inside = type(field.default).model_fields
+            every |= {option_name(name, key): (name, inner, key) for key, inner in inside.items()}
         else:
-            every[name] = ("", field)
+            every[name] = ("", field, name)
     return {key: found for key, found in every.items() if key in names or found[0] in names}
 
 
@@ -66,7 +68,7 @@ def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., No
 
         own = [p for name, p in inspect.signature(command).parameters.items() if name not in ("config", "overrides")]
         file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=ConfigFile)
-        parameters = [*own, file, *(_parameter(name, field) for name, (_, field) in fields.items())]
+        parameters = [*own, file, *(_parameter(name, field) for name, (_, field, _) in fields.items())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -80,11 +82,11 @@ def given_or_none(value: str) -> str | None:
     return None if value in NOT_GIVEN else value
 
 
-def _overrides(values: dict[str, str], fields: dict[str, tuple[str, FieldInfo]]) -> Overrides:
+def _overrides(values: dict[str, str], fields: dict[str, tuple[str, FieldInfo, str]]) -> Overrides:
     overrides: dict[str, dict[str, Any]] = {}
-    for name, (section, field) in fields.items():
+    for name, (section, field, key) in fields.items():
         if (text := given_or_none(values[name])) is not None:
-            overrides.setdefault(section, {})[name] = text.split(",") if _is_list(field) else text
+            overrides.setdefault(section, {})[key] = text.split(",") if _is_list(field) else text
     return overrides
 
 

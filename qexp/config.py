@@ -1,119 +1,48 @@
-"""Every option of qexp: its default, range, unit and help, declared once; the file and the command line override it.
+"""The configuration: options.py says what there is; the file overrides its defaults, the command line the file.
 
-`config.yaml` repeats the defaults, the Typer commands make their options from these models, and MLproject mirrors them
-(tests compare all three). The word `auto` means "not given" everywhere: it leaves the default, which None stands for
-where the value is chosen by a later stage.
+The word `auto` means "not given" everywhere: it leaves the default, which None stands for where the value is chosen by
+a later stage.
 """
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from qexp.errors import InputError
+from qexp.options import (
+    DATASETS,
+    HOW_TO_TRAIN,
+    Config,
+    DataConfig,
+    GateConfig,
+    LatencyConfig,
+    QuantizeConfig,
+    SearchConfig,
+    TrainConfig,
+    option_name,
+)
 
-STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes")  # options of training that do not change what comes out
-DATASETS = ("digits", "cifar10", "imagefolder")
-
-PositiveInt = Annotated[int, Field(gt=0)]
-Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
-
-
-class DataConfig(BaseModel):
-    model_config = STRICT
-    dataset: Literal["digits", "cifar10", "imagefolder"] = Field("digits", description="data set")
-    data_dir: str | None = Field(
-        None, description="folder of cifar10 (auto: data/cifar10-python) or imagefolder (must be given)"
-    )
-    image_size: int = Field(32, ge=8, le=1024, description="height and width of the model's input, pixels")
-    validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of the training images kept for validation")
-
-
-class TrainConfig(BaseModel):
-    model_config = STRICT
-    epochs: int = Field(20, ge=1, le=10_000, description="passes over the training images, at most")
-    batch_size: int = Field(128, ge=2, description="images a step")
-    learning_rate: float | None = Field(
-        None, gt=0, description="peak of the one-cycle schedule; auto: 0.2 with batch norm, 0.03 without"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum (plain SGD at 0)")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on the weights")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
-    crop_padding: int = Field(4, ge=0, description="random crop after reflecting so many pixels at each border")
-    flip: bool | None = Field(None, description="random horizontal flip; auto: on, off for digits")
-    bf16: bool | None = Field(None, description="bf16 autocast; auto: on where the CPU has bf16 instructions")
-    device: Literal["cpu", "cuda"] | None = Field(None, description="where to train; auto: cuda if there is one")
-    processes: int = Field(1, ge=1, le=64, description="training processes on this machine, started by torchrun")
-    checkpoint_minutes: float = Field(
-        5.0, gt=0, description="minutes between checkpoints inside an epoch; each epoch ends with one anyway"
-    )
-    patience: int = Field(
-        6,
-        ge=1,
-        description="epochs without a better validation top-1, or the same with a lower loss, before training stops",
-    )
-
-
-class QuantizeConfig(BaseModel):
-    model_config = STRICT
-    engine: Literal["fx", "pt2e"] = Field("fx", description="quantization engine")
-    backend: Literal["x86", "onednn"] = Field("x86", description="int8 kernels of engine fx; a plain load uses x86")
-    calibration_samples: int | None = Field(
-        None, ge=1, description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer"
-    )
-    calibration_batch_size: int = Field(64, ge=1, description="images a calibration step")
-    observer: Literal["histogram", "minmax", "moving_average"] = Field(
-        "histogram", description="how activation ranges are chosen"
-    )
-    per_channel: bool = Field(True, description="one weight scale an output channel instead of one a layer")
-    allow_float: bool = Field(False, description="accept Conv2d and Linear layers that stay fp32")
-
-
-class LatencyConfig(BaseModel):
-    model_config = STRICT
-    batch_sizes: Counts = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
-    warmup: int = Field(5, ge=1, description="untimed passes of each model at each batch size")
-    min_repeats: int = Field(20, ge=2, description="timed passes of each model at each batch size, at least")
-    min_seconds: float = Field(1.0, ge=0, description="seconds of timing at each batch size, at least")
-
-
-class GateConfig(BaseModel):
-    model_config = STRICT
-    max_top1_drop: float = Field(1.0, description="largest drop of test top-1 from fp32 to int8, percentage points")
-    min_size_ratio: float = Field(3.0, ge=0, description="smallest fp32 size over int8 size, as stored")
-    min_speedup: float = Field(1.0, ge=0, description="smallest fp32 p50 over int8 p50, at every batch size")
-
-
-class SearchConfig(BaseModel):
-    model_config = STRICT
-    sample_counts: Counts = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
-    observers: list[Literal["histogram", "minmax", "moving_average"]] | None = Field(
-        None, min_length=1, description="observers to try; auto: the one of quantize.observer"
-    )
-    seeds_per_point: int = Field(3, ge=1, description="calibration subsets drawn for each point")
-    sampler: Literal["grid", "tpe"] = Field("grid", description="grid: every point once; tpe: Optuna's TPE")
-    trials: int = Field(20, ge=1, description="trials of the tpe sampler; the grid has its own number")
-    study: str | None = Field(None, description="name of the study; auto: made from the model version and the options")
-    study_dir: str = Field("studies", description="folder of the study's journal file")
-    register_best: bool = Field(False, description="quantize again with the winner, measure and register it")
-
-
-class Config(BaseModel):
-    model_config = STRICT
-    model: str = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
-    seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
-    threads: int | None = Field(None, ge=1, description="CPU threads of every stage; auto: one a core")
-    output_dir: str | None = Field(None, description="folder that gets a copy of the report; auto: only MLflow has it")
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
-    quantize: QuantizeConfig = QuantizeConfig()
-    latency: LatencyConfig = LatencyConfig()
-    gate: GateConfig = GateConfig()
-    search: SearchConfig = SearchConfig()
+__all__ = [
+    "DATASETS",
+    "HOW_TO_TRAIN",
+    "Config",
+    "DataConfig",
+    "GateConfig",
+    "LatencyConfig",
+    "QuantizeConfig",
+    "SearchConfig",
+    "TrainConfig",
+    "flat_params",
+    "given_otherwise",
+    "load_config",
+    "parse_options",
+    "parse_yaml",
+    "to_yaml",
+]
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -201,7 +130,8 @@ def parse_options(overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
 def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> str:
     """One line from pydantic's error: key (or option), value, what is allowed."""
     path = [str(part) for part in error["loc"] if not isinstance(part, int)] or [str(error["loc"][0])]
-    key = path[-1].replace("_", "-") if separator == "-" else ".".join(path)
+    section = path[0] if len(path) > 1 else ""
+    key = option_name(section, path[-1]).replace("_", "-") if separator == "-" else ".".join(path)
     if error["type"] == "extra_forbidden":
         fields = _fields_of(path[:-1])
         return f"{prefix}{key}: unknown key; allowed here: {', '.join(fields)}"

@@ -1,37 +1,63 @@
-"""Post-training quantization: one file an engine, behind `quantize_model`."""
+"""Post-training quantization: exact clean-up, then one of the engines, one file each, behind `quantize_model`."""
+
+import time
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError
-from qexp.quantization import fx, pt2e
-from qexp.quantization.result import QuantizedModel
+from qexp.quantization import fx, onnx, pt2e
+from qexp.quantization.cleanup import clean
+from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
 
 __all__ = ["QuantizedModel", "quantize_model"]
 
+Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], EngineResult]
+ENGINES: dict[str, Engine] = {"fx": fx.quantize, "pt2e": pt2e.quantize, "onnx": onnx.quantize}
+
 
 def quantize_model(
-    model: torch.nn.Module,
-    calibration_images: Tensor,
-    options: QuantizeConfig,
-    reduce_range: bool,
+    model: nn.Module, calibration_images: Tensor, options: QuantizeConfig, reduce_range: bool
 ) -> QuantizedModel:
     """Quantize a classifier after training; `model` itself stays as it is.
 
     Args:
         model: fp32 classifier that takes images in [0, 1].
         calibration_images: uint8 [N, 3, H, W]; their activations set the ranges.
-        reduce_range: leave one bit of the activations unused, for CPUs whose int8 products saturate.
+        options: with one engine.
+        reduce_range: leave one bit unused, for CPUs whose int8 products saturate.
 
     Raises:
-        StageError: a Conv2d or Linear stayed fp32 and `options.allow_float` is off; the message names them.
+        StageError: the engine cannot quantize the model, or a Conv2d or Linear stayed fp32 that was not to, and
+            `options.allow_float` is off; the message names them.
     """
-    engines = {"fx": fx.quantize, "pt2e": pt2e.quantize}
-    quantized = engines[options.engine](model, calibration_images, options, reduce_range)
-    if quantized.result.float_layers and not options.allow_float:
+    (engine,) = options.engine
+    started = time.monotonic()
+    with torch.no_grad():
+        source = clean(model, calibration_images[:2].float() / 255, options.fold_pool)
+    made = ENGINES[engine](source, calibration_images, options, reduce_range)
+    kept = tuple(options.keep_fp32 or ())
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    missing = [name for name in layers if name not in made.int8_layers]
+    result = QuantizeResult(
+        engine=engine,
+        backend=made.backend,
+        observer=options.observer,
+        per_channel=options.per_channel,
+        reduce_range=reduce_range,
+        calibration_images=len(calibration_images),
+        int8_layers=tuple(name for name in layers if name in made.int8_layers),
+        float_layers=tuple(dict.fromkeys([*missing, *made.float_layers])),
+        duration_s=time.monotonic() - started,
+        load_backend=made.load_backend,
+        kept_layers=kept,
+    )
+    unasked = [name for name in result.float_layers if name not in kept]
+    if unasked and not options.allow_float:
         raise StageError(
-            f"not quantized: {', '.join(quantized.result.float_layers)} stayed fp32; "
+            f"engine {engine}: not quantized: {', '.join(unasked)} stayed fp32; "
             "use another --model, or accept it with --allow-float true"
         )
-    return quantized
+    return QuantizedModel(made.call, made.stored, made.flavor, source, result)

@@ -21,6 +21,10 @@ INT8_CALLS = (
     "onednn::qlinear_pointwise",
     "onednn::qlinear_pointwise.binary",
 )
+# Convolutions and matrix products, with the place of their weight among the arguments.
+PRODUCTS = {
+    aten.convolution.default: 1, aten.conv2d.default: 1, aten.linear.default: 1, aten.mm.default: 1, aten.addmm.default: 2
+}  # fmt: skip
 RESHAPES = (aten.view.default, aten.reshape.default)
 STORED_AS = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 
@@ -32,7 +36,10 @@ def lower(converted: fx.GraphModule, example: Tensor, dynamic_shapes: Any) -> fx
     exported = torch.export.export(converted, (example,), dynamic_shapes=dynamic_shapes, strict=True)
     program: Any = exported.run_decompositions(keep).module()
     _for_tracing(program)
+    hidden = _hide_fp32_products(program)
     freezing_passes(program, (example,))
+    for node, target in hidden.items():
+        node.target = target
     _pack_weights(program)
     _stay_integer(program)
     _use_native_kernels(program)
@@ -53,6 +60,30 @@ def _for_tracing(program: fx.GraphModule) -> None:
             elif node.op == "call_module" and "guards" in str(node.target):
                 graph.erase_node(node)
     program.recompile()
+
+
+def _hide_fp32_products(program: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Give layers that stay fp32 a name that Inductor does not know: it would pack them for kernels that no trace takes.
+
+    Returns what each node has computed.
+    """
+    hidden = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in PRODUCTS:
+            weight = node.args[PRODUCTS[node.target]]
+            while isinstance(weight, fx.Node) and weight.target in (aten.permute.default, *RESHAPES):
+                weight = weight.args[0]
+            if _is_constant(weight):
+                hidden[node] = node.target
+                node.target = _under_another_name(node.target)
+    return hidden
+
+
+def _under_another_name(operation: Any) -> Any:
+    def fp32_product(*arguments: Any) -> Any:
+        return operation(*arguments)
+
+    return fp32_product
 
 
 def _pack_weights(program: fx.GraphModule) -> None:

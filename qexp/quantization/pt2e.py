@@ -5,7 +5,7 @@ Inductor's patterns leave is traced, so that it loads without qexp, without torc
 """
 
 import logging
-import time
+import re
 import warnings
 from typing import Any
 
@@ -14,16 +14,16 @@ from torch import Tensor, fx, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line
-from qexp.quantization.result import QuantizedModel, QuantizeResult
+from qexp.quantization.observers import observer_class
+from qexp.quantization.result import EngineResult
 
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 LEFT_FP32 = ("conv2d", "convolution", "linear", "addmm", "mm")
 
 
-def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
-    """See `qexp.quantization.quantize_model`."""
-    started = time.monotonic()
+def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
+    """See `qexp.quantization.quantize_model`; `model` may be changed."""
     logging.getLogger("torchao").setLevel(logging.CRITICAL)  # it tells of CUDA extensions that it cannot load
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -31,18 +31,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
             module, int8_layers, float_layers = _quantize(model.eval(), images, options, reduce_range)
         except Exception as error:  # export raises whatever the model's Python code does when it meets a symbol
             raise StageError(f"engine pt2e cannot quantize this model: {first_line(error)}") from error
-    result = QuantizeResult(
-        engine="pt2e",
-        backend="onednn",
-        observer=options.observer,
-        per_channel=options.per_channel,
-        reduce_range=reduce_range,
-        calibration_images=len(images),
-        int8_layers=int8_layers,
-        float_layers=float_layers,
-        duration_s=time.monotonic() - started,
-    )
-    return QuantizedModel(module, result)
+    return EngineResult(module, module, "pytorch", "onednn", int8_layers, float_layers)
 
 
 def _quantize(
@@ -75,17 +64,12 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
 
-    observers = {
-        "histogram": kinds.HistogramObserver,
-        "minmax": kinds.MinMaxObserver,
-        "moving_average": kinds.MovingAverageMinMaxObserver,
-    }
     activation = QuantizationSpec(
         dtype=torch.uint8,
         quant_min=0,
         quant_max=127 if reduce_range else 255,
         qscheme=torch.per_tensor_affine,
-        observer_or_fake_quant_ctr=observers[options.observer].with_args(eps=2**-12),
+        observer_or_fake_quant_ctr=observer_class(kinds, options).with_args(eps=2**-12),
     )
 
     class OneScale(kinds.PerChannelMinMaxObserver):
@@ -105,13 +89,26 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
             eps=2**-12
         ),
     )
-    return X86InductorQuantizer().set_global(QuantizationConfig(activation, activation, weight, None))
+
+    class KeepingQuantizer(X86InductorQuantizer):
+        """Some layers stay as they are."""
+
+        def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+            annotated = super().annotate(model)
+            for node in annotated.graph.nodes:
+                if node.target in LAYERS and _module_of(node) in (options.keep_fp32 or ()):
+                    node.meta.pop("quantization_annotation", None)
+            return annotated
+
+    return KeepingQuantizer().set_global(QuantizationConfig(activation, activation, weight, None))
 
 
 def _module_of(node: fx.Node) -> str:
     """The qualified name of the module that an operation comes from, the operation's own where none is known."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]).removeprefix("L['self'].") if stack else str(node.target)
+    # Of a module that torch.fx has traced it is Python: getattr(L['self'].network, '0')
+    name = re.sub(r"getattr\(|L\['self'\]\.?|['\")]", "", str(stack[-1][0])).replace(", ", ".") if stack else ""
+    return name or str(node.target)
 
 
 def _computes_in_fp32(node: fx.Node) -> bool:

@@ -1,15 +1,36 @@
 """What every engine gives back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """An int8 model as an engine has made it.
+
+    `call` takes float images [N, 3, H, W] in [0, 1] and gives float logits [N, classes]. `stored` is what the MLflow
+    flavour of the name `flavor` logs, and what a reloaded version computes with. Layers are the qualified names of
+    Conv2d and Linear modules. `load_backend` is what `torch.backends.quantized.engine` must be at load for the speed
+    of `backend`; None: any.
+    """
+
+    call: Callable[[Tensor], Tensor]
+    stored: Any
+    flavor: Literal["pytorch", "onnx"]
+    backend: str
+    int8_layers: tuple[str, ...]
+    float_layers: tuple[str, ...]
+    load_backend: str | None = None
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
     """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules.
 
-    `load_backend` is what `torch.backends.quantized.engine` must be at load for the speed of `backend`; None: any.
+    `kept_layers` are those of `float_layers` that were asked to stay fp32. `load_backend` is as in `EngineResult`.
     """
 
     engine: str
@@ -22,11 +43,18 @@ class QuantizeResult:
     float_layers: tuple[str, ...]
     duration_s: float
     load_backend: str | None = None
+    kept_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """The int8 module, float images [N, 3, H, W] in [0, 1] to float logits [N, classes], and how it was made."""
+    """The int8 model, float images [N, 3, H, W] in [0, 1] to float logits [N, classes], and how it was made.
 
-    module: torch.jit.ScriptModule
+    `source` is the fp32 module that was quantized: the model after its exact clean-up.
+    """
+
+    module: Callable[[Tensor], Tensor]
+    stored: Any
+    flavor: Literal["pytorch", "onnx"]
+    source: nn.Module
     result: QuantizeResult

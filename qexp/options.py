@@ -1,0 +1,149 @@
+"""Every option of qexp: its default, range, unit and help, declared once; config.py reads them, file and command line.
+
+`config.yaml` repeats the defaults, the Typer commands make their options from these models, and MLproject mirrors them
+(tests compare all three). None stands for `auto`, "not given": the value is chosen by a later stage.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes")  # options of training that do not change what comes out
+DATASETS = ("digits", "cifar10", "imagefolder")
+Engine = Literal["fx", "pt2e", "onnx"]
+Observer = Literal["histogram", "minmax", "moving_average", "percentile"]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
+
+
+def _as_list(value: Any) -> Any:
+    """A file may say `engine: fx` instead of `engine: [fx]`."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+Engines = Annotated[
+    list[Engine], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(lambda names: list(dict.fromkeys(names)))
+]
+Names = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class DataConfig(BaseModel):
+    model_config = STRICT
+    dataset: Literal["digits", "cifar10", "imagefolder"] = Field("digits", description="data set")
+    data_dir: str | None = Field(
+        None, description="folder of cifar10 (auto: data/cifar10-python) or imagefolder (must be given)"
+    )
+    image_size: int = Field(32, ge=8, le=1024, description="height and width of the model's input, pixels")
+    validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of the training images kept for validation")
+
+
+class TrainConfig(BaseModel):
+    model_config = STRICT
+    epochs: int = Field(20, ge=1, le=10_000, description="passes over the training images, at most")
+    batch_size: int = Field(128, ge=2, description="images a step")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak of the one-cycle schedule; auto: 0.2 with batch norm, 0.03 without"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum (plain SGD at 0)")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on the weights")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
+    crop_padding: int = Field(4, ge=0, description="random crop after reflecting so many pixels at each border")
+    flip: bool | None = Field(None, description="random horizontal flip; auto: on, off for digits")
+    bf16: bool | None = Field(None, description="bf16 autocast; auto: on where the CPU has bf16 instructions")
+    device: Literal["cpu", "cuda"] | None = Field(None, description="where to train; auto: cuda if there is one")
+    processes: int = Field(1, ge=1, le=64, description="training processes on this machine, started by torchrun")
+    checkpoint_minutes: float = Field(
+        5.0, gt=0, description="minutes between checkpoints inside an epoch; each epoch ends with one anyway"
+    )
+    patience: int = Field(
+        6,
+        ge=1,
+        description="epochs without a better validation top-1, or the same with a lower loss, before training stops",
+    )
+
+
+class QuantizeConfig(BaseModel):
+    model_config = STRICT
+    engine: Engines = Field(["fx"], description="quantization engines, side by side: fx, pt2e, onnx")
+    backend: Literal["x86", "onednn"] | None = Field(
+        None, description="int8 kernels of engine fx; auto: the faster ones, as measured (a plain load uses x86)"
+    )
+    calibration_samples: int | None = Field(
+        None, ge=1, description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer"
+    )
+    calibration_batch_size: int = Field(64, ge=1, description="images a calibration step")
+    observer: Observer = Field("histogram", description="how activation ranges are chosen")
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="share of the activations inside the range of observer percentile, percent"
+    )
+    per_channel: bool = Field(True, description="one weight scale an output channel instead of one a layer")
+    fold_pool: bool = Field(
+        False, description="fold a pool that only repeats a 1x1 map (VGG at 32 px) into the linear layer after it"
+    )
+    keep_fp32: Names | None = Field(None, description="layers that stay fp32, by their names in the network")
+    allow_float: bool = Field(False, description="accept Conv2d and Linear layers that cannot be quantized")
+    max_top1_drop: float | None = Field(
+        None,
+        ge=0,
+        description="budget: layers go back to fp32 until the drop of validation top-1 is at most this, percentage points",
+        json_schema_extra={"option": "quantize_max_top1_drop"},
+    )
+    max_tries: int = Field(10, ge=1, description="quantizations that the budget may cost")
+    sensitivity_images: int = Field(
+        256, ge=0, description="validation images on which each layer's sensitivity is measured; 0: not measured"
+    )
+
+    def only(self, engine: str) -> "QuantizeConfig":
+        """These options with one engine."""
+        return self.model_copy(update={"engine": [engine]})
+
+
+class LatencyConfig(BaseModel):
+    model_config = STRICT
+    batch_sizes: Counts = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
+    warmup: int = Field(5, ge=1, description="untimed passes of each model at each batch size")
+    min_repeats: int = Field(20, ge=2, description="timed passes of each model at each batch size, at least")
+    min_seconds: float = Field(1.0, ge=0, description="seconds of timing at each batch size, at least")
+
+
+class GateConfig(BaseModel):
+    model_config = STRICT
+    max_top1_drop: float = Field(1.0, description="largest drop of test top-1 from fp32 to int8, percentage points")
+    min_size_ratio: float = Field(3.0, ge=0, description="smallest fp32 size over int8 size, as stored")
+    min_speedup: float = Field(1.0, ge=0, description="smallest fp32 p50 over int8 p50, at every batch size")
+
+
+class SearchConfig(BaseModel):
+    model_config = STRICT
+    sample_counts: Counts = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
+    observers: list[Observer] | None = Field(
+        None, min_length=1, description="observers to try; auto: the one of quantize.observer"
+    )
+    seeds_per_point: int = Field(3, ge=1, description="calibration subsets drawn for each point")
+    sampler: Literal["grid", "tpe"] = Field("grid", description="grid: every point once; tpe: Optuna's TPE")
+    trials: int = Field(20, ge=1, description="trials of the tpe sampler; the grid has its own number")
+    study: str | None = Field(None, description="name of the study; auto: made from the model version and the options")
+    study_dir: str = Field("studies", description="folder of the study's journal file")
+    register_best: bool = Field(False, description="quantize again with the winner, measure and register it")
+
+
+class Config(BaseModel):
+    model_config = STRICT
+    model: str = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
+    seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
+    threads: int | None = Field(None, ge=1, description="CPU threads of every stage; auto: one a core")
+    output_dir: str | None = Field(None, description="folder that gets a copy of the report; auto: only MLflow has it")
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    latency: LatencyConfig = LatencyConfig()
+    gate: GateConfig = GateConfig()
+    search: SearchConfig = SearchConfig()
+
+
+def option_name(section: str, key: str) -> str:
+    """The command line's name of a field, with underscores: its key, unless two sections have the same key."""
+    owner = type(Config.model_fields[section].default) if section else Config
+    return str((owner.model_fields[key].json_schema_extra or {}).get("option", key))  # type: ignore[union-attr]

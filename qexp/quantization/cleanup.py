@@ -1,0 +1,68 @@
+"""Exact clean-up of an fp32 classifier before it is quantized: the outputs stay what they are, within rounding."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse, remove_dropout
+from torch.fx.passes.shape_prop import ShapeProp
+
+FLATTENS = (torch.flatten, "flatten")
+
+
+def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
+    """A copy without dropout and with batch norm folded into the convolutions before it.
+
+    Args:
+        example: float images [N, 3, H, W], for the shapes of the activations.
+        fold_pool: also fold an average pool that only repeats a 1x1 map into the linear layer after it. In a VGG at
+            32 px each of 512 values reaches the layer 49 times, so its 49 weights for each of them can be summed.
+
+    A model that torch.fx cannot trace is copied as it is.
+    """
+    copied = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad():
+            cleaned: Any = fuse(remove_dropout(copied), inplace=True)
+    except Exception:  # tracing raises whatever the model's Python code does when it meets a symbol
+        return copied
+    if fold_pool:
+        _fold_repeating_pools(cleaned, example)
+    return cleaned.eval()
+
+
+def _fold_repeating_pools(model: fx.GraphModule, example: Tensor) -> None:
+    with torch.no_grad():
+        ShapeProp(model).propagate(example)
+    modules: dict[str, Any] = dict(model.named_modules())
+
+    def module_of(node: Any) -> nn.Module | None:
+        return modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    for linear in list(model.graph.nodes):
+        layer = module_of(linear)
+        if not isinstance(layer, nn.Linear):
+            continue
+        flatten = linear.args[0]
+        pool = flatten.args[0] if flatten.target in FLATTENS or isinstance(module_of(flatten), nn.Flatten) else None
+        if not isinstance(module_of(pool), nn.AdaptiveAvgPool2d):
+            continue
+        before, after = (node.meta["tensor_meta"].shape for node in (pool.args[0], pool))
+        if before[2:] == (1, 1) and after[2:].numel() > 1 and layer.in_features == after[1:].numel():
+            _replace_weights(model, str(linear.target), layer, channels=before[1])
+            pool.replace_all_uses_with(pool.args[0])
+            model.graph.erase_node(pool)
+    model.recompile()
+
+
+def _replace_weights(model: fx.GraphModule, name: str, layer: nn.Linear, channels: int) -> None:
+    """Sum the weights of equal inputs; in double precision, so that the outputs stay within rounding."""
+    folded = nn.Linear(channels, layer.out_features, bias=layer.bias is not None)
+    with torch.no_grad():
+        sums = layer.weight.double().view(layer.out_features, channels, -1).sum(2)
+        folded.weight.copy_(sums)
+        if layer.bias is not None:
+            folded.bias.copy_(layer.bias)
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, folded)

@@ -1,0 +1,140 @@
+"""Static quantization by ONNX Runtime (QDQ) of what torch.onnx exports; it is served by onnxruntime alone.
+
+Method: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html. The ranges come from the same
+observers as those of the other engines, fed with the activations that ONNX Runtime computes for calibration images;
+its own histogram methods keep all activations of all images in memory.
+"""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import TensorsData, save_tensors_data
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+from torch.ao.quantization import observer
+
+from qexp.config import QuantizeConfig
+from qexp.errors import StageError, first_line
+from qexp.quantization.observers import observer_class
+from qexp.quantization.result import EngineResult
+
+INPUT, OUTPUT = "images", "logits"
+MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
+OPSET = 20
+LAYER_TYPES = ("Conv", "Gemm", "MatMul")
+INT8_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class OnnxClassifier:
+    """Float images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on so many threads."""
+
+    def __init__(self, model: onnx.ModelProto | Path, threads: int | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        given = str(model) if isinstance(model, Path) else model.SerializeToString()
+        self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {INPUT: images.numpy()})[0])
+
+
+def export(model: nn.Module, example: Tensor, file: Path) -> None:
+    """Write the fp32 classifier as ONNX, for batches of any size; `example` is float [N >= 2, 3, H, W]."""
+    batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            model.eval(), (example,), str(file), dynamo=True, dynamic_shapes=({0: batch},), input_names=[INPUT],
+            output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False,
+        )  # fmt: skip
+
+
+def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
+    """See `qexp.quantization.quantize_model`."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return _quantize(model, images, options, reduce_range, Path(folder))
+    except Exception as error:  # the exporter raises whatever the model's Python code does when it meets a symbol
+        raise StageError(f"engine onnx cannot quantize this model: {first_line(error)}") from error
+
+
+def _quantize(
+    model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool, folder: Path
+) -> EngineResult:
+    exported, prepared, quantized, ranges = (
+        folder / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx", "ranges.json")
+    )
+    example = images[:2].float() / 255
+    export(model, torch.cat([example, example]), exported)  # of one image alone, too, more than one
+    quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
+    graph = onnx.load(prepared)
+    products = [node for node in graph.graph.node if node.op_type in LAYER_TYPES]
+    save_tensors_data(_observe(graph, images, options), ranges)
+    kept = options.keep_fp32 or ()
+    quantize_static(
+        str(prepared), str(quantized), calibration_cache_path=ranges, per_channel=options.per_channel,
+        reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        nodes_to_exclude=[node.name for node in products if _layer_of(node) in kept],
+    )  # fmt: skip
+    stored = onnx.load(quantized)
+    in_int8 = _int8_weights(quantized, folder / "optimized.onnx")
+    floats = {_layer_of(node) for node in products if f"{node.input[1]}_quantized" not in in_int8}
+    int8 = tuple(name for name in map(_layer_of, products) if name not in floats)
+    return EngineResult(OnnxClassifier(stored), stored, "onnx", "onnxruntime", int8, tuple(sorted(floats)))
+
+
+def _observe(graph: onnx.ModelProto, images: Tensor, options: QuantizeConfig) -> TensorsData:
+    """Smallest and largest value of every float tensor, as the observer chooses them."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(graph)
+    known = {value.name for value in watched.graph.output}
+    floats = [value for value in watched.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    watched.graph.output.extend(value for value in floats if value.name not in known)
+    session = OnnxClassifier(watched).session
+    names = [INPUT, *(output.name for output in session.get_outputs())]
+    make = observer_class(observer, options)
+    observers = {name: make(dtype=torch.quint8) for name in names}
+    for batch in images.split(options.calibration_batch_size):
+        inputs = (batch.float() / 255).numpy()
+        for name, values in zip(names, [inputs, *session.run(None, {INPUT: inputs})], strict=True):
+            observers[name](torch.from_numpy(values))
+    return TensorsData(CalibrationMethod.MinMax, {name: _range(found) for name, found in observers.items()})
+
+
+def _range(found: Any) -> tuple[np.ndarray, np.ndarray]:
+    scale, zero = found.calculate_qparams()
+    low, high = (float(scale) * (end - int(zero)) for end in (0, 255))
+    return np.array(low, np.float32), np.array(high, np.float32)
+
+
+def _layer_of(node: onnx.NodeProto) -> str:
+    """The qualified name of the module that a node was exported from, the node's own where none is known."""
+    weights = [name for name in node.input[1:2] if name.endswith(".weight")]
+    if weights:
+        return weights[0].removesuffix(".weight")
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
+    names: Sequence[str] = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+    return names[-2] if len(names) > 1 else node.name
+
+
+def _int8_weights(quantized: Path, optimized: Path) -> set[str]:
+    """Names of what ONNX Runtime multiplies in int8, after all fusions that do not depend on the machine."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(optimized)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(quantized), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(optimized).graph.node
+    return {name for node in nodes if node.op_type in INT8_KERNELS for name in node.input}
