@@ -38,7 +38,7 @@ ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here
 
 
 def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo, str]]:
-    """Option name -> (section, field, its key there). A name is a section of `Config`, standing for all its fields, or one field."""
+    """Option name -> (section, field, its key there). A name is a section of `Config` (all its fields) or one."""
     every: dict[str, tuple[str, FieldInfo, str]] = {}
     for name, field in Config.model_fields.items():
         if isinstance(field.default, BaseModel):

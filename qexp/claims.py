@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from qexp.evidence import Evidence
-from qexp.latency import LatencyStats
+from qexp.latency import LatencyRow, LatencyStats
 from qexp.quantization.result import QuantizeResult
 
 NOISY_TAIL = 1.5  # p90 over p50; 1.0 to 1.2 on a quiet machine
@@ -14,11 +14,10 @@ SAME_SPEED = 0.05  # speed-ups within 5 % of 1 are called equal: the noise of a 
 def answer(evidence: Evidence) -> str:
     """The question's answer in one paragraph."""
     drop = evidence.int8.comparison["test"].top1_drop_points
-    speedups = [row.speedup for row in evidence.latency.rows]
     verdict = "**Yes**: it passes" if evidence.gate.passed else "**No**: it does not pass"
     return (
-        f"{verdict} the gate of the configuration. As int8, top-1 on the test images {_changed(drop)}, the "
-        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}, and inference is {_range(speedups)}."
+        f"{verdict} the gate of the configuration. As int8, top-1 on the test images {changed(drop)}, the "
+        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}, and inference is {_range(evidence.speedups)}."
     )
 
 
@@ -50,9 +49,9 @@ def accuracy(evidence: Evidence) -> list[str]:
         meaning = "which includes no change at all"
     lost, gained = found.only_fp32_correct_images, found.only_int8_correct_images
     return [
-        f"Quantization: top-1 on the {found.images:,} test images {_changed(found.top1_drop_points)}; the "
+        f"Quantization: top-1 on the {found.images:,} test images {changed(found.top1_drop_points)}; the "
         f"95 % interval of the drop is {low:+.2f} to {high:+.2f} points, {meaning}. "
-        f"Top-3 {_changed(found.top3_drop_points)}.",
+        f"Top-3 {changed(found.top3_drop_points)}.",
         f"The two models agree on {found.agreement_percent:.2f} % of the test images. {lost} {_plural(lost, 'image')} "
         f"only fp32 gets right, {gained} only int8.",
         "Neither training, early stopping, calibration nor search has seen a test image.",
@@ -70,7 +69,7 @@ def macs(evidence: Evidence) -> list[str]:
     """How MACs grow with the batch, and how many run in int8."""
     cost = evidence.int8.cost
     batches = list(cost.macs)
-    sentences = []
+    sentences: list[str] = []
     if len(batches) > 1:
         first, last = batches[0], batches[-1]
         exact = all(cost.macs[batch] * first == cost.macs[first] * batch for batch in batches)
@@ -78,48 +77,76 @@ def macs(evidence: Evidence) -> list[str]:
         totals = f"{_macs_text(cost.macs[first])} at {first}, {_macs_text(cost.macs[last])} at {last}"
         sentences.append(f"MACs {growth}: {totals}.")
     left = evidence.int8.quantize.float_layers
+    counted = evidence.int8.fp32_cost
     names = f"; {len(left)} {_plural(len(left), 'layer')} stayed fp32: {', '.join(left)}" if left else ""
+    first = next(iter(counted.macs))
+    kept = (
+        "leaves their number as it is"
+        if cost.macs == counted.macs
+        else (
+            f"follows a fold that leaves {_macs_text(cost.macs[first])} of {_macs_text(counted.macs[first])} at {first}"
+        )
+    )
     sentences.append(
-        f"Quantization leaves their number as it is; {cost.int8_percent:.1f} % of the MACs of convolution and linear "
-        f"layers run in int8 afterwards{names}."
+        f"Quantization {kept}; {cost.int8_percent:.1f} % of the MACs of convolution and linear layers run in int8 "
+        f"afterwards{names}."
     )
     return sentences
 
 
 def latency(evidence: Evidence) -> list[str]:
-    """Where int8 is faster, and how the advantage changes with the batch."""
-    rows = sorted(evidence.latency.rows, key=lambda row: row.batch_size)
-    faster = [row.batch_size for row in rows if row.speedup > 1 + SAME_SPEED]
-    slower = [row.batch_size for row in rows if row.speedup < 1 - SAME_SPEED]
-    level = [row.batch_size for row in rows if row.batch_size not in faster + slower]
-    if len(faster) == len(rows):
-        first = f"int8 is faster at every batch size: {_range([row.speedup for row in rows])}."
-    elif len(slower) == len(rows):
-        first = f"int8 is slower at every batch size: {_range([row.speedup for row in rows])}."
-    else:
-        groups = (("faster", faster), ("slower", slower), ("as fast as fp32 within 5 %", level))
-        named = [f"{word} at batch size {', '.join(map(str, sizes))}" for word, sizes in groups if sizes]
-        first = f"int8 is {'; '.join(named)}."
-    sentences = [first]
+    """Where int8 is faster than the registered fp32 model, how that changes with the batch, and how it was timed."""
+    name, result = evidence.name, evidence.latency
+    rows = sorted(result.rows, key=lambda row: row.batch_size)
+    sentences = [_faster_where(evidence, result.baseline)]
     if len(rows) > 1:
-        gaps = [row.fp32.p50_ms - row.int8.p50_ms for row in rows]
+        gaps = [row.stats[result.baseline].p50_ms - row.stats[name].p50_ms for row in rows]
         grows = all(later > max(0.0, earlier) * (1 + SAME_SPEED) for earlier, later in pairwise(gaps))
         change = "grows with every larger batch" if grows else "does not grow with every larger batch"
         ends = f"{gaps[0]:.2f} ms at {rows[0].batch_size}, {gaps[-1]:.2f} ms at {rows[-1].batch_size}"
         sentences.append(f"The time saved a batch {change}: {ends}.")
-    noisy = [row.batch_size for row in rows if max(_tail(row.fp32), _tail(row.int8)) > NOISY_TAIL]
+    pair = (result.baseline, name)
+    noisy = [row.batch_size for row in rows if max(_tail(row.stats[one]) for one in pair) > NOISY_TAIL]
     if noisy:
-        worst = max(max(_tail(row.fp32), _tail(row.int8)) for row in rows)
+        worst = max(_tail(row.stats[one]) for row in rows for one in pair)
         sentences.append(
             f"**The machine was busy**: at batch size {', '.join(map(str, noisy))} p90 is up to {worst:.1f} times p50. "
             "Measure again on a quiet machine before deciding on these speed-ups."
         )
-    least = min(row.fp32.repeats for row in rows)
+    rounds = [len(row.round_ms[name]) for row in rows]
     sentences.append(
-        f"Wall time of one forward pass, both models in turn in a process of its own, "
-        f"{threads(evidence.latency.threads)}, at least {least} repeats each, {_loaded(evidence)}."
+        f"Wall time of one forward pass in a process of its own, {threads(result.threads)}, all models in "
+        f"{_span(rounds)} short rounds in random order; a speed-up is the median of the rounds' ratios, with its 95 % "
+        f"interval. The same int8 model against itself gave {_noise(rows)}; where a difference is not beyond that, the "
+        f"table says so. {_loaded(evidence)}."
     )
     return sentences
+
+
+def _faster_where(evidence: Evidence, other: str) -> str:
+    """Where the chosen int8 model is faster than another, slower, or cannot be told apart from it."""
+    rows = sorted(evidence.latency.rows, key=lambda row: row.batch_size)
+    told = {row.batch_size: row.compared(other, evidence.name) for row in rows}
+    ratios = [row.ratio(other, evidence.name).median for row in rows]
+    for word, sign in (("faster", 1), ("slower", -1)):
+        if all(found == sign for found in told.values()):
+            return f"int8 is {word} than {other} at every batch size: {_range(ratios)}."
+    groups = ((1, "faster than {}"), (-1, "slower than {}"), (0, "not to be told apart from {} above the noise"))
+    named = [
+        f"{words.format(other)} at batch size {', '.join(str(size) for size, found in told.items() if found == sign)}"
+        for sign, words in groups
+        if sign in told.values()
+    ]
+    return f"int8 is {'; '.join(named)}."
+
+
+def _noise(rows: Sequence[LatencyRow]) -> str:
+    low, high = min(row.noise.low for row in rows), max(row.noise.high for row in rows)
+    return f"{low:.2f}x to {high:.2f}x"
+
+
+def _span(counts: Sequence[int]) -> str:
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def gate(evidence: Evidence) -> str:
@@ -162,13 +189,18 @@ def _tail(stats: LatencyStats) -> float:
 
 
 def _loaded(evidence: Evidence) -> str:
-    if evidence.int8.quantize.load_backend in (None, "x86"):
-        return "loaded from the registry as `mlflow.pytorch.load_model` loads them"
-    backend = evidence.int8.quantize.backend
-    return f"loaded from the registry by `qexp.load`, which sets the {backend} kernels (a plain load uses x86)"
+    names = evidence.measured.contenders[evidence.int8.version_uri]
+    if len(names) == 1:
+        return "Models are loaded from the registry as `qexp.load(uri)` loads them"
+    mean = {name: evidence.latency.mean_speedup(name) for name in names}
+    both = ", ".join(f"{name} {value:.2f}x" for name, value in mean.items())
+    return (
+        f"Models are loaded from the registry; of the int8 kernels, {names[0]} were chosen (mean speed-up over fp32: "
+        f"{both}). `qexp.load(uri)` sets them; a plain `mlflow.pytorch.load_model` uses those of x86"
+    )
 
 
-def _changed(drop_points: float) -> str:
+def changed(drop_points: float) -> str:
     if abs(drop_points) < 0.005:
         return "does not change"
     return f"{'falls' if drop_points > 0 else 'rises'} by {abs(drop_points):.2f} points"

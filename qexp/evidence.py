@@ -9,8 +9,10 @@ from qexp.cost import Cost
 from qexp.evaluation import Accuracy, Comparison
 from qexp.gate import GateResult
 from qexp.host import Host
-from qexp.latency import LatencyResult
+from qexp.latency import LatencyResult, Ratio
+from qexp.quantization.budget import BudgetResult
 from qexp.quantization.result import QuantizeResult
+from qexp.quantization.sensitivity import SensitivityResult
 from qexp.training import TrainResult
 
 T = TypeVar("T")
@@ -44,42 +46,97 @@ class Fp32Evidence:
 
 
 @dataclass(frozen=True)
+class BudgetCost:
+    """What layers that went back to fp32 cost: bytes as saved, and time over that with all layers in int8, by batch."""
+
+    all_int8_bytes: int
+    size_bytes: int
+    slowdown: dict[int, Ratio]
+
+
+@dataclass(frozen=True)
 class Int8Evidence:
-    """The quantized model, and its comparison with the fp32 model by split."""
+    """A quantized model, and its comparison with the fp32 model by split.
+
+    `fp32_cost` counts the fp32 model; `cost` the int8 model, which differs where a pool was folded away.
+    """
 
     version_uri: str
     size_bytes: int
     quantize: QuantizeResult
     calibration_digest: str
+    fp32_cost: Cost
     cost: Cost
     accuracy: dict[str, Accuracy]
     comparison: dict[str, Comparison]
+    sensitivity: SensitivityResult | None = None
+    budget: BudgetResult | None = None
+    budget_cost: BudgetCost | None = None
 
 
 @dataclass(frozen=True)
 class LatencyEvidence:
-    """The latency sweep of two registered versions and the machine that it ran on."""
+    """The latency sweep of registered versions and the machine that it ran on.
+
+    `contenders` has the names under which each int8 version was timed, by its URI: the fastest kernels first.
+    """
 
     fp32_uri: str
-    int8_uri: str
+    contenders: dict[str, tuple[str, ...]]
     latency: LatencyResult
     host: Host
     run_id: str
+
+    def name_of(self, uri: str) -> str:
+        """The model of the table that stands for an int8 version: with the kernels that `qexp.load` gives."""
+        return self.contenders[uri][0]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An int8 version with what it was timed as, the name in the latency table, and the gate's decision."""
+
+    int8: Int8Evidence
+    name: str
+    gate: GateResult
 
 
 @dataclass(frozen=True)
 class Evidence:
     """Everything that answers the question: can this classifier ship as int8 on this CPU?
 
-    `champion` says whether the int8 version has that alias.
+    `versions` are the int8 versions, the chosen one first. `champion` says whether that one has the alias.
     """
 
     fp32: Fp32Evidence
-    int8: Int8Evidence
-    latency: LatencyResult
-    host: Host
-    gate: GateResult
+    versions: tuple[Judged, ...]
+    measured: LatencyEvidence
     champion: bool
+
+    @property
+    def int8(self) -> Int8Evidence:
+        """The version chosen."""
+        return self.versions[0].int8
+
+    @property
+    def gate(self) -> GateResult:
+        """The gate's decision on the version chosen."""
+        return self.versions[0].gate
+
+    @property
+    def name(self) -> str:
+        """The version chosen, as the latency table calls it."""
+        return self.versions[0].name
+
+    @property
+    def latency(self) -> LatencyResult:
+        """All models' times."""
+        return self.measured.latency
+
+    @property
+    def speedups(self) -> list[float]:
+        """Of the version chosen over the registered fp32 version, by batch size."""
+        return [row.speedups[self.name].median for row in self.latency.rows]
 
     @property
     def size_ratio(self) -> float:
@@ -96,8 +153,8 @@ class Evidence:
             "fp32_size_mb": self.fp32.size_bytes / 1e6,
             "int8_size_mb": self.int8.size_bytes / 1e6,
             "size_ratio": self.size_ratio,
-            "smallest_speedup": self.latency.smallest_speedup,
-            "largest_speedup": max(row.speedup for row in self.latency.rows),
+            "smallest_speedup": min(self.speedups),
+            "largest_speedup": max(self.speedups),
         }
 
 

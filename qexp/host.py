@@ -21,7 +21,7 @@ FEATURES = {
 }
 INT8_DOT_PRODUCTS = {"AVX512-VNNI", "AVX-VNNI", "AMX-int8", "NEON-dotprod"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
-LIBRARIES = ("torch", "torchvision", "mlflow", "optuna", "torchinfo", "numpy")
+LIBRARIES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "mlflow", "optuna", "torchinfo", "numpy")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Host:
     def has_int8_dot_product(self) -> bool:
         """Whether int8 products are summed in 32 bits; without it (AVX2) pairs of products saturate at 16 bits."""
         return bool(INT8_DOT_PRODUCTS & set(self.features))
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether the CPU multiplies bf16 numbers."""
+        return bool({"AVX512-BF16", "AMX-bf16"} & set(self.features))
 
 
 def available_cores() -> int:

@@ -1,16 +1,21 @@
-"""Latency: models timed in turn, round by round, and pure statistics over lists of seconds.
+"""Latency: models timed in short rounds, in random order, and pure statistics over lists of seconds.
 
 `measure_latency` runs in a process of its own (see sweep.py), with nothing else in it but the models.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import comb, sqrt
 
 from qexp.config import LatencyConfig
 
 Run = Callable[[], object]
+SETTLE_S = 0.02  # threads of the model before it (OpenMP's, ONNX Runtime's) go on spinning for some milliseconds
+BLOCK_S = 0.04  # of one model in one round, settling included
+AGAIN = "again"  # name of the second measurement of one of the models
 
 
 @dataclass(frozen=True)
@@ -25,68 +30,142 @@ class LatencyStats:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """Median of the rounds' ratios of two models' times, with the 95 % interval of that median."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class LatencyRow:
-    """Both models at one batch size; `speedup` is fp32 p50 over int8 p50."""
+    """All models at one batch size, by name.
+
+    `round_ms` has each round's median; `speedups` compares with the baseline, round by round; `noise` is one model
+    against itself.
+    """
 
     batch_size: int
-    fp32: LatencyStats
-    int8: LatencyStats
-    speedup: float
+    stats: dict[str, LatencyStats]
+    round_ms: dict[str, tuple[float, ...]]
+    speedups: dict[str, Ratio]
+    noise: Ratio
+
+    def ratio(self, slow: str, fast: str) -> Ratio:
+        """How many times as long `slow` takes as `fast`."""
+        return paired_ratio(self.round_ms[slow], self.round_ms[fast])
+
+    def compared(self, slow: str, fast: str) -> int:
+        """1 if `fast` is faster than `slow`, -1 if it is slower, 0 if the noise is too high to tell.
+
+        The interval must lie beyond 1 and beyond what one model showed against itself.
+        """
+        ratio, edge = self.ratio(slow, fast), max(self.noise.high, 1 / self.noise.low, 1.0)
+        return int(ratio.low > edge) - int(ratio.high < 1 / edge)
+
+
+@dataclass(frozen=True)
+class StartUp:
+    """One model in a process of its own: loading it, the first forward pass, and the process's peak memory."""
+
+    model: str
+    load_s: float
+    first_call_ms: float
+    peak_memory_mb: float
 
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """One row a batch size, at `threads` CPU threads."""
+    """One row a batch size, at `threads` CPU threads; `baseline` is the model that speed-ups refer to."""
 
+    baseline: str
     rows: tuple[LatencyRow, ...]
+    startups: tuple[StartUp, ...]
     threads: int
 
-    @property
-    def smallest_speedup(self) -> float:
-        """The speed-up at the batch size where it is smallest."""
-        return min(row.speedup for row in self.rows)
+    def winner(self, names: Sequence[str]) -> str:
+        """The first of these models, unless one after it is faster beyond the noise at more batch sizes than slower."""
+        best = names[0]
+        for name in names[1:]:
+            if sum(row.compared(best, name) for row in self.rows) > 0:
+                best = name
+        return best
+
+    def smallest_speedup(self, name: str) -> float:
+        """The speed-up of a model at the batch size where it is smallest."""
+        return min(row.speedups[name].median for row in self.rows)
+
+    def mean_speedup(self, name: str) -> float:
+        """The geometric mean of a model's speed-ups over all batch sizes."""
+        return statistics.geometric_mean(row.speedups[name].median for row in self.rows)
 
 
 def measure_latency(
-    prepare: Callable[[int], tuple[Run, Run]],
+    prepare: Callable[[int], dict[str, Run]],
+    baseline: str,
+    repeated: str,
     options: LatencyConfig,
-    threads: int,
     clock: Callable[[], float] = time.perf_counter,
     on_row: Callable[[LatencyRow], None] = lambda row: None,
-) -> LatencyResult:
-    """Time two models at every batch size.
+) -> tuple[LatencyRow, ...]:
+    """Time models at every batch size.
 
     Args:
-        prepare: from a batch size, the two calls to time: fp32, int8.
-        threads: what the process runs with; recorded, not set here.
+        prepare: from a batch size, the calls to time by name.
+        baseline: what speed-ups refer to.
+        repeated: the model that is measured twice in each round, for the noise.
         clock: seconds.
         on_row: told of each batch size as it is done.
     """
     rows = []
     for batch_size in options.batch_sizes:
         runs = prepare(batch_size)
-        fp32, int8 = (summarize(seconds, batch_size) for seconds in time_interleaved(runs, options, clock))
-        rows.append(LatencyRow(batch_size, fp32, int8, fp32.p50_ms / int8.p50_ms))
+        blocks = time_rounds(runs | {AGAIN: runs[repeated]}, options, clock)
+        round_ms = {name: tuple(1000 * statistics.median(block) for block in found) for name, found in blocks.items()}
+        again = round_ms.pop(AGAIN)
+        seconds = {name: [value for block in blocks[name] for value in block] for name in runs}
+        stats = {name: summarize(values, batch_size) for name, values in seconds.items()}
+        speedups = {name: paired_ratio(round_ms[baseline], round_ms[name]) for name in runs}
+        rows.append(LatencyRow(batch_size, stats, round_ms, speedups, paired_ratio(round_ms[repeated], again)))
         on_row(rows[-1])
-    return LatencyResult(tuple(rows), threads)
+    return tuple(rows)
 
 
-def time_interleaved(runs: Sequence[Run], options: LatencyConfig, clock: Callable[[], float]) -> list[list[float]]:
-    """Seconds of each call, in rounds of one call of each, so that a slow moment of the machine hits all of them.
+def time_rounds(
+    runs: dict[str, Run], options: LatencyConfig, clock: Callable[[], float]
+) -> dict[str, list[list[float]]]:
+    """Seconds of each call, by model and round; each round has a block of every model, in a new random order.
 
-    After `warmup` untimed rounds: at least `min_repeats` rounds and `min_seconds` of timing.
+    A slow moment of the machine hits all models of a round. After `warmup` untimed passes of each model: at least
+    `min_repeats` rounds and `min_seconds` of timing.
     """
-    for _ in range(options.warmup):
-        for run in runs:
+    for run in runs.values():
+        for _ in range(options.warmup):
             run()
-    seconds: list[list[float]] = [[] for _ in runs]
+    order, shuffled = list(runs), random.Random(0)
+    blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
     started = clock()
-    while len(seconds[0]) < options.min_repeats or clock() - started < options.min_seconds:
-        for run, samples in zip(runs, seconds, strict=True):
-            before = clock()
-            run()
-            samples.append(clock() - before)
-    return seconds
+    while len(blocks[order[0]]) < options.min_repeats or clock() - started < options.min_seconds:
+        shuffled.shuffle(order)
+        for name in order:
+            blocks[name].append(_time_block(runs[name], clock))
+    return blocks
+
+
+def _time_block(run: Run, clock: Callable[[], float]) -> list[float]:
+    """Seconds of the calls of one model in one round, without those in which it settles, unless there are no others."""
+    started = clock()
+    settled: list[float] = []
+    while True:
+        before = clock()
+        run()
+        after = clock()
+        last = after - before
+        if before - started >= SETTLE_S:
+            settled.append(last)
+        if after - started >= BLOCK_S:
+            return settled or [last]
 
 
 def summarize(seconds: Sequence[float], batch_size: int) -> LatencyStats:
@@ -99,6 +178,28 @@ def summarize(seconds: Sequence[float], batch_size: int) -> LatencyStats:
         images_per_second=batch_size / p50,
         repeats=len(seconds),
     )
+
+
+def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
+    """Median of the pairs' ratios, with its 95 % interval from order statistics: no assumption on their distribution.
+
+    The interval reaches from the k-th smallest to the k-th largest ratio, k from the binomial distribution (Conover,
+    Practical Nonparametric Statistics, 3.2). With fewer than six pairs it is all that was seen.
+    """
+    ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
+    cut = _outside_interval(len(ratios))
+    return Ratio(statistics.median(ratios), ratios[cut], ratios[-1 - cut])
+
+
+def _outside_interval(count: int) -> int:
+    """How many values may be left out at each end so that the median is inside with 95 % confidence."""
+    if count > 200:  # the normal approximation is exact enough, and the binomial's numbers outgrow a float
+        return int(count / 2 - 0.98 * sqrt(count)) - 1
+    left_out, tail = 0, 2.0**-count
+    while tail + comb(count, left_out + 1) * 2.0**-count <= 0.025:
+        left_out += 1
+        tail += comb(count, left_out) * 2.0**-count
+    return left_out
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

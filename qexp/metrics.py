@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qexp.evaluation import Accuracy, Comparison
-from qexp.latency import LatencyResult, LatencyRow, LatencyStats
+from qexp.latency import LatencyResult
 from qexp.training import EpochResult
 
 FINAL = {"train": "train/final_", "validation": "val/final_", "test": "test/"}  # train/top1 is the curve
@@ -49,32 +49,37 @@ def of_comparison(comparison: Comparison, int8_macs_percent: float) -> dict[str,
     }
 
 
-def of_latency(result: LatencyResult) -> Iterator[tuple[str, int | None, dict[str, float]]]:
-    """Values with their step, the batch size, and whose they are: "fp32" or "int8", or "both" for the comparison.
+def of_latency(result: LatencyResult, chosen: str) -> Iterator[tuple[str | None, int | None, dict[str, float]]]:
+    """Values with whose they are (the model's name, None for the run alone) and their step, the batch size.
 
     The p50 and the speed-up are there without a step too: a table of runs shows only the value at the largest one.
+    `chosen`, the fastest int8 model, is also there as `int8`.
     """
     for row in result.rows:
-        step, scalar = row.batch_size, f"_batch{row.batch_size}"
-        yield "both", step, {"latency/speedup": row.speedup}
-        yield "both", None, {f"latency/speedup{scalar}": row.speedup}
-        for kind in ("fp32", "int8"):
-            stats: LatencyStats = getattr(row, kind)
+        scalar = f"_batch{row.batch_size}"
+        named = {name: (name, row.stats[name], row.speedups[name].median) for name in row.stats}
+        for prefix, (name, stats, speedup) in (named | {"int8": named[chosen]}).items():
             values = {"p50_ms": stats.p50_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms}
-            values["images_per_s"] = stats.images_per_second
-            for owner, prefix in ((kind, "latency/"), ("both", f"latency/{kind}_")):
-                yield owner, step, {f"{prefix}{name}": value for name, value in values.items()}
-                yield owner, None, {f"{prefix}p50_ms{scalar}": stats.p50_ms}
+            values |= {"images_per_s": stats.images_per_second, "speedup": speedup}
+            owners = [(None, f"latency/{prefix}_")] + ([(name, "latency/")] if prefix == name else [])
+            for owner, start in owners:
+                yield owner, row.batch_size, {f"{start}{key}": value for key, value in values.items()}
+                yield owner, None, {f"{start}{key}{scalar}": values[key] for key in ("p50_ms", "speedup")}
+        speedup = row.speedups[chosen].median
+        yield None, row.batch_size, {"latency/speedup": speedup}
+        yield None, None, {f"latency/speedup{scalar}": speedup}
 
 
-def latency_table(rows: Sequence[LatencyRow]) -> dict[str, list[Any]]:
-    """Columns by name, one row a batch size."""
-    flat = [
-        {"batch_size": row.batch_size, "speedup": row.speedup}
-        | {f"{kind}_{name}": value for kind in ("fp32", "int8") for name, value in asdict(getattr(row, kind)).items()}
-        for row in rows
-    ]
-    return columns(flat)
+def latency_table(result: LatencyResult) -> dict[str, list[Any]]:
+    """Columns by name, one row a model and batch size."""
+    return columns(
+        [
+            {"batch_size": row.batch_size, "model": name, **asdict(stats)}
+            | {f"speedup_{key}": value for key, value in asdict(row.speedups[name]).items()}
+            for row in result.rows
+            for name, stats in row.stats.items()
+        ]
+    )
 
 
 def accuracy_table(accuracy: dict[str, dict[str, Accuracy]]) -> dict[str, list[Any]]:

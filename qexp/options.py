@@ -24,9 +24,17 @@ def _as_list(value: Any) -> Any:
 
 
 Engines = Annotated[
-    list[Engine], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(lambda names: list(dict.fromkeys(names)))
+    list[Engine],
+    Field(min_length=1),
+    BeforeValidator(_as_list),
+    AfterValidator(lambda names: list(dict.fromkeys(names))),
 ]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
+Baselines = Annotated[
+    list[Literal["fp32_traced", "bf16", "fp32_onnx"]],
+    BeforeValidator(lambda value: [] if value in ("none", ["none"]) else _as_list(value)),
+    AfterValidator(lambda names: list(dict.fromkeys(names))),
+]
 
 
 class DataConfig(BaseModel):
@@ -87,7 +95,7 @@ class QuantizeConfig(BaseModel):
     max_top1_drop: float | None = Field(
         None,
         ge=0,
-        description="budget: layers go back to fp32 until the drop of validation top-1 is at most this, percentage points",
+        description="budget: layers go back to fp32 until validation top-1 drops by at most this, percentage points",
         json_schema_extra={"option": "quantize_max_top1_drop"},
     )
     max_tries: int = Field(10, ge=1, description="quantizations that the budget may cost")
@@ -103,8 +111,12 @@ class QuantizeConfig(BaseModel):
 class LatencyConfig(BaseModel):
     model_config = STRICT
     batch_sizes: Counts = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
+    baselines: Baselines = Field(
+        ["fp32_traced", "bf16", "fp32_onnx"],
+        description="what is timed beside fp32 and int8, or none: fp32_traced, bf16 (if the CPU has it), fp32_onnx",
+    )
     warmup: int = Field(5, ge=1, description="untimed passes of each model at each batch size")
-    min_repeats: int = Field(20, ge=2, description="timed passes of each model at each batch size, at least")
+    min_repeats: int = Field(20, ge=2, description="rounds at each batch size, at least; each times every model")
     min_seconds: float = Field(1.0, ge=0, description="seconds of timing at each batch size, at least")
 
 

@@ -1,18 +1,22 @@
 """The commands of qexp: each calls the stages in order and returns what the last line on standard output shows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qexp import claims, launch, registered, registry, resumed, stages, tracking
+from qexp import claims, deciding, launch, quantizing, registered, registry, resumed, stages, tracking
 from qexp.checkpoint import LAUNCHER_LOCK, lock_of, remove_checkpoints
 from qexp.config import Config
 from qexp.data import Dataset, calibration_count, load_dataset
 from qexp.distributed import read_group
+from qexp.errors import StageError
 from qexp.evidence import Evidence, Fp32Evidence
 from qexp.host import Host, read_host
 from qexp.models import ModelSpec, check_model_name, outline
+from qexp.progress import say
+from qexp.quantizing import Int8
 from qexp.recipe import settle_options
 from qexp.training import train_model
 
@@ -89,14 +93,38 @@ def quantize_to_report(
     config: Config, host: Host, dataset: Dataset, fp32: stages.Fp32, parent_run_id: str | None = None
 ) -> tuple[Evidence, str]:
     """Everything that follows an fp32 model; the evidence and the URI of the report."""
-    quantized = resumed.quantized_below(parent_run_id) if parent_run_id else None
-    int8 = registered.int8_of_run(quantized) if quantized else stages.quantize_stage(config, host, dataset, fp32)
-    latency = stages.latency_stage(config, host, fp32.version, int8.version)
-    evidence = stages.gate_stage(config, fp32, int8, latency)
+    done = [registered.int8_of_run(run) for run in resumed.quantized_below(parent_run_id)] if parent_run_id else []
+    int8s = quantize_all(config, host, dataset, fp32, done)
+    engines = {int8.version: int8.evidence.quantize.engine for int8 in int8s}
+    latency = deciding.latency_stage(config, host, fp32.version, engines)
+    evidence = deciding.gate_stage(config, fp32, int8s, latency)
     report_uri = stages.report_stage(config, host, evidence, parent_run_id)
     if evidence.champion:  # the last act: a job that fails on its way moves no alias
-        registry.promote(fp32.version, int8.version)
+        chosen = next(int8.version for int8 in int8s if int8.version.uri == evidence.int8.version_uri)
+        registry.set_alias("champion", fp32.version, chosen)
     return evidence, report_uri
+
+
+def quantize_all(
+    config: Config, host: Host, dataset: Dataset, fp32: stages.Fp32, done: Sequence[Int8] = ()
+) -> list[Int8]:
+    """An int8 version with each engine of `config`, without those of `done`; of several engines, one may fail.
+
+    Raises:
+        StageError: no engine could quantize the model.
+    """
+    int8s = {int8.evidence.quantize.engine: int8 for int8 in done}
+    left = [engine for engine in config.quantize.engine if engine not in int8s]
+    sensitivity = quantizing.sensitivity_stage(config, host, dataset, fp32) if left else None
+    for engine in left:
+        options = config.model_copy(update={"quantize": config.quantize.only(engine)})
+        try:
+            int8s[engine] = quantizing.quantize_stage(options, host, dataset, fp32, sensitivity)
+        except StageError as error:
+            if engine == config.quantize.engine[-1] and not int8s:
+                raise
+            say(f"goes on without engine {engine}: {error}")
+    return [int8s[engine] for engine in config.quantize.engine if engine in int8s]
 
 
 def run_train(config: Config, resume: str | None = None, overrides: Overrides | None = None) -> Summary | None:
@@ -118,14 +146,20 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     config, host, dataset = prepare(config, model_uri)
     config = with_calibration_count(config, dataset)
     fp32 = registered.fp32_from_registry(model_uri, dataset)
-    int8 = stages.quantize_stage(config, host, dataset, fp32)
-    figures = {
+    int8s = quantize_all(config, host, dataset, fp32)
+    found = [_figures_of(fp32, int8) for int8 in int8s]
+    more = {"versions": found} if len(found) > 1 else {}
+    return {"command": "quantize", "run_id": int8s[0].version.run_id, "fp32": fp32.version.uri, **found[0], **more}
+
+
+def _figures_of(fp32: stages.Fp32, int8: Int8) -> Summary:
+    return {
+        "int8": int8.version.uri,
+        "engine": int8.evidence.quantize.engine,
         "int8_top1_percent": int8.evidence.accuracy["test"].top1_percent,
         "top1_drop_points": int8.evidence.comparison["test"].top1_drop_points,
         "size_ratio": fp32.version.size_bytes / int8.version.size_bytes,
     }
-    uris = {"fp32": fp32.version.uri, "int8": int8.version.uri}
-    return {"command": "quantize", "run_id": int8.version.run_id, **uris, **figures}
 
 
 def run_latency(config: Config, model_uri: str) -> Summary:
@@ -133,9 +167,11 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     config, host = _prepare_for_version(config, model_uri)
     int8 = registry.find_version(model_uri, "int8")
     fp32 = registry.find_version(int8.tags["fp32_uri"], "fp32")
-    evidence = stages.latency_stage(config, host, registry.from_entity(fp32), registry.from_entity(int8))
-    speedups = {str(row.batch_size): row.speedup for row in evidence.latency.rows}
-    uris = {"fp32": evidence.fp32_uri, "int8": evidence.int8_uri}
+    version = registry.from_entity(int8)
+    evidence = deciding.latency_stage(config, host, registry.from_entity(fp32), {version: int8.tags["engine"]})
+    name = evidence.name_of(version.uri)
+    speedups = {str(row.batch_size): row.speedups[name].median for row in evidence.latency.rows}
+    uris = {"fp32": evidence.fp32_uri, "int8": version.uri}
     return {"command": "latency", "run_id": evidence.run_id, **uris, "speedup_by_batch_size": speedups}
 
 
@@ -210,4 +246,5 @@ def _use_threads(config: Config) -> Host:
 def _summary(command: str, run_id: str, evidence: Evidence, report_uri: str) -> Summary:
     gate = "passed" if evidence.gate.passed else "failed"
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": report_uri}
-    return {"command": command, "run_id": run_id, **uris, "gate": gate, **evidence.headline}
+    engine = {"engine": evidence.int8.quantize.engine}
+    return {"command": command, "run_id": run_id, **uris, **engine, "gate": gate, **evidence.headline}

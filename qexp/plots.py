@@ -1,4 +1,4 @@
-"""The seven figures of a report, from `Evidence` alone; sized to be read at half the width of a page."""
+"""The figures of a report, from `Evidence` alone; sized to be read at half the width of a page."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +17,10 @@ TRAIN, VALIDATION = "#3b7a57", "#b0413e"
 
 
 def save_figures(evidence: Evidence, folder: Path) -> list[Path]:
-    """Draw all seven as PNG files in `folder`, in the order of the report."""
+    """Draw all as PNG files in `folder`, in the order of the report; that of the layers only where it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [_save(draw, evidence, folder / f"{name}.png") for name, draw in FIGURES.items()]
+    figures = FIGURES if evidence.int8.sensitivity else {k: v for k, v in FIGURES.items() if k != "sensitivity"}
+    return [_save(draw, evidence, folder / f"{name}.png") for name, draw in figures.items()]
 
 
 def _save(draw: Callable[[Axes, Evidence], None], evidence: Evidence, file: Path) -> Path:
@@ -97,8 +98,10 @@ def _accuracy_bars(axes: Axes, evidence: Evidence) -> None:
 
 
 def _model_size(axes: Axes, evidence: Evidence) -> None:
-    sizes = [evidence.fp32.size_bytes / 1e6, evidence.int8.size_bytes / 1e6]
-    bars = axes.bar(["fp32", "int8"], sizes, 0.55, color=[FP32, INT8])
+    sizes = [evidence.fp32.size_bytes / 1e6, *(judged.int8.size_bytes / 1e6 for judged in evidence.versions)]
+    labels = ["fp32", *(judged.int8.quantize.engine for judged in evidence.versions)]
+    labels[1:] = ["int8"] if len(labels) == 2 else [f"int8 {engine}" for engine in labels[1:]]
+    bars = axes.bar(labels, sizes, 0.55, color=[FP32] + [INT8] * (len(sizes) - 1))
     axes.bar_label(bars, fmt="%.2f MB", fontsize=8)
     axes.set(title=f"Size as stored: {evidence.size_ratio:.2f}x", ylabel="MB (10⁶ bytes)", ylim=(0, 1.12 * max(sizes)))
 
@@ -106,9 +109,9 @@ def _model_size(axes: Axes, evidence: Evidence) -> None:
 def _macs(axes: Axes, evidence: Evidence) -> None:
     cost = evidence.int8.cost
     places = range(len(cost.macs))
-    totals = [count / 1e9 for count in cost.macs.values()]
+    totals = [count / 1e9 for count in evidence.int8.fp32_cost.macs.values()]
     in_int8 = [count / 1e9 for count in cost.int8_macs.values()]
-    left = [total - int8 for total, int8 in zip(totals, in_int8, strict=True)]
+    left = [total / 1e9 - int8 for total, int8 in zip(cost.macs.values(), in_int8, strict=True)]
     axes.bar([place - 0.2 for place in places], totals, 0.38, color=FP32, label="fp32 model")
     axes.bar([place + 0.2 for place in places], in_int8, 0.38, color=INT8, label="int8 model, in int8")
     if evidence.int8.quantize.float_layers:
@@ -126,16 +129,42 @@ def _macs(axes: Axes, evidence: Evidence) -> None:
 def _inference_time(axes: Axes, evidence: Evidence) -> None:
     rows = evidence.latency.rows
     batches = [row.batch_size for row in rows]
-    for kind, color in (("fp32", FP32), ("int8", INT8)):
-        stats = [getattr(row, kind) for row in rows]
-        axes.plot(batches, [s.p50_ms for s in stats], "o-", ms=3, color=color, label=f"{kind} p50 (band: to p90)")
-        axes.fill_between(batches, [s.p50_ms for s in stats], [s.p90_ms for s in stats], color=color, alpha=0.25, lw=0)
+    main = {evidence.latency.baseline: FP32, evidence.name: INT8}
+    for name in rows[0].stats:
+        stats = [row.stats[name] for row in rows]
+        p50, p90 = [s.p50_ms for s in stats], [s.p90_ms for s in stats]
+        if color := main.get(name):
+            axes.plot(batches, p50, "o-", ms=3, color=color, label=f"{name} p50 (band: to p90)")
+            axes.fill_between(batches, p50, p90, color=color, alpha=0.25, lw=0)
+        else:
+            style = ":" if name.startswith("int8") else "--"
+            axes.plot(batches, p50, style, lw=1, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
     title = f"Inference time by batch size, {claims.threads(evidence.latency.threads)}"
     axes.set(title=title, xlabel="batch size", ylabel="ms a batch")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=6)
+
+
+def _sensitivity(axes: Axes, evidence: Evidence) -> None:
+    found = evidence.int8.sensitivity
+    assert found is not None
+    layers = found.layers
+    places = range(len(layers))
+    axes.axhline(found.fp32_top1_percent, color=FP32, lw=0.8, label="all in fp32")
+    axes.axhline(found.int8_top1_percent, color=INT8, lw=0.8, label="all in int8")
+    axes.plot(
+        places, [layer.top1_only_int8_percent for layer in layers], "o", ms=3, color=INT8, label="only it in int8"
+    )
+    axes.plot(
+        places, [layer.top1_only_fp32_percent for layer in layers], "s", ms=3, color=FP32, label="only it in fp32"
+    )
+    step = max(1, len(layers) // 16)
+    names = [layer.layer.removeprefix("network.") for layer in layers]
+    axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=6)
+    axes.set(title="Top-1 by layer, simulated", ylabel="validation top-1, %")
+    axes.legend(fontsize=6)
 
 
 def _is_wide(values: list[float]) -> bool:
@@ -164,6 +193,7 @@ FIGURES: dict[str, Callable[[Axes, Evidence], None]] = {
     "model_size": _model_size,
     "macs": _macs,
     "inference_time": _inference_time,
+    "sensitivity": _sensitivity,
 }
 
 

@@ -3,10 +3,12 @@
 from qexp import registry, tracking
 from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.data import Dataset
+from qexp.deciding import decide
 from qexp.errors import InputError
-from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 from qexp.models import load_classifier
-from qexp.stages import SPLITS, Fp32, Int8, decide, evaluate_splits
+from qexp.quantizing import Int8
+from qexp.stages import SPLITS, Fp32, evaluate_splits
 
 
 def config_of_version(config: Config, uri: str, kind: str) -> Config:
@@ -76,9 +78,14 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     if "latency_run_id" not in found.tags:
         raise InputError(f"--model-uri {uri}: its latency was not measured; run `qexp latency --model-uri {uri}` first")
     fp32 = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
-    int8 = tracking.read_result(Int8Evidence, found.tags["quantize_run_id"], "int8")
     latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
     source = registry.find_version(found.tags["fp32_uri"], "fp32")
-    verified = all(version.tags["verified"] == "true" for version in (source, found))
-    gate = decide(config, fp32, int8, latency, verified)
-    return Evidence(fp32, int8, latency.latency, latency.host, gate, champion="champion" in found.aliases)
+    own = f"models:/{found.name}/{found.version}"
+    judged = []
+    for timed in sorted(latency.contenders, key=lambda other: other != own):  # the one that was asked for comes first
+        version = registry.find_version(timed, "int8")
+        int8 = tracking.read_result(Int8Evidence, version.tags["quantize_run_id"], "int8")
+        verified = all(one.tags["verified"] == "true" for one in (source, version))
+        gate = decide(config, fp32, int8, latency, verified)
+        judged.append(Judged(int8, latency.name_of(timed), gate))
+    return Evidence(fp32, tuple(judged), latency, champion="champion" in found.aliases)

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -19,7 +19,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexp.errors import InputError, first_line
 from qexp.models import ModelSpec
@@ -27,6 +27,9 @@ from qexp.verification import verify
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
+KERNELS = "Kernels:"  # begins what is said about them in a version's description
+STORED = (".pt2", ".pth", ".onnx")
+Predict = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,53 +55,61 @@ class Registered:
 
 
 def register(
-    kind: str, module: nn.Module, name: str, spec: ModelSpec, sample: Tensor, tags: dict[str, Any]
+    kind: str, model: Predict, name: str, spec: ModelSpec, sample: Tensor, tags: dict[str, Any], stored: Any = None
 ) -> Registered:
-    """Log `module` in the active run, register it, verify it in a bare process, and make it `challenger` if it passed.
+    """Log a model in the active run, register it, verify it in a bare process, and make it `challenger` if it passed.
 
     Args:
-        kind: "fp32", saved as an exported program (pt2), or "int8", as TorchScript.
-        sample: uint8 [N, 3, H, W]; the images on which the reloaded model must give the same bits.
-        tags: lineage, as tags of the version.
+        kind: "fp32", saved as an exported program (pt2), or "int8", as what `stored` is.
+        model: what gives the logits that the reloaded version must give.
+        sample: uint8 [N, 3, H, W]; the images on which it must give the same bits.
+        tags: lineage, as tags of the version; `flavor` is MLflow's, pytorch unless it says something else.
+        stored: what MLflow stores (a module, an ONNX model); None: `model` itself.
     """
-    info = _log_model(kind, module, name, spec)
+    flavor = tags.get("flavor", "pytorch")
+    info = _log_model(kind, model if stored is None else stored, name, spec, flavor)
     client = mlflow.MlflowClient()
     number = str(info.registered_model_version)
     uri = f"models:/{name}/{number}"
-    verified = verify(uri, module, sample, child_environment(torch.get_num_threads()))
+    verified = verify(uri, model, sample, child_environment(torch.get_num_threads()))
     size_bytes = _stored_bytes(uri)
     facts = {"kind": kind, "classes": json.dumps(spec.classes), "image_size": spec.image_size}
     facts |= {"size_mb": size_bytes / 1e6, "verified": verified}
     tag_version(uri, facts | tags)
-    client.update_model_version(name, number, _description(kind, uri, spec, tags))
+    client.update_model_version(name, number, _description(kind, uri, spec, flavor))
     if verified:
         client.set_registered_model_alias(name, "challenger", number)
     return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
 
 
-def _log_model(kind: str, module: nn.Module, name: str, spec: ModelSpec) -> Any:
+def _log_model(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str) -> Any:
     shape = (3, spec.image_size, spec.image_size)
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype("float32"), (-1, *shape))]),
         Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)))]),
     )
-    pins = [f"{package}=={installed_version(package).split('+')[0]}" for package in ("mlflow", "torch", "numpy")]
+    packages = {"pytorch": ("mlflow", "torch", "numpy"), "onnx": ("mlflow", "onnx", "onnxruntime", "numpy")}[flavor]
+    own: dict[str, dict[str, Any]] = {
+        "pytorch": {"serialization_format": FORMATS[kind]},
+        "onnx": {"save_as_external_data": False},
+    }
+    log_model: Any = {"pytorch": mlflow.pytorch.log_model, "onnx": mlflow.onnx.log_model}[flavor]
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        return mlflow.pytorch.log_model(
-            module.eval(),
+        return log_model(
+            stored.eval() if flavor == "pytorch" else stored,
             name=f"{spec.architecture}-{kind}",
             registered_model_name=name,
             signature=signature,
             input_example=np.zeros((2, *shape), np.float32),  # two: an export from one image fixes the batch at one
-            pip_requirements=pins,
-            serialization_format=FORMATS[kind],
+            pip_requirements=[f"{package}=={installed_version(package).split('+')[0]}" for package in packages],
             metadata={
                 "classes": list(spec.classes),
                 "input": "float32 RGB in [0, 1]",
                 "architecture": spec.architecture,
             },
             model_type="classifier",
+            **own[flavor],
         )
 
 
@@ -182,19 +193,24 @@ def discard_versions(run_id: str) -> None:
         client.delete_logged_model(model.model_id)
 
 
-def promote(*versions: Registered) -> None:
-    """Make these versions the `champion` of their models."""
+def set_alias(alias: str, *versions: Registered) -> None:
+    """Give these versions an alias of their models."""
     for version in versions:
-        mlflow.MlflowClient().set_registered_model_alias(version.name, "champion", version.version)
+        mlflow.MlflowClient().set_registered_model_alias(version.name, alias, version.version)
 
 
-def load_version(uri: str) -> nn.Module:
-    """Load a registered model; an int8 one with the kernels of its `backend` tag, set for the whole process first.
+def load_version(uri: str, backend: str | None = None) -> Predict:
+    """Load a registered model; an int8 one with the kernels `backend`, or those of its tag, set for the whole process.
 
     Raises:
         InputError: the URI has another form or does not exist.
     """
-    if backend := _look_up(uri).tags.get("backend"):
+    tags = _look_up(uri).tags
+    if tags.get("flavor") == "onnx":
+        from qexp.quantization.onnx import OnnxClassifier
+
+        return OnnxClassifier(mlflow.onnx.load_model(uri))
+    if backend := backend or tags.get("backend"):
         torch.backends.quantized.engine = backend
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
@@ -202,9 +218,11 @@ def load_version(uri: str) -> nn.Module:
 
 
 def _stored_bytes(uri: str) -> int:
-    """Size of the model's file (model.pt2 or model.pth) as the registry stores it."""
-    files = mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/data")
-    return sum(file.file_size or 0 for file in files if file.path.endswith((".pt2", ".pth")))
+    """Size of the model's file (model.pt2, model.pth or model.onnx) as the registry stores it."""
+    files = [
+        file for folder in ("/data", "") for file in mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}{folder}")
+    ]
+    return sum(file.file_size or 0 for file in files if file.path.endswith(STORED))
 
 
 @contextmanager
@@ -219,18 +237,22 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _description(kind: str, uri: str, spec: ModelSpec, tags: dict[str, Any]) -> str:
-    """Markdown for the version's page: what it takes and gives, how to load it, and with which kernels."""
+def describe_kernels(uri: str, measured: str) -> None:
+    """Say in the description of an int8 version which kernels were the faster ones, and by how much."""
+    found = _look_up(uri)
+    text = (found.description or "").split(KERNELS)[0].rstrip()
+    mlflow.MlflowClient().update_model_version(found.name, found.version, f"{text}\n\n{KERNELS} {measured}")
+
+
+def _description(kind: str, uri: str, spec: ModelSpec, flavor: str) -> str:
+    """Markdown for the version's page: what it takes and gives, and how to load it."""
     size = spec.image_size
-    lines = [
+    load = {
+        "pytorch": f"model = mlflow.pytorch.load_model({uri!r})",
+        "onnx": f"model = mlflow.pyfunc.load_model({uri!r})  # predict(images)['logits']; images are a numpy array",
+    }[flavor]
+    return (
         f"{spec.architecture}, {kind}. Input: float32 RGB images in [0, 1], shape [N, 3, {size}, {size}]; "
-        f"normalisation is inside. Output: logits [N, {len(spec.classes)}] in the order {', '.join(spec.classes)}.",
-        f"```python\nmodel = mlflow.pytorch.load_model({uri!r})\n```",
-    ]
-    if "backend" in tags:
-        lines.append(
-            f"Measured with the `{tags['backend']}` kernels. TorchScript packs int8 weights at load for the engine "
-            f"that the process has chosen: set `torch.backends.quantized.engine = {tags['backend']!r}` before loading "
-            "(`x86` unless set), or call `qexp.load(uri)`, which does. Outputs are the same either way, speed is not."
-        )
-    return "\n\n".join(lines)
+        f"normalisation is inside. Output: logits [N, {len(spec.classes)}] in the order {', '.join(spec.classes)}.\n\n"
+        f"```python\n{load}\n```"
+    )

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import markdown
 
-from qexp import claims
+from qexp import advice, claims
 from qexp.evaluation import Accuracy
-from qexp.evidence import Evidence, to_json
+from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, to_json
+from qexp.latency import LatencyRow
 from qexp.plots import save_figures
 
 STYLE = """
@@ -71,9 +72,15 @@ def render_markdown(evidence: Evidence) -> str:
         _pictures("macs"),
         _bullets(claims.macs(evidence)),
         "## Effect of quantization on inference time",
+        _p50_table(evidence),
+        _speedup_table(evidence),
         _latency_table(evidence),
         _pictures("inference_time"),
         _bullets(claims.latency(evidence)),
+        _startup_table(evidence),
+        "## What to ship",
+        _bullets(advice.recommendation(evidence)),
+        *_sensitivity(evidence),
         "## Gate",
         _bullets([claims.gate(evidence)]),
         "## Environment",
@@ -100,10 +107,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = 
 def _accuracy_table(evidence: Evidence) -> str:
     header = ["Model", "Parameters", "Size, MB", "Top-1 train", "Top-3 train", "Top-1 test", "Top-3 test"]
     rows = []
-    for name, model in (("fp32", evidence.fp32), ("int8", evidence.int8)):
+    models: list[tuple[str, int, Fp32Evidence | Int8Evidence]] = [
+        ("fp32", evidence.int8.fp32_cost.parameters, evidence.fp32)
+    ]
+    for judged in evidence.versions:
+        label = "int8" if len(evidence.versions) == 1 else f"int8 {judged.int8.quantize.engine}"
+        models.append((label, judged.int8.cost.parameters, judged.int8))
+    for name, parameters, model in models:
         shares = [f"{value:.2f} %" for split in ("train", "test") for value in _both(model.accuracy[split])]
-        parameters = f"{evidence.int8.cost.parameters:,}"
-        rows.append([f"{evidence.fp32.model} {name}", parameters, f"{model.size_bytes / 1e6:.3f}", *shares])
+        rows.append([f"{evidence.fp32.model} {name}", f"{parameters:,}", f"{model.size_bytes / 1e6:.3f}", *shares])
     return table(header, rows)
 
 
@@ -112,33 +124,79 @@ def _both(accuracy: Accuracy) -> tuple[float, float]:
 
 
 def _macs_table(evidence: Evidence) -> str:
-    cost = evidence.int8.cost
-    rows = [[str(batch), f"{cost.macs[batch]:,}", f"{cost.int8_macs[batch]:,}"] for batch in cost.macs]
-    return table(["Batch size", "MACs a batch", "of them in int8, after quantization"], rows)
+    counted, cost = evidence.int8.fp32_cost, evidence.int8.cost
+    rows = [[str(batch), f"{counted.macs[batch]:,}", f"{cost.int8_macs[batch]:,}"] for batch in counted.macs]
+    return table(["Batch size", "MACs a batch", "in int8, after quantization"], rows)
+
+
+def _p50_table(evidence: Evidence) -> str:
+    names = list(evidence.latency.rows[0].stats)
+    rows = [
+        [str(row.batch_size), *(f"{row.stats[name].p50_ms:.3g}" for name in names)] for row in evidence.latency.rows
+    ]
+    return "Median wall time (p50), ms a batch:\n\n" + table(["Batch size", *names], rows)
+
+
+def _speedup_table(evidence: Evidence) -> str:
+    """Over the registered fp32 model; it says where the noise is too high to tell the two apart."""
+    base = evidence.latency.baseline
+    names = [name for name in evidence.latency.rows[0].stats if name != base]
+    rows = [[str(row.batch_size), *(_speedup(row, base, name) for name in names)] for row in evidence.latency.rows]
+    noise = [f"{row.noise.median:.2f} ({row.noise.low:.2f} to {row.noise.high:.2f})" for row in evidence.latency.rows]
+    body = [[*cells, found] for cells, found in zip(rows, noise, strict=True)]
+    head = f"Times as fast as {base}, with 95 % interval; last, the noise, an int8 model against itself:\n\n"
+    return head + table(["Batch size", *names, "noise"], body)
+
+
+def _speedup(row: LatencyRow, base: str, name: str) -> str:
+    found = row.speedups[name]
+    text = f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return text if row.compared(base, name) else f"cannot tell apart: {text}"
 
 
 def _latency_table(evidence: Evidence) -> str:
-    header = [
-        "Batch size",
-        "fp32 p50, ms",
-        "p90",
-        "p99",
-        "int8 p50, ms",
-        "p90",
-        "p99",
-        "fp32 images/s",
-        "int8 images/s",
-    ]
+    names = (evidence.latency.baseline, evidence.name)
+    header = ["Batch size", *(f"{name} {what}" for name in names for what in ("p50, ms", "p90", "p99", "images/s"))]
     rows = []
     for row in evidence.latency.rows:
-        times = [f"{value:.2f}" for s in (row.fp32, row.int8) for value in (s.p50_ms, s.p90_ms, s.p99_ms)]
-        rates = [f"{s.images_per_second:,.0f}" for s in (row.fp32, row.int8)]
-        rows.append([str(row.batch_size), *times, *rates, f"{row.speedup:.2f}x"])
-    return table([*header, "Speed-up"], rows)
+        cells = [
+            text
+            for s in (row.stats[name] for name in names)
+            for text in (f"{s.p50_ms:.2f}", f"{s.p90_ms:.2f}", f"{s.p99_ms:.2f}", f"{s.images_per_second:,.0f}")
+        ]
+        rows.append([str(row.batch_size), *cells])
+    return table(header, rows)
+
+
+def _startup_table(evidence: Evidence) -> str:
+    rows = [
+        [found.model, f"{found.load_s:.2f}", f"{found.first_call_ms:.1f}", f"{found.peak_memory_mb:,.0f}"]
+        for found in evidence.latency.startups
+    ]
+    return table(["In a process of its own", "loading, s", "first call, ms", "peak memory of the process, MB"], rows)
+
+
+def _sensitivity(evidence: Evidence) -> list[str]:
+    """Layer by layer, and what the budget kept in fp32; nothing where neither was measured."""
+    found = evidence.int8.sensitivity
+    if found is None:
+        return []
+    rows = [
+        [
+            f"`{layer.layer}`",
+            "no noise" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+            f"{layer.top1_only_int8_percent:.2f} %",
+            f"{layer.top1_only_fp32_percent:.2f} %",
+        ]
+        for layer in found.layers
+    ]
+    header = ["Layer", "SQNR of its output, dB", "top-1, only it in int8", "top-1, only it in fp32"]
+    sentences = [*advice.sensitivity(found), *advice.budget(evidence)]
+    return ["## Layer sensitivity", table(header, rows), _pictures("sensitivity"), _bullets(sentences)]
 
 
 def _environment_table(evidence: Evidence) -> str:
-    host, int8, data = evidence.host, evidence.int8, evidence.fp32.data
+    host, int8, data = evidence.measured.host, evidence.int8, evidence.fp32.data
     quantize = int8.quantize
     rows = [
         ["CPU", f"{host.cpu}, {host.cores} cores, {claims.threads(evidence.latency.threads)}, {host.memory_gb:g} GB"],
@@ -151,9 +209,9 @@ def _environment_table(evidence: Evidence) -> str:
             "Training",
             f"seed {evidence.fp32.seed}, {claims.training_pace(evidence)}",
         ],
-        ["Quantization", f"engine {quantize.engine}, {quantize.backend} kernels, {claims.quantization(quantize)}"],
+        ["Quantization", f"engine {quantize.engine}, timed as {evidence.name}, {claims.quantization(quantize)}"],
         ["Calibration", f"{quantize.calibration_images} training images, digest {int8.calibration_digest}"],
         ["fp32 version", f"`{evidence.fp32.version_uri}`"],
-        ["int8 version", f"`{int8.version_uri}`"],
+        ["int8 version", ", ".join(f"`{one.int8.version_uri}`" for one in evidence.versions)],
     ]
     return table(["What", "Value"], rows, numbers=False)

@@ -70,11 +70,10 @@ def has_trained(main_run_id: str) -> bool:
     return any(_stage(run) == "train" and run.info.status == "FINISHED" for run in tracking.children_of(main_run_id))
 
 
-def quantized_below(main_run_id: str) -> str | None:
-    """The run in which a run of `qexp run` has quantized its model, if that has finished."""
+def quantized_below(main_run_id: str) -> list[str]:
+    """The runs in which a run of `qexp run` has quantized its model, those that have finished."""
     children = tracking.children_of(main_run_id)
-    done = (run.info.run_id for run in children if _stage(run) == "quantize" and run.info.status == "FINISHED")
-    return next(done, None)
+    return [run.info.run_id for run in children if _stage(run) == "quantize" and run.info.status == "FINISHED"]
 
 
 def _stage(run: Run) -> str:

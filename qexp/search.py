@@ -34,6 +34,8 @@ def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
             f"--processes {config.train.processes}: a search trains in one process; "
             "give it to `qexp train` first, and the search takes that version"
         )
+    if len(config.quantize.engine) > 1:
+        raise InputError(f"--engine {','.join(config.quantize.engine)}: a search takes one engine")
     tracking.use_store()
     model_uri = model_uri or registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
     config, host, dataset = pipeline.prepare(config, model_uri, given=("data",))

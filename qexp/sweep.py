@@ -1,30 +1,39 @@
 """The latency sweep in a process of its own: `python -m qexp.sweep REQUEST.json RESULT.json`.
 
-It loads both registered models as a user does, fixes the thread count, and does nothing else while it times them.
+It fixes the thread count, loads all models as a user does, and does nothing else while it times them. Start-up and
+memory are measured first, in one more process a model. For every batch size the models are loaded anew: torch's int8
+convolutions keep one kernel, for the first shape that they see, as a service with that batch size would have it.
 """
 
+import multiprocessing
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qexp.config import LatencyConfig
+from qexp.contenders import BASELINE, Contender, load, prepare_baselines
 from qexp.errors import StageError
 from qexp.evidence import from_json, to_json
-from qexp.latency import LatencyResult, LatencyRow, Run, measure_latency
+from qexp.latency import LatencyResult, LatencyRow, Run, StartUp, measure_latency
 from qexp.progress import say
 
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What the child process is asked: two versions, at so many threads, on images of this size in pixels."""
+    """What the child process is asked: which models, the first int8 one twice, at so many threads, on such images."""
 
-    fp32_uri: str
-    int8_uri: str
+    contenders: tuple[Contender, ...]
+    repeated: str
     image_size: int
     threads: int
     options: LatencyConfig
@@ -42,35 +51,76 @@ def run_sweep(request: SweepRequest, environment: dict[str, str]) -> LatencyResu
         command = [sys.executable, "-W", "ignore", "-m", "qexp.sweep", str(question), str(answer)]
         status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
         if status != 0:
-            raise StageError(
-                f"the latency sweep of {request.int8_uri} failed with exit code {status}; see the lines above"
-            )
+            uris = ", ".join(dict.fromkeys(contender.uri for contender in request.contenders))
+            raise StageError(f"the latency sweep of {uris} failed with exit code {status}; see the lines above")
         return from_json(LatencyResult, answer.read_text())
 
 
 def _main(question: Path, answer: Path) -> None:
-    from qexp.registry import load_version
-
     request = from_json(SweepRequest, question.read_text())
     torch.set_num_threads(request.threads)
     torch.set_num_interop_threads(1)
-    fp32, int8 = load_version(request.fp32_uri), load_version(request.int8_uri)
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        folder, fp32_uri = Path(name), request.contenders[0].uri
+        names = [contender.name for contender in request.contenders if contender.name in request.options.baselines]
+        # Before this process computes anything itself: OpenMP's threads do not survive a fork.
+        _in_fork(lambda: prepare_baselines(fp32_uri, names, request.image_size, folder))
+        startups = tuple(
+            _in_fork(lambda found=found: _start_up(found, request, folder)) for found in request.contenders
+        )
+        rows = measure_latency(_preparer(request, folder), BASELINE, request.repeated, request.options, on_row=_say_row)
+    answer.write_text(to_json(LatencyResult(BASELINE, rows, startups, request.threads)))
+
+
+def _preparer(request: SweepRequest, folder: Path) -> Callable[[int], dict[str, Run]]:
     generator = torch.Generator().manual_seed(0)
 
-    def prepare(batch_size: int) -> tuple[Run, Run]:
-        shape = (batch_size, 3, request.image_size, request.image_size)
-        images = torch.rand(shape, generator=generator)
-        return lambda: fp32(images), lambda: int8(images)
+    def prepare(batch_size: int) -> dict[str, Run]:
+        images = torch.rand((batch_size, 3, request.image_size, request.image_size), generator=generator)
+        models = {contender.name: load(contender, folder) for contender in request.contenders}
+        return {name: lambda model=model: model(images) for name, model in models.items()}  # type: ignore[misc]
 
-    with torch.no_grad():
-        result = measure_latency(prepare, request.options, request.threads, on_row=_say_row)
-    answer.write_text(to_json(result))
+    return prepare
+
+
+def _start_up(contender: Contender, request: SweepRequest, folder: Path) -> StartUp:
+    sizes = request.options.batch_sizes
+    small, large = (torch.rand(batch, 3, request.image_size, request.image_size) for batch in (sizes[0], sizes[-1]))
+    times = [time.perf_counter()]
+    model = load(contender, folder)
+    times.append(time.perf_counter())
+    model(small)
+    times.append(time.perf_counter())
+    model(large)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return StartUp(contender.name, times[1] - times[0], 1000 * (times[2] - times[1]), peak / 1e6)
+
+
+def _in_fork(work: Callable[..., Any]) -> Any:
+    """What `work` returns in a copy of this process."""
+
+    def send(end: Connection) -> None:
+        with torch.no_grad():
+            end.send(work())
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=send, args=(theirs,))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        child.join()
+        sys.exit(1)  # the child has shown why
+    finally:
+        child.join()
 
 
 def _say_row(row: LatencyRow) -> None:
+    times = ", ".join(f"{name} {stats.p50_ms:.2f}" for name, stats in row.stats.items())
     say(
-        f"latency at batch size {row.batch_size}: fp32 {row.fp32.p50_ms:.2f} ms, int8 {row.int8.p50_ms:.2f} ms, "
-        f"speed-up {row.speedup:.2f}"
+        f"latency at batch size {row.batch_size}, p50 in ms of {len(next(iter(row.round_ms.values())))} rounds: {times}"
     )
 
 

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexp.evaluation import to_float
 from qexp.progress import say
@@ -17,21 +18,22 @@ BARE_PROCESS = """
 import sys
 import mlflow, numpy
 uri, images, expected = sys.argv[1:]
-logits = mlflow.pyfunc.load_model(uri).predict(numpy.load(images))
+found = mlflow.pyfunc.load_model(uri).predict(numpy.load(images))
+logits = next(iter(found.values())) if isinstance(found, dict) else found  # ONNX has names for its outputs
 same = numpy.array_equal(logits, numpy.load(expected)) and "qexp" not in sys.modules
 sys.exit(0 if same else 3)
 """
 DIFFERENT = 3
 
 
-def verify(uri: str, module: nn.Module, sample: Tensor, environment: dict[str, str]) -> bool:
+def verify(uri: str, model: Callable[[Tensor], Tensor], sample: Tensor, environment: dict[str, str]) -> bool:
     """Whether the version, loaded in a fresh process that imports only mlflow and numpy, gives the same logits, bit for
-    bit, as `module` in this one, for uint8 `sample` [N, 3, H, W]; `environment` names the store and the threads."""
+    bit, as `model` in this one, for uint8 `sample` [N, 3, H, W]; `environment` names the store and the threads."""
     images = to_float(sample)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         inputs, expected = Path(folder, "images.npy"), Path(folder, "logits.npy")
         np.save(inputs, images.numpy())
-        np.save(expected, module(images).numpy())
+        np.save(expected, model(images).numpy())
         command = [sys.executable, "-W", "ignore", "-c", BARE_PROCESS, uri, str(inputs), str(expected)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:

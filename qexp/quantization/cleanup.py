@@ -37,7 +37,7 @@ def _fold_repeating_pools(model: fx.GraphModule, example: Tensor) -> None:
         ShapeProp(model).propagate(example)
     modules: dict[str, Any] = dict(model.named_modules())
 
-    def module_of(node: Any) -> nn.Module | None:
+    def module_of(node: Any) -> Any:
         return modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
     for linear in list(model.graph.nodes):
@@ -45,7 +45,9 @@ def _fold_repeating_pools(model: fx.GraphModule, example: Tensor) -> None:
         if not isinstance(layer, nn.Linear):
             continue
         flatten = linear.args[0]
-        pool = flatten.args[0] if flatten.target in FLATTENS or isinstance(module_of(flatten), nn.Flatten) else None
+        pool: Any = (
+            flatten.args[0] if flatten.target in FLATTENS or isinstance(module_of(flatten), nn.Flatten) else None
+        )
         if not isinstance(module_of(pool), nn.AdaptiveAvgPool2d):
             continue
         before, after = (node.meta["tensor_meta"].shape for node in (pool.args[0], pool))

@@ -22,9 +22,9 @@ INT8_CALLS = (
     "onednn::qlinear_pointwise.binary",
 )
 # Convolutions and matrix products, with the place of their weight among the arguments.
-PRODUCTS = {
-    aten.convolution.default: 1, aten.conv2d.default: 1, aten.linear.default: 1, aten.mm.default: 1, aten.addmm.default: 2
-}  # fmt: skip
+PRODUCTS = {getattr(aten, name).default: 1 for name in ("convolution", "conv2d", "linear", "mm")} | {
+    aten.addmm.default: 2
+}
 RESHAPES = (aten.view.default, aten.reshape.default)
 STORED_AS = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 
@@ -63,7 +63,7 @@ def _for_tracing(program: fx.GraphModule) -> None:
 
 
 def _hide_fp32_products(program: fx.GraphModule) -> dict[fx.Node, Any]:
-    """Give layers that stay fp32 a name that Inductor does not know: it would pack them for kernels that no trace takes.
+    """Give layers that stay fp32 a name that Inductor does not know: it packs them for kernels that no trace takes.
 
     Returns what each node has computed.
     """

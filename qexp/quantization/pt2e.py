@@ -24,7 +24,8 @@ LEFT_FP32 = ("conv2d", "convolution", "linear", "addmm", "mm")
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
-    logging.getLogger("torchao").setLevel(logging.CRITICAL)  # it tells of CUDA extensions that it cannot load
+    for noisy in ("torchao", "torch.utils._pytree"):  # of CUDA extensions that cannot be loaded, of names that change
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:

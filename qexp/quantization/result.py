@@ -1,9 +1,12 @@
 """What every engine gives back."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,3 +61,11 @@ class QuantizedModel:
     flavor: Literal["pytorch", "onnx"]
     source: nn.Module
     result: QuantizeResult
+
+    def saved_bytes(self) -> int:
+        """Size of the file in which MLflow would store it."""
+        if self.flavor == "onnx":
+            return int(self.stored.ByteSize())
+        with tempfile.NamedTemporaryFile() as file:
+            torch.jit.save(self.stored, file.name)
+            return Path(file.name).stat().st_size

@@ -1,0 +1,116 @@
+"""What to ship, from accuracy, size and latency together, and what each choice cost; sentences for the report."""
+
+from collections.abc import Sequence
+
+from qexp import claims
+from qexp.evidence import Evidence, Judged
+from qexp.latency import LatencyRow
+from qexp.quantization.sensitivity import SensitivityResult
+
+
+def recommendation(evidence: Evidence) -> list[str]:
+    """Which model to ship, and where int8 does not pay."""
+    floats = float_models(evidence)
+    told = {row.batch_size: row.compared(fastest(row, floats), evidence.name) for row in evidence.latency.rows}
+    faster = [size for size, sign in told.items() if sign > 0]
+    unclear = not any(told.values())
+    kept = [_best_floats(evidence, floats)]
+    if not evidence.gate.passed:
+        first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}."
+    elif unclear:
+        first = (
+            "**Measure again on a quiet machine**: the noise is too high to tell int8 from the fastest fp32 or bf16 "
+            f"model at any batch size. It is {evidence.size_ratio:.2f}x smaller."
+        )
+    elif not faster:
+        first = (
+            "**int8 does not pay in time here**: at no batch size is it faster than the fastest fp32 or bf16 model, "
+            f"beyond the noise. It saves size alone ({evidence.size_ratio:.2f}x)."
+        )
+    else:
+        where = "at every batch size" if len(faster) == len(told) else f"at batch size {_join(faster)}"
+        first = (
+            f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}): it passes the gate and is faster than every "
+            f"fp32 and bf16 model {where}."
+        )
+        if others := [size for size, sign in told.items() if sign <= 0]:
+            kept.append(f"int8 does not pay in time at batch size {_join(others)}.")
+    return [first, *kept, *(_about(evidence, judged) for judged in evidence.versions[1:])]
+
+
+def float_models(evidence: Evidence) -> list[str]:
+    """The names in the latency table that are not int8."""
+    int8 = {name for names in evidence.measured.contenders.values() for name in names}
+    return [name for name in evidence.latency.rows[0].stats if name not in int8]
+
+
+def fastest(row: LatencyRow, names: Sequence[str]) -> str:
+    """Of these models, the one with the smallest p50 in a row."""
+    return min(names, key=lambda name: row.stats[name].p50_ms)
+
+
+def _best_floats(evidence: Evidence, floats: Sequence[str]) -> str:
+    ratios = [row.ratio(fastest(row, floats), evidence.name).median for row in evidence.latency.rows]
+    low, high = (f"{value:.2f}x" for value in (min(ratios), max(ratios)))
+    best = ", ".join(dict.fromkeys(fastest(row, floats) for row in evidence.latency.rows))
+    return f"Against the fastest model that is not int8 ({best}), int8 is {low} to {high} as fast."
+
+
+def _about(evidence: Evidence, other: Judged) -> str:
+    """How another int8 version compares with the chosen one."""
+    rows = evidence.latency.rows
+    signs = [row.compared(other.name, evidence.name) for row in rows]
+    words = {1: "slower", -1: "faster", 0: "not to be told apart"}
+    sizes = {sign: [row.batch_size for row, found in zip(rows, signs, strict=True) if found == sign] for sign in words}
+    speed = "; ".join(f"{word} at batch size {_join(sizes[sign])}" for sign, word in words.items() if sizes[sign])
+    drop = other.int8.comparison["test"].top1_drop_points
+    gate = "passes" if other.gate.passed else "does not pass"
+    return (
+        f"`{other.int8.version_uri}` ({other.name}): top-1 {claims.changed(drop)}, "
+        f"{other.int8.size_bytes / 1e6:.3f} MB, {gate} the gate; compared with {evidence.name} it is {speed}."
+    )
+
+
+def sensitivity(result: SensitivityResult) -> list[str]:
+    """Which layer costs most in int8."""
+    worst = min(result.layers, key=lambda layer: layer.top1_only_int8_percent)
+    gain = max(result.layers, key=lambda layer: layer.top1_only_fp32_percent)
+    alone = (
+        f"In int8 alone, `{worst.layer}` costs most ({worst.top1_only_int8_percent:.2f} %); left in fp32 alone, "
+        f"`{gain.layer}` gives most ({gain.top1_only_fp32_percent:.2f} %)."
+    )
+    if worst.top1_only_int8_percent >= result.fp32_top1_percent:
+        alone = "No layer alone in int8 makes top-1 worse on these images."
+    return [
+        f"On {result.images:,} validation images, top-1 is {result.fp32_top1_percent:.2f} % in fp32 and "
+        f"{result.int8_top1_percent:.2f} % with all layers in int8 (simulated: {result.observer} ranges, weights "
+        f"{'per channel' if result.per_channel else 'per layer'}).",
+        alone,
+    ]
+
+
+def budget(evidence: Evidence) -> list[str]:
+    """Which layers went back to fp32, and what that cost."""
+    found, cost = evidence.int8.budget, evidence.int8.budget_cost
+    if found is None:
+        return []
+    last = found.tries[-1]
+    kept = evidence.int8.quantize.kept_layers
+    met = "is met" if found.met else "**is not met**"
+    tries = f"{len(found.tries)} {'try' if len(found.tries) == 1 else 'tries'}"
+    first = (
+        f"The budget of {found.max_top1_drop_points:g} points on validation images {met} after {tries}; "
+        f"{len(kept)} {'layer stays' if len(kept) == 1 else 'layers stay'} fp32{': ' if kept else ''}{', '.join(kept)}."
+    )
+    if cost is None:
+        return [first, f"All layers in int8 lose {last.validation_top1_drop_points:.2f} points there."]
+    slower = ", ".join(
+        f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f}) at batch size {batch}"
+        for batch, ratio in cost.slowdown.items()
+    )
+    grown = (cost.size_bytes - cost.all_int8_bytes) / 1e6
+    return [first, f"That costs {grown:.3f} MB, and time: {slower} as long as with all layers in int8."]
+
+
+def _join(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))

@@ -1,0 +1,69 @@
+"""Every model that a latency sweep times, and how each is loaded: as a user would load it.
+
+fp32 is the registered version. The fair baselines are made from its weights: traced and frozen by TorchScript, the
+same in bf16, and exported to ONNX for ONNX Runtime. int8 are registered versions, each with one choice of kernels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qexp import registry, tracking
+from qexp.models import Classifier, load_classifier
+
+Predict = Callable[[Tensor], object]
+BASELINE = "fp32"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A name, a registered version, and the engine that torch is to use for int8 kernels (None: as it comes)."""
+
+    name: str
+    uri: str
+    backend: str | None = None
+
+
+def int8_contenders(uri: str, engine: str, backends: tuple[str | None, ...]) -> tuple[Contender, ...]:
+    """A registered int8 version once for each choice of kernels; the first keeps the engine's plain name."""
+    return tuple(
+        Contender(f"int8_{engine}" if backend in (None, "x86") else f"int8_{engine}_{backend}", uri, backend)
+        for backend in backends
+    )
+
+
+def prepare_baselines(fp32_uri: str, names: Sequence[str], image_size: int, folder: Path) -> None:
+    """Write what `load` needs for the baselines of these names into `folder`."""
+    weights = registry.find_version(fp32_uri, "fp32").tags["weights_uri"]
+    with tracking.downloaded(weights) as file, torch.no_grad():
+        model = load_classifier(file)
+    example = torch.zeros(2, 3, image_size, image_size)
+    for name in names:
+        _write_baseline(name, model, example, folder)
+
+
+def _write_baseline(name: str, model: Classifier, example: Tensor, folder: Path) -> None:
+    if name == "fp32_onnx":
+        from qexp.quantization.onnx import export
+
+        return export(model, example, folder / f"{name}.onnx")
+    kind = torch.bfloat16 if name == "bf16" else torch.float32
+    with torch.no_grad():
+        traced = torch.jit.trace(model.to(kind), example.to(kind), check_trace=False)
+        torch.jit.save(torch.jit.freeze(traced.eval()), str(folder / f"{name}.pt"))
+    model.float()
+
+
+def load(contender: Contender, folder: Path) -> Predict:
+    """The model, freshly loaded; `folder` is that of `prepare_baselines`."""
+    if contender.name == "fp32_onnx":
+        from qexp.quantization.onnx import OnnxClassifier
+
+        return OnnxClassifier(folder / "fp32_onnx.onnx")
+    if contender.name in ("fp32_traced", "bf16"):
+        module = torch.jit.load(str(folder / f"{contender.name}.pt"))
+        return (lambda images: module(images.bfloat16()).float()) if contender.name == "bf16" else module
+    return registry.load_version(contender.uri, contender.backend)

@@ -1,0 +1,117 @@
+"""The stages that end a job: all models timed side by side, and each int8 version held against the gate."""
+
+from collections.abc import Sequence
+
+from qexp import metrics, registry, tracking
+from qexp.config import Config
+from qexp.contenders import BASELINE, Contender, int8_contenders
+from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
+from qexp.gate import GateResult, decide_gate
+from qexp.host import Host
+from qexp.latency import LatencyResult
+from qexp.quantizing import Int8
+from qexp.registry import Registered
+from qexp.stages import Fp32
+from qexp.sweep import SweepRequest, run_sweep
+
+
+def latency_stage(config: Config, host: Host, fp32: Registered, int8s: dict[Registered, str]) -> LatencyEvidence:
+    """Time registered versions in a process of its own; log it to the run, to the models and as tags.
+
+    Args:
+        int8s: the engine of each int8 version.
+    """
+    uris = ", ".join(f"`{version.uri}`" for version in (fp32, *int8s))
+    with tracking.start_run(f"latency-{config.model}", f"Latency of {uris}.") as run_id:
+        tracking.log_setup(config, host)
+        baselines = [name for name in config.latency.baselines if name != "bf16" or host.has_bf16]
+        timed = {version: _int8_contenders(config, version.uri, engine) for version, engine in int8s.items()}
+        contenders = [Contender(name, fp32.uri) for name in (BASELINE, *baselines)]
+        contenders += [contender for found in timed.values() for contender in found]
+        repeated = next(iter(timed.values()))[0].name
+        request = SweepRequest(tuple(contenders), repeated, config.data.image_size, host.threads, config.latency)
+        result = run_sweep(request, registry.child_environment(host.threads))
+        ranked = {version: _fastest_first(config, result, found) for version, found in timed.items()}
+        names = {version.uri: tuple(contender.name for contender in found) for version, found in ranked.items()}
+        evidence = LatencyEvidence(fp32.uri, names, result, host, run_id)
+        _log_latency(evidence, fp32, ranked)
+    return evidence
+
+
+def _int8_contenders(config: Config, uri: str, engine: str) -> tuple[Contender, ...]:
+    """A plain load uses x86 kernels for `fx`; others are timed beside them unless x86 was asked for."""
+    plain: tuple[str | None, ...] = ("x86",) if engine == "fx" else (None,)
+    other = ("onednn",) if engine == "fx" and config.quantize.backend != "x86" else ()
+    return int8_contenders(uri, engine, (*plain, *other))
+
+
+def _fastest_first(config: Config, result: LatencyResult, found: Sequence[Contender]) -> list[Contender]:
+    """The kernels that were asked for first, or else those that won; those of a plain load unless others are faster."""
+    names = [one.name for one in found if one.backend == config.quantize.backend] or [one.name for one in found]
+    first = result.winner(names)
+    return sorted(found, key=lambda one: one.name != first)
+
+
+def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Registered, list[Contender]]) -> None:
+    result = evidence.latency
+    owners = {BASELINE: fp32.owner} | {found[0].name: version.owner for version, found in ranked.items()}
+    fastest = result.winner([found[0].name for found in ranked.values()])
+    for whose, step, values in metrics.of_latency(result, fastest):
+        if whose is None or whose in owners:
+            tracking.log_metrics(values, step, owners[whose] if whose else None)
+    tracking.log_table(metrics.latency_table(result), "latency")
+    tracking.log_result("latency", evidence)
+    for version, found in ranked.items():
+        smallest = result.smallest_speedup(found[0].name)
+        tags = {"latency_run_id": evidence.run_id, "smallest_speedup": f"{smallest:.3f}"}
+        if found[0].backend:
+            tags["backend"] = found[0].backend
+            registry.describe_kernels(version.uri, _about_kernels(result, found))
+        registry.tag_version(version.uri, tags)
+    least = result.smallest_speedup(fastest)
+    tracking.set_note(f"Smallest speed-up of {fastest} over `{fp32.uri}`: **{least:.2f}x**.")
+
+
+def _about_kernels(result: LatencyResult, found: list[Contender]) -> str:
+    first = found[0]
+    means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
+    text = f"`{first.backend}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
+    if first.backend == "x86":
+        return f"{text} It is what a plain load uses too."
+    return (
+        f"{text} TorchScript packs int8 weights at load for the engine of the process, `x86` unless it was set: for "
+        f"the same speed without qexp, set `torch.backends.quantized.engine = {first.backend!r}` before loading. "
+        "Outputs are the same either way."
+    )
+
+
+def gate_stage(config: Config, fp32: Fp32, int8s: Sequence[Int8], latency: LatencyEvidence) -> Evidence:
+    """Hold each int8 version against the gate and tag it with the decision; the pipeline acts on it.
+
+    The version chosen is the fastest of those that passed, or of all if none did; of two that cannot be told apart,
+    that of the engine named first.
+    """
+    judged = []
+    for int8 in int8s:
+        verified = fp32.version.verified and int8.version.verified
+        gate = decide(config, fp32.evidence, int8.evidence, latency, verified)
+        passed = "passed" if gate.passed else "failed"
+        registry.tag_version(int8.version.uri, {"gate": passed, "gate_reason": gate.summary})
+        judged.append(Judged(int8.evidence, latency.name_of(int8.version.uri), gate))
+    able = [one.name for one in judged if one.gate.passed] or [one.name for one in judged]
+    best = latency.latency.winner(able)
+    judged.sort(key=lambda one: one.name != best)
+    chosen = next(int8 for int8 in int8s if int8.evidence is judged[0].int8)
+    if chosen.version.verified:
+        registry.set_alias("challenger", chosen.version)
+    return Evidence(fp32.evidence, tuple(judged), latency, champion=judged[0].gate.passed)
+
+
+def decide(
+    config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence, verified: bool
+) -> GateResult:
+    """The gate's decision on an int8 version from what was measured."""
+    drop = int8.comparison["test"].top1_drop_points
+    ratio = fp32.size_bytes / int8.size_bytes
+    speedup = latency.latency.smallest_speedup(latency.name_of(int8.version_uri))
+    return decide_gate(config.gate, drop, ratio, speedup, verified)
