@@ -1,0 +1,123 @@
+"""The int8 models that peers.py compares: how each is made from one fp32 classifier, and loaded for timing."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexp.config import QuantizeConfig
+from qexp.models import Classifier
+from qexp.quantization import quantize_model
+from qexp.quantization.onnx import INPUT, OnnxClassifier, export
+
+Predict = Callable[[Tensor], Tensor]
+# Ours: options of the quantization. TorchScript files are the same whatever kernels they were made for.
+OURS: dict[str, dict[str, Any]] = {
+    "fx": {"engine": "fx"},
+    "fx_onednn": {"engine": "fx", "backend": "onednn"},
+    "pt2e": {"engine": "pt2e"},
+    "onnx": {"engine": "onnx"},
+    "fx_folded": {"engine": "fx", "backend": "onednn", "fold_pool": True},
+}
+PEERS = ("onnxruntime", "onnxruntime_u8s8_per_channel", "openvino")
+
+
+def make_all(model: Classifier, images: Tensor, folder: Path, reduce_range: bool) -> dict[str, float]:
+    """Write every int8 model into `folder`; seconds that each took, by name. `images` are uint8, for calibration."""
+    seconds = {}
+    (folder / "image_size").write_text(str(model.spec.image_size))
+    for name, options in OURS.items():
+        started = time.monotonic()
+        quantized = quantize_model(model, images, QuantizeConfig(**options), reduce_range)
+        unchanged = sum(p.numel() for p in quantized.source.parameters()) > 0.5 * sum(
+            p.numel() for p in model.parameters()
+        )
+        if name == "fx_folded" and unchanged:
+            continue  # nothing to fold in this network
+        if quantized.flavor == "onnx":
+            (folder / f"{name}.onnx").write_bytes(quantized.stored.SerializeToString())
+        else:
+            torch.jit.save(quantized.stored, str(folder / f"{name}.pt"))
+        seconds[name] = time.monotonic() - started
+    export(model, images[:2].float() / 255, folder / "exported")
+    for name, make in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
+        started = time.monotonic()
+        made = make(images, folder)
+        seconds |= {each: (time.monotonic() - started) / len(made) for each in made}
+    return seconds
+
+
+def _onnxruntime(images: Tensor, folder: Path) -> tuple[str, ...]:
+    """With quantize_static's defaults, and with what its documentation advises for x86 (U8S8), per channel."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter([{INPUT: (batch.float() / 255).numpy()} for batch in images.split(64)])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    prepared = folder / "prepared"
+    quant_pre_process(str(folder / "exported"), str(prepared), skip_symbolic_shape=True)
+    quantize_static(str(prepared), str(folder / "onnxruntime.onnx"), Images())
+    quantize_static(
+        str(prepared),
+        str(folder / "onnxruntime_u8s8_per_channel.onnx"),
+        Images(),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return "onnxruntime", "onnxruntime_u8s8_per_channel"
+
+
+def _openvino(images: Tensor, folder: Path) -> tuple[str, ...]:
+    """With the defaults of nncf.quantize, calibrated with the same images, one by one as NNCF wants them."""
+    import nncf
+    import openvino
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    (folder / "exported").rename(folder / "exported.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(folder / "exported.onnx")
+        batches = [(image[None].float() / 255).numpy() for image in images]
+        quantized = nncf.quantize(converted, nncf.Dataset(batches), subset_size=len(batches))
+    openvino.save_model(quantized, folder / "openvino.xml")
+    return ("openvino",)
+
+
+def _torchscript(name: str, backend: str) -> Callable[[Path], Predict]:
+    def load(folder: Path) -> Predict:
+        torch.backends.quantized.engine = backend
+        module: Predict = torch.jit.load(str(folder / f"{name}.pt"))
+        return module
+
+    return load
+
+
+def _load_openvino(folder: Path) -> Predict:
+    import openvino
+
+    hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(folder / "openvino.xml", "CPU", hints).create_infer_request()
+    return lambda images: torch.from_numpy(request.infer({0: images.numpy()})[0])
+
+
+LOADERS: dict[str, Callable[[Path], Predict]] = {
+    "fx": _torchscript("fx", "x86"),
+    "fx_onednn": _torchscript("fx_onednn", "onednn"),
+    "pt2e": _torchscript("pt2e", "x86"),
+    "fx_folded": _torchscript("fx_folded", "onednn"),
+    "onnx": lambda folder: OnnxClassifier(folder / "onnx.onnx"),
+    "onnxruntime": lambda folder: OnnxClassifier(folder / "onnxruntime.onnx"),
+    "onnxruntime_u8s8_per_channel": lambda folder: OnnxClassifier(folder / "onnxruntime_u8s8_per_channel.onnx"),
+    "openvino": _load_openvino,
+}
