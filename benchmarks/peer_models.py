@@ -45,7 +45,7 @@ def make_all(model: Classifier, images: Tensor, folder: Path, reduce_range: bool
             torch.jit.save(quantized.stored, str(folder / f"{name}.pt"))
         seconds[name] = time.monotonic() - started
     export(model, images[:2].float() / 255, folder / "exported")
-    for name, make in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
+    for make in (_onnxruntime, _openvino):
         started = time.monotonic()
         made = make(images, folder)
         seconds |= {each: (time.monotonic() - started) / len(made) for each in made}

@@ -53,10 +53,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do: int8 multiply-accumulates in a large matrix product, bytes read from memory."""
+    """What the machine can do: int8 multiply-accumulates in a large matrix product, bytes read from memory.
+
+    `call_us` is what a call of torch's int8 convolution takes that has next to nothing to compute.
+    """
 
     int8_gmacs_per_s: float
     read_gb_per_s: float
+    call_us: float
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def _say(row: LatencyRow) -> None:
 
 
 def measure_limits() -> Limits:
-    """The best of 30 passes each: 2048 x 4096 x 4096 in int8 by oneDNN, and the sum of one gigabyte."""
+    """The best passes: 2048 x 4096 x 4096 in int8 by oneDNN, the sum of one gigabyte, a 1x1 convolution of one pixel."""
     rows, width = 2048, 4096
     x = torch.randint(0, 255, (rows, width), dtype=torch.uint8)
     ones, zeros = torch.full((width,), 0.01), torch.zeros(width, dtype=torch.int32)
@@ -164,12 +168,20 @@ def measure_limits() -> Limits:
     product = _fastest(lambda: torch.ops.onednn.qlinear_pointwise(*arguments))
     memory = torch.ones(2**28)
     read = _fastest(lambda: memory.sum())
-    return Limits(rows * width * width / product / 1e9, 4 * 2**28 / read / 1e9)
+    call = _fastest(_smallest_convolution(), passes=2000)
+    return Limits(rows * width * width / product / 1e9, 4 * 2**28 / read / 1e9, 1e6 * call)
 
 
-def _fastest(run: Callable[[], Any]) -> float:
+def _smallest_convolution() -> Callable[[], Any]:
+    weight = torch.quantize_per_channel(torch.ones(16, 16, 1, 1), torch.ones(16), torch.zeros(16), 0, torch.qint8)
+    packed = torch.ops.quantized.conv2d_prepack(weight, torch.zeros(16), [1, 1], [0, 0], [1, 1], 1)
+    pixel = torch.quantize_per_tensor(torch.ones(1, 16, 1, 1), 1.0, 0, torch.quint8)
+    return lambda: torch.ops.quantized.conv2d_relu(pixel, packed, 1.0, 0)
+
+
+def _fastest(run: Callable[[], Any], passes: int = 30) -> float:
     times = []
-    for _ in range(30):
+    for _ in range(passes):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
@@ -238,7 +250,8 @@ def _about_limits(peers: Peers) -> str:
         f" size {last.batch_size} does {rate:,.0f} G of the fp32 model's multiply-accumulates a second "
         f"({100 * rate / peers.limits.int8_gmacs_per_s:.0f} %); at batch size {first.batch_size} it goes through the "
         f"default engine's {peers.weight_bytes / 1e6:.1f} MB of weights at {read:.1f} GB/s "
-        f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches)."
+        f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches). A call of torch's "
+        f"int8 convolution that has nothing to compute takes {peers.limits.call_us:.1f} µs."
     )
 
 

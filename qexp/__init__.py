@@ -10,10 +10,11 @@ __version__ = "0.1.0"
 
 
 def load(uri: str) -> Any:
-    """The registered model at `uri`, loaded with the int8 kernels that it was measured with.
+    """The registered model at `uri` as a function of images, with the int8 kernels that won when it was measured.
 
     `mlflow.pytorch.load_model(uri)` gives the same outputs; this sets the engine recorded in the version's tags first,
-    because TorchScript packs int8 weights at load, for whatever engine the process has chosen.
+    because TorchScript packs int8 weights at load, for whatever engine the process has chosen. A version of engine
+    `onnx` is run by ONNX Runtime, on as many threads as torch.
     """
     from qexp.registry import load_version
 

@@ -9,6 +9,7 @@ from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyE
 from qexp.gate import GateResult, decide_gate
 from qexp.host import Host
 from qexp.latency import LatencyResult
+from qexp.quantization import KERNELS
 from qexp.quantizing import Int8
 from qexp.registry import Registered
 from qexp.stages import Fp32
@@ -39,10 +40,10 @@ def latency_stage(config: Config, host: Host, fp32: Registered, int8s: dict[Regi
 
 
 def _int8_contenders(config: Config, uri: str, engine: str) -> tuple[Contender, ...]:
-    """A plain load uses x86 kernels for `fx`; others are timed beside them unless x86 was asked for."""
-    plain: tuple[str | None, ...] = ("x86",) if engine == "fx" else (None,)
-    other = ("onednn",) if engine == "fx" and config.quantize.backend != "x86" else ()
-    return int8_contenders(uri, engine, (*plain, *other))
+    """The kernels of a plain load, and beside them the others, or the one of them that was asked for."""
+    plain, *others = KERNELS[engine]
+    asked = config.quantize.backend
+    return int8_contenders(uri, engine, (plain, *(one for one in others if asked in (None, one))))
 
 
 def _fastest_first(config: Config, result: LatencyResult, found: Sequence[Contender]) -> list[Contender]:
@@ -66,6 +67,7 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
         tags = {"latency_run_id": evidence.run_id, "smallest_speedup": f"{smallest:.3f}"}
         if found[0].backend:
             tags["backend"] = found[0].backend
+            tags["backend_speedups"] = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}" for one in found)
             registry.describe_kernels(version.uri, _about_kernels(result, found))
         registry.tag_version(version.uri, tags)
     least = result.smallest_speedup(fastest)

@@ -12,9 +12,11 @@ from qexp.quantization import fx, onnx, pt2e
 from qexp.quantization.cleanup import clean
 from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
 
-__all__ = ["QuantizedModel", "quantize_model"]
+__all__ = ["KERNELS", "QuantizedModel", "quantize_model"]
 
 Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], EngineResult]
+# What `torch.backends.quantized.engine` may be when a version is loaded, that of a plain load first; None: all the same.
+KERNELS: dict[str, tuple[str | None, ...]] = {"fx": fx.KERNELS, "pt2e": (None,), "onnx": (None,)}
 ENGINES: dict[str, Engine] = {"fx": fx.quantize, "pt2e": pt2e.quantize, "onnx": onnx.quantize}
 
 

@@ -26,12 +26,12 @@ from qexp.errors import StageError, first_line
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
-PLAIN_BACKEND = "x86"  # what a process uses that sets none
+KERNELS = ("x86", "onednn")  # what a process uses that sets none, then the other
 
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
-    backend = options.backend or PLAIN_BACKEND
+    backend = options.backend or KERNELS[0]
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
         converted = _calibrate_and_convert(model, images, options, reduce_range)
@@ -78,7 +78,7 @@ def _qconfig_mapping(options: QuantizeConfig, reduce_range: bool) -> QConfigMapp
         activation=observer_class(observer, options).with_args(dtype=torch.quint8, reduce_range=reduce_range),
         weight=weight_observer.with_args(dtype=torch.qint8, qscheme=scheme),
     )
-    mapping = get_default_qconfig_mapping(options.backend or PLAIN_BACKEND).set_global(qconfig)
+    mapping = get_default_qconfig_mapping(options.backend or KERNELS[0]).set_global(qconfig)
     for pattern, default in list(mapping.object_type_qconfigs.items()):
         if default is not None and not _has_fixed_range(default):
             mapping.set_object_type(pattern, qconfig)
