@@ -158,7 +158,7 @@ def _say(row: LatencyRow) -> None:
 
 
 def measure_limits() -> Limits:
-    """The best passes: 2048 x 4096 x 4096 in int8 by oneDNN, the sum of one gigabyte, a 1x1 convolution of one pixel."""
+    """The best passes: 2048 x 4096 x 4096 in int8 by oneDNN, the sum of a gigabyte, a convolution of one pixel."""
     rows, width = 2048, 4096
     x = torch.randint(0, 255, (rows, width), dtype=torch.uint8)
     ones, zeros = torch.full((width,), 0.01), torch.zeros(width, dtype=torch.int32)
@@ -173,7 +173,9 @@ def measure_limits() -> Limits:
 
 
 def _smallest_convolution() -> Callable[[], Any]:
-    weight = torch.quantize_per_channel(torch.ones(16, 16, 1, 1), torch.ones(16), torch.zeros(16), 0, torch.qint8)
+    weight = torch.quantize_per_channel(
+        torch.ones(16, 16, 1, 1), torch.ones(16), torch.zeros(16, dtype=torch.int64), 0, torch.qint8
+    )
     packed = torch.ops.quantized.conv2d_prepack(weight, torch.zeros(16), [1, 1], [0, 0], [1, 1], 1)
     pixel = torch.quantize_per_tensor(torch.ones(1, 16, 1, 1), 1.0, 0, torch.quint8)
     return lambda: torch.ops.quantized.conv2d_relu(pixel, packed, 1.0, 0)

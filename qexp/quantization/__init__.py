@@ -15,7 +15,7 @@ from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResul
 __all__ = ["KERNELS", "QuantizedModel", "quantize_model"]
 
 Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], EngineResult]
-# What `torch.backends.quantized.engine` may be when a version is loaded, that of a plain load first; None: all the same.
+# What `torch.backends.quantized.engine` may be at load, that of a plain load first; None: it does not matter.
 KERNELS: dict[str, tuple[str | None, ...]] = {"fx": fx.KERNELS, "pt2e": (None,), "onnx": (None,)}
 ENGINES: dict[str, Engine] = {"fx": fx.quantize, "pt2e": pt2e.quantize, "onnx": onnx.quantize}
 
