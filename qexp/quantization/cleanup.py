@@ -1,6 +1,7 @@
 """Exact clean-up of an fp32 classifier before it is quantized: the outputs stay what they are, within rounding."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     copied = copy.deepcopy(model).eval()
     try:
         with torch.no_grad():
-            cleaned: Any = fuse(remove_dropout(copied), inplace=True)
+            cleaned: Any = remove_dropout(copied)
+            if not _calls_a_convolution_twice(cleaned):
+                cleaned = fuse(cleaned, inplace=True)
     except Exception:  # tracing raises whatever the model's Python code does when it meets a symbol
         return copied
     if fold_pool:
@@ -32,23 +35,25 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     return cleaned.eval()
 
 
+def _calls_a_convolution_twice(model: fx.GraphModule) -> bool:
+    """Torch would fold the batch norm of one call into both."""
+    calls, modules = _calls(model), dict(model.named_modules())
+    return any(count > 1 and isinstance(modules[name], nn.modules.conv._ConvNd) for name, count in calls.items())
+
+
+def _calls(model: fx.GraphModule) -> Counter[str]:
+    return Counter(str(node.target) for node in model.graph.nodes if node.op == "call_module")
+
+
 def _fold_repeating_pools(model: fx.GraphModule, example: Tensor) -> None:
     with torch.no_grad():
         ShapeProp(model).propagate(example)
     modules: dict[str, Any] = dict(model.named_modules())
-
-    def module_of(node: Any) -> Any:
-        return modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
-
+    calls = _calls(model)
     for linear in list(model.graph.nodes):
-        layer = module_of(linear)
-        if not isinstance(layer, nn.Linear):
-            continue
-        flatten = linear.args[0]
-        pool: Any = (
-            flatten.args[0] if flatten.target in FLATTENS or isinstance(module_of(flatten), nn.Flatten) else None
-        )
-        if not isinstance(module_of(pool), nn.AdaptiveAvgPool2d):
+        layer = _module_of(linear, modules)
+        pool = _pool_before(linear, modules)
+        if not isinstance(layer, nn.Linear) or calls[str(linear.target)] > 1 or pool is None:
             continue
         before, after = (node.meta["tensor_meta"].shape for node in (pool.args[0], pool))
         if before[2:] == (1, 1) and after[2:].numel() > 1 and layer.in_features == after[1:].numel():
@@ -56,6 +61,21 @@ def _fold_repeating_pools(model: fx.GraphModule, example: Tensor) -> None:
             pool.replace_all_uses_with(pool.args[0])
             model.graph.erase_node(pool)
     model.recompile()
+
+
+def _pool_before(node: fx.Node, modules: dict[str, Any]) -> Any:
+    """The pool whose flattened output `node` takes, and nothing else does; None if there is no such pool."""
+    flatten: Any = node.args[0] if node.args else None
+    if not isinstance(flatten, fx.Node) or len(flatten.users) > 1:
+        return None
+    if not (flatten.target in FLATTENS or isinstance(_module_of(flatten, modules), nn.Flatten)):
+        return None
+    pool: Any = flatten.args[0]
+    return pool if isinstance(_module_of(pool, modules), nn.AdaptiveAvgPool2d) and len(pool.users) == 1 else None
+
+
+def _module_of(node: Any, modules: dict[str, Any]) -> nn.Module | None:
+    return modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
 
 def _replace_weights(model: fx.GraphModule, name: str, layer: nn.Linear, channels: int) -> None:
