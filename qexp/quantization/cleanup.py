@@ -71,15 +71,19 @@ def _repeat_instead_of_averaging(model: fx.GraphModule, example: Tensor) -> None
         ShapeProp(model).propagate(example)
     modules: dict[str, Any] = dict(model.named_modules())
     for node in list(model.graph.nodes):
-        if isinstance(_module_of(node, modules), nn.AdaptiveAvgPool2d):
-            before, after = (place.meta["tensor_meta"].shape[2:] for place in (node.args[0], node))
-            if before == (1, 1) != after:
-                model.set_submodule(str(node.target), nn.Upsample(size=tuple(after), mode="nearest"))
-        elif isinstance(_module_of(node, modules), nn.Flatten):  # torch.ao knows the function alone
-            flatten = modules[node.target]
-            with model.graph.inserting_before(node):
-                arguments = (node.args[0], flatten.start_dim, flatten.end_dim)
-                node.replace_all_uses_with(model.graph.call_function(torch.flatten, arguments))
+        layer: Any = _module_of(node, modules)
+        same: Any = None  # torch.ao knows these as functions alone
+        with model.graph.inserting_before(node):
+            if isinstance(layer, nn.AdaptiveAvgPool2d):
+                before, after = (place.meta["tensor_meta"].shape[2:] for place in (node.args[0], node))
+                if before == (1, 1) != after:
+                    options = {"size": tuple(after), "mode": "nearest"}
+                    same = model.graph.call_function(nn.functional.interpolate, node.args, options)
+            elif isinstance(layer, nn.Flatten):
+                arguments = (node.args[0], layer.start_dim, layer.end_dim)
+                same = model.graph.call_function(torch.flatten, arguments)
+        if same is not None:
+            node.replace_all_uses_with(same)
             model.graph.erase_node(node)
     model.recompile()
 
