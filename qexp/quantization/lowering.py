@@ -26,7 +26,7 @@ INT8_CALLS = (
 PRODUCTS = {
     aten.convolution.default: 1, aten.conv2d.default: 1, aten.linear.default: 1, aten.mm.default: 1, aten.addmm.default: 2
 }  # fmt: skip
-RESHAPES = (aten.view.default, aten.reshape.default)
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 STORED_AS = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 
 
@@ -57,7 +57,7 @@ def _for_tracing(program: fx.GraphModule) -> None:
         with graph.inserting_before(node):
             if node.target is aten.t.default:  # Inductor's patterns look for permutations and reshapes
                 _replace(node, graph.call_function(aten.permute.default, (node.args[0], [1, 0])))
-            elif node.target is aten.view.default:
+            elif node.target in RESHAPES:
                 node.target = aten.reshape.default
             elif node.target is aten.sym_size.int:
                 _replace(node, graph.call_method("size", node.args))
