@@ -9,11 +9,30 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse, remove_dropout
 from torch.fx.passes.shape_prop import ShapeProp
 
+from qexp.quantization.attention import replace_attention
+
 FLATTENS = (torch.flatten, "flatten")
+FOLDED = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
+
+
+class ScaleAndShift(nn.Module):
+    """A batch norm in evaluation, as multiplication and addition."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+        scale = gain * (norm.running_var + norm.eps).rsqrt()
+        shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)
+        shape = (-1, 1, 1) if isinstance(norm, nn.BatchNorm2d) else (-1,)
+        self.register_buffer("scale", scale.detach().view(shape))
+        self.register_buffer("shift", shift.detach().view(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
 
 
 def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
-    """A copy without dropout and with batch norm folded into the convolutions before it.
+    """A copy without dropout, batch norm folded into the convolutions before it, attention made of linear layers.
 
     Args:
         example: float images [N, 3, H, W], for the shapes of the activations.
@@ -25,22 +44,35 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     """
     copied = copy.deepcopy(model).eval()
     try:
-        with torch.no_grad():
-            cleaned: Any = remove_dropout(copied)
-            if not _calls_a_convolution_twice(cleaned):
-                cleaned = fuse(cleaned, inplace=True)
+        traced: Any = remove_dropout(copied)
     except Exception:  # tracing raises whatever the model's Python code does when it meets a symbol
         return copied
+    replace_attention(traced)
+    _spare_shared_layers(traced)
+    with torch.no_grad():
+        cleaned: Any = fuse(traced, inplace=True)
     if fold_pool:
         _fold_repeating_pools(cleaned, example)
     _repeat_instead_of_averaging(cleaned, example)
     return cleaned.eval()
 
 
-def _calls_a_convolution_twice(model: fx.GraphModule) -> bool:
-    """Torch would fold the batch norm of one call into both."""
-    calls, modules = _calls(model), dict(model.named_modules())
-    return any(count > 1 and isinstance(modules[name], nn.modules.conv._ConvNd) for name, count in calls.items())
+def _spare_shared_layers(model: fx.GraphModule) -> None:
+    """Make multiplication and addition of the batch norms after a layer that is called more than once.
+
+    Whatever folds batch norm, here or in an engine, would fold into such a layer at each of its calls.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    calls = _calls(model)
+    for node in list(model.graph.nodes):
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        before = node.args[0] if type(norm) in FOLDED and norm.track_running_stats else None
+        if not (isinstance(before, fx.Node) and before.op == "call_module" and calls[str(before.target)] > 1):
+            continue
+        if type(modules[str(before.target)]) is FOLDED[type(norm)]:
+            model.add_submodule(f"{node.name}_unfolded", ScaleAndShift(norm))
+            node.target = f"{node.name}_unfolded"
+    model.recompile()
 
 
 def _calls(model: fx.GraphModule) -> Counter[str]:

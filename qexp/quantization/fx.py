@@ -3,6 +3,7 @@
 Method: https://docs.pytorch.org/docs/2.13/quantization.html (post-training static, FX graph mode).
 """
 
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.ao.quantization import (
     observer,
 )
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.nn import functional as F
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line
@@ -27,6 +29,9 @@ from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
 KERNELS = ("x86", "onednn")  # what a process uses that sets none, then the other
+PRODUCTS = (
+    F.linear, F.conv2d, torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum
+)  # fmt: skip
 
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
@@ -36,7 +41,8 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
         converted = _calibrate_and_convert(model, images, options, reduce_range)
         module = _trace(converted, images[:2].float() / 255)
-    return EngineResult(module, module, "pytorch", backend, _int8_layers(converted), (), load_backend=backend)
+    int8, floats = _int8_layers(converted), _float_products(converted)
+    return EngineResult(module, module, "pytorch", backend, int8, floats, load_backend=backend)
 
 
 def _calibrate_and_convert(
@@ -99,3 +105,19 @@ def _int8_layers(converted: fx.GraphModule) -> tuple[str, ...]:
     called = {str(node.target) for node in converted.graph.nodes if node.op == "call_module"}
     modules = dict(converted.named_modules())
     return tuple(name for name in called if isinstance(modules[name], nnq.Conv2d | nnq.Linear))
+
+
+def _float_products(converted: fx.GraphModule) -> tuple[str, ...]:
+    """Names of what multiplies by weights in fp32: modules with a matrix of them, and functions that are given one."""
+    modules, names = dict(converted.named_modules()), []
+    matrices = {
+        name for name, tensor in [*converted.named_parameters(), *converted.named_buffers()] if tensor.dim() > 1
+    }
+    for node in converted.graph.nodes:
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if module and not isinstance(module, nn.LayerNorm) and any(weight.dim() > 1 for weight in module.parameters()):
+            names.append(str(node.target))
+        elif node.op == "call_function" and node.target in PRODUCTS:
+            weights = [arg for arg in node.all_input_nodes if arg.op == "get_attr" and arg.target in matrices]
+            names += [str(weight.target).rpartition(".")[0] or str(weight.target) for weight in weights]
+    return tuple(names)

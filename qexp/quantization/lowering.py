@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor.fx_passes.freezing_patterns import freezing_passes
+from torch.fx.passes.shape_prop import ShapeProp
 
 from qexp.quantization.packed import pack
 
@@ -25,7 +26,7 @@ INT8_CALLS = (
 PRODUCTS = {getattr(aten, name).default: 1 for name in ("convolution", "conv2d", "linear", "mm")} | {
     aten.addmm.default: 2
 }
-RESHAPES = (aten.view.default, aten.reshape.default)
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 STORED_AS = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 
 
@@ -40,6 +41,7 @@ def lower(converted: fx.GraphModule, example: Tensor, dynamic_shapes: Any) -> fx
     freezing_passes(program, (example,))
     for node, target in hidden.items():
         node.target = target
+    ShapeProp(program).propagate(example)
     _pack_weights(program)
     _stay_integer(program)
     _use_native_kernels(program)
@@ -53,8 +55,10 @@ def _for_tracing(program: fx.GraphModule) -> None:
     graph = program.graph
     for node in list(graph.nodes):
         with graph.inserting_before(node):
-            if node.target is aten.t.default:  # Inductor's patterns look for a permutation
+            if node.target is aten.t.default:  # Inductor's patterns look for permutations and reshapes
                 _replace(node, graph.call_function(aten.permute.default, (node.args[0], [1, 0])))
+            elif node.target in RESHAPES:
+                node.target = aten.reshape.default
             elif node.target is aten.sym_size.int:
                 _replace(node, graph.call_method("size", node.args))
             elif node.op == "call_module" and "guards" in str(node.target):
@@ -93,7 +97,7 @@ def _pack_weights(program: fx.GraphModule) -> None:
         prepack = node.args[3]
         weight = _constant(program, prepack.args[0])
         arguments = tuple(_constant(program, arg) if _is_constant(arg) else arg for arg in node.args)
-        module, inputs = pack(node.target, arguments, weight)
+        module, inputs = pack(node.target, arguments, weight, list(node.args[0].meta["tensor_meta"].shape))
         name = f"int8_{node.name}"
         program.add_submodule(name, module)
         with program.graph.inserting_before(node):
@@ -146,11 +150,21 @@ def _use_native_kernels(program: fx.GraphModule) -> None:
             elif node.target is DEQUANTIZE:
                 stored = graph.call_function(aten._make_per_tensor_quantized_tensor.default, node.args[:3])
                 _replace(node, graph.call_function(aten.dequantize.self, (stored,)))
-            elif node.target in RESHAPES:  # as a method, so that a trace records the batch size
-                _replace(node, graph.call_method("reshape", (node.args[0], tuple(node.args[1]))))
+            elif node.target in RESHAPES or _takes_batch_size(node):  # as a method, so that a trace records the size
+                name = "reshape" if node.target in RESHAPES else node.target._opname
+                _replace(node, graph.call_method(name, node.args, node.kwargs))
+
+
+def _takes_batch_size(node: fx.Node) -> bool:
+    sizes = [size for argument in node.args if isinstance(argument, list | tuple) for size in argument]
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        isinstance(size, fx.Node) and not isinstance(size.meta.get("val"), Tensor) for size in sizes
+    )
 
 
 def _replace(node: fx.Node, new: Any) -> None:
+    if isinstance(new, fx.Node):
+        new.meta = new.meta or dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 

@@ -80,18 +80,18 @@ def _quantize(
     export(model, torch.cat([example, example]), exported)  # of one image alone, too, more than one
     quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
     graph = onnx.load(prepared)
-    products = [node for node in graph.graph.node if node.op_type in LAYER_TYPES]
+    products = _products(graph, {node.name: _layer_of(node) for node in onnx.load(exported).graph.node})
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = options.keep_fp32 or ()
     quantize_static(
         str(prepared), str(quantized), calibration_cache_path=ranges, per_channel=options.per_channel,
         reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        nodes_to_exclude=[node.name for node in products if _layer_of(node) in kept],
+        nodes_to_exclude=[node for node, layer in products.items() if layer in kept],
     )  # fmt: skip
     stored = onnx.load(quantized)
-    in_int8 = _int8_weights(quantized, folder / "optimized.onnx")
-    floats = {_layer_of(node) for node in products if f"{node.input[1]}_quantized" not in in_int8}
-    int8 = tuple(name for name in map(_layer_of, products) if name not in floats)
+    in_int8 = _int8_nodes(quantized, folder / "optimized.onnx")
+    floats = {layer for node, layer in products.items() if node not in in_int8}
+    int8 = tuple(layer for layer in products.values() if layer not in floats)
     return EngineResult(OnnxClassifier(stored), stored, "onnx", "onnxruntime", int8, tuple(sorted(floats)))
 
 
@@ -100,8 +100,9 @@ def _observe(graph: onnx.ModelProto, images: Tensor, options: QuantizeConfig) ->
     watched = onnx.ModelProto()
     watched.CopyFrom(graph)
     known = {value.name for value in watched.graph.output}
+    made = {name for node in watched.graph.node for name in node.output}  # types of what is gone may have stayed
     floats = [value for value in watched.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
-    watched.graph.output.extend(value for value in floats if value.name not in known)
+    watched.graph.output.extend(value for value in floats if value.name in made - known)
     session = OnnxClassifier(watched).session
     names = [INPUT, *(output.name for output in session.get_outputs())]
     make = observer_class(observer, options)
@@ -119,6 +120,16 @@ def _range(found: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.array(low, np.float32), np.array(high, np.float32)
 
 
+def _products(graph: onnx.ModelProto, layers: dict[str, str]) -> dict[str, str]:
+    """Nodes that multiply by constant weights, and the layer of each; `layers` holds those of the exported nodes.
+
+    Of what ONNX Runtime fuses, the name of the first node stays, with a suffix at most.
+    """
+    constants = {tensor.name for tensor in graph.graph.initializer}
+    found = [node.name for node in graph.graph.node if node.op_type in LAYER_TYPES and constants & set(node.input)]
+    return {name: layers.get(name.split("/")[0], name) for name in found}
+
+
 def _layer_of(node: onnx.NodeProto) -> str:
     """The qualified name of the module that a node was exported from, the node's own where none is known."""
     weights = [name for name in node.input[1:2] if name.endswith(".weight")]
@@ -126,10 +137,10 @@ def _layer_of(node: onnx.NodeProto) -> str:
         return weights[0].removesuffix(".weight")
     scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
     names: Sequence[str] = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
-    return names[-2] if len(names) > 1 else node.name
+    return (names[-2] if len(names) > 1 else "") or node.name
 
 
-def _int8_weights(quantized: Path, optimized: Path) -> set[str]:
+def _int8_nodes(quantized: Path, optimized: Path) -> set[str]:
     """Names of what ONNX Runtime multiplies in int8, after all fusions that do not depend on the machine."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(optimized)
@@ -137,4 +148,4 @@ def _int8_weights(quantized: Path, optimized: Path) -> set[str]:
     options.log_severity_level = 4
     onnxruntime.InferenceSession(str(quantized), options, providers=["CPUExecutionProvider"])
     nodes = onnx.load(optimized).graph.node
-    return {name for node in nodes if node.op_type in INT8_KERNELS for name in node.input}
+    return {node.name for node in nodes if node.op_type in INT8_KERNELS}

@@ -19,7 +19,7 @@ from qexp.quantization.result import EngineResult
 
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
-LEFT_FP32 = ("conv2d", "convolution", "linear", "addmm", "mm")
+LEFT_FP32 = ("conv2d", "convolution", "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum")
 
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
@@ -113,4 +113,12 @@ def _module_of(node: fx.Node) -> str:
 
 
 def _computes_in_fp32(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._opname in LEFT_FP32
+    """Whether it multiplies by constant weights, whatever reshapes them."""
+    if not (isinstance(node.target, torch._ops.OpOverload) and node.target._opname in LEFT_FP32):
+        return False
+    for factor in node.all_input_nodes:
+        while factor.op == "call_function" and len(factor.all_input_nodes) == 1:
+            (factor,) = factor.all_input_nodes
+        if factor.op == "get_attr":
+            return True
+    return False

@@ -1,0 +1,73 @@
+"""Attention whose projections are linear layers, which every engine quantizes: exact, part of the clean-up."""
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+PLAIN_OPTIONS = ("need_weights", "average_attn_weights")  # they change nothing but the weights, which nobody reads
+
+
+class SelfAttention(nn.Module):
+    """An `nn.MultiheadAttention` of tokens [N, tokens, width] with themselves.
+
+    `nn.MultiheadAttention` holds its first projection as a bare parameter and calls a function for all of its work,
+    so that engines which replace or annotate layers leave both projections in fp32.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = attention.num_heads
+        weight, bias, last = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
+        self.in_proj = _linear(weight, bias)
+        self.out_proj = _linear(last.weight, last.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        parts = self.in_proj(tokens).unflatten(-1, (3, self.heads, -1))  # [N, tokens, 3, heads, width / heads]
+        query, key, value = parts.transpose(-2, -4).unbind(-3)
+        return self.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(-2, -3).flatten(-2))
+
+
+def replace_attention(model: fx.GraphModule) -> None:
+    """Put `SelfAttention` in the place of every `nn.MultiheadAttention` that it can stand for."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module" and type(model.get_submodule(node.target)) is nn.MultiheadAttention:
+            calls.setdefault(node.target, []).append(node)
+    for name, nodes in calls.items():
+        attention: Any = model.get_submodule(name)
+        if not (_is_plain(attention) and all(_is_of_itself(node) for node in nodes)):
+            continue
+        model.set_submodule(name, SelfAttention(attention))
+        for node in nodes:
+            node.args, node.kwargs = (_arguments(node)["query"],), {}
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                model.graph.erase_node(user)
+    model.recompile()
+
+
+def _linear(weight: Any, bias: Any) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    layer.weight = weight
+    layer.bias = bias
+    return layer
+
+
+def _is_plain(attention: nn.MultiheadAttention) -> bool:
+    same_width, extra = attention._qkv_same_embed_dim, attention.bias_k is not None or attention.add_zero_attn
+    return attention.batch_first and same_width and not extra
+
+
+def _is_of_itself(node: fx.Node) -> bool:
+    """Without masks, and nobody reads the attention weights, the second of its results."""
+    given = _arguments(node)
+    masks = [value for name, value in given.items() if name not in ("query", "key", "value", *PLAIN_OPTIONS) and value]
+    firsts = [user.target is operator.getitem and user.args[1] == 0 for user in node.users if user.users]
+    return given.get("query") is given.get("key") is given.get("value") and not masks and all(firsts)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", *PLAIN_OPTIONS[1:], "is_causal")
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
