@@ -1,4 +1,4 @@
-"""The exact clean-up: outputs stay, dropout and batch norm go, a repeated pool is folded, odd networks are left alone."""
+"""The exact clean-up: outputs stay, dropout and batch norm go, a repeated pool is folded, odd networks stay."""
 
 import copy
 from pathlib import Path
