@@ -105,7 +105,7 @@ class _Layer:
 
     module: Any
     forward: Callable[[Tensor], Tensor]  # the module's own
-    fp32_weight: nn.Parameter
+    fp32_weight: Any  # a parameter, as the next one
     int8_weight: nn.Parameter
     observer: Any
     range: tuple[Tensor, Tensor] | None = None  # scale and zero point of the input
