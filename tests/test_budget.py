@@ -129,7 +129,7 @@ def test_engines_keep_layers_in_fp32(model: nn.Module, tiny: Dataset, engine: st
         predict_logits(found, tiny.validation.images) for found in (model, plain.module, mixed.module)
     )
     assert not torch.equal(before, after)
-    assert (after - fp32).abs().mean() < 0.2 * fp32.std()
+    assert (after - fp32).abs().mean() < 0.12 * fp32.std()  # its activations are small, which is no reason to be coarse
 
 
 def _search(model: nn.Module, tiny: Dataset, options: QuantizeConfig) -> tuple[QuantizedModel, BudgetResult, float]:
