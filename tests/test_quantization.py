@@ -2,10 +2,12 @@
 
 import copy
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchao.quantization.pt2e import observer as torchao_observer
 
 from qexp.config import QuantizeConfig
 from qexp.data import Dataset
@@ -14,6 +16,7 @@ from qexp.evaluation import predict_logits, to_float
 from qexp.host import read_host
 from qexp.models import Classifier, ModelSpec, build_classifier
 from qexp.quantization import QuantizedModel, quantize_model
+from qexp.quantization.observers import observer_class
 from qexp.training import TrainResult
 
 LAYERS = tuple(f"network.{place}" for place in (0, 3, 7, 10, 14, 17, 22))
@@ -113,6 +116,35 @@ def test_observers_choose_different_ranges(model: Classifier, images: Tensor, in
         for first, second in ((0, 1), (0, 2), (1, 2)):
             assert not torch.equal(logits[first], logits[second])
         assert all((found.argmax(1) == model(inputs).argmax(1)).double().mean() > 0.9 for found in logits)
+
+
+@pytest.mark.parametrize("kinds", [torch.ao.quantization.observer, torchao_observer], ids=["torch", "torchao"])
+def test_percentile_leaves_out_the_ends(kinds: ModuleType) -> None:
+    """All of the values at 100; below that, an outlier counts for no more than its share."""
+    torch.manual_seed(0)
+    values = torch.cat([torch.rand(9_999), torch.tensor([50.0])])
+
+    def largest(percentile: float) -> float:
+        watch = observer_class(kinds, QuantizeConfig(observer="percentile", percentile=percentile))(dtype=torch.quint8)
+        for batch in values.split(2_500):
+            watch(batch)
+        scale, zero = watch.calculate_qparams()
+        return float(scale) * (255 - int(zero))
+
+    assert largest(100) == pytest.approx(50, rel=0.01)
+    assert largest(99) == pytest.approx(1, abs=0.1)
+    assert largest(60) < largest(99) + 1e-6
+
+
+@pytest.mark.parametrize("engine", ["fx", "pt2e", "onnx"])
+def test_percentile_of_100_is_close_to_minmax(model: Classifier, images: Tensor, inputs: Tensor, engine: str) -> None:
+    with torch.no_grad():
+        fp32 = model(inputs)
+        minmax, whole, clipped = (
+            _quantize(model, images, engine=[engine], observer=name, percentile=percentile).module(inputs)
+            for name, percentile in (("minmax", 100), ("percentile", 100), ("percentile", 90))
+        )
+    assert (whole - minmax).abs().mean() < 0.05 * fp32.std() < (clipped - minmax).abs().mean()
 
 
 def test_one_scale_a_layer_is_coarser(int8: QuantizedModel, model: Classifier, images: Tensor, inputs: Tensor) -> None:
@@ -243,7 +275,7 @@ def test_model_that_cannot_be_traced(kind: type[nn.Module], words: str, images: 
     assert "\n" not in str(failed.value)
 
 
-@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average"])
+@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average", "percentile"])
 def test_one_calibration_image_is_enough(model: Classifier, images: Tensor, inputs: Tensor, observer: str) -> None:
     quantized = _quantize(model, images[:1], observer=observer)
     assert quantized.result.calibration_images == 1
@@ -254,7 +286,7 @@ def test_one_calibration_image_is_enough(model: Classifier, images: Tensor, inpu
 
 
 @pytest.mark.parametrize("value", [0, 255])
-@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average"])
+@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average", "percentile"])
 def test_constant_calibration_images_work(
     model: Classifier, images: Tensor, inputs: Tensor, value: int, observer: str
 ) -> None:

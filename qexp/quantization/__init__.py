@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
-from qexp.errors import StageError
+from qexp.errors import InputError, StageError
 from qexp.quantization import fx, onnx, pt2e
 from qexp.quantization.cleanup import clean
 from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
@@ -32,16 +32,19 @@ def quantize_model(
         reduce_range: leave one bit unused, for CPUs whose int8 products saturate.
 
     Raises:
+        InputError: `options.keep_fp32` names a layer that there is not.
         StageError: the engine cannot quantize the model, or a Conv2d or Linear stayed fp32 that was not to, and
             `options.allow_float` is off; the message names them.
     """
     (engine,) = options.engine
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    kept = tuple(options.keep_fp32 or ())
+    if unknown := [name for name in kept if name not in layers]:
+        raise InputError(f"--keep-fp32 {','.join(unknown)}: not among the layers {', '.join(layers)}")
     started = time.monotonic()
     with torch.no_grad():
         source = clean(model, calibration_images[:2].float() / 255, options.fold_pool)
     made = ENGINES[engine](source, calibration_images, options, reduce_range)
-    kept = tuple(options.keep_fp32 or ())
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     missing = [name for name in layers if name not in made.int8_layers]
     result = QuantizeResult(
         engine=engine,

@@ -82,13 +82,15 @@ def _quantize(
     graph = onnx.load(prepared)
     products = _products(graph, {node.name: _layer_of(node) for node in onnx.load(exported).graph.node})
     save_tensors_data(_observe(graph, images, options), ranges)
-    kept = options.keep_fp32 or ()
+    kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
     quantize_static(
         str(prepared), str(quantized), calibration_cache_path=ranges, per_channel=options.per_channel,
         reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        nodes_to_exclude=[node for node, layer in products.items() if layer in kept],
+        nodes_to_exclude=sorted(kept),
     )  # fmt: skip
     stored = onnx.load(quantized)
+    _shield(stored.graph, kept)
+    onnx.save(stored, quantized)
     in_int8 = _int8_nodes(quantized, folder / "optimized.onnx")
     floats = {layer for node, layer in products.items() if node not in in_int8}
     int8 = tuple(layer for layer in products.values() if layer not in floats)
@@ -128,6 +130,36 @@ def _products(graph: onnx.ModelProto, layers: dict[str, str]) -> dict[str, str]:
     constants = {tensor.name for tensor in graph.graph.initializer}
     found = [node.name for node in graph.graph.node if node.op_type in LAYER_TYPES and constants & set(node.input)]
     return {name: layers.get(name.split("/")[0], name) for name in found}
+
+
+def _shield(graph: onnx.GraphProto, kept: set[str]) -> None:
+    """Stop ONNX Runtime from quantizing nodes that are to stay fp32, in one scale, when it loads the model.
+
+    Its pass WeightBiasQuantization does that to a Conv or Gemm whose input comes from a DequantizeLinear with one
+    scale. From one with a scale for each channel, all the same, come equal values, and the node is left alone.
+    """
+    producers = {output: node for node in graph.node for output in node.output}
+    constants = {constant.name: constant for constant in graph.initializer}
+    for place, node in reversed(list(enumerate(graph.node))):
+        before = producers.get(node.input[0]) if node.name in kept and node.op_type in ("Conv", "Gemm") else None
+        if before is None or before.op_type != "DequantizeLinear":
+            continue
+        names = [f"{node.name}_input_{part}" for part in ("scale", "zero_point")]
+        for name, constant in zip(names, before.input[1:], strict=True):
+            values = onnx.numpy_helper.to_array(constants[constant])
+            repeated = np.repeat(values, _input_channels(node, constants))
+            graph.initializer.append(onnx.numpy_helper.from_array(repeated, name))
+        output = f"{node.name}_input"
+        graph.node.insert(place, onnx.helper.make_node("DequantizeLinear", [before.input[0], *names], [output], axis=1))
+        node.input[0] = output
+
+
+def _input_channels(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> int:
+    shape = constants[node.input[1]].dims
+    given = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type == "Conv":
+        return int(shape[1] * given.get("group", 1))
+    return int(shape[1] if given.get("transB", 0) else shape[0])
 
 
 def _layer_of(node: onnx.NodeProto) -> str:

@@ -18,6 +18,8 @@ from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
+# Torch's own for observers. The 2**-12 of torchao's quantizer is coarser than int8 for weights below 0.03.
+SMALLEST_SCALE = torch.finfo(torch.float32).eps
 LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 LEFT_FP32 = ("conv2d", "convolution", "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum")
 
@@ -70,7 +72,7 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
         quant_min=0,
         quant_max=127 if reduce_range else 255,
         qscheme=torch.per_tensor_affine,
-        observer_or_fake_quant_ctr=observer_class(kinds, options).with_args(eps=2**-12),
+        observer_or_fake_quant_ctr=observer_class(kinds, options).with_args(eps=SMALLEST_SCALE),
     )
 
     class OneScale(kinds.PerChannelMinMaxObserver):
@@ -87,7 +89,7 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         observer_or_fake_quant_ctr=(kinds.PerChannelMinMaxObserver if options.per_channel else OneScale).with_args(
-            eps=2**-12
+            eps=SMALLEST_SCALE
         ),
     )
 
