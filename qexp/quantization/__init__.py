@@ -59,10 +59,14 @@ def quantize_model(
         load_backend=made.load_backend,
         kept_layers=kept,
     )
-    unasked = [name for name in result.float_layers if name not in kept]
-    if unasked and not options.allow_float:
+    if not options.allow_float:
+        _refuse_float_layers(result)
+    return QuantizedModel(made.call, made.stored, made.flavor, source, result)
+
+
+def _refuse_float_layers(result: QuantizeResult) -> None:
+    if unasked := [name for name in result.float_layers if name not in result.kept_layers]:
         raise StageError(
-            f"engine {engine}: not quantized: {', '.join(unasked)} stayed fp32; "
+            f"engine {result.engine}: not quantized: {', '.join(unasked)} stayed fp32; "
             "use another --model, or accept it with --allow-float true"
         )
-    return QuantizedModel(made.call, made.stored, made.flavor, source, result)

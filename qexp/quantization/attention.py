@@ -29,6 +29,11 @@ class SelfAttention(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(-2, -3).flatten(-2))
 
 
+def normalizes_tokens(model: nn.Module) -> bool:
+    """Whether it has layer norm, as transformers and the convolutional networks like them do."""
+    return any(isinstance(module, nn.LayerNorm) for module in model.modules())
+
+
 def replace_attention(model: fx.GraphModule) -> None:
     """Put `SelfAttention` in the place of every `nn.MultiheadAttention` that it can stand for."""
     calls: dict[str, list[fx.Node]] = {}

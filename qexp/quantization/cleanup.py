@@ -24,6 +24,8 @@ class ScaleAndShift(nn.Module):
         scale = gain * (norm.running_var + norm.eps).rsqrt()
         shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)
         shape = (-1, 1, 1) if isinstance(norm, nn.BatchNorm2d) else (-1,)
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", scale.detach().view(shape))
         self.register_buffer("shift", shift.detach().view(shape))
 
@@ -65,7 +67,7 @@ def _spare_shared_layers(model: fx.GraphModule) -> None:
     modules: dict[str, Any] = dict(model.named_modules())
     calls = _calls(model)
     for node in list(model.graph.nodes):
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        norm: Any = modules.get(str(node.target)) if node.op == "call_module" else None
         before = node.args[0] if type(norm) in FOLDED and norm.track_running_stats else None
         if not (isinstance(before, fx.Node) and before.op == "call_module" and calls[str(before.target)] > 1):
             continue

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line
+from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
@@ -32,6 +33,8 @@ KERNELS = ("x86", "onednn")  # what a process uses that sets none, then the othe
 PRODUCTS = (
     F.linear, F.conv2d, torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum
 )  # fmt: skip
+# Where layer norm is, sums run through all layers and take the rounding of each: fp32 costs little there.
+TOKEN_ARITHMETIC = (nn.LayerNorm, F.layer_norm, operator.add, operator.iadd, torch.add, operator.mul, torch.mul)
 
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
@@ -50,6 +53,9 @@ def _calibrate_and_convert(
 ) -> fx.GraphModule:
     try:
         mapping = _qconfig_mapping(options, reduce_range)
+        if normalizes_tokens(model):
+            for operation in TOKEN_ARITHMETIC:
+                mapping.set_object_type(operation, None)
         prepared = prepare_fx(model.eval(), mapping, (images[:2].float() / 255,))
         for batch in images.split(options.calibration_batch_size):
             prepared(batch.float() / 255)

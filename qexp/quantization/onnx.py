@@ -24,6 +24,7 @@ from torch.ao.quantization import observer
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line
+from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
@@ -85,8 +86,8 @@ def _quantize(
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
     quantize_static(
         str(prepared), str(quantized), calibration_cache_path=ranges, per_channel=options.per_channel,
-        reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        nodes_to_exclude=sorted(kept),
+        reduce_range=reduce_range, op_types_to_quantize=list(LAYER_TYPES) if normalizes_tokens(model) else None,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=sorted(kept),
     )  # fmt: skip
     stored = onnx.load(quantized)
     _shield(stored.graph, kept)

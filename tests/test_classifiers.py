@@ -1,0 +1,147 @@
+"""Twelve torchvision classifiers with each engine: all convolutions and linear layers in int8, or why not.
+
+Weights are untrained, but batch norm has statistics. What the table says was found with torch 2.13, torchao 0.18 and
+ONNX Runtime 1.32. "All" is the share of the multiply-accumulates of Conv2d and Linear layers in int8: 100 %, with the
+projections of attention, which are no layers of the original model, in int8 as well.
+"""
+
+import io
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.config import QuantizeConfig
+from qexp.cost import measure_cost
+from qexp.evaluation import to_float
+from qexp.models import Classifier, ModelSpec, build_classifier
+from qexp.quantization import QuantizedModel, quantize_model
+from qexp.quantization.onnx import OnnxClassifier
+
+ENGINES = ("fx", "pt2e", "onnx")
+ALL = "all"
+# Classifier: image size; with fx, pt2e and onnx: ALL, or the end of the error's line; matrix products a pass in int8.
+TABLE: dict[str, tuple[int, str, str, str, int]] = {
+    "resnet18": (64, ALL, ALL, ALL, 21),
+    "resnet50": (64, ALL, ALL, ALL, 54),
+    "mobilenet_v2": (64, ALL, ALL, ALL, 53),
+    "mobilenet_v3_small": (64, ALL, ALL, ALL, 54),
+    "efficientnet_b0": (64, ALL, ALL, ALL, 82),
+    "squeezenet1_1": (64, ALL, ALL, ALL, 26),
+    "shufflenet_v2_x1_0": (64, ALL, ALL, ALL, 57),
+    "densenet121": (64, ALL, ALL, ALL, 121),
+    "googlenet": (64, ALL, ALL, ALL, 58),
+    "regnet_y_400mf": (64, ALL, ALL, ALL, 86),
+    "convnext_tiny": (64, ALL, ALL, ALL, 59),
+    "vit_b_16": (224, ALL, ALL, ALL, 50),  # 38 layers, and the first projection of attention in 12 blocks
+}
+SLOW = ("densenet121-pt2e", "regnet_y_400mf-pt2e", "convnext_tiny-pt2e", "vit_b_16-pt2e", "vit_b_16-onnx")
+CASES = [
+    pytest.param(name, engine, id=f"{name}-{engine}", marks=[pytest.mark.slow] * (f"{name}-{engine}" in SLOW))
+    for name in TABLE
+    for engine in ENGINES
+]
+LEAST_SQNR_DB = 12  # of the logits; a scale that is wrong in one layer leaves less than 5
+INT8 = ("quantized::conv2d", "quantized::conv2d_relu", "quantized::linear", "quantized::linear_relu")
+FP32 = ("aten::conv2d", "aten::_convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::matmul", "aten::bmm")
+INT8_OF_ONNX = ("QLinearConv", "QGemm", "QLinearMatMul")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A classifier with its calibration images, uint8, and seven others, float."""
+
+    name: str
+    model: Classifier
+    images: Tensor
+    inputs: Tensor
+
+
+def patches(count: int, size: int) -> Tensor:
+    """Coloured patches with noise, uint8: unlike plain noise, each of them gives other logits."""
+    smooth = nn.functional.interpolate(torch.rand(count, 3, 5, 5), (size, size), mode="bicubic")
+    return (255 * (smooth + 0.1 * torch.randn_like(smooth))).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def fp32(request: pytest.FixtureRequest) -> Iterator[Prepared]:
+    size = TABLE[request.param][0]
+    torch.manual_seed(0)
+    images, inputs = patches(8, size), to_float(patches(7, size))
+    model = build_classifier(ModelSpec(request.param, tuple("abcdefghij"), size), images)
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and not parameter.any():  # the last layer of a fresh ViT: all logits would be 0
+            nn.init.trunc_normal_(parameter, std=0.02)
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        model.train()
+        with torch.no_grad():
+            for _ in range(15):  # batch norm's statistics
+                model(to_float(images))
+    yield Prepared(request.param, model.eval(), images[: 4 if size < 100 else 2], inputs)
+
+
+@pytest.mark.parametrize(("fp32", "engine"), CASES, indirect=["fp32"])
+def test_classifier(fp32: Prepared, engine: str) -> None:
+    size, *expected, products = TABLE[fp32.name]
+    made = quantize_model(fp32.model, fp32.images, QuantizeConfig(engine=engine, observer="minmax"), False)
+    assert expected[ENGINES.index(engine)] == ALL and made.result.float_layers == ()
+    assert measure_cost(fp32.model, size, [1], made.result.int8_layers).int8_percent == 100
+    assert _count_int8_products(made) == products
+    with torch.no_grad():
+        logits = made.module(fp32.inputs)
+        noise = (fp32.model(fp32.inputs) - logits).square().mean() / logits.var()
+        assert -10 * noise.log10() > LEAST_SQNR_DB
+        for batch_size in (1, 2):
+            assert torch.equal(made.module(fp32.inputs[:batch_size]), logits[:batch_size])
+        assert torch.equal(_reload(made)(fp32.inputs), logits)
+    assert _time_s(made, fp32.inputs[:1]) > 0
+
+
+def _reload(made: QuantizedModel) -> Any:
+    if made.flavor == "onnx":
+        return OnnxClassifier(onnx.load_from_string(made.stored.SerializeToString()))
+    file = io.BytesIO()
+    torch.jit.save(made.stored, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def _count_int8_products(made: QuantizedModel) -> int:
+    """Convolutions and matrix products with weights that run in int8; asserts that none runs in fp32."""
+    if made.flavor == "onnx":
+        return _count_in_onnx(made.stored)
+    graph = made.stored.inlined_graph
+    assert not [kind for kind in FP32 if graph.findAllNodes(kind)]
+    packed = [name for name, _ in made.stored.named_children() if name.startswith("int8_")]
+    return len(packed) + sum(len(graph.findAllNodes(kind)) for kind in INT8)
+
+
+def _count_in_onnx(model: onnx.ModelProto) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(Path(options.optimized_model_filepath)).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    kinds = Counter(node.op_type for node in graph.node if weights & {*node.input[1:2], *node.input[3:4]})
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "MatMulIntegerToFloat"} & kinds.keys()
+    return sum(kinds[kind] for kind in INT8_OF_ONNX)
+
+
+def _time_s(made: QuantizedModel, inputs: Tensor) -> float:
+    with torch.no_grad():
+        made.module(inputs)
+        started = time.perf_counter()
+        made.module(inputs)
+    return time.perf_counter() - started
