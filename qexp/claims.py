@@ -117,7 +117,7 @@ def latency(evidence: Evidence) -> list[str]:
     sentences.append(
         f"Wall time of one forward pass in a process of its own, {threads(result.threads)}, all models in "
         f"{_span(rounds)} short rounds in random order; a speed-up is the median of the rounds' ratios, with its 95 % "
-        f"interval. The same int8 model against itself gave {_noise(rows)}; where a difference is not beyond that, the "
+        f"interval. One int8 model against itself gave {_noise(rows)}; where a difference is not beyond that, the "
         f"table says so. {_loaded(evidence)}."
     )
     return sentences
