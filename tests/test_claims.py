@@ -268,6 +268,12 @@ def test_noise_and_rounds_are_those_of_all_batch_sizes(evidence: Evidence) -> No
     assert "in 20 to 90 short rounds" in how and "gave 0.93x to 1.07x" in how
 
 
+def test_too_few_rounds_for_an_interval_are_admitted(evidence: Evidence) -> None:
+    enough, few = (claims.latency(_with_speedups(evidence, {1: 2.0}, rounds=rounds))[-1] for rounds in (6, 5))
+    assert "the rounds' ratios, with its 95 % interval." in enough
+    assert "with the smallest and the largest (6 rounds make a 95 % interval)." in few
+
+
 def test_time_saved_that_shrinks(evidence: Evidence) -> None:
     saved = claims.latency(_with_speedups(evidence, {1: 4.0, 8: 1.06}))[1]
     assert "does not grow with every larger batch: 3.00 ms at 1, 1.81 ms at 8" in saved
