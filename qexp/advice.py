@@ -19,19 +19,19 @@ def recommendation(evidence: Evidence) -> list[str]:
         first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}."
     elif unclear:
         first = (
-            "**Measure again on a quiet machine**: the noise is too high to tell int8 from the fastest fp32 or bf16 "
-            f"model at any batch size. It is {evidence.size_ratio:.2f}x smaller."
+            "**Measure again on a quiet machine**: the noise is too high to tell int8 from the fastest model that "
+            f"is not int8 at any batch size. It is {evidence.size_ratio:.2f}x smaller."
         )
     elif not faster:
         first = (
-            "**int8 does not pay in time here**: at no batch size is it faster than the fastest fp32 or bf16 model, "
-            f"beyond the noise. It saves size alone ({evidence.size_ratio:.2f}x)."
+            "**int8 does not pay in time here**: at no batch size is it faster than the fastest model that is not "
+            f"int8, beyond the noise. It saves size alone ({evidence.size_ratio:.2f}x)."
         )
     else:
         where = "at every batch size" if len(faster) == len(told) else f"at batch size {_join(faster)}"
         first = (
             f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}): it passes the gate and is faster than every "
-            f"fp32 and bf16 model {where}."
+            f"model that is not int8 ({', '.join(floats)}) {where}."
         )
         if others := [size for size, sign in told.items() if sign <= 0]:
             kept.append(f"int8 does not pay in time at batch size {_join(others)}.")
@@ -94,7 +94,6 @@ def budget(evidence: Evidence) -> list[str]:
     found, cost = evidence.int8.budget, evidence.int8.budget_cost
     if found is None:
         return []
-    last = found.tries[-1]
     kept = evidence.int8.quantize.kept_layers
     met = "is met" if found.met else "**is not met**"
     tries = f"{len(found.tries)} {'try' if len(found.tries) == 1 else 'tries'}"
@@ -102,8 +101,10 @@ def budget(evidence: Evidence) -> list[str]:
         f"The budget of {found.max_top1_drop_points:g} points on validation images {met} after {tries}; "
         f"{len(kept)} {'layer stays' if len(kept) == 1 else 'layers stay'} fp32{': ' if kept else ''}{', '.join(kept)}."
     )
-    if cost is None:
-        return [first, f"All layers in int8 lose {last.validation_top1_drop_points:.2f} points there."]
+    if cost is None:  # the version is that of the first try: none after it was better
+        others = "other layers" if kept else "layers"
+        drop = found.tries[0].validation_top1_drop_points
+        return [first, f"With all {others} in int8, top-1 {claims.changed(drop)} there."]
     slower = ", ".join(
         f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f}) at batch size {batch}"
         for batch, ratio in cost.slowdown.items()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from qexp.evidence import Evidence
-from qexp.latency import LatencyRow, LatencyStats
+from qexp.latency import FEWEST_PAIRS, LatencyRow, LatencyStats
 from qexp.quantization.result import QuantizeResult
 
 NOISY_TAIL = 1.5  # p90 over p50; 1.0 to 1.2 on a quiet machine
@@ -113,14 +113,18 @@ def latency(evidence: Evidence) -> list[str]:
             f"**The machine was busy**: at batch size {', '.join(map(str, noisy))} p90 is up to {worst:.1f} times p50. "
             "Measure again on a quiet machine before deciding on these speed-ups."
         )
-    rounds = [len(row.round_ms[name]) for row in rows]
-    sentences.append(
-        f"Wall time of one forward pass in a process of its own, {threads(result.threads)}, all models in "
-        f"{_span(rounds)} short rounds in random order; a speed-up is the median of the rounds' ratios, with its 95 % "
-        f"interval. The same int8 model against itself gave {_noise(rows)}; where a difference is not beyond that, the "
-        f"table says so. {_loaded(evidence)}."
+    return [*sentences, _how_timed(evidence)]
+
+
+def _how_timed(evidence: Evidence) -> str:
+    rows = evidence.latency.rows
+    rounds = [len(row.round_ms[evidence.name]) for row in rows]
+    return (
+        f"Wall time of one forward pass in a process of its own, {threads(evidence.latency.threads)}, all models in "
+        f"{_span(rounds)} short rounds in random order; a speed-up is the median of the rounds' ratios, with "
+        f"{interval(rounds)}. One int8 model against itself gave {_noise(rows)}; where a difference is not beyond "
+        f"that, the table says so. {_loaded(evidence)}."
     )
-    return sentences
 
 
 def _faster_where(evidence: Evidence, other: str) -> str:
@@ -138,6 +142,13 @@ def _faster_where(evidence: Evidence, other: str) -> str:
         if sign in told.values()
     ]
     return f"int8 is {'; '.join(named)}."
+
+
+def interval(rounds: Sequence[int]) -> str:
+    """What the two values beside a speed-up are, after so many rounds at each batch size."""
+    if min(rounds) < FEWEST_PAIRS:
+        return f"the smallest and the largest ({FEWEST_PAIRS} rounds make a 95 % interval)"
+    return "its 95 % interval"
 
 
 def _noise(rows: Sequence[LatencyRow]) -> str:

@@ -5,6 +5,7 @@ same in bf16, and exported to ONNX for ONNX Runtime. int8 are registered version
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +52,9 @@ def _write_baseline(name: str, model: Classifier, example: Tensor, folder: Path)
 
         return export(model, example, folder / f"{name}.onnx")
     kind = torch.bfloat16 if name == "bf16" else torch.float32
-    with torch.no_grad():
-        traced = torch.jit.trace(model.to(kind), example.to(kind), check_trace=False)
+    with torch.no_grad():  # on a copy: weights that were bf16 once stay rounded, for whatever is made from them next
+        traced = torch.jit.trace(deepcopy(model).to(kind), example.to(kind), check_trace=False)
         torch.jit.save(torch.jit.freeze(traced.eval()), str(folder / f"{name}.pt"))
-    model.float()
 
 
 def load(contender: Contender, folder: Path) -> Predict:

@@ -15,6 +15,7 @@ from qexp.config import LatencyConfig
 Run = Callable[[], object]
 SETTLE_S = 0.02  # threads of the model before it (OpenMP's, ONNX Runtime's) go on spinning for some milliseconds
 BLOCK_S = 0.04  # of one model in one round, settling included
+FEWEST_PAIRS = 6  # with fewer, even all that was seen covers the median in less than 95 of 100 cases
 AGAIN = "again"  # name of the second measurement of one of the models
 
 

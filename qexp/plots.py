@@ -163,7 +163,7 @@ def _sensitivity(axes: Axes, evidence: Evidence) -> None:
     step = max(1, len(layers) // 16)
     names = [layer.layer.removeprefix("network.") for layer in layers]
     axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=6)
-    axes.set(title="Top-1 by layer, simulated", ylabel="validation top-1, %")
+    axes.set(title="Top-1 by layer, simulated", xlabel="layer", ylabel="validation top-1, %")
     axes.legend(fontsize=6)
 
 

@@ -91,7 +91,7 @@ def _log_model(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str) 
     packages = {"pytorch": ("mlflow", "torch", "numpy"), "onnx": ("mlflow", "onnx", "onnxruntime", "numpy")}[flavor]
     own: dict[str, dict[str, Any]] = {
         "pytorch": {"serialization_format": FORMATS[kind]},
-        "onnx": {"save_as_external_data": False},
+        "onnx": {"save_as_external_data": False, "onnx_execution_providers": ["CPUExecutionProvider"]},
     }
     log_model: Any = {"pytorch": mlflow.pytorch.log_model, "onnx": mlflow.onnx.log_model}[flavor]
     with warnings.catch_warnings(), _quiet():

@@ -144,7 +144,8 @@ def _speedup_table(evidence: Evidence) -> str:
     rows = [[str(row.batch_size), *(_speedup(row, base, name) for name in names)] for row in evidence.latency.rows]
     noise = [f"{row.noise.median:.2f} ({row.noise.low:.2f} to {row.noise.high:.2f})" for row in evidence.latency.rows]
     body = [[*cells, found] for cells, found in zip(rows, noise, strict=True)]
-    head = f"Times as fast as {base}, with 95 % interval; last, the noise, an int8 model against itself:\n\n"
+    interval = claims.interval([len(row.round_ms[base]) for row in evidence.latency.rows])
+    head = f"Times as fast as {base}, with {interval}; last, the noise, an int8 model against itself:\n\n"
     return head + table(["Batch size", *names, "noise"], body)
 
 

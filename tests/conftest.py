@@ -3,8 +3,11 @@
 import fcntl
 import json
 import os
+import random
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +20,23 @@ from qexp.config import DataConfig, TrainConfig
 from qexp.cost import Cost
 from qexp.data import Dataset, load_dataset
 from qexp.evaluation import Accuracy, Comparison
-from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence
+from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 from qexp.gate import GateResult
 from qexp.host import Host
-from qexp.latency import LatencyResult, LatencyRow, LatencyStats
+from qexp.latency import LatencyResult, LatencyRow, LatencyStats, Ratio, StartUp, paired_ratio
 from qexp.models import Classifier, ModelSpec, build_classifier
 from qexp.quantization.result import QuantizeResult
+from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
 from qexp.training import EpochResult, TrainResult, train_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# For tests that need a run and look at neither: a sweep has no more models than int8 needs, no layer is tried alone.
+PLAIN = "--baselines none --sensitivity-images 0".split()
 # Enough for a model that has learnt something, and for every stage to have run.
-QUICK = "--epochs 4 --batch-sizes 1,8 --min-repeats 3 --min-seconds 0 --warmup 1 --calibration-samples 64".split()
+QUICK = (
+    "--epochs 4 --batch-sizes 1,8 --min-repeats 3 --min-seconds 0 --warmup 1 --calibration-samples 64 "
+    "--baselines fp32_traced --sensitivity-images 16"
+).split()
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,57 @@ def trained(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return model, result
 
 
+def latency_row(
+    batch_size: int, times_ms: dict[str, float], rounds: int = 20, noise_percent: float = 1.0, p90: float = 1.1
+) -> LatencyRow:
+    """A row of models that take so many ms, give or take 1 % from round to round, the same from call to call.
+
+    The first is the baseline. `noise_percent`: how far one model against itself is from 1, either way.
+    """
+    moved = random.Random(batch_size)
+    round_ms = {name: tuple(ms * f for f in _spread_around_one(moved, rounds)) for name, ms in times_ms.items()}
+    base = round_ms[next(iter(round_ms))]
+    speedups = {name: paired_ratio(base, found) for name, found in round_ms.items()}
+    stats = {
+        name: LatencyStats(ms, p90 * ms, 1.5 * ms, 1000 * batch_size / ms, repeats=3 * rounds)
+        for name, ms in times_ms.items()
+    }
+    noise = Ratio(1.0, 1 - noise_percent / 100, 1 + noise_percent / 100)
+    return LatencyRow(batch_size, stats, round_ms, speedups, noise)
+
+
+def _spread_around_one(moved: random.Random, rounds: int) -> Sequence[float]:
+    """Factors from 0.99 to 1.01 in some order, whose median is 1."""
+    factors = [0.99 + 0.02 * n / max(1, rounds - 1) for n in range(rounds)]
+    moved.shuffle(factors)
+    return [factor / statistics.median(factors) for factor in factors]
+
+
+def with_rows(evidence: Evidence, *rows: LatencyRow) -> Evidence:
+    """`evidence` with another latency table."""
+    latency = replace(evidence.latency, rows=rows)
+    return replace(evidence, measured=replace(evidence.measured, latency=latency))
+
+
+def with_int8(evidence: Evidence, **changed: Any) -> Evidence:
+    """`evidence` with another chosen int8 version."""
+    first, *others = evidence.versions
+    return replace(evidence, versions=(replace(first, int8=replace(first.int8, **changed)), *others))
+
+
+def with_gate(evidence: Evidence, gate: GateResult, champion: bool = False) -> Evidence:
+    """`evidence` with another decision on the chosen version."""
+    first, *others = evidence.versions
+    return replace(evidence, versions=(replace(first, gate=gate), *others), champion=champion)
+
+
+TIMES_MS = {  # by batch size
+    1: {"fp32": 1.0, "fp32_traced": 0.8, "bf16": 0.7, "fp32_onnx": 0.5, "int8_fx": 0.25},
+    8: {"fp32": 4.0, "fp32_traced": 3.2, "bf16": 1.6, "fp32_onnx": 2.4, "int8_fx": 0.8},
+    128: {"fp32": 100.0, "fp32_traced": 90.0, "bf16": 30.0, "fp32_onnx": 60.0, "int8_fx": 10.0},
+}
+
+
 @pytest.fixture(scope="session")
 def evidence() -> Evidence:
     """Everything about an imagined SmallNet, in round numbers."""
@@ -166,20 +226,26 @@ def evidence() -> Evidence:
     macs = {1: 1000, 8: 8000, 128: 128_000}
     int8_macs = {batch: 9 * count // 10 for batch, count in macs.items()}
     layers = ("network.0", "network.3")
-    quantize = QuantizeResult("fx", "x86", "histogram", True, False, 64, layers, (), 0.5)
+    quantize = QuantizeResult("fx", "x86", "histogram", True, False, 64, layers, (), 0.5, "x86")
     cost = Cost(427_178, macs, int8_macs, int8_macs)
     fp32 = Fp32Evidence("smallnet", 0, "models:/smallnet-digits-fp32/1", 1_800_000, data, train, fp32_accuracy)
     comparisons = {split: comparison for split in ("train", "validation", "test")}
+    sensitivity = SensitivityResult(
+        (
+            LayerSensitivity("network.0", 31.5, top1_only_int8_percent=93.75, top1_only_fp32_percent=94.0),
+            LayerSensitivity("network.3", None, top1_only_int8_percent=95.0, top1_only_fp32_percent=93.25),
+        ),
+        fp32_top1_percent=95.0, int8_top1_percent=93.0, images=64, observer="histogram", per_channel=True,
+    )  # fmt: skip
     uri = "models:/smallnet-digits-int8/1"
-    int8 = Int8Evidence(uri, 450_000, quantize, "fedcba9876543210", cost, int8_accuracy, comparisons)
-    rows = tuple(
-        LatencyRow(batch, _stats(fp32_ms, batch), _stats(int8_ms, batch), fp32_ms / int8_ms)
-        for batch, fp32_ms, int8_ms in ((1, 1.0, 0.25), (8, 4.0, 0.8), (128, 100.0, 10.0))
-    )
-    host = Host("Imagined CPU", 2, 2, 16.0, ("AVX512-VNNI",), "Linux 6 x86_64", "3.11.7", {"torch": "2.13.0"})
+    int8 = Int8Evidence(uri, 450_000, quantize, "fedcba9876543210", cost, cost, int8_accuracy, comparisons, sensitivity)
     gate = GateResult(True, ("top-1 drop 0.50 points (at most 1)",))
-    return Evidence(fp32, int8, LatencyResult(rows, threads=2), host, gate, champion=True)
+    return Evidence(fp32, (Judged(int8, "int8_fx", gate),), _measured(fp32.version_uri, uri), champion=True)
 
 
-def _stats(p50_ms: float, batch_size: int) -> LatencyStats:
-    return LatencyStats(p50_ms, 1.1 * p50_ms, 1.5 * p50_ms, 1000 * batch_size / p50_ms, repeats=20)
+def _measured(fp32_uri: str, int8_uri: str) -> LatencyEvidence:
+    rows = tuple(latency_row(batch, times) for batch, times in TIMES_MS.items())
+    startups = tuple(StartUp(name, 0.1 * n, 10.0 * n, 300.0 + n) for n, name in enumerate(TIMES_MS[1], 1))
+    latency = LatencyResult("fp32", rows, startups, threads=2)
+    host = Host("Imagined CPU", 2, 2, 16.0, ("AVX512-VNNI",), "Linux 6 x86_64", "3.11.7", {"torch": "2.13.0"})
+    return LatencyEvidence(fp32_uri, {int8_uri: ("int8_fx",)}, latency, host, run_id="0" * 32)

@@ -3,27 +3,31 @@
 from dataclasses import replace
 
 import pytest
+from conftest import latency_row, with_gate, with_int8, with_rows
 
 from qexp import claims
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import Evidence
 from qexp.gate import GateResult
-from qexp.latency import LatencyRow, LatencyStats
 
 
-def _with_speedups(evidence: Evidence, speedups: dict[int, float], fp32_ms: float = 4.0) -> Evidence:
-    """fp32 takes `fp32_ms` for each image, int8 so many times less."""
+def _with_speedups(
+    evidence: Evidence, speedups: dict[int, float], noise_percent: float = 1.0, rounds: int = 20, p90: float = 1.1
+) -> Evidence:
+    """fp32 takes 4 ms for each image, int8 so many times less; each round adds 1 % to both or takes it off both."""
     rows = []
     for batch, speedup in speedups.items():
-        times = [fp32_ms * batch, fp32_ms * batch / speedup]
-        stats = [LatencyStats(ms, 1.1 * ms, 1.5 * ms, 1000 * batch / ms, repeats=20 + batch) for ms in times]
-        rows.append(LatencyRow(batch, stats[0], stats[1], speedup))
-    return replace(evidence, latency=replace(evidence.latency, rows=tuple(rows)))
+        times = {"fp32": 4.0 * batch, "int8_fx": 4.0 * batch / speedup}
+        row = latency_row(batch, times, rounds, noise_percent, p90)
+        together = row.round_ms | {"int8_fx": tuple(ms / speedup for ms in row.round_ms["fp32"])}
+        exact = row.speedups | {"int8_fx": replace(row, round_ms=together).ratio("fp32", "int8_fx")}
+        rows.append(replace(row, round_ms=together, speedups=exact))
+    return with_rows(evidence, *rows)
 
 
 def _with_comparison(evidence: Evidence, **changed: float) -> Evidence:
     comparison = {**evidence.int8.comparison, "test": replace(evidence.int8.comparison["test"], **changed)}
-    return replace(evidence, int8=replace(evidence.int8, comparison=comparison))
+    return with_int8(evidence, comparison=comparison)
 
 
 def _with_train(evidence: Evidence, **changed: object) -> Evidence:
@@ -31,19 +35,21 @@ def _with_train(evidence: Evidence, **changed: object) -> Evidence:
 
 
 def _with_cost(evidence: Evidence, **changed: object) -> Evidence:
-    return replace(evidence, int8=replace(evidence.int8, cost=replace(evidence.int8.cost, **changed)))
+    """Of the int8 model and, but for what runs in int8, of the fp32 model."""
+    counted = {name: value for name, value in changed.items() if name != "int8_macs"}
+    fp32_cost = replace(evidence.int8.fp32_cost, **counted)
+    return with_int8(evidence, cost=replace(evidence.int8.cost, **changed), fp32_cost=fp32_cost)
 
 
 def _with_sizes(evidence: Evidence, fp32_bytes: int, int8_bytes: int) -> Evidence:
-    fp32, int8 = replace(evidence.fp32, size_bytes=fp32_bytes), replace(evidence.int8, size_bytes=int8_bytes)
-    return replace(evidence, fp32=fp32, int8=int8)
+    return with_int8(replace(evidence, fp32=replace(evidence.fp32, size_bytes=fp32_bytes)), size_bytes=int8_bytes)
 
 
 # --- the answer
 
 
 def test_answer_of_a_model_that_can_ship(evidence: Evidence) -> None:
-    text = claims.answer(evidence)
+    text = claims.answer(_with_speedups(evidence, {1: 4.0, 8: 10.0}))
     assert text.startswith("**Yes**: it passes the gate")
     assert "falls by 0.50 points" in text
     assert "the file is 4.00x smaller" in text
@@ -52,7 +58,7 @@ def test_answer_of_a_model_that_can_ship(evidence: Evidence) -> None:
 
 def test_answer_when_everything_went_wrong(evidence: Evidence) -> None:
     worse = _with_speedups(_with_sizes(evidence, 450_000, 1_800_000), {1: 0.5, 8: 0.8})
-    worse = replace(_with_comparison(worse, top1_drop_points=-0.25), gate=GateResult(False, ("too slow",)))
+    worse = with_gate(_with_comparison(worse, top1_drop_points=-0.25), GateResult(False, ("too slow",)))
     text = claims.answer(worse)
     assert text.startswith("**No**: it does not pass the gate")
     assert "rises by 0.25 points" in text
@@ -157,7 +163,7 @@ def test_flips_and_agreement(evidence: Evidence) -> None:
 def test_accuracy_is_that_of_the_test_images(evidence: Evidence) -> None:
     other = Comparison(9.0, 8.0, 10.0, 9.0, 50.0, 40, 1, 1294)
     comparison = {**evidence.int8.comparison, "train": other, "validation": other}
-    changed = replace(evidence, int8=replace(evidence.int8, comparison=comparison))
+    changed = with_int8(evidence, comparison=comparison)
     assert claims.accuracy(changed) == claims.accuracy(evidence)
 
 
@@ -203,9 +209,18 @@ def test_one_batch_size_says_nothing_about_growth(evidence: Evidence) -> None:
 
 def test_layers_that_stayed_fp32_are_named(evidence: Evidence) -> None:
     quantize = replace(evidence.int8.quantize, float_layers=("network.3", "network.22"))
-    changed = replace(evidence, int8=replace(evidence.int8, quantize=quantize))
+    changed = with_int8(evidence, quantize=quantize)
     share = claims.macs(_with_cost(changed, int8_macs={1: 450, 8: 3600, 128: 57_600}))[-1]
     assert "50.0 % of the MACs" in share and "2 layers stayed fp32: network.3, network.22" in share
+
+
+def test_a_fold_that_saves_macs_is_told(evidence: Evidence) -> None:
+    assert "Quantization leaves their number as it is; " in claims.macs(evidence)[-1]
+    folded = replace(evidence.int8.cost, macs={1: 15_000_000, 8: 120_000_000})
+    before = replace(evidence.int8.fp32_cost, macs={1: 120_000_000, 8: 960_000_000})
+    growth, share = claims.macs(with_int8(evidence, cost=folded, fp32_cost=before))
+    assert "15.0 million at 1" in growth
+    assert "Quantization follows a fold that leaves 15.0 million of 120.0 million at 1; " in share
 
 
 # --- inference time
@@ -213,29 +228,50 @@ def test_layers_that_stayed_fp32_are_named(evidence: Evidence) -> None:
 
 def test_faster_at_every_size(evidence: Evidence) -> None:
     first, saved, how = claims.latency(_with_speedups(evidence, {1: 2.0, 8: 4.0}))
-    assert first == "int8 is faster at every batch size: 2.00x to 4.00x faster."
+    assert first == "int8 is faster than fp32 at every batch size: 2.00x to 4.00x faster."
     assert saved == "The time saved a batch grows with every larger batch: 2.00 ms at 1, 24.00 ms at 8."
-    assert "at least 21 repeats each" in how and "2 threads" in how
+    assert "2 threads, all models in 20 short rounds in random order" in how
+    assert "One int8 model against itself gave 0.99x to 1.01x" in how
+    assert how.endswith("Models are loaded from the registry as `qexp.load(uri)` loads them.")
 
 
 def test_slower_at_every_size(evidence: Evidence) -> None:
     first, saved, _ = claims.latency(_with_speedups(evidence, {1: 0.8, 8: 0.5}))
-    assert first == "int8 is slower at every batch size: 1.25x to 2.00x slower."
+    assert first == "int8 is slower than fp32 at every batch size: 1.25x to 2.00x slower."
     assert "does not grow with every larger batch: -1.00 ms at 1, -32.00 ms at 8" in saved
     assert "faster" not in first
 
 
 def test_mixed(evidence: Evidence) -> None:
-    first = claims.latency(_with_speedups(evidence, {1: 0.5, 2: 1.0, 8: 2.0, 16: 3.0, 32: 1.04}))[0]
+    first = claims.latency(_with_speedups(evidence, {1: 0.5, 2: 1.0, 8: 2.0, 16: 3.0, 32: 1.005}))[0]
     assert first == (
-        "int8 is faster at batch size 8, 16; slower at batch size 1; as fast as fp32 within 5 % at batch size 2, 32."
+        "int8 is faster than fp32 at batch size 8, 16; slower than fp32 at batch size 1; "
+        "not to be told apart from fp32 above the noise at batch size 2, 32."
     )
 
 
-def test_level_at_every_size(evidence: Evidence) -> None:
-    first = claims.latency(_with_speedups(evidence, {1: 1.0, 8: 0.96, 32: 1.05}))[0]
-    assert first == "int8 is as fast as fp32 within 5 % at batch size 1, 8, 32."
-    assert "faster" not in first and "slower" not in first
+def test_what_is_told_apart_depends_on_the_noise(evidence: Evidence) -> None:
+    speedups = {1: 0.96, 8: 1.04}
+    quiet = claims.latency(_with_speedups(evidence, speedups, noise_percent=1))[0]
+    assert quiet == "int8 is faster than fp32 at batch size 8; slower than fp32 at batch size 1."
+    noisy = claims.latency(_with_speedups(evidence, speedups, noise_percent=5))[0]
+    assert noisy == "int8 is not to be told apart from fp32 above the noise at batch size 1, 8."
+    assert "faster" not in noisy and "slower" not in noisy
+
+
+def test_noise_and_rounds_are_those_of_all_batch_sizes(evidence: Evidence) -> None:
+    rows = [
+        latency_row(1, {"fp32": 4.0, "int8_fx": 1.0}, rounds=20, noise_percent=2),
+        latency_row(8, {"fp32": 4.0, "int8_fx": 1.0}, rounds=90, noise_percent=7),
+    ]
+    how = claims.latency(with_rows(evidence, *rows))[-1]
+    assert "in 20 to 90 short rounds" in how and "gave 0.93x to 1.07x" in how
+
+
+def test_too_few_rounds_for_an_interval_are_admitted(evidence: Evidence) -> None:
+    enough, few = (claims.latency(_with_speedups(evidence, {1: 2.0}, rounds=rounds))[-1] for rounds in (6, 5))
+    assert "the rounds' ratios, with its 95 % interval." in enough
+    assert "with the smallest and the largest (6 rounds make a 95 % interval)." in few
 
 
 def test_time_saved_that_shrinks(evidence: Evidence) -> None:
@@ -244,15 +280,29 @@ def test_time_saved_that_shrinks(evidence: Evidence) -> None:
 
 
 def test_larger_batches_are_larger_whatever_their_order(evidence: Evidence) -> None:
-    """`--batch-sizes 128,8,1` is allowed; the time saved still grows with the batch."""
+    """Batch sizes are sorted when they are read; a result that was read from a file may not be."""
     saved = claims.latency(_with_speedups(evidence, {128: 2.0, 8: 2.0, 1: 2.0}))[1]
     assert "grows with every larger batch: 2.00 ms at 1, 256.00 ms at 128" in saved
 
 
 def test_one_batch_size_says_nothing_about_larger_ones(evidence: Evidence) -> None:
     sentences = claims.latency(_with_speedups(evidence, {8: 2.0}))
-    assert sentences[0] == "int8 is faster at every batch size: 2.00x faster."
+    assert sentences[0] == "int8 is faster than fp32 at every batch size: 2.00x faster."
     assert len(sentences) == 2 and "larger batch" not in " ".join(sentences)
+
+
+def test_of_several_kernels_the_chosen_ones_are_named(evidence: Evidence) -> None:
+    rows = [
+        latency_row(batch, {"fp32": 8.0, "int8_fx": 2.0, "int8_fx_onednn": 1.0}, noise_percent=1) for batch in (1, 8)
+    ]
+    both = ("int8_fx_onednn", "int8_fx")
+    measured = replace(evidence.measured, contenders={evidence.int8.version_uri: both})
+    chosen = replace(evidence.versions[0], name="int8_fx_onednn")
+    several = with_rows(replace(evidence, versions=(chosen,), measured=measured), *rows)
+    first, *_, how = claims.latency(several)
+    assert first.startswith("int8 is faster than fp32 at every batch size: ")
+    assert "of the int8 kernels, int8_fx_onednn were chosen (mean speed-up over fp32: int8_fx_onednn " in how
+    assert "a plain `mlflow.pytorch.load_model` uses those of x86" in how
 
 
 # --- gate and quantization
@@ -264,9 +314,12 @@ def test_gate_that_passed(evidence: Evidence) -> None:
 
 
 def test_gate_that_failed(evidence: Evidence) -> None:
-    failed = replace(evidence, gate=GateResult(False, ("size ratio 2.50 is not at least 3",)), champion=False)
-    text = claims.gate(failed)
+    reasons = GateResult(False, ("size ratio 2.50 is not at least 3",))
+    text = claims.gate(with_gate(evidence, reasons))
     assert text == "Gate failed: size ratio 2.50 is not at least 3; `champion` stays where it was."
+    earlier = claims.gate(with_gate(evidence, reasons, champion=True))
+    assert earlier.endswith("the int8 version is `champion` all the same, by an earlier decision.")
+    assert "only `qexp run` moves that alias" in claims.gate(with_gate(evidence, evidence.gate, champion=False))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +338,8 @@ def test_a_busy_machine_is_named(evidence: Evidence) -> None:
     quiet = claims.latency(evidence)
     assert not [sentence for sentence in quiet if "busy" in sentence]
     row = evidence.latency.rows[1]
-    noisy = replace(row, int8=replace(row.int8, p90_ms=7 * row.int8.p50_ms))
-    rows = (evidence.latency.rows[0], noisy, evidence.latency.rows[2])
-    sentences = claims.latency(replace(evidence, latency=replace(evidence.latency, rows=rows)))
+    noisy = replace(row, stats=row.stats | {"int8_fx": replace(row.stats["int8_fx"], p90_ms=7 * 0.8)})
+    sentences = claims.latency(with_rows(evidence, evidence.latency.rows[0], noisy, evidence.latency.rows[2]))
     assert [sentence for sentence in sentences if "busy**: at batch size 8 p90 is up to 7.0 times" in sentence]
+    other = replace(row, stats=row.stats | {"bf16": replace(row.stats["bf16"], p90_ms=7 * 1.6)})
+    assert "busy" not in str(claims.latency(with_rows(evidence, other)))  # the answer does not rest on it

@@ -1,63 +1,85 @@
-"""Timing with a clock that only the timed calls move, and statistics against values by hand and numpy's."""
+"""Timing with a clock that only the timed calls move, and statistics against values by hand, numpy's and chance."""
 
+import random
+import statistics
 from collections.abc import Callable
+from math import comb
 
 import numpy as np
 import pytest
+from conftest import latency_row
 
 from qexp.config import LatencyConfig
 from qexp.latency import (
+    AGAIN,
+    BLOCK_S,
+    SETTLE_S,
     LatencyResult,
     LatencyRow,
-    LatencyStats,
+    Ratio,
     measure_latency,
+    paired_ratio,
     percentile,
     summarize,
-    time_interleaved,
+    time_rounds,
 )
 
 Call = Callable[[], None]
+SLOW = {"fp32": 0.25, "int8": 0.125}  # seconds a call, more than a block: one call a round
 
 
-def _imagined_machine() -> tuple[Callable[[], float], Callable[[str, float], Call], list[str]]:
-    """A clock, a maker of calls that take a given time on it, and the list of calls made."""
-    now, calls = [100.0], []
+class Machine:
+    """A clock that nothing moves but its calls, each of which takes the time it was made with."""
 
-    def make(name: str, seconds: float) -> Call:
+    def __init__(self) -> None:
+        self.now, self.calls = 100.0, list[str]()
+
+    def clock(self) -> float:
+        return self.now
+
+    def make(self, name: str, *seconds: float) -> Call:
+        """A call that takes these times, the last of them again and again."""
+        left = list(seconds)
+
         def call() -> None:
-            calls.append(name)
-            now[0] += seconds
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
 
         return call
 
-    return lambda: now[0], make, calls
+    def rounds(self, warmup: int, min_repeats: int, min_seconds: float = 0, **seconds: float) -> dict[str, list]:
+        options = LatencyConfig(warmup=warmup, min_repeats=min_repeats, min_seconds=min_seconds)
+        return time_rounds({name: self.make(name, s) for name, s in seconds.items()}, options, self.clock)
 
 
-def _time(warmup: int, min_repeats: int, min_seconds: float) -> tuple[list[list[float]], list[str]]:
-    clock, make, calls = _imagined_machine()
-    options = LatencyConfig(warmup=warmup, min_repeats=min_repeats, min_seconds=min_seconds)
-    return time_interleaved([make("fp32", 0.25), make("int8", 0.125)], options, clock), calls
+# --- rounds
 
 
-def test_calls_are_timed_in_turn() -> None:
-    seconds, calls = _time(warmup=1, min_repeats=4, min_seconds=0)
-    assert calls == ["fp32", "int8"] * 5
-    assert seconds == [[0.25] * 4, [0.125] * 4]
+def test_every_round_has_every_model_once_in_an_order_of_its_own() -> None:
+    machine = Machine()
+    names = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    blocks = machine.rounds(1, 50, **names)
+    assert blocks == {name: [[seconds]] * 50 for name, seconds in names.items()}
+    assert machine.calls[:4] == list(names)  # warm-up
+    orders = [tuple(machine.calls[start : start + 4]) for start in range(4, len(machine.calls), 4)]
+    assert len(orders) == 50 and all(sorted(order) == list(names) for order in orders)
+    assert len(set(orders)) > 12  # of 24
+    for name in names:  # none is always the first, or always after the same one
+        assert 3 < sum(order[0] == name for order in orders) < 25
 
 
 @pytest.mark.parametrize("warmup", [1, 3])
 def test_warm_up_is_not_timed(warmup: int) -> None:
-    seconds, calls = _time(warmup=warmup, min_repeats=2, min_seconds=0)
-    assert len(seconds[0]) == len(seconds[1]) == 2
-    assert calls.count("fp32") == calls.count("int8") == warmup + 2
+    machine = Machine()
+    blocks = machine.rounds(warmup, 2, **SLOW)
+    assert blocks == {"fp32": [[0.25]] * 2, "int8": [[0.125]] * 2}
+    assert machine.calls.count("fp32") == machine.calls.count("int8") == warmup + 2
 
 
 def test_a_slow_first_call_falls_into_the_warm_up() -> None:
-    clock, make, _ = _imagined_machine()
-    slow, fast = make("first", 9.0), make("later", 0.5)
-    left = [slow]
-    run = lambda: (left.pop() if left else fast)()  # noqa: E731
-    assert time_interleaved([run], LatencyConfig(warmup=1, min_repeats=3, min_seconds=0), clock) == [[0.5] * 3]
+    machine = Machine()
+    options = LatencyConfig(warmup=1, min_repeats=3, min_seconds=0)
+    assert time_rounds({"a": machine.make("a", 9.0, 0.5)}, options, machine.clock) == {"a": [[0.5]] * 3}
 
 
 @pytest.mark.parametrize(
@@ -65,27 +87,209 @@ def test_a_slow_first_call_falls_into_the_warm_up() -> None:
     [(5, 0.0, 5), (5, 1.0, 5), (2, 3.0, 8), (2, 3.1, 9), (2, 0.1, 2)],  # a round takes 0.375 s
 )
 def test_timing_lasts_for_both_minimums(min_repeats: int, min_seconds: float, rounds: int) -> None:
-    seconds, calls = _time(warmup=7, min_repeats=min_repeats, min_seconds=min_seconds)
-    assert len(seconds[0]) == len(seconds[1]) == rounds
-    assert len(calls) == 2 * (7 + rounds)  # warm-up took 2.6 s, which do not count
+    machine = Machine()
+    blocks = machine.rounds(7, min_repeats, min_seconds, **SLOW)
+    assert len(blocks["fp32"]) == len(blocks["int8"]) == rounds
+    assert len(machine.calls) == 2 * (7 + rounds)  # warm-up took 2.6 s, which do not count
 
 
-def test_both_models_at_every_batch_size() -> None:
-    clock, make, calls = _imagined_machine()
-    told: list[LatencyRow] = []
+def test_calls_in_which_a_model_settles_are_dropped() -> None:
+    """Of 4 ms each: those that begin in the first 20 ms of a block are not counted, those until 40 ms are."""
+    machine = Machine()
+    blocks = machine.rounds(1, 2, quick=1 / 256)
+    before, all_of_them = 256 * SETTLE_S, 256 * BLOCK_S
+    kept = int(all_of_them) + 1 - (int(before) + 1)  # begun at 6/256 s to 10/256 s
+    assert blocks == {"quick": [[1 / 256] * kept] * 2}
+    assert machine.calls == ["quick"] * (1 + 2 * (int(all_of_them) + 1))
 
-    def prepare(batch_size: int) -> tuple[Call, Call]:
-        return make(f"fp32 {batch_size}", 0.5 * batch_size), make(f"int8 {batch_size}", 0.125 * batch_size**2)
 
-    options = LatencyConfig(batch_sizes=[1, 2, 8], warmup=1, min_repeats=2, min_seconds=0)
-    result = measure_latency(prepare, options, 3, clock, told.append)
-    assert [row.batch_size for row in result.rows] == [1, 2, 8]
-    assert [row.speedup for row in result.rows] == [4.0, 2.0, 0.5]
-    assert [row.fp32.p50_ms for row in result.rows] == [500, 1000, 4000]
-    assert [row.int8.p50_ms for row in result.rows] == [125, 500, 8000]
-    assert result.smallest_speedup == 0.5 and result.threads == 3
-    assert tuple(told) == result.rows
-    assert calls == [name for batch in (1, 2, 8) for _ in range(3) for name in (f"fp32 {batch}", f"int8 {batch}")]
+def test_a_slow_start_of_each_block_is_not_in_its_times() -> None:
+    machine = Machine()
+    options = LatencyConfig(warmup=1, min_repeats=2, min_seconds=0)
+    slow_then_quick = [1 / 256, *[1 / 64, *[1 / 256] * 7] * 2, 1.0]  # warm-up, then 64 + 6 * 4 ms a block and more
+    blocks = time_rounds({"a": machine.make("a", *slow_then_quick)}, options, machine.clock)
+    assert all(set(block) == {1 / 256} for block in blocks["a"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept"),
+    [
+        ((0.5, 0.5), [0.5]),  # one call is more than a block
+        ((1 / 32, 1 / 16), [1 / 16]),  # the second began after the first had settled the model
+        ((1 / 64, 1 / 4), [1 / 4]),  # the second began too early, but it is the last of two
+    ],
+)
+def test_something_of_a_block_is_always_kept(seconds: tuple[float, float], kept: list[float]) -> None:
+    machine = Machine()
+    options = LatencyConfig(warmup=1, min_repeats=2, min_seconds=0)
+    call = machine.make("a", 1.0, *seconds, 0.5)
+    assert time_rounds({"a": call}, options, machine.clock)["a"][0] == kept
+
+
+# --- rows
+
+
+def _measure(machine: Machine, told: list[LatencyRow]) -> tuple[LatencyRow, ...]:
+    def prepare(batch_size: int) -> dict[str, Call]:
+        times = {"fp32": 0.5 * batch_size, "traced": 0.25 * batch_size, "int8": 0.125 * batch_size**2}
+        return {name: machine.make(f"{name} {batch_size}", seconds) for name, seconds in times.items()}
+
+    config = LatencyConfig(batch_sizes=[1, 2, 8], warmup=1, min_repeats=6, min_seconds=0)
+    return measure_latency(prepare, "fp32", "int8", config, machine.clock, told.append)
+
+
+def test_all_models_at_every_batch_size() -> None:
+    machine, told = Machine(), list[LatencyRow]()
+    rows = _measure(machine, told)
+    assert [row.batch_size for row in rows] == [1, 2, 8] and tuple(told) == rows
+    assert [row.speedups["int8"] for row in rows] == [Ratio(4, 4, 4), Ratio(2, 2, 2), Ratio(0.5, 0.5, 0.5)]
+    assert all(row.speedups["fp32"] == Ratio(1, 1, 1) and row.speedups["traced"].median == 2 for row in rows)
+    assert [row.stats["fp32"].p50_ms for row in rows] == [500, 1000, 4000]
+    assert [row.stats["int8"].p50_ms for row in rows] == [125, 500, 8000]
+    assert rows[1].round_ms == {"fp32": (1000.0,) * 6, "traced": (500.0,) * 6, "int8": (500.0,) * 6}
+    assert all(row.stats[name].repeats == 6 for row in rows for name in row.stats)
+
+
+def test_the_noise_is_a_second_measurement_of_one_model_in_every_round() -> None:
+    machine = Machine()
+    rows = _measure(machine, [])
+    assert machine.calls.count("int8 2") == 2 * 7 and machine.calls.count("fp32 2") == 7  # warm-up and six rounds
+    assert all(row.noise == Ratio(1, 1, 1) and AGAIN not in row.stats | row.round_ms | row.speedups for row in rows)
+
+
+def test_a_slow_moment_of_the_machine_does_not_touch_the_speed_up() -> None:
+    """It slows all models of a round: their p50 drift apart where a median of ratios does not."""
+    slow = [1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0]
+    ratio = paired_ratio([4 * s for s in slow], slow)
+    assert ratio == Ratio(4, 4, 4)
+
+
+# --- ratios
+
+
+@pytest.mark.parametrize(
+    ("count", "left_out"),  # of each end; all but the last two by the exact binomial distribution
+    [(1, 0), (2, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (20, 5), (200, 85), (1000, 468), (5000, 2429)],
+)
+def test_interval_of_so_many_pairs(count: int, left_out: int) -> None:
+    ratios = [1 + n for n in range(count)]
+    random.Random(count).shuffle(ratios)
+    found = paired_ratio(ratios, [1.0] * count)
+    assert found.median == statistics.median(ratios)
+    assert (found.low, found.high) == (1 + left_out, count - left_out)
+
+
+def test_intervals_are_the_narrowest_with_95_percent() -> None:
+    """Sums of the binomial distribution in whole numbers; its normal approximation may leave out one value less."""
+
+    def missed(count: int, cut: int) -> float:
+        return 2 * sum(comb(count, k) for k in range(cut + 1)) / 2**count
+
+    for count in (*range(6, 260), 1000, 2000):
+        left_out = int(paired_ratio(list(range(1, count + 1)), [1.0] * count).low) - 1
+        assert missed(count, left_out) <= 0.05 < missed(count, left_out + (1 if count <= 200 else 2)), count
+
+
+@pytest.mark.parametrize("count", [6, 20, 50, 300])
+def test_the_interval_covers_the_true_median_in_95_of_100(count: int) -> None:
+    """Of skewed times with rare outliers, as a machine gives them; the same draws in every run of the tests."""
+    draw = np.random.RandomState(count)
+    ratios = 2.0 * np.exp(draw.gamma(0.5, 0.2, (2000, count)) * np.where(draw.rand(2000, count) < 0.5, -1, 1))
+    found = [paired_ratio(row.tolist(), [1.0] * count) for row in ratios]
+    covered = sum(ratio.low <= 2.0 <= ratio.high for ratio in found) / len(found)
+    assert 0.93 <= covered <= 0.99
+
+
+def test_fewer_than_six_pairs_give_all_that_was_seen() -> None:
+    assert paired_ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0]) == Ratio(3.0, 2.0, 4.0)
+
+
+def test_pairs_of_different_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="argument 2"):
+        paired_ratio([1.0, 2.0], [1.0])
+
+
+def test_pairs_are_those_of_a_round() -> None:
+    row = latency_row(1, {"fp32": 4.0, "int8": 1.0})
+    by_hand = [a / b for a, b in zip(row.round_ms["fp32"], row.round_ms["int8"], strict=True)]
+    assert row.ratio("fp32", "int8") == row.speedups["int8"]
+    assert row.ratio("fp32", "int8").median == statistics.median(by_hand)
+    assert row.ratio("int8", "fp32").median == pytest.approx(1 / statistics.median(by_hand))
+
+
+# --- told apart
+
+
+@pytest.mark.parametrize(
+    ("fast_ms", "noise_percent", "expected"),
+    [
+        (0.5, 1.0, 1),
+        (0.95, 1.0, 1),
+        (0.95, 7.0, 0),  # one model differs as much from itself
+        (1.0, 0.0, 0),
+        (1.002, 0.0, 0),  # within its interval
+        (1.05, 1.0, -1),
+        (1.05, 7.0, 0),
+        (2.0, 1.0, -1),
+    ],
+)
+def test_two_models_are_told_apart_beyond_interval_and_noise(
+    fast_ms: float, noise_percent: float, expected: int
+) -> None:
+    row = latency_row(1, {"fp32": 1.0, "int8": fast_ms}, noise_percent=noise_percent)
+    assert row.compared("fp32", "int8") == expected
+    assert row.compared("int8", "fp32") == -expected
+
+
+def test_noise_counts_to_either_side() -> None:
+    """The model was 10 % faster than itself: 5 % faster and 5 % slower are no news."""
+    quiet = latency_row(1, {"a": 1.0, "faster": 0.95, "slower": 1.05}, noise_percent=0)
+    noisy = LatencyRow(1, quiet.stats, quiet.round_ms, quiet.speedups, Ratio(0.95, 0.90, 0.99))
+    assert [quiet.compared("a", name) for name in ("faster", "slower")] == [1, -1]
+    assert [noisy.compared("a", name) for name in ("faster", "slower")] == [0, 0]
+
+
+def test_a_wide_interval_tells_nothing() -> None:
+    row = latency_row(1, {"a": 1.0, "b": 0.9}, rounds=20)
+    wild = row.round_ms | {"b": tuple(0.5 if n % 2 else 1.5 for n in range(20))}
+    assert LatencyRow(1, row.stats, wild, row.speedups, row.noise).compared("a", "b") == 0
+
+
+# --- the result
+
+
+def _result(*rows: dict[str, float], noise_percent: float = 1.0) -> LatencyResult:
+    made = [latency_row(2**n, times, noise_percent=noise_percent) for n, times in enumerate(rows)]
+    return LatencyResult("fp32", tuple(made), (), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "winner"),
+    [
+        ([{"fp32": 1.0, "a": 0.5, "b": 0.4}], "b"),
+        ([{"fp32": 1.0, "a": 0.4, "b": 0.5}], "a"),
+        ([{"fp32": 1.0, "a": 0.5, "b": 0.499}], "a"),  # not to be told apart: the one named first
+        ([{"fp32": 1.0, "a": 0.5, "b": 0.4}, {"fp32": 1.0, "a": 0.4, "b": 0.5}], "a"),  # one all
+        ([{"fp32": 1.0, "a": 0.5, "b": 0.4}] * 2 + [{"fp32": 1.0, "a": 0.1, "b": 0.5}], "b"),  # two to one
+    ],
+)
+def test_winner(rows: list[dict[str, float]], winner: str) -> None:
+    assert _result(*rows).winner(["a", "b"]) == winner
+    assert _result(*rows).winner(["a"]) == "a"
+
+
+def test_winner_in_noise_is_the_first() -> None:
+    assert _result({"fp32": 1.0, "a": 0.5, "b": 0.4}, noise_percent=50).winner(["a", "b"]) == "a"
+
+
+def test_smallest_and_mean_speedup() -> None:
+    result = _result({"fp32": 4.0, "a": 1.0}, {"fp32": 9.0, "a": 10.0}, {"fp32": 2.0, "a": 1.0})
+    assert result.smallest_speedup("a") == pytest.approx(0.9, rel=0.01)
+    assert result.mean_speedup("a") == pytest.approx((4 * 0.9 * 2) ** (1 / 3), rel=0.01)
+    assert result.smallest_speedup("fp32") == result.mean_speedup("fp32") == 1
+
+
+# --- statistics of one model
 
 
 def test_statistics_by_hand() -> None:
@@ -113,9 +317,3 @@ def test_statistics_are_those_of_numpy(count: int) -> None:
     )
     for percent in (0, 12.5, 50, 100):
         assert percentile(seconds, percent) == pytest.approx(np.percentile(seconds, percent))
-
-
-def test_smallest_speedup_is_that_of_the_worst_batch_size() -> None:
-    stats = LatencyStats(1.0, 1.0, 1.0, 1.0, 2)
-    rows = tuple(LatencyRow(batch, stats, stats, speedup) for batch, speedup in ((1, 3.0), (8, 0.9), (128, 2.0)))
-    assert LatencyResult(rows, threads=1).smallest_speedup == 0.9

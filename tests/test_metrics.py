@@ -16,10 +16,29 @@ def test_an_epoch_has_every_figure(evidence: Evidence) -> None:
     assert len(values) == 8
 
 
-def test_latency_table_has_a_row_a_batch_size(evidence: Evidence) -> None:
-    table = metrics.latency_table(evidence.latency.rows)
-    assert table["batch_size"] == [1, 8, 128] and table["fp32_p50_ms"] == [1.0, 4.0, 100.0]
-    assert table["speedup"] == [4.0, 5.0, 10.0] and {len(column) for column in table.values()} == {3}
+def test_latency_table_has_a_row_a_model_and_batch_size(evidence: Evidence) -> None:
+    table = metrics.latency_table(evidence.latency)
+    assert table["batch_size"] == [1] * 5 + [8] * 5 + [128] * 5 and {len(column) for column in table.values()} == {15}
+    assert table["model"][:5] == ["fp32", "fp32_traced", "bf16", "fp32_onnx", "int8_fx"]
+    assert table["p50_ms"][:5] == [1.0, 0.8, 0.7, 0.5, 0.25] and table["repeats"][0] == 60
+    found = evidence.latency.rows[0].speedups["int8_fx"]
+    ends = [table[f"speedup_{end}"][4] for end in ("median", "low", "high")]
+    assert ends == [found.median, found.low, found.high] and table["speedup_median"][0] == 1
+
+
+def test_latency_of_each_model_and_of_the_chosen_one(evidence: Evidence) -> None:
+    """On the run under the models' names; on each model without one."""
+    found = list(metrics.of_latency(evidence.latency, "int8_fx"))
+    run = {(name, step): value for whose, step, values in found if whose is None for name, value in values.items()}
+    assert run["latency/fp32_p50_ms", 8] == run["latency/fp32_p50_ms_batch8", None] == 4.0
+    assert run["latency/bf16_p99_ms", 128] == 45.0 and run["latency/int8_fx_images_per_s", 1] == 4000
+    speedup = evidence.latency.rows[1].speedups["int8_fx"].median
+    names = ("latency/speedup", "latency/int8_speedup", "latency/int8_fx_speedup")
+    assert {run[name, 8] for name in names} == {run[f"{name}_batch8", None] for name in names} == {speedup}
+    own = {(name, step): value for whose, step, values in found if whose == "int8_fx" for name, value in values.items()}
+    assert own["latency/p50_ms", 8] == own["latency/p50_ms_batch8", None] == 0.8
+    assert own["latency/speedup", 8] == speedup and len(own) == 3 * 7
+    assert {whose for whose, _, _ in found} == {None, *evidence.latency.rows[0].stats}
 
 
 def test_accuracy_table_has_a_row_a_model_and_split(evidence: Evidence) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import QUICK, REPOSITORY, environment_for
+from conftest import PLAIN, QUICK, REPOSITORY, environment_for
 
 BIN = Path(sys.executable).parent
 OPTIONS = [
     word
-    for name, value in zip(QUICK[::2], QUICK[1::2], strict=True)
+    for name, value in (
+        dict(zip(QUICK[::2], QUICK[1::2], strict=True)) | dict(zip(PLAIN[::2], PLAIN[1::2], strict=True))
+    ).items()
     for word in ("-P", f"{name[2:].replace('-', '_')}={value}")
 ]
 

@@ -2,18 +2,26 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
-from conftest import Finished, run_qexp
+from conftest import PLAIN, Finished, environment_for, run_qexp
 from PIL import Image
 
-from qexp import tracking
+from qexp import pipeline, quantizing, registry, tracking
+from qexp.config import Config, parse_yaml
 from qexp.data import Dataset
+from qexp.errors import StageError
+from qexp.evaluation import to_float
 from qexp.evidence import Evidence, from_json
 
-SWEEP = "--batch-sizes 1,4 --min-repeats 3 --min-seconds 0 --warmup 1".split()
+TIMES = "--batch-sizes 1,4 --min-repeats 3 --min-seconds 0 --warmup 1".split()
+SWEEP = [*TIMES, *PLAIN]
 
 
 def test_metrics_json_is_what_the_summary_and_the_tags_say(finished: Finished) -> None:
@@ -25,6 +33,16 @@ def test_metrics_json_is_what_the_summary_and_the_tags_say(finished: Finished) -
     assert float(tags["test_top1_percent"]) == pytest.approx(evidence.int8.accuracy["test"].top1_percent, abs=1e-3)
     assert evidence.int8.quantize.float_layers == () and evidence.int8.cost.int8_percent == 100
     assert evidence.gate.passed == (tags["gate"] == "passed") == evidence.champion
+    assert finished.summary["engine"] == "fx" and tags["smallest_speedup"] == f"{min(evidence.speedups):.3f}"
+
+
+def test_report_of_the_run_says_what_to_ship(finished: Finished) -> None:
+    text = (finished.folder / "report" / "report.md").read_text()
+    section = text.split("## What to ship")[1].split("\n## ")[0]
+    assert re.search(r"\*\*(Ship|Do not ship|int8 does not pay|Measure again)", section)
+    assert "Against the fastest model that is not int8 (" in section
+    sensitivity = text.split("## Layer sensitivity")[1]
+    assert "On 16 validation images, top-1 is " in sensitivity and "`network.22`" in sensitivity
 
 
 def test_sizes_are_those_of_the_stored_files(finished: Finished) -> None:
@@ -60,7 +78,7 @@ def _champion(finished: Finished) -> str:
 
 def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) -> None:
     champion = _champion(in_use)
-    options = ["--calibration-samples", "32", "--observer", "minmax", "--per-channel", "false"]
+    options = ["--calibration-samples", "32", "--observer", "minmax", "--per-channel", "false", *PLAIN[2:]]
     quantized = run_qexp(in_use.folder, "quantize", "--model-uri", "models:/smallnet-digits-fp32@champion", *options)
     assert quantized.code == 0, quantized.stderr
     uri = quantized.summary["int8"]
@@ -71,7 +89,7 @@ def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) ->
     early = run_qexp(in_use.folder, "report", "--model-uri", uri)
     assert early.code == 2 and "qexp latency --model-uri" in early.stderr
 
-    latency = run_qexp(in_use.folder, "latency", "--model-uri", uri, *SWEEP)
+    latency = run_qexp(in_use.folder, "latency", "--model-uri", uri, *TIMES, "--baselines", "none")
     assert latency.code == 0, latency.stderr
     assert set(latency.summary["speedup_by_batch_size"]) == {"1", "4"} and len(latency.summary["run_id"]) == 32
 
@@ -83,17 +101,131 @@ def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) ->
     assert _champion(in_use) == champion
 
 
-def test_run_from_a_registered_fp32_version_with_a_gate_that_fails(in_use: Finished) -> None:
+def test_an_engine_that_fails_does_not_end_the_job_nor_does_a_gate(in_use: Finished) -> None:
+    """From a registered fp32 version, with an engine onnx that cannot quantize the model."""
     uri, champion = in_use.summary["fp32"], _champion(in_use)
-    done = run_qexp(in_use.folder, "run", "--model-uri", uri, *SWEEP, "--min-speedup", "1000", "--engine", "pt2e")
-    assert done.code == 0, done.stderr
-    assert done.summary["fp32"] == uri and done.summary["gate"] == "failed"
+    script = """
+import sys
+from qexp import quantization
+from qexp.errors import StageError
+def broken(*given):
+    raise StageError("engine onnx cannot quantize this model")
+quantization.ENGINES["onnx"] = broken
+from entrypoints.cli import main_program
+sys.argv[0] = "qexp"
+main_program()
+"""
+    options = ["run", "--model-uri", uri, *SWEEP, "--min-speedup", "1000", "--engine", "onnx,pt2e"]
+    command, environment = [sys.executable, "-c", script, *options], environment_for(in_use.uri)
+    died = subprocess.run(command, cwd=in_use.folder, env=environment, capture_output=True, text=True)
+    assert died.returncode == 0, died.stderr
+    assert "goes on without engine onnx: engine onnx cannot quantize this model" in died.stderr
+    summary = json.loads(died.stdout.splitlines()[-1])
+    assert summary["fp32"] == uri and summary["gate"] == "failed" and summary["engine"] == "pt2e"
     client = mlflow.MlflowClient(tracking_uri=in_use.uri)
-    version = client.get_model_version(*done.summary["int8"].removeprefix("models:/").split("/"))
+    version = client.get_model_version(*summary["int8"].removeprefix("models:/").split("/"))
     assert version.tags["gate"] == "failed" and "at least 1000" in version.tags["gate_reason"]
     assert version.tags["engine"] == "pt2e" and version.tags["verified"] == "true" and "backend" not in version.tags
     assert str(client.get_model_version_by_alias("smallnet-digits-int8", "challenger").version) == str(version.version)
     assert _champion(in_use) == champion
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{summary['run_id']}'")
+    statuses = {run.info.run_name: run.info.status for run in children}
+    assert statuses.pop("quantize-onnx-256") == "FAILED"
+    assert set(statuses) == {"quantize-pt2e-256", "latency-smallnet", "report"} and set(statuses.values()) == {
+        "FINISHED"
+    }
+
+
+def test_all_engines_that_fail_end_the_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(config: Config, *given: object) -> None:
+        raise StageError(f"no {','.join(config.quantize.engine)}")
+
+    monkeypatch.setattr(quantizing, "quantize_stage", fail)
+    monkeypatch.setattr(quantizing, "sensitivity_stage", lambda *given: None)
+    config = parse_yaml("quantize: {engine: [fx, onnx]}")
+    nothing: Any = None
+    with pytest.raises(StageError, match=r"^no onnx$"):
+        pipeline.quantize_all(config, nothing, nothing, nothing)
+    assert "goes on without engine fx: no fx" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def side_by_side(in_use: Finished) -> Finished:
+    """`qexp run` with two engines and every baseline on the registered fp32 version."""
+    options = ["--sensitivity-images", "0", "--engine", "fx,onnx", "--output-dir", "both", "--min-speedup", "0"]
+    done = run_qexp(in_use.folder, "run", "--model-uri", in_use.summary["fp32"], *TIMES, *options)
+    assert done.code == 0, done.stderr
+    return done
+
+
+def _versions_of(done: Finished) -> dict[str, Any]:
+    """The int8 versions of a run, by engine."""
+    client = mlflow.MlflowClient(tracking_uri=done.uri)
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{done.summary['run_id']}'")
+    ids = {run.info.run_id for run in children}
+    found = [version for version in client.search_model_versions() if version.run_id in ids]
+    return {version.tags["engine"]: version for version in found}
+
+
+def test_engines_side_by_side(side_by_side: Finished) -> None:
+    client = mlflow.MlflowClient(tracking_uri=side_by_side.uri)
+    versions = _versions_of(side_by_side)
+    assert set(versions) == {"fx", "onnx"}
+    assert {engine: version.tags["flavor"] for engine, version in versions.items()} == {"fx": "pytorch", "onnx": "onnx"}
+    for version in versions.values():
+        assert version.tags["verified"] == "true" and version.tags["gate"] in ("passed", "failed")
+        assert version.tags["latency_run_id"] == versions["fx"].tags["latency_run_id"]
+    chosen = versions[side_by_side.summary["engine"]]
+    assert side_by_side.summary["int8"] == f"models:/{chosen.name}/{chosen.version}"
+    aliases = {alias: str(client.get_model_version_by_alias(chosen.name, alias).version) for alias in ("challenger",)}
+    assert aliases["challenger"] == str(chosen.version)
+    assert (_champion(side_by_side) == str(chosen.version)) == (side_by_side.summary["gate"] == "passed")
+
+
+def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
+    text = (side_by_side.folder / "both" / "report.md").read_text()
+    evidence = from_json(Evidence, (side_by_side.folder / "both" / "metrics.json").read_text())
+    uris = {f"models:/{version.name}/{version.version}" for version in _versions_of(side_by_side).values()}
+    assert {judged.int8.version_uri for judged in evidence.versions} == uris == set(evidence.measured.contenders)
+    assert evidence.int8.version_uri == side_by_side.summary["int8"] and all(f"`{uri}`" in text for uri in uris)
+    (header,) = [line for line in text.splitlines() if line.startswith("| Batch size | fp32 | ")]
+    bf16 = ["bf16"] if evidence.measured.host.has_bf16 else []
+    names = ["fp32", "fp32_traced", *bf16, "fp32_onnx", "int8_fx", "int8_fx_onednn", "int8_onnx"]
+    assert header.strip("| ").split(" | ")[1:] == names
+    assert [found.model for found in evidence.latency.startups] == names
+    assert f"**Ship `{evidence.int8.version_uri}`**" in text or "## What to ship\n\n- **" in text
+    assert "## Layer sensitivity" not in text
+
+
+def test_onnx_version_is_served_without_torch(side_by_side: Finished, digits: Dataset, tmp_path: Path) -> None:
+    """By mlflow.pyfunc with what its requirements name, and with the bits of the model that qexp loads."""
+    version = _versions_of(side_by_side)["onnx"]
+    uri = f"models:/{version.name}/{version.version}"
+    mlflow.set_tracking_uri(side_by_side.uri)
+    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    pins = (folder / "requirements.txt").read_text().split()
+    assert {pin.split("==")[0] for pin in pins} == {"mlflow", "onnx", "onnxruntime", "numpy"}
+    assert all("==" in pin for pin in pins) and (folder / "model.onnx").is_file()
+    assert float(version.tags["size_mb"]) == pytest.approx((folder / "model.onnx").stat().st_size / 1e6)
+    info = mlflow.models.get_model_info(uri)
+    assert info.signature.inputs.inputs[0].shape == (-1, 3, 32, 32)
+    assert "mlflow.pyfunc.load_model" in version.description and "backend" not in version.tags
+    script = """
+import sys
+import mlflow, numpy
+found = mlflow.pyfunc.load_model(sys.argv[1]).predict(numpy.load(sys.argv[2]))
+numpy.save(sys.argv[3], found["logits"])
+assert not {"torch", "qexp"} & set(sys.modules)
+"""
+    images = to_float(digits.test.images[:40])
+    np.save(tmp_path / "images.npy", images.numpy())
+    command = [sys.executable, "-c", script, uri, str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
+    environment = registry.child_environment(1)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    logits = np.load(tmp_path / "logits.npy")
+    assert np.array_equal(logits, registry.load_version(uri)(images).numpy())
+    assert (logits.argmax(1) == digits.test.labels[:40].numpy()).mean() > 0.7
 
 
 @pytest.fixture(scope="module")

@@ -48,9 +48,12 @@ def test_version_has_signature_example_pins_classes_and_lineage(
     assert (folder / "data" / {"fp32": "model.pt2", "int8": "model.pth"}[kind]).is_file()
     tags = client.get_model_version(*uri.removeprefix("models:/").split("/")).tags
     expected = {"kind", "verified", "dataset", "data_digest", "cpu_features", "test_top1_percent", "size_mb"}
-    own = {"fp32": {"weights_uri"}, "int8": {"fp32_uri", "observer", "engine", "calibration_samples", "gate_reason"}}
-    assert expected | own[kind] <= set(tags)
+    int8 = {"fp32_uri", "observer", "engine", "flavor", "backend", "calibration_samples", "gate_reason", "fold_pool"}
+    assert expected | {"fp32": {"weights_uri"}, "int8": int8}[kind] <= set(tags)
     assert tags["verified"] == "true"
+    if kind == "int8":
+        assert tags["engine"] == "fx" and tags["flavor"] == "pytorch" and tags["backend"] in ("x86", "onednn")
+        assert tags["per_channel"] == "true" and tags["fold_pool"] == "false" and tags["float_layers"] == "none"
 
 
 def test_both_versions_are_challenger_and_champion(client: mlflow.MlflowClient) -> None:
@@ -101,8 +104,8 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
     # What was stored is not what is in memory: one weight changes between logging and verification.
     damaged = registry._log_model
 
-    def log_then_change(kind: str, module: Classifier, name: str, spec: ModelSpec) -> object:
-        info = damaged(kind, module, name, spec)
+    def log_then_change(kind: str, module: Classifier, *given: object) -> object:
+        info = damaged(kind, module, *given)
         with torch.no_grad():
             module.network[0].weight[0, 0, 0, 0] += 0.25
         return info
@@ -124,13 +127,16 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
 def test_load_sets_the_engine_of_the_version(client: mlflow.MlflowClient) -> None:
     import qexp
 
+    before = client.get_model_version("smallnet-digits-int8", "1").tags["backend"]
     client.set_model_version_tag("smallnet-digits-int8", "1", "backend", "onednn")
     try:
         qexp.load("models:/smallnet-digits-int8/1")
         assert torch.backends.quantized.engine == "onednn"
+        registry.load_version("models:/smallnet-digits-int8/1", "x86")  # as the latency sweep asks for others
+        assert torch.backends.quantized.engine == "x86"
     finally:
         torch.backends.quantized.engine = "x86"
-        client.set_model_version_tag("smallnet-digits-int8", "1", "backend", "x86")
+        client.set_model_version_tag("smallnet-digits-int8", "1", "backend", before)
 
 
 @pytest.mark.parametrize("uri", ["smallnet", "models:/a", "models:/a/b", "runs:/1/model", "models:/a/1/2"])

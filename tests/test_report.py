@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import latency_row, with_int8, with_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from qexp import plots
 from qexp.evaluation import Accuracy
-from qexp.evidence import Evidence, SearchPoint, SearchResult, from_json, to_json
+from qexp.evidence import Evidence, Judged, SearchPoint, SearchResult, from_json, to_json
 from qexp.report import render_markdown, table, write_report
 
 FIGURES = [
@@ -27,6 +28,7 @@ FIGURES = [
     "model_size",
     "macs",
     "inference_time",
+    "sensitivity",
 ]
 SECTIONS = [
     "# Can smallnet, trained on digits, ship as int8 on this CPU?",
@@ -35,9 +37,12 @@ SECTIONS = [
     "## Effect of quantization on model size",
     "## Multiply-accumulates by batch size",
     "## Effect of quantization on inference time",
+    "## What to ship",
+    "## Layer sensitivity",
     "## Gate",
     "## Environment",
 ]
+ONNX = "models:/smallnet-digits-int8/2"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,17 @@ def folder(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
     return (folder / "report.html").read_text()
+
+
+def _with_onnx(evidence: Evidence) -> Evidence:
+    """With a second version of another engine."""
+    quantize = replace(evidence.int8.quantize, engine="onnx")
+    accuracy = evidence.int8.accuracy | {"test": Accuracy(92.5, 97.0, 359)}
+    other = replace(evidence.int8, version_uri=ONNX, size_bytes=600_000, quantize=quantize, accuracy=accuracy)
+    measured = replace(evidence.measured, contenders=evidence.measured.contenders | {ONNX: ("int8_onnx",)})
+    two = replace(evidence, measured=measured, versions=(*evidence.versions, Judged(other, "int8_onnx", evidence.gate)))
+    rows = [(1, {"fp32": 4.0, "int8_fx": 1.0, "int8_onnx": 2.0}), (8, {"fp32": 8.0, "int8_fx": 4.0, "int8_onnx": 8.0})]
+    return with_rows(two, *(latency_row(batch, times) for batch, times in rows))
 
 
 def _draw(name: str, evidence: Evidence) -> Axes:
@@ -77,7 +93,7 @@ def _bars(axes: Axes) -> list[list[float]]:
 # --- figures
 
 
-def test_seven_pictures_large_enough_to_read(folder: Path) -> None:
+def test_eight_pictures_large_enough_to_read(folder: Path) -> None:
     assert sorted(file.stem for file in (folder / "figures").iterdir()) == sorted(FIGURES)
     for name in FIGURES:
         with Image.open(folder / "figures" / f"{name}.png") as image:
@@ -126,28 +142,52 @@ def test_bars_show_accuracy_size_and_macs(evidence: Evidence) -> None:
 
 def test_layers_that_stayed_fp32_make_the_bars_whole(evidence: Evidence) -> None:
     quantize = replace(evidence.int8.quantize, float_layers=("network.22",))
-    changed = replace(evidence, int8=replace(evidence.int8, quantize=quantize))
+    changed = with_int8(evidence, quantize=quantize)
     totals, in_int8, in_fp32 = _bars(_draw("macs", changed))
     assert [a + b for a, b in zip(in_int8, in_fp32, strict=True)] == pytest.approx(totals)
 
 
-def test_inference_time_shows_both_medians(evidence: Evidence) -> None:
+def test_sizes_of_all_versions(evidence: Evidence) -> None:
+    axes = _draw("model_size", _with_onnx(evidence))
+    assert _bars(axes) == [[1.8, 0.45, 0.6]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["fp32", "int8 fx", "int8 onnx"]
+    one = _draw("model_size", evidence)
+    assert [label.get_text() for label in one.get_xticklabels()] == ["fp32", "int8"]
+
+
+def test_inference_time_shows_the_medians_of_all_models(evidence: Evidence) -> None:
     axes = _draw("inference_time", evidence)
-    lines = _lines(axes)
-    assert [line for name, line in lines.items() if name.startswith("fp32")] == [([1, 8, 128], [1.0, 4.0, 100.0])]
-    assert [line for name, line in lines.items() if name.startswith("int8")] == [([1, 8, 128], [0.25, 0.8, 10.0])]
+    lines = {name.split()[0]: line for name, line in _lines(axes).items()}
+    assert list(lines) == ["fp32", "fp32_traced", "bf16", "fp32_onnx", "int8_fx"]
+    assert lines["fp32"] == ([1, 8, 128], [1.0, 4.0, 100.0]) and lines["int8_fx"] == ([1, 8, 128], [0.25, 0.8, 10.0])
+    assert lines["bf16"][1] == [0.7, 1.6, 30.0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8", "128"]
     assert "2 threads" in axes.get_title()
 
 
+def test_sensitivity_shows_each_layer_both_ways(evidence: Evidence) -> None:
+    axes = _draw("sensitivity", evidence)
+    lines = _lines(axes)
+    assert lines["only it in int8"] == ([0, 1], [93.75, 95.0]) and lines["only it in fp32"] == ([0, 1], [94.0, 93.25])
+    assert set(lines["all in fp32"][1]) == {95.0} and set(lines["all in int8"][1]) == {93.0}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "3"]
+
+
 def test_one_epoch_and_one_batch_size_can_be_drawn(evidence: Evidence, tmp_path: Path) -> None:
     train = replace(evidence.fp32.train, epochs=evidence.fp32.train.epochs[:1], best_epoch=1)
-    latency = replace(evidence.latency, rows=evidence.latency.rows[:1])
     cost = replace(evidence.int8.cost, macs={1: 1000}, conv_linear_macs={1: 900}, int8_macs={1: 0})
-    short = replace(
-        evidence, fp32=replace(evidence.fp32, train=train), int8=replace(evidence.int8, cost=cost), latency=latency
-    )
+    one = with_rows(replace(evidence, fp32=replace(evidence.fp32, train=train)), evidence.latency.rows[0])
+    short = with_int8(one, cost=cost, fp32_cost=cost)
     assert [file.stem for file in plots.save_figures(short, tmp_path)] == FIGURES
+
+
+def test_what_was_not_measured_is_not_shown(evidence: Evidence, tmp_path: Path) -> None:
+    bare = with_int8(evidence, sensitivity=None)
+    page = write_report(bare, tmp_path)
+    assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == sorted(FIGURES[:-1])
+    text = (tmp_path / "report.md").read_text()
+    assert "sensitivity" not in text and "## What to ship" in text
+    assert page.read_text().count("data:image/png;base64,") == 7
 
 
 def test_search_figure(tmp_path: Path) -> None:
@@ -176,7 +216,7 @@ def test_sections_come_in_order(folder: Path) -> None:
 
 def test_page_needs_no_other_file(page: str) -> None:
     targets = re.findall(r"""(?:src|href|srcset|data)\s*=\s*["']?([^"'\s>]+)""", page)
-    assert len(targets) == 7
+    assert len(targets) == 8
     assert all(target.startswith("data:image/png;base64,") for target in targets)
     assert not re.search(r"<(script|link|iframe|object)\b|url\(|@import", page)
 
@@ -193,7 +233,7 @@ def test_page_has_title_headings_and_tables(page: str) -> None:
     assert [html.unescape(heading) for heading in re.findall(r"<h[12]>(.*?)</h[12]>", page)] == [
         section.lstrip("# ") for section in SECTIONS
     ]
-    assert page.count("<table>") == 4 and "<strong>Yes</strong>" in page
+    assert page.count("<table>") == 8 and "<strong>Yes</strong>" in page
 
 
 def test_metrics_read_back_to_equal_evidence(evidence: Evidence, folder: Path) -> None:
@@ -220,11 +260,73 @@ def test_accuracy_table(evidence: Evidence) -> None:
     assert _row(text, "smallnet int8")[1:] == ["427,178", "0.450", "96.50 %", "99.40 %", "93.50 %", "98.25 %"]
 
 
-def test_macs_and_latency_tables(evidence: Evidence) -> None:
-    text = render_markdown(evidence)
-    macs, times = text.split("## Effect of quantization on inference time")
-    assert _row(macs, "128") == ["128", "128,000", "115,200"]
-    assert _row(times, "8") == ["8", "4.00", "4.40", "6.00", "0.80", "0.88", "1.20", "2,000", "10,000", "5.00x"]
+def test_accuracy_table_of_several_versions(evidence: Evidence) -> None:
+    text = render_markdown(_with_onnx(evidence))
+    assert _row(text, "smallnet int8 fx")[2:] == ["0.450", "96.50 %", "99.40 %", "93.50 %", "98.25 %"]
+    assert _row(text, "smallnet int8 onnx")[2:] == ["0.600", "96.50 %", "99.40 %", "92.50 %", "97.00 %"]
+    assert _row(text, "int8 version")[1] == f"`models:/smallnet-digits-int8/1`, `{ONNX}`"
+    assert f"`{ONNX}` (int8_onnx): " in text.split("## What to ship")[1]
+
+
+def _time_tables(evidence: Evidence) -> list[str]:
+    """p50 of all models, speed-ups, percentiles of two models, start-up."""
+    section = render_markdown(evidence).split("## Effect of quantization on inference time")[1].split("\n## ")[0]
+    return re.findall(r"(?:^\|.*\n)+", section + "\n", re.MULTILINE)
+
+
+def test_macs_table(evidence: Evidence) -> None:
+    section = render_markdown(evidence).split("## Effect of quantization on inference time")[0]
+    assert _row(section, "128") == ["128", "128,000", "115,200"]
+
+
+def test_median_times_of_all_models(evidence: Evidence) -> None:
+    p50 = _time_tables(evidence)[0]
+    assert _row(p50, "Batch size")[1:] == ["fp32", "fp32_traced", "bf16", "fp32_onnx", "int8_fx"]
+    assert _row(p50, "8") == ["8", "4", "3.2", "1.6", "2.4", "0.8"]
+    assert _row(p50, "128") == ["128", "100", "90", "30", "60", "10"]
+
+
+def test_speed_ups_have_intervals_and_the_noise(evidence: Evidence) -> None:
+    speedups = _time_tables(evidence)[1]
+    assert _row(speedups, "Batch size")[1:] == ["fp32_traced", "bf16", "fp32_onnx", "int8_fx", "noise"]
+    found = evidence.latency.rows[2].speedups["int8_fx"]
+    assert 9.8 < found.low < found.median < found.high < 10.2
+    cells = _row(speedups, "128")
+    assert cells[4:] == [f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})", "1.00 (0.99 to 1.01)"]
+    assert "cannot tell" not in speedups
+
+
+def test_what_cannot_be_told_apart_is_marked(evidence: Evidence) -> None:
+    speedups = _time_tables(_with_onnx(evidence))[1]
+    assert _row(speedups, "1")[2].startswith("2.0") or _row(speedups, "1")[2].startswith("1.9")
+    assert _row(speedups, "8")[2].startswith("cannot tell apart: ") and _row(speedups, "8")[1][0].isdigit()
+    noisy = [latency_row(1, {"fp32": 1.0, "int8_fx": 0.95}, noise_percent=10)]
+    assert _row(_time_tables(with_rows(evidence, *noisy))[1], "1")[1].startswith("cannot tell apart: 1.05 (")
+
+
+def test_percentiles_of_fp32_and_the_chosen_version(evidence: Evidence) -> None:
+    percentiles = _time_tables(evidence)[2]
+    assert _row(percentiles, "8") == ["8", "4.00", "4.40", "6.00", "2,000", "0.80", "0.88", "1.20", "10,000"]
+    assert _row(percentiles, "Batch size")[5] == "int8_fx p50, ms"
+
+
+def test_start_up_table_has_every_model(evidence: Evidence) -> None:
+    startup = _time_tables(evidence)[3]
+    assert _row(startup, "fp32") == ["fp32", "0.10", "10.0", "301"]
+    assert _row(startup, "int8_fx") == ["int8_fx", "0.50", "50.0", "305"]
+    assert len(startup.splitlines()) == 2 + 5
+
+
+def test_layers_that_can_be_told(evidence: Evidence) -> None:
+    section = render_markdown(evidence).split("## Layer sensitivity")[1].split("\n## ")[0]
+    assert _row(section, "`network.0`") == ["`network.0`", "31.5", "93.75 %", "94.00 %"]
+    assert _row(section, "`network.3`")[1] == "no noise"
+    assert "In int8 alone, `network.0` costs most" in section and "budget" not in section
+
+
+def test_what_to_ship_is_in_the_page(evidence: Evidence) -> None:
+    section = render_markdown(evidence).split("## What to ship")[1].split("\n## ")[0]
+    assert "- **Ship `models:/smallnet-digits-int8/1`** (int8_fx)" in section
 
 
 def test_environment_table(evidence: Evidence) -> None:
@@ -237,32 +339,35 @@ def test_environment_table(evidence: Evidence) -> None:
     assert "64 training images, digest fedcba9876543210" in _row(text, "Calibration")[1]
     assert _row(text, "fp32 version")[1] == "`models:/smallnet-digits-fp32/1`"
     assert _row(text, "int8 version")[1] == "`models:/smallnet-digits-int8/1`"
-    unknown = replace(evidence, host=replace(evidence.host, features=()))
+    assert _row(text, "Quantization")[1].startswith("engine fx, timed as int8_fx, histogram observer")
+    measured = replace(evidence.measured, host=replace(evidence.measured.host, features=()))
+    unknown = replace(evidence, measured=measured)
     assert _row(render_markdown(unknown), "Instructions")[1] == "unknown"
 
 
 def _other_accuracy(evidence: Evidence) -> Evidence:
     accuracy = {**evidence.int8.accuracy, "test": Accuracy(12.34, 56.78, 359)}
-    return replace(evidence, int8=replace(evidence.int8, accuracy=accuracy))
+    return with_int8(evidence, accuracy=accuracy)
 
 
 def _other_size(evidence: Evidence) -> Evidence:
-    return replace(evidence, int8=replace(evidence.int8, size_bytes=123_000))
+    return with_int8(evidence, size_bytes=123_000)
 
 
 def _other_macs(evidence: Evidence) -> Evidence:
     cost = replace(evidence.int8.cost, int8_macs={1: 777, 8: 6216, 128: 99_456})
-    return replace(evidence, int8=replace(evidence.int8, cost=cost))
+    return with_int8(evidence, cost=cost)
 
 
 def _other_time(evidence: Evidence) -> Evidence:
     first = evidence.latency.rows[0]
-    rows = (replace(first, int8=replace(first.int8, p99_ms=98.76)), *evidence.latency.rows[1:])
-    return replace(evidence, latency=replace(evidence.latency, rows=rows))
+    stats = first.stats | {"int8_fx": replace(first.stats["int8_fx"], p99_ms=98.76)}
+    return with_rows(evidence, replace(first, stats=stats), *evidence.latency.rows[1:])
 
 
 def _other_host(evidence: Evidence) -> Evidence:
-    return replace(evidence, host=replace(evidence.host, cpu="Another CPU"))
+    host = replace(evidence.measured.host, cpu="Another CPU")
+    return replace(evidence, measured=replace(evidence.measured, host=host))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import Finished, environment_for, run_qexp
+from conftest import PLAIN, Finished, environment_for, run_qexp
 
 from qexp.config import DataConfig
 from qexp.data import load_dataset
@@ -121,7 +121,7 @@ def test_signal_ends_the_run_as_killed_and_it_goes_on(
 def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
     """Killed in the middle of training: the run of `qexp run` goes on, with the training below it."""
     sweep = "--batch-sizes 1,2 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
-    process = _start(tmp_path, "run", *OPTIONS, *sweep)
+    process = _start(tmp_path, "run", *OPTIONS, *sweep, *PLAIN)
     _wait_for_line(process, "epoch 2/")
     process.kill()
     process.wait()
@@ -154,8 +154,8 @@ def test_killed_after_it_has_registered_its_version_registers_one(tmp_path: Path
 import os, signal, sys
 from qexp import registry
 register = registry.register
-def register_and_die(*given):
-    register(*given)
+def register_and_die(*given, **named):
+    register(*given, **named)
     os.kill(os.getpid(), signal.SIGKILL)
 registry.register = register_and_die
 from entrypoints.cli import app

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow
 import optuna
 import pytest
-from conftest import REPOSITORY, Finished, run_qexp
+from conftest import PLAIN, REPOSITORY, Finished, run_qexp
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -62,7 +62,7 @@ def test_grid_search_runs_every_point_once_and_goes_on_where_it_stopped(in_use: 
     artifacts = mlflow.MlflowClient(tracking_uri=in_use.uri).list_artifacts(done.summary["run_id"], "figures")
     assert [file.path for file in artifacts] == ["figures/search.png"]
 
-    again = run_qexp(in_use.folder, "search", *COUNTS, "--register-best", "true", "--batch-sizes", "1")
+    again = run_qexp(in_use.folder, "search", *COUNTS, "--register-best", "true", "--batch-sizes", "1", *PLAIN)
     assert again.code == 0, again.stderr
     assert _trials(in_use, again.summary["run_id"]) == []
     assert len(_study(in_use, done.summary["study"]).trials) == 6

@@ -1,27 +1,81 @@
-"""The latency sweep as a process of its own, and what happens when it fails."""
+"""The latency sweep as a process of its own, what it compares with, and what happens when it fails."""
+
+from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 from conftest import Finished
 
-from qexp import registry
+from qexp import contenders, registry
 from qexp.config import LatencyConfig
+from qexp.contenders import Contender, int8_contenders
+from qexp.data import Dataset
 from qexp.errors import StageError
+from qexp.evaluation import to_float
 from qexp.sweep import SweepRequest, run_sweep
 
-OPTIONS = LatencyConfig(batch_sizes=[1, 4], warmup=1, min_repeats=3, min_seconds=0.0)
+BASELINES = ["bf16", "fp32_traced", "fp32_onnx"]  # bf16 first: it must not touch the weights of those after it
+OPTIONS = LatencyConfig(batch_sizes=[1, 4], baselines=BASELINES, warmup=1, min_repeats=3, min_seconds=0.0)
+
+
+def _request(fp32: str, int8: str, options: LatencyConfig = OPTIONS) -> SweepRequest:
+    floats = [Contender(name, fp32) for name in ("fp32", *options.baselines)]
+    int8s = int8_contenders(int8, "fx", ("x86", "onednn"))
+    return SweepRequest((*floats, *int8s), int8s[0].name, 32, 1, options)
 
 
 def test_sweep_of_registered_versions(finished: Finished) -> None:
     mlflow.set_tracking_uri(finished.uri)
-    request = SweepRequest(finished.summary["fp32"], finished.summary["int8"], 32, 1, OPTIONS)
-    result = run_sweep(request, registry.child_environment(1))
-    assert result.threads == 1 and [row.batch_size for row in result.rows] == [1, 4]
-    assert all(row.fp32.repeats == row.int8.repeats == 3 and row.int8.p50_ms > 0 for row in result.rows)
+    names = ["fp32", *BASELINES, "int8_fx", "int8_fx_onednn"]
+    result = run_sweep(_request(finished.summary["fp32"], finished.summary["int8"]), registry.child_environment(1))
+    assert result.threads == 1 and result.baseline == "fp32" and [row.batch_size for row in result.rows] == [1, 4]
+    for row in result.rows:
+        assert list(row.stats) == list(row.speedups) == names and set(row.round_ms) == set(names)
+        assert all(len(times) == 3 and min(times) > 0 for times in row.round_ms.values())
+        assert all(stats.repeats >= 3 and stats.p50_ms > 0 for stats in row.stats.values())
+        assert row.noise.low <= row.noise.median <= row.noise.high
+        assert row.speedups["int8_fx"] == row.ratio("fp32", "int8_fx") and row.speedups["fp32"].median == 1
+    assert [found.model for found in result.startups] == names
+    for found in result.startups:
+        assert 0 < found.load_s < 300 and found.first_call_ms > 0 and found.peak_memory_mb > 50
 
 
-def test_a_sweep_that_fails_is_a_stage_error(finished: Finished) -> None:
+def test_a_sweep_that_fails_is_a_stage_error_that_names_its_versions(finished: Finished) -> None:
     mlflow.set_tracking_uri(finished.uri)
-    request = SweepRequest("models:/nothing/1", "models:/nothing/2", 32, 1, OPTIONS)
-    with pytest.raises(StageError, match="models:/nothing/2 failed with exit code 1"):
-        run_sweep(request, registry.child_environment(1))
+    bare = OPTIONS.model_copy(update={"baselines": []})
+    with pytest.raises(StageError, match=r"latency sweep of models:/nothing/1, models:/nothing/2 failed with exit co"):
+        run_sweep(_request("models:/nothing/1", "models:/nothing/2", bare), registry.child_environment(1))
+
+
+def test_baselines_compute_what_the_registered_fp32_version_computes(
+    finished: Finished, digits: Dataset, tmp_path: Path
+) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    fp32 = finished.summary["fp32"]
+    contenders.prepare_baselines(fp32, BASELINES, 32, tmp_path)
+    images = to_float(digits.test.images[:32])
+    with torch.no_grad():
+        expected = contenders.load(Contender("fp32", fp32), tmp_path)(images)
+        found = {name: contenders.load(Contender(name, fp32), tmp_path)(images) for name in BASELINES}
+    for name in ("fp32_traced", "fp32_onnx"):
+        assert torch.allclose(found[name], expected, atol=1e-4), name
+    assert found["bf16"].dtype == torch.float32 and not torch.equal(found["bf16"], expected)
+    assert torch.allclose(found["bf16"], expected, atol=0.3)
+    assert (found["bf16"].argmax(1) == expected.argmax(1)).float().mean() > 0.9
+
+
+def test_names_of_int8_contenders() -> None:
+    both = int8_contenders("models:/a/1", "fx", ("x86", "onednn"))
+    assert both == (Contender("int8_fx", "models:/a/1", "x86"), Contender("int8_fx_onednn", "models:/a/1", "onednn"))
+    assert int8_contenders("models:/a/1", "onnx", (None,)) == (Contender("int8_onnx", "models:/a/1"),)
+
+
+def test_a_version_is_loaded_with_the_kernels_of_its_contender(finished: Finished, tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    try:
+        for contender in int8_contenders(finished.summary["int8"], "fx", ("onednn", "x86")):
+            contenders.load(contender, tmp_path)
+            assert torch.backends.quantized.engine == contender.backend
+    finally:
+        torch.backends.quantized.engine = "x86"

@@ -11,7 +11,8 @@ from mlflow.entities import Run
 from qexp import tracking
 from qexp.config import Config, load_config
 from qexp.errors import InputError
-from qexp.evidence import Fp32Evidence, LatencyEvidence
+from qexp.evidence import Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.quantization.sensitivity import SensitivityResult
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def runs(finished: Finished) -> dict[str, Run]:
 
 
 def test_run_tree(runs: dict[str, Run], finished: Finished) -> None:
-    children = {"train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
+    children = {"train-smallnet", "sensitivity-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
     assert set(runs) == {"main"} | children
     assert all(run.info.status == "FINISHED" for run in runs.values())
     assert runs["main"].info.run_id == finished.summary["run_id"]
@@ -67,11 +68,36 @@ def test_each_model_has_its_own_metrics(runs: dict[str, Run]) -> None:
 def test_latency_by_batch_size_and_as_scalars(runs: dict[str, Run]) -> None:
     client = mlflow.MlflowClient()
     run_id = runs["latency-smallnet"].info.run_id
-    for name in ("latency/fp32_p50_ms", "latency/int8_p99_ms", "latency/speedup"):
+    names = ["latency/fp32_p50_ms", "latency/int8_p99_ms", "latency/speedup"]
+    for name in [*names, "latency/fp32_traced_p50_ms", "latency/int8_fx_speedup", "latency/int8_fx_onednn_p50_ms"]:
         assert [metric.step for metric in client.get_metric_history(run_id, name)] == [1, 8]
     metrics = runs["latency-smallnet"].data.metrics
-    ratio = metrics["latency/fp32_p50_ms_batch8"] / metrics["latency/int8_p50_ms_batch8"]
-    assert metrics["latency/speedup_batch8"] == pytest.approx(ratio)
+    measured = tracking.read_result(LatencyEvidence, run_id, "latency")
+    (chosen, *_) = measured.contenders["models:/smallnet-digits-int8/1"]
+    speedup = measured.latency.rows[1].speedups[chosen].median
+    assert metrics["latency/speedup_batch8"] == metrics["latency/int8_speedup_batch8"] == pytest.approx(speedup)
+    assert metrics["latency/int8_p50_ms_batch8"] == pytest.approx(measured.latency.rows[1].stats[chosen].p50_ms)
+
+
+def test_each_model_has_its_own_latency(runs: dict[str, Run]) -> None:
+    """And none of another: baselines and kernels that were not chosen are no models of the registry."""
+    client = mlflow.MlflowClient()
+    run = runs["latency-smallnet"].data.metrics
+    for model in client.search_logged_models([client.get_experiment_by_name("qexp-digits").experiment_id]):
+        kind = model.name.removeprefix("smallnet-")
+        own = {metric.key: metric.value for metric in model.metrics if metric.key.startswith("latency/")}
+        assert own["latency/p50_ms_batch8"] == run[f"latency/{kind}_p50_ms_batch8"]
+        assert not [name for name in own if "fp32" in name or "int8" in name]
+
+
+def test_sensitivity_is_a_table_and_a_result(runs: dict[str, Run]) -> None:
+    run_id = runs["sensitivity-smallnet"].info.run_id
+    found = tracking.read_result(SensitivityResult, run_id, "sensitivity")
+    assert len(found.layers) == 7 and found.images == 16
+    columns = mlflow.artifacts.load_dict(f"runs:/{run_id}/tables/sensitivity.json")
+    assert [row[0] for row in columns["data"]] == [layer.layer for layer in found.layers]
+    int8 = tracking.read_result(Int8Evidence, runs["quantize-fx-64"].info.run_id, "int8")
+    assert int8.sensitivity == found and int8.budget is None
 
 
 def test_datasets_are_inputs_with_digests(runs: dict[str, Run]) -> None:
@@ -87,10 +113,10 @@ def test_report_and_tables_are_artifacts(runs: dict[str, Run]) -> None:
         files = {file.path for file in client.list_artifacts(runs[name].info.run_id, "report")}
         assert {"report/report.html", "report/report.md", "report/metrics.json", "report/figures"} <= files
         figures = client.list_artifacts(runs[name].info.run_id, "report/figures")
-        assert len(figures) == 7 and all((file.file_size or 0) > 5000 for file in figures)
+        assert len(figures) == 8 and all((file.file_size or 0) > 5000 for file in figures)
     for name, table in (("quantize-fx-64", "accuracy"), ("latency-smallnet", "latency")):
         columns = mlflow.artifacts.load_dict(f"runs:/{runs[name].info.run_id}/tables/{table}.json")
-        assert len(columns["data"]) == {"accuracy": 6, "latency": 2}[table]
+        assert len(columns["data"]) == {"accuracy": 6, "latency": 2 * 4}[table]
 
 
 def test_results_read_back(runs: dict[str, Run]) -> None:
