@@ -24,6 +24,8 @@ from qexp.host import Host
 from qexp.progress import say
 from qexp.quantization import quantize_model
 
+# Options of quantization that the grid varies, or that no trial looks at: they make no other study.
+OF_NO_TRIAL = {"calibration_samples", "observer", "sensitivity_images", "max_top1_drop", "max_tries"}
 STALE_LOCK_S = 10  # writing a line takes milliseconds
 
 
@@ -87,7 +89,7 @@ def _grid(config: Config) -> dict[str, list[Any]]:
 def _open_study(config: Config, fp32_uri: str) -> optuna.Study:
     """The study of this model version and these options, from its journal file if there is one."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    fixed = config.quantize.model_dump(exclude={"calibration_samples", "observer"})
+    fixed = config.quantize.model_dump(exclude=OF_NO_TRIAL)
     options = (fixed, _grid(config), config.search.seeds_per_point, config.search.sampler, config.seed)
     digest = hashlib.sha256(repr(options).encode()).hexdigest()[:8]
     made_for = f"{fp32_uri} {digest}"

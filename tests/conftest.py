@@ -103,12 +103,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.fixture(scope="session")
 def in_use(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The same in a store of its own: for tests that add versions and runs to it."""
-    return _run_once(tmp_path_factory.mktemp("run in use"))
+    """The same in a store of its own, without what PLAIN leaves out: for tests that add versions and runs to it."""
+    return _run_once(tmp_path_factory.mktemp("run in use"), *PLAIN)
 
 
-def _run_once(folder: Path) -> Finished:
-    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report")
+def _run_once(folder: Path, *more: str) -> Finished:
+    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report", *more)
     assert done.code == 0, done.stderr
     return done
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import PLAIN, Finished, environment_for, run_qexp
 from PIL import Image
 
-from qexp import pipeline, quantizing, registry, tracking
+from qexp import pipeline, quantizing, registered, registry, tracking
 from qexp.config import Config, parse_yaml
 from qexp.data import Dataset
 from qexp.errors import StageError
@@ -226,6 +226,21 @@ assert not {"torch", "qexp"} & set(sys.modules)
     logits = np.load(tmp_path / "logits.npy")
     assert np.array_equal(logits, registry.load_version(uri)(images).numpy())
     assert (logits.argmax(1) == digits.test.labels[:40].numpy()).mean() > 0.7
+
+
+def test_evidence_of_one_version_of_two(side_by_side: Finished) -> None:
+    """The one that was asked for comes first; one that was deleted since is left out."""
+    mlflow.set_tracking_uri(side_by_side.uri)
+    versions = _versions_of(side_by_side)
+    chosen = side_by_side.summary["int8"]
+    (other,) = (one for one in versions.values() if f"models:/{one.name}/{one.version}" != chosen)
+    uri = f"models:/{other.name}/{other.version}"
+    both = registered.evidence_of_version(Config(), uri)
+    assert [judged.int8.version_uri for judged in both.versions] == [uri, chosen] and not both.champion
+    mlflow.MlflowClient().delete_model_version(other.name, other.version)
+    one = registered.evidence_of_version(Config(), chosen)
+    assert [judged.int8.version_uri for judged in one.versions] == [chosen]
+    assert set(one.measured.contenders) == {chosen, uri}
 
 
 @pytest.fixture(scope="module")
