@@ -141,15 +141,19 @@ def _pool_arguments(images: Any, pool: Any) -> tuple[Any, ...]:
 def _use_native_kernels(program: fx.GraphModule) -> None:
     """The decomposed operations are Python that only torch.ao knows; these are kernels that every process has."""
     graph = program.graph
+    dequantized: dict[tuple[Any, ...], fx.Node] = {}
     for node in list(graph.nodes):
         with graph.inserting_before(node):
-            if node.target is QUANTIZE:
+            if node.target is DEQUANTIZE and node.args in dequantized:  # convert_pt2e makes one for each user
+                _replace(node, dequantized[node.args])
+            elif node.target is QUANTIZE:
                 values, scale, zero, _, _, dtype = node.args
                 stored = graph.call_function(aten.quantize_per_tensor.default, (values, scale, zero, STORED_AS[dtype]))
                 _replace(node, graph.call_function(aten.int_repr.default, (stored,)))
             elif node.target is DEQUANTIZE:
                 stored = graph.call_function(aten._make_per_tensor_quantized_tensor.default, node.args[:3])
-                _replace(node, graph.call_function(aten.dequantize.self, (stored,)))
+                dequantized[node.args] = graph.call_function(aten.dequantize.self, (stored,))
+                _replace(node, dequantized[node.args])
             elif node.target in RESHAPES or _takes_batch_size(node):  # as a method, so that a trace records the size
                 name = "reshape" if node.target in RESHAPES else node.target._opname
                 _replace(node, graph.call_method(name, node.args, node.kwargs))

@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,7 +41,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
 def _quantize(
     model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool
 ) -> tuple[torch.jit.ScriptModule, tuple[str, ...], tuple[str, ...]]:
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e import quantize_pt2e
 
     from qexp.quantization.lowering import lower
 
@@ -51,10 +52,12 @@ def _quantize(
     sizes = ({0: torch.export.Dim("images", min=1, max=MOST_IMAGES)},)
     # Strict: the quantizer looks for the source of each operation, which the other mode does not record.
     program = torch.export.export(model, (example,), dynamic_shapes=sizes, strict=True).module()
-    prepared = prepare_pt2e(program, _quantizer(options, reduce_range))
+    prepared = quantize_pt2e.prepare_pt2e(program, _quantizer(options, reduce_range))
     for batch in images.split(options.calibration_batch_size):
         prepared(batch.float() / 255)
-    converted = convert_pt2e(prepared)
+    # Patterns of training with fake quantization, each an export of its own: there was none, and they take a minute.
+    with mock.patch.object(quantize_pt2e, "_fold_conv_bn_qat", lambda trained: trained):
+        converted = quantize_pt2e.convert_pt2e(prepared)
     layers = [_module_of(node) for node in converted.graph.nodes if node.target in LAYERS]
     lowered = lower(converted, example, sizes)
     stayed = {_module_of(node) for node in lowered.graph.nodes if _computes_in_fp32(node)}
