@@ -16,13 +16,14 @@ from qexp.quantization import quantize_model
 from qexp.quantization.onnx import INPUT, OnnxClassifier, export
 
 Predict = Callable[[Tensor], Tensor]
+FOLDED = "fx_folded"
 # Ours: options of the quantization. TorchScript files are the same whatever kernels they were made for.
 OURS: dict[str, dict[str, Any]] = {
     "fx": {"engine": "fx"},
     "fx_onednn": {"engine": "fx", "backend": "onednn"},
     "pt2e": {"engine": "pt2e"},
     "onnx": {"engine": "onnx"},
-    "fx_folded": {"engine": "fx", "backend": "onednn", "fold_pool": True},
+    FOLDED: {"engine": "fx", "backend": "onednn", "fold_pool": True},
 }
 PEERS = ("onnxruntime", "onnxruntime_u8s8_per_channel", "openvino")
 
@@ -37,7 +38,7 @@ def make_all(model: Classifier, images: Tensor, folder: Path, reduce_range: bool
         unchanged = sum(p.numel() for p in quantized.source.parameters()) > 0.5 * sum(
             p.numel() for p in model.parameters()
         )
-        if name == "fx_folded" and unchanged:
+        if name == FOLDED and unchanged:
             continue  # nothing to fold in this network
         if quantized.flavor == "onnx":
             (folder / f"{name}.onnx").write_bytes(quantized.stored.SerializeToString())
@@ -115,7 +116,7 @@ LOADERS: dict[str, Callable[[Path], Predict]] = {
     "fx": _torchscript("fx", "x86"),
     "fx_onednn": _torchscript("fx_onednn", "onednn"),
     "pt2e": _torchscript("pt2e", "x86"),
-    "fx_folded": _torchscript("fx_folded", "onednn"),
+    FOLDED: _torchscript(FOLDED, "onednn"),
     "onnx": lambda folder: OnnxClassifier(folder / "onnx.onnx"),
     "onnxruntime": lambda folder: OnnxClassifier(folder / "onnxruntime.onnx"),
     "onnxruntime_u8s8_per_channel": lambda folder: OnnxClassifier(folder / "onnxruntime_u8s8_per_channel.onnx"),

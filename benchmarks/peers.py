@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from peer_models import LOADERS, OURS, PEERS, make_all
+from peer_models import FOLDED, LOADERS, OURS, PEERS, make_all
 
 from qexp import registered, registry, tracking
 from qexp.config import Config, DataConfig, LatencyConfig
@@ -84,12 +84,14 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of its data set")
     parser.add_argument("--output", type=Path, default=Path("results/peers"), help="without ending")
     parser.add_argument("--rounds", type=int, default=30, help="rounds at each batch size, at least")
+    parser.add_argument("--earlier", type=Path, action="append", default=[], help="JSON of an earlier run, shown first")
     parser.add_argument("--time", type=Path, help=argparse.SUPPRESS)  # the child process: a folder of models
     arguments = parser.parse_args()
     if arguments.time:
         return _time(arguments.time, arguments.rounds)
+    earlier = [peers for file in arguments.earlier for peers in from_json(tuple[Peers, ...], file.read_text())]
     tracking.use_store()
-    found = [_compare(uri, arguments.data_dir, arguments.rounds) for uri in arguments.model_uri]
+    found = earlier + [_compare(uri, arguments.data_dir, arguments.rounds) for uri in arguments.model_uri]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(_render(peers) for peers in found)
     arguments.output.with_suffix(".md").write_text(f"# int8 against the peers\n\n{text}\n")
@@ -243,12 +245,13 @@ def _ratio_text(row: LatencyRow, name: str) -> str:
 
 def _about_limits(peers: Peers) -> str:
     first, last = peers.rows[0], peers.rows[-1]
-    fast = {row.batch_size: min(row.stats[name].p50_ms for name in row.stats if name in OURS) for row in (first, last)}
+    same = [name for name in first.stats if name in OURS and name != FOLDED]  # as many multiply-accumulates as fp32
+    fast = {row.batch_size: min(row.stats[name].p50_ms for name in same) for row in (first, last)}
     rate = last.batch_size * peers.macs_of_one_image / fast[last.batch_size] / 1e6
     read = peers.weight_bytes * 1e-6 / fast[first.batch_size]
     return (
         f"The machine: {peers.limits.int8_gmacs_per_s:,.0f} G int8 multiply-accumulates a second in a matrix product "
-        f"(2048 x 4096 x 4096), {peers.limits.read_gb_per_s:.1f} GB/s read from memory. Our fastest int8 model at batch"
+        f"(2048 x 4096 x 4096), {peers.limits.read_gb_per_s:.1f} GB/s read from memory. Our fastest int8 model (not folded) at batch"
         f" size {last.batch_size} does {rate:,.0f} G of the fp32 model's multiply-accumulates a second "
         f"({100 * rate / peers.limits.int8_gmacs_per_s:.0f} %); at batch size {first.batch_size} it goes through the "
         f"default engine's {peers.weight_bytes / 1e6:.1f} MB of weights at {read:.1f} GB/s "
