@@ -18,6 +18,9 @@ FOLDED = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
 class ScaleAndShift(nn.Module):
     """A batch norm in evaluation, as multiplication and addition."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
         gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
@@ -63,7 +66,7 @@ def _spare_shared_layers(model: fx.GraphModule) -> None:
     modules: dict[str, Any] = dict(model.named_modules())
     calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
     for node in list(model.graph.nodes):
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        norm: Any = modules.get(str(node.target)) if node.op == "call_module" else None
         before = node.args[0] if type(norm) in FOLDED and norm.track_running_stats else None
         if not (isinstance(before, fx.Node) and before.op == "call_module" and calls[before.target] > 1):
             continue
@@ -78,7 +81,7 @@ def _fold_repeating_pools(model: fx.GraphModule, example: Tensor) -> None:
         ShapeProp(model).propagate(example)
     modules: dict[str, Any] = dict(model.named_modules())
 
-    def module_of(node: Any) -> nn.Module | None:
+    def module_of(node: Any) -> Any:
         return modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
     for linear in list(model.graph.nodes):
@@ -86,7 +89,9 @@ def _fold_repeating_pools(model: fx.GraphModule, example: Tensor) -> None:
         if not isinstance(layer, nn.Linear):
             continue
         flatten = linear.args[0]
-        pool = flatten.args[0] if flatten.target in FLATTENS or isinstance(module_of(flatten), nn.Flatten) else None
+        pool: Any = (
+            flatten.args[0] if flatten.target in FLATTENS or isinstance(module_of(flatten), nn.Flatten) else None
+        )
         if not isinstance(module_of(pool), nn.AdaptiveAvgPool2d):
             continue
         before, after = (node.meta["tensor_meta"].shape for node in (pool.args[0], pool))

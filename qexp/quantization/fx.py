@@ -116,7 +116,9 @@ def _int8_layers(converted: fx.GraphModule) -> tuple[str, ...]:
 def _float_products(converted: fx.GraphModule) -> tuple[str, ...]:
     """Names of what multiplies by weights in fp32: modules with a matrix of them, and functions that are given one."""
     modules, names = dict(converted.named_modules()), []
-    matrices = {name for name, tensor in [*converted.named_parameters(), *converted.named_buffers()] if tensor.dim() > 1}
+    matrices = {
+        name for name, tensor in [*converted.named_parameters(), *converted.named_buffers()] if tensor.dim() > 1
+    }
     for node in converted.graph.nodes:
         module = modules[str(node.target)] if node.op == "call_module" else None
         if module and not isinstance(module, nn.LayerNorm) and any(weight.dim() > 1 for weight in module.parameters()):

@@ -24,8 +24,12 @@ INT8_CALLS = (
 )
 # Convolutions and matrix products, with the place of their weight among the arguments.
 PRODUCTS = {
-    aten.convolution.default: 1, aten.conv2d.default: 1, aten.linear.default: 1, aten.mm.default: 1, aten.addmm.default: 2
-}  # fmt: skip
+    aten.convolution.default: 1,
+    aten.conv2d.default: 1,
+    aten.linear.default: 1,
+    aten.mm.default: 1,
+    aten.addmm.default: 2,
+}
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 STORED_AS = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 
@@ -67,7 +71,7 @@ def _for_tracing(program: fx.GraphModule) -> None:
 
 
 def _hide_fp32_products(program: fx.GraphModule) -> dict[fx.Node, Any]:
-    """Give layers that stay fp32 a name that Inductor does not know: it would pack them for kernels that no trace takes.
+    """Give layers that stay fp32 a name that Inductor does not know: it would pack them for kernels without a trace.
 
     Returns what each node has computed.
     """

@@ -27,7 +27,7 @@ def observer_class(kinds: Any, options: QuantizeConfig) -> Any:
 def _percentile_of(histogram_observer: Any, percent: float) -> Any:
     """`histogram_observer` with a range that leaves out equal shares of the values at both ends."""
 
-    class PercentileObserver(histogram_observer):  # type: ignore[misc]
+    class PercentileObserver(histogram_observer):
         def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
             left_out = (100 - percent) / 200
             shares = torch.cumsum(self.histogram.double(), 0) / self.histogram.double().sum()
