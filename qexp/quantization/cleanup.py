@@ -18,6 +18,9 @@ FOLDED = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
 class ScaleAndShift(nn.Module):
     """A batch norm in evaluation, as multiplication and addition."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
         gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight

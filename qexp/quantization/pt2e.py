@@ -52,6 +52,7 @@ def _quantize(
     sizes = ({0: torch.export.Dim("images", min=1, max=MOST_IMAGES)},)
     # Strict: the quantizer looks for the source of each operation, which the other mode does not record.
     program = torch.export.export(model, (example,), dynamic_shapes=sizes, strict=True).module()
+    _hide_sums_with_numbers(program)
     prepared = quantize_pt2e.prepare_pt2e(program, _quantizer(options, reduce_range))
     for batch in images.split(options.calibration_batch_size):
         prepared(batch.float() / 255)
@@ -60,7 +61,7 @@ def _quantize(
         converted = quantize_pt2e.convert_pt2e(prepared)
     layers = [_module_of(node) for node in converted.graph.nodes if node.target in LAYERS]
     lowered = lower(converted, example, sizes)
-    stayed = {_module_of(node) for node in lowered.graph.nodes if _computes_in_fp32(node)}
+    stayed = {_module_of(node) or name for node in lowered.graph.nodes if (name := _fp32_weights(node))}
     module = torch.jit.trace(lowered, example, check_trace=False).eval()
     return module, tuple(name for name in layers if name not in stayed), tuple(sorted(stayed))
 
@@ -109,21 +110,28 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
     return KeepingQuantizer().set_global(QuantizationConfig(activation, activation, weight, None))
 
 
+def _hide_sums_with_numbers(program: fx.GraphModule) -> None:
+    """The quantizer takes each sum after a layer for one of two tensors; it finds them by their source."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.add.Tensor and not all(isinstance(term, fx.Node) for term in node.args):
+            for source in ("source_fn_stack", "torch_fn"):
+                node.meta.pop(source, None)
+
+
 def _module_of(node: fx.Node) -> str:
-    """The qualified name of the module that an operation comes from, the operation's own where none is known."""
+    """The qualified name of the module that an operation comes from; empty: of none but the whole."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     # Of a module that torch.fx has traced it is Python: getattr(L['self'].network, '0')
-    name = re.sub(r"getattr\(|L\['self'\]\.?|['\")]", "", str(stack[-1][0])).replace(", ", ".") if stack else ""
-    return name or str(node.target)
+    return re.sub(r"getattr\(|L\['self'\]\.?|['\")]", "", str(stack[-1][0])).replace(", ", ".") if stack else ""
 
 
-def _computes_in_fp32(node: fx.Node) -> bool:
-    """Whether it multiplies by constant weights, whatever reshapes them."""
+def _fp32_weights(node: fx.Node) -> str | None:
+    """Name of the constant weights that an operation multiplies by in fp32, whatever reshapes them; None: of none."""
     if not (isinstance(node.target, torch._ops.OpOverload) and node.target._opname in LEFT_FP32):
-        return False
+        return None
     for factor in node.all_input_nodes:
         while factor.op == "call_function" and len(factor.all_input_nodes) == 1:
             (factor,) = factor.all_input_nodes
         if factor.op == "get_attr":
-            return True
-    return False
+            return str(factor.target)
+    return None

@@ -1,0 +1,108 @@
+"""Exact clean-up: a layer that is called twice keeps its batch norms apart, attention becomes linear layers."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.config import QuantizeConfig
+from qexp.quantization import quantize_model
+from qexp.quantization.cleanup import clean
+
+ENGINES = ("fx", "pt2e", "onnx")
+
+
+class _Twice(nn.Module):
+    """One convolution and one linear layer, each called twice, with batch norm after every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm1d(8)])
+        self.linear, self.last = nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        for norm in self.norms[:2]:
+            x = torch.relu(norm(self.conv(x)))
+        x = x.mean((2, 3))
+        for _ in range(2):
+            x = self.norms[2](self.linear(x))
+        return self.last(x)
+
+
+class _Attention(nn.Module):
+    """Attention of tokens with themselves; `options` go into the call."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 10)
+        self.options = options
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        mixed, weights = self.attention(tokens, tokens, tokens, **self.options)
+        return self.last(mixed.mean(1)) + (weights.mean() if self.options.get("need_weights") else 0)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def twice(images: Tensor) -> _Twice:
+    torch.manual_seed(0)
+    model = _Twice()
+    with torch.no_grad():
+        for norm in model.norms:
+            norm.weight.uniform_(0.5, 3)
+            norm.bias.uniform_(-1, 1)
+        for _ in range(50):
+            model(images.float() / 255 * torch.rand(()))
+    return model.eval()
+
+
+def _sqnr_db(expected: Tensor, found: Tensor) -> float:
+    return float(10 * (expected.var() / (expected - found).square().mean()).log10())
+
+
+def test_layer_that_is_called_twice_is_not_folded_twice(twice: _Twice, images: Tensor) -> None:
+    inputs = images.float() / 255
+    with torch.no_grad():
+        assert torch.allclose(clean(twice, inputs[:2], True)(inputs), twice(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_layer_that_is_called_twice_is_int8(twice: _Twice, images: Tensor, engine: str) -> None:
+    made = quantize_model(twice, images, QuantizeConfig(engine=engine, observer="minmax"), False)
+    assert made.result.int8_layers == ("first", "conv", "linear", "last")
+    with torch.no_grad():
+        assert _sqnr_db(twice(images.float() / 255), made.module(images.float() / 255)) > 12
+
+
+@pytest.mark.parametrize("options", [{}, {"need_weights": False}])
+def test_attention_is_made_of_linear_layers(images: Tensor, options: dict[str, object]) -> None:
+    model, inputs = _Attention(**options).eval(), images.float() / 255
+    cleaned = clean(model, inputs[:2], False)
+    assert type(cleaned.get_submodule("attention.in_proj")) is nn.Linear
+    with torch.no_grad():
+        assert torch.allclose(cleaned(inputs), model(inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_attention_in_int8(images: Tensor, engine: str) -> None:
+    model = _Attention().eval()
+    made = quantize_model(model, images, QuantizeConfig(engine=engine, observer="minmax"), False)
+    assert made.result.int8_layers == ("conv", "attention.out_proj", "last") and made.result.float_layers == ()
+    with torch.no_grad():
+        assert _sqnr_db(model(images.float() / 255), made.module(images.float() / 255)) > 20
+
+
+@pytest.mark.parametrize("engine", ["fx", "pt2e"])
+def test_attention_whose_weights_are_read_stays_and_is_named(images: Tensor, engine: str) -> None:
+    options = QuantizeConfig(engine=engine, observer="minmax", allow_float=True)
+    result = quantize_model(_Attention(need_weights=True).eval(), images, options, False).result
+    assert result.float_layers == ("attention.out_proj", "attention")
