@@ -19,6 +19,7 @@ from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
+SMALLEST_SCALE = torch.finfo(torch.float32).eps  # as torch.ao's; torchao's 2**-12 is coarse for small activations
 LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 LEFT_FP32 = ("conv2d", "convolution", "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum")
 
@@ -73,7 +74,7 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
         quant_min=0,
         quant_max=127 if reduce_range else 255,
         qscheme=torch.per_tensor_affine,
-        observer_or_fake_quant_ctr=observer_class(kinds, options).with_args(eps=2**-12),
+        observer_or_fake_quant_ctr=observer_class(kinds, options).with_args(eps=SMALLEST_SCALE),
     )
 
     class OneScale(kinds.PerChannelMinMaxObserver):
@@ -90,7 +91,7 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         observer_or_fake_quant_ctr=(kinds.PerChannelMinMaxObserver if options.per_channel else OneScale).with_args(
-            eps=2**-12
+            eps=SMALLEST_SCALE
         ),
     )
 
