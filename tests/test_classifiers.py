@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[int, str, str, str, int]] = {
     "convnext_tiny": (64, ALL, ALL, ALL, 59),
     "vit_b_16": (224, ALL, ALL, ALL, 50),  # 38 layers, and the first projection of attention in 12 blocks
 }
-SLOW = ("densenet121-pt2e", "regnet_y_400mf-pt2e", "convnext_tiny-pt2e", "vit_b_16-pt2e", "vit_b_16-onnx")
+SLOW = ("densenet121-pt2e", "efficientnet_b0-pt2e", "vit_b_16-pt2e", "vit_b_16-onnx")
 CASES = [
     pytest.param(name, engine, id=f"{name}-{engine}", marks=[pytest.mark.slow] * (f"{name}-{engine}" in SLOW))
     for name in TABLE
