@@ -251,8 +251,8 @@ def _about_limits(peers: Peers) -> str:
     read = peers.weight_bytes * 1e-6 / fast[first.batch_size]
     return (
         f"The machine: {peers.limits.int8_gmacs_per_s:,.0f} G int8 multiply-accumulates a second in a matrix product "
-        f"(2048 x 4096 x 4096), {peers.limits.read_gb_per_s:.1f} GB/s read from memory. Our fastest int8 "
-        f"model (not folded) at batch size {last.batch_size} does {rate:,.0f} G of the fp32 model's multiply-accumulates a second "
+        f"(2048 x 4096 x 4096), {peers.limits.read_gb_per_s:.1f} GB/s read from memory. Our fastest int8 model that is "
+        f"not folded does {rate:,.0f} G of the model's multiply-accumulates a second at batch size {last.batch_size} "
         f"({100 * rate / peers.limits.int8_gmacs_per_s:.0f} %); at batch size {first.batch_size} it goes through the "
         f"default engine's {peers.weight_bytes / 1e6:.1f} MB of weights at {read:.1f} GB/s "
         f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches). A call of torch's "
