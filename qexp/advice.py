@@ -86,6 +86,20 @@ def sensitivity(result: SensitivityResult) -> list[str]:
         f"{result.int8_top1_percent:.2f} % with all layers in int8 (simulated: {result.observer} ranges, weights "
         f"{'per channel' if result.per_channel else 'per layer'}).",
         alone,
+        *_noisiest(result),
+    ]
+
+
+def _noisiest(result: SensitivityResult) -> list[str]:
+    """Top-1 moves in steps of one image; the signal-to-noise ratio tells layers apart below that."""
+    noisy = [layer for layer in result.layers if layer.sqnr_db is not None]
+    if not noisy:
+        return []
+    lowest = min(noisy, key=lambda layer: layer.sqnr_db or 0.0)
+    step = 100 / result.images
+    return [
+        f"The output of `{lowest.layer}` has the lowest signal-to-noise ratio ({lowest.sqnr_db:.1f} dB). One image is "
+        f"{step:.2f} points: smaller differences between layers show in that ratio alone."
     ]
 
 

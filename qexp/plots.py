@@ -152,6 +152,12 @@ def _sensitivity(axes: Axes, evidence: Evidence) -> None:
     assert found is not None
     layers = found.layers
     places = range(len(layers))
+    ratios = axes.twinx()
+    ratios.bar(places, [layer.sqnr_db or 0.0 for layer in layers], 0.8, color=FLOAT_PART, alpha=0.5)
+    ratios.set_ylabel("SQNR of the output, dB (bars)", fontsize=8)
+    ratios.tick_params(labelsize=8)
+    axes.set_zorder(ratios.get_zorder() + 1)
+    axes.patch.set_visible(False)
     axes.axhline(found.fp32_top1_percent, color=FP32, lw=0.8, label="all in fp32")
     axes.axhline(found.int8_top1_percent, color=INT8, lw=0.8, label="all in int8")
     axes.plot(

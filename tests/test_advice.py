@@ -129,7 +129,7 @@ def test_another_version_that_failed(evidence: Evidence) -> None:
 def test_the_most_sensitive_layers_are_named(evidence: Evidence) -> None:
     found = evidence.int8.sensitivity
     assert found
-    overall, alone = advice.sensitivity(found)
+    overall, alone, noisiest = advice.sensitivity(found)
     assert overall == (
         "On 64 validation images, top-1 is 95.00 % in fp32 and 93.00 % with all layers in int8 (simulated: histogram "
         "ranges, weights per channel)."
@@ -137,6 +137,13 @@ def test_the_most_sensitive_layers_are_named(evidence: Evidence) -> None:
     assert alone == (
         "In int8 alone, `network.0` costs most (93.75 %); left in fp32 alone, `network.0` gives most (94.00 %)."
     )
+    lowest = min(found.layers, key=lambda layer: layer.sqnr_db or 0.0)
+    assert (
+        f"`{lowest.layer}` has the lowest signal-to-noise ratio ({lowest.sqnr_db:.1f} dB). One image is 1.56"
+        in noisiest
+    )
+    silent = tuple(replace(layer, sqnr_db=None) for layer in found.layers)
+    assert len(advice.sensitivity(replace(found, layers=silent))) == 2
     per_layer = replace(found, per_channel=False, observer="minmax")
     assert "minmax ranges, weights per layer" in advice.sensitivity(per_layer)[0]
 
@@ -145,7 +152,7 @@ def test_the_most_sensitive_layers_are_named(evidence: Evidence) -> None:
 def test_layers_of_which_none_costs_anything(alone: float) -> None:
     layers = tuple(LayerSensitivity(f"network.{n}", 40.0, alone + n, 95.0) for n in range(2))
     found = SensitivityResult(layers, 95.0, 95.0, 1000, "histogram", True)
-    overall, sentence = advice.sensitivity(found)
+    overall, sentence, _ = advice.sensitivity(found)
     assert "On 1,000 validation images" in overall
     assert sentence == "No layer alone in int8 makes top-1 worse on these images."
 
