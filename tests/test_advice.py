@@ -137,7 +137,7 @@ def test_the_most_sensitive_layers_are_named(evidence: Evidence) -> None:
     assert alone == (
         "In int8 alone, `network.0` costs most (93.75 %); left in fp32 alone, `network.0` gives most (94.00 %)."
     )
-    lowest = min(found.layers, key=lambda layer: layer.sqnr_db or 0.0)
+    lowest = min((layer for layer in found.layers if layer.sqnr_db), key=lambda layer: layer.sqnr_db or 0.0)
     assert (
         f"`{lowest.layer}` has the lowest signal-to-noise ratio ({lowest.sqnr_db:.1f} dB). One image is 1.56"
         in noisiest
