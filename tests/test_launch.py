@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment_for, run_qexp
+from conftest import PLAIN, environment_for, run_qexp
 
 # A small learning rate: rounding differences grow with every step, the faster the higher it is.
 OPTIONS = "--epochs 3 --image-size 8 --learning-rate 0.003 --bf16 false --seed 3".split()
@@ -74,7 +74,7 @@ def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
     sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
     options = "--epochs 12 --patience 12 --image-size 8 --processes 2".split()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    command = [sys.executable, "-m", "entrypoints.cli", "run", *options, *sweep]
+    command = [sys.executable, "-m", "entrypoints.cli", "run", *options, *sweep, *PLAIN]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment_for(uri), text=True, stderr=subprocess.PIPE)
     assert process.stderr
     next(line for line in process.stderr if line.startswith("epoch 2/12"))
