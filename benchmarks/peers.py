@@ -14,15 +14,16 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from limits import Limits, Operation, measure_limits, profile_pass
 from matplotlib.figure import Figure
 from peer_models import FOLDED, LOADERS, OURS, PEERS, make_all
+from pydantic import TypeAdapter
 
 from qexp import registered, registry, tracking
 from qexp.config import Config, DataConfig, LatencyConfig
@@ -35,6 +36,7 @@ from qexp.latency import LatencyRow, Ratio, measure_latency
 from qexp.report import table
 
 DEFAULT = "fx"  # what `qexp run` does unless told otherwise, with the kernels that it chose by measuring
+PROFILED = "fx_onednn"
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
@@ -52,20 +54,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the machine can do: int8 multiply-accumulates in a large matrix product, bytes read from memory.
-
-    `call_us` is what a call of torch's int8 convolution takes that has next to nothing to compute.
-    """
-
-    int8_gmacs_per_s: float
-    read_gb_per_s: float
-    call_us: float
-
-
-@dataclass(frozen=True)
 class Peers:
-    """All int8 models of one registered fp32 model; `macs` and `weight_bytes` are those of the default engine's."""
+    """All int8 models of one registered fp32 model; `macs` and `weight_bytes` are those of the default engine's.
+
+    `profiles` has where the time of the default engine's pass goes, by batch size: the smallest and the largest.
+    """
 
     model: str
     fp32_top1_percent: float
@@ -75,6 +68,7 @@ class Peers:
     limits: Limits
     macs_of_one_image: int
     weight_bytes: int
+    profiles: dict[int, tuple[Operation, ...]]
     host: Host
 
 
@@ -124,10 +118,11 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
         subprocess.run(command, env=registry.child_environment(host.threads), check=True)
         rows = from_json(tuple[LatencyRow, ...], (folder / "rows.json").read_text())
         limits = from_json(Limits, (folder / "limits.json").read_text())
+        profiles = from_json(dict[int, tuple[Operation, ...]], (folder / "profiles.json").read_text())
     top1 = measure_accuracy(fp32.logits["test"], dataset.test.labels).top1_percent
     macs = measure_cost(fp32.model, fp32.model.spec.image_size, [1], ()).macs[1]
     weights = next(entry.size_bytes for entry in entries if entry.name == DEFAULT)
-    return Peers(uri, top1, len(dataset.test), tuple(entries), rows, limits, macs, weights, host)
+    return Peers(uri, top1, len(dataset.test), tuple(entries), rows, limits, macs, weights, profiles, host)
 
 
 def _time(folder: Path, rounds: int) -> None:
@@ -144,12 +139,15 @@ def _time(folder: Path, rounds: int) -> None:
     options = LatencyConfig(batch_sizes=BATCHES, min_repeats=rounds, min_seconds=2.0)
     with torch.no_grad():
         (folder / "limits.json").write_text(to_json(measure_limits()))
-        rows = measure_latency(prepare, DEFAULT, DEFAULT, options, on_row=_say)
-    (folder / "rows.json").write_text(to_json_rows(rows))
+        (folder / "rows.json").write_text(_to_json(measure_latency(prepare, DEFAULT, DEFAULT, options, on_row=_say)))
+        profiles = {}
+        for batch_size in (BATCHES[0], BATCHES[-1]):
+            profiles[batch_size] = profile_pass(LOADERS[PROFILED](folder), torch.rand(batch_size, 3, size, size))
+        (folder / "profiles.json").write_text(_to_json(profiles))
 
 
-def to_json_rows(rows: tuple[LatencyRow, ...]) -> str:
-    return "[" + ",".join(to_json(row) for row in rows) + "]"
+def _to_json(found: object) -> str:
+    return TypeAdapter(Any).dump_json(found).decode()
 
 
 def _say(row: LatencyRow) -> None:
@@ -157,39 +155,6 @@ def _say(row: LatencyRow) -> None:
     print(
         f"batch {row.batch_size}, {len(row.round_ms[DEFAULT])} rounds, p50 in ms: {times}", file=sys.stderr, flush=True
     )
-
-
-def measure_limits() -> Limits:
-    """The best passes: 2048 x 4096 x 4096 in int8 by oneDNN, the sum of a gigabyte, a convolution of one pixel."""
-    rows, width = 2048, 4096
-    x = torch.randint(0, 255, (rows, width), dtype=torch.uint8)
-    ones, zeros = torch.full((width,), 0.01), torch.zeros(width, dtype=torch.int32)
-    weight = torch.randint(-127, 127, (width, width), dtype=torch.int8).t()
-    packed = torch.ops.onednn.qlinear_prepack(weight, [rows, width])
-    arguments = (x, 0.01, 0, packed, ones, zeros, None, 0.01, 0, torch.uint8, "none", [], "")
-    product = _fastest(lambda: torch.ops.onednn.qlinear_pointwise(*arguments))
-    memory = torch.ones(2**28)
-    read = _fastest(lambda: memory.sum())
-    call = _fastest(_smallest_convolution(), passes=2000)
-    return Limits(rows * width * width / product / 1e9, 4 * 2**28 / read / 1e9, 1e6 * call)
-
-
-def _smallest_convolution() -> Callable[[], Any]:
-    weight = torch.quantize_per_channel(
-        torch.ones(16, 16, 1, 1), torch.ones(16), torch.zeros(16, dtype=torch.int64), 0, torch.qint8
-    )
-    packed = torch.ops.quantized.conv2d_prepack(weight, torch.zeros(16), [1, 1], [0, 0], [1, 1], 1)
-    pixel = torch.quantize_per_tensor(torch.ones(1, 16, 1, 1), 1.0, 0, torch.quint8)
-    return lambda: torch.ops.quantized.conv2d_relu(pixel, packed, 1.0, 0)
-
-
-def _fastest(run: Callable[[], Any], passes: int = 30) -> float:
-    times = []
-    for _ in range(passes):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def best_peer(row: LatencyRow) -> str:
@@ -234,6 +199,7 @@ def _render(peers: Peers) -> str:
         "Time over that of the best peer (below 1 is faster), with 95 % interval:",
         table(["int8 model", *batches], ratios),
         _about_limits(peers),
+        *(_profile_text(batch_size, found) for batch_size, found in peers.profiles.items()),
     ]
     return "\n\n".join(parts)
 
@@ -258,6 +224,22 @@ def _about_limits(peers: Peers) -> str:
         f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches). A call of torch's "
         f"int8 convolution that has nothing to compute takes {peers.limits.call_us:.1f} µs."
     )
+
+
+def _profile_text(batch_size: int, found: tuple[Operation, ...]) -> str:
+    head = ["operation", "input", "calls", "µs", "share"]
+    rows = [
+        [
+            f"`{one.name}`",
+            " x ".join(map(str, one.input_shape)) or "-",
+            str(one.calls),
+            f"{one.time_us:,.0f}",
+            f"{one.share_percent:.1f} %",
+        ]
+        for one in found
+    ]
+    title = f"Where a pass of `{PROFILED}` spends its time at batch size {batch_size}, by torch's profiler:"
+    return f"{title}\n\n{table(head, rows)}"
 
 
 def _draw(found: list[Peers], file: Path) -> None:

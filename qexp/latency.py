@@ -14,7 +14,8 @@ from qexp.config import LatencyConfig
 
 Run = Callable[[], object]
 SETTLE_S = 0.02  # threads of the model before it (OpenMP's, ONNX Runtime's) go on spinning for some milliseconds
-BLOCK_S = 0.04  # of one model in one round, settling included
+LONG_S = 10 * SETTLE_S  # a call of which settling is a small part: the first one of a block counts already
+BLOCK_S = 0.04  # of one model in one round, settling included; longer until one call has counted
 FEWEST_PAIRS = 6  # with fewer, even all that was seen covers the median in less than 95 of 100 cases
 AGAIN = "again"  # name of the second measurement of one of the models
 
@@ -155,18 +156,17 @@ def time_rounds(
 
 
 def _time_block(run: Run, clock: Callable[[], float]) -> list[float]:
-    """Seconds of the calls of one model in one round, without those in which it settles, unless there are no others."""
+    """Seconds of the calls of one model in one round, without those in which it settles."""
     started = clock()
     settled: list[float] = []
     while True:
         before = clock()
         run()
         after = clock()
-        last = after - before
-        if before - started >= SETTLE_S:
-            settled.append(last)
-        if after - started >= BLOCK_S:
-            return settled or [last]
+        if before - started >= SETTLE_S or after - before >= LONG_S:
+            settled.append(after - before)
+        if settled and after - started >= BLOCK_S:
+            return settled
 
 
 def summarize(seconds: Sequence[float], batch_size: int) -> LatencyStats:

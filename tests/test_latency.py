@@ -25,7 +25,7 @@ from qexp.latency import (
 )
 
 Call = Callable[[], None]
-SLOW = {"fp32": 0.25, "int8": 0.125}  # seconds a call, more than a block: one call a round
+SLOW = {"fp32": 0.5, "int8": 0.25}  # seconds a call, so long that each is a block: one call a round
 
 
 class Machine:
@@ -72,7 +72,7 @@ def test_every_round_has_every_model_once_in_an_order_of_its_own() -> None:
 def test_warm_up_is_not_timed(warmup: int) -> None:
     machine = Machine()
     blocks = machine.rounds(warmup, 2, **SLOW)
-    assert blocks == {"fp32": [[0.25]] * 2, "int8": [[0.125]] * 2}
+    assert blocks == {"fp32": [[0.5]] * 2, "int8": [[0.25]] * 2}
     assert machine.calls.count("fp32") == machine.calls.count("int8") == warmup + 2
 
 
@@ -84,13 +84,13 @@ def test_a_slow_first_call_falls_into_the_warm_up() -> None:
 
 @pytest.mark.parametrize(
     ("min_repeats", "min_seconds", "rounds"),
-    [(5, 0.0, 5), (5, 1.0, 5), (2, 3.0, 8), (2, 3.1, 9), (2, 0.1, 2)],  # a round takes 0.375 s
+    [(5, 0.0, 5), (5, 1.0, 5), (2, 6.0, 8), (2, 6.1, 9), (2, 0.1, 2)],  # a round takes 0.75 s
 )
 def test_timing_lasts_for_both_minimums(min_repeats: int, min_seconds: float, rounds: int) -> None:
     machine = Machine()
     blocks = machine.rounds(7, min_repeats, min_seconds, **SLOW)
     assert len(blocks["fp32"]) == len(blocks["int8"]) == rounds
-    assert len(machine.calls) == 2 * (7 + rounds)  # warm-up took 2.6 s, which do not count
+    assert len(machine.calls) == 2 * (7 + rounds)  # warm-up took 5.25 s, which do not count
 
 
 def test_calls_in_which_a_model_settles_are_dropped() -> None:
@@ -114,9 +114,11 @@ def test_a_slow_start_of_each_block_is_not_in_its_times() -> None:
 @pytest.mark.parametrize(
     ("seconds", "kept"),
     [
-        ((0.5, 0.5), [0.5]),  # one call is more than a block
+        ((0.5, 0.5), [0.5]),  # one call is more than a block, and settling a small part of it
+        ((1 / 16, 1 / 32), [1 / 32]),  # one call is more than a block, and settling a large part of it
         ((1 / 32, 1 / 16), [1 / 16]),  # the second began after the first had settled the model
-        ((1 / 64, 1 / 4), [1 / 4]),  # the second began too early, but it is the last of two
+        ((1 / 64, 1 / 4), [1 / 4]),  # the second began too early, but lasted long
+        ((1 / 64, 1 / 8), [0.5]),  # the second began too early, and another had to follow
     ],
 )
 def test_something_of_a_block_is_always_kept(seconds: tuple[float, float], kept: list[float]) -> None:
