@@ -13,7 +13,9 @@ from math import comb, sqrt
 from qexp.config import LatencyConfig
 
 Run = Callable[[], object]
-SETTLE_S = 0.02  # threads of the model before it (OpenMP's, ONNX Runtime's) go on spinning for some milliseconds
+IDLE_S, IDLE_SHARE = 0.005, 0.1  # nothing computes any more: less than so much CPU time in so many seconds
+MOST_WAITS = 100
+SETTLE_S = 0.02  # of a block, in which threads wake up and weights come into the caches
 LONG_S = 10 * SETTLE_S  # a call of which settling is a small part: the first one of a block counts already
 BLOCK_S = 0.04  # of one model in one round, settling included; longer until one call has counted
 FEWEST_PAIRS = 6  # with fewer, even all that was seen covers the median in less than 95 of 100 cases
@@ -103,12 +105,28 @@ class LatencyResult:
         return statistics.geometric_mean(row.speedups[name].median for row in self.rows)
 
 
+def wait_until_idle(
+    cpu_s: Callable[[], float] = time.process_time, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Return when no thread of this process computes, or after half a second.
+
+    Those of ONNX Runtime spin for 40 ms after a pass, OpenMP's for 10 ms: on a core that the next model needs, which
+    then took twice as long.
+    """
+    for _ in range(MOST_WAITS):
+        before = cpu_s()
+        sleep(IDLE_S)
+        if cpu_s() - before < IDLE_SHARE * IDLE_S:
+            return
+
+
 def measure_latency(
     prepare: Callable[[int], dict[str, Run]],
     baseline: str,
     repeated: str,
     options: LatencyConfig,
     clock: Callable[[], float] = time.perf_counter,
+    rest: Callable[[], None] = wait_until_idle,
     on_row: Callable[[LatencyRow], None] = lambda row: None,
 ) -> tuple[LatencyRow, ...]:
     """Time models at every batch size.
@@ -118,12 +136,13 @@ def measure_latency(
         baseline: what speed-ups refer to.
         repeated: the model that is measured twice in each round, for the noise.
         clock: seconds.
+        rest: called between two models.
         on_row: told of each batch size as it is done.
     """
     rows = []
     for batch_size in options.batch_sizes:
         runs = prepare(batch_size)
-        blocks = time_rounds(runs | {AGAIN: runs[repeated]}, options, clock)
+        blocks = time_rounds(runs | {AGAIN: runs[repeated]}, options, clock, rest)
         round_ms = {name: tuple(1000 * statistics.median(block) for block in found) for name, found in blocks.items()}
         again = round_ms.pop(AGAIN)
         seconds = {name: [value for block in blocks[name] for value in block] for name in runs}
@@ -135,7 +154,7 @@ def measure_latency(
 
 
 def time_rounds(
-    runs: dict[str, Run], options: LatencyConfig, clock: Callable[[], float]
+    runs: dict[str, Run], options: LatencyConfig, clock: Callable[[], float], rest: Callable[[], None]
 ) -> dict[str, list[list[float]]]:
     """Seconds of each call, by model and round; each round has a block of every model, in a new random order.
 
@@ -151,6 +170,7 @@ def time_rounds(
     while len(blocks[order[0]]) < options.min_repeats or clock() - started < options.min_seconds:
         shuffled.shuffle(order)
         for name in order:
+            rest()
             blocks[name].append(_time_block(runs[name], clock))
     return blocks
 

@@ -2,6 +2,7 @@
 
 import random
 import statistics
+import time
 from collections.abc import Callable
 from math import comb
 
@@ -13,6 +14,9 @@ from qexp.config import LatencyConfig
 from qexp.latency import (
     AGAIN,
     BLOCK_S,
+    IDLE_S,
+    IDLE_SHARE,
+    MOST_WAITS,
     SETTLE_S,
     LatencyResult,
     LatencyRow,
@@ -22,6 +26,7 @@ from qexp.latency import (
     percentile,
     summarize,
     time_rounds,
+    wait_until_idle,
 )
 
 Call = Callable[[], None]
@@ -32,10 +37,14 @@ class Machine:
     """A clock that nothing moves but its calls, each of which takes the time it was made with."""
 
     def __init__(self) -> None:
-        self.now, self.calls = 100.0, list[str]()
+        self.now, self.calls, self.rested_before = 100.0, list[str](), list[int]()
 
     def clock(self) -> float:
         return self.now
+
+    def rest(self) -> None:
+        self.rested_before.append(len(self.calls))
+        self.now += 0.0625  # which counts for no model
 
     def make(self, name: str, *seconds: float) -> Call:
         """A call that takes these times, the last of them again and again."""
@@ -49,7 +58,7 @@ class Machine:
 
     def rounds(self, warmup: int, min_repeats: int, min_seconds: float = 0, **seconds: float) -> dict[str, list]:
         options = LatencyConfig(warmup=warmup, min_repeats=min_repeats, min_seconds=min_seconds)
-        return time_rounds({name: self.make(name, s) for name, s in seconds.items()}, options, self.clock)
+        return time_rounds({name: self.make(name, s) for name, s in seconds.items()}, options, self.clock, self.rest)
 
 
 # --- rounds
@@ -68,6 +77,32 @@ def test_every_round_has_every_model_once_in_an_order_of_its_own() -> None:
         assert 3 < sum(order[0] == name for order in orders) < 25
 
 
+def test_every_block_begins_when_the_one_before_has_come_to_rest() -> None:
+    machine = Machine()
+    machine.rounds(2, 3, a=1 / 256, b=0.5)
+    blocks = machine.rested_before
+    assert len(blocks) == 2 * 3 and blocks[0] == 2 * 2  # not in the warm-up
+    starts = [machine.calls[at] for at in blocks]
+    assert sorted(starts[:2]) == sorted(starts[2:4]) == sorted(starts[4:]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("spinning", "waits"), [(0, 1), (1, 2), (8, 9), (99, 100), (1000, 100)])
+def test_waiting_lasts_while_something_computes_but_not_for_ever(spinning: int, waits: int) -> None:
+    slept = list[float]()
+
+    def cpu_s() -> float:  # of a thread that computes in so many of the intervals
+        return sum(slept[:spinning])
+
+    wait_until_idle(cpu_s, slept.append)
+    assert slept == [IDLE_S] * waits
+
+
+def test_an_idle_process_is_seen_as_one() -> None:
+    started = time.process_time()
+    wait_until_idle()
+    assert time.process_time() - started < MOST_WAITS * IDLE_S * IDLE_SHARE
+
+
 @pytest.mark.parametrize("warmup", [1, 3])
 def test_warm_up_is_not_timed(warmup: int) -> None:
     machine = Machine()
@@ -79,12 +114,12 @@ def test_warm_up_is_not_timed(warmup: int) -> None:
 def test_a_slow_first_call_falls_into_the_warm_up() -> None:
     machine = Machine()
     options = LatencyConfig(warmup=1, min_repeats=3, min_seconds=0)
-    assert time_rounds({"a": machine.make("a", 9.0, 0.5)}, options, machine.clock) == {"a": [[0.5]] * 3}
+    assert time_rounds({"a": machine.make("a", 9.0, 0.5)}, options, machine.clock, machine.rest) == {"a": [[0.5]] * 3}
 
 
 @pytest.mark.parametrize(
     ("min_repeats", "min_seconds", "rounds"),
-    [(5, 0.0, 5), (5, 1.0, 5), (2, 6.0, 8), (2, 6.1, 9), (2, 0.1, 2)],  # a round takes 0.75 s
+    [(5, 0.0, 5), (5, 1.0, 5), (2, 7.0, 8), (2, 7.1, 9), (2, 0.1, 2)],  # a round takes 0.875 s
 )
 def test_timing_lasts_for_both_minimums(min_repeats: int, min_seconds: float, rounds: int) -> None:
     machine = Machine()
@@ -107,7 +142,7 @@ def test_a_slow_start_of_each_block_is_not_in_its_times() -> None:
     machine = Machine()
     options = LatencyConfig(warmup=1, min_repeats=2, min_seconds=0)
     slow_then_quick = [1 / 256, *[1 / 64, *[1 / 256] * 7] * 2, 1.0]  # warm-up, then 64 + 6 * 4 ms a block and more
-    blocks = time_rounds({"a": machine.make("a", *slow_then_quick)}, options, machine.clock)
+    blocks = time_rounds({"a": machine.make("a", *slow_then_quick)}, options, machine.clock, machine.rest)
     assert all(set(block) == {1 / 256} for block in blocks["a"])
 
 
@@ -125,7 +160,7 @@ def test_something_of_a_block_is_always_kept(seconds: tuple[float, float], kept:
     machine = Machine()
     options = LatencyConfig(warmup=1, min_repeats=2, min_seconds=0)
     call = machine.make("a", 1.0, *seconds, 0.5)
-    assert time_rounds({"a": call}, options, machine.clock)["a"][0] == kept
+    assert time_rounds({"a": call}, options, machine.clock, machine.rest)["a"][0] == kept
 
 
 # --- rows
@@ -137,7 +172,7 @@ def _measure(machine: Machine, told: list[LatencyRow]) -> tuple[LatencyRow, ...]
         return {name: machine.make(f"{name} {batch_size}", seconds) for name, seconds in times.items()}
 
     config = LatencyConfig(batch_sizes=[1, 2, 8], warmup=1, min_repeats=6, min_seconds=0)
-    return measure_latency(prepare, "fp32", "int8", config, machine.clock, told.append)
+    return measure_latency(prepare, "fp32", "int8", config, machine.clock, machine.rest, told.append)
 
 
 def test_all_models_at_every_batch_size() -> None:
