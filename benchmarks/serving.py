@@ -215,7 +215,12 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="1,64", help="images a request")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of load, for each version, row and round")
-    parser.add_argument("--threads", type=int, default=None, help="of each server; default: one a core")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        help="of torch in each server; default: one a core, as ONNX Runtime always has",
+    )
     parser.add_argument("--output", type=Path, default=None)
     given = parser.parse_args()
     warnings.simplefilter("ignore")  # torch and MLflow announce the successors of TorchScript
