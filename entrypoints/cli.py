@@ -5,6 +5,7 @@ import typer
 from entrypoints.latency import latency
 from entrypoints.main import main
 from entrypoints.options import run_app
+from entrypoints.predict import predict
 from entrypoints.quantize import quantize
 from entrypoints.report import report
 from entrypoints.search import search
@@ -22,6 +23,7 @@ for name, command in {
     "latency": latency,
     "search": search,
     "report": report,
+    "predict": predict,
 }.items():
     app.command(name)(command)
 

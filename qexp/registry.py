@@ -27,6 +27,7 @@ from qexp.verification import verify
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
+OUTPUTS = {"pytorch": None, "onnx": "logits"}  # what the flavour calls the output: with a name, a server gives it so
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
 STORED = (".pt2", ".pth", ".onnx")
 Predict = Callable[[Tensor], Tensor]
@@ -71,10 +72,11 @@ def register(
     client = mlflow.MlflowClient()
     number = str(info.registered_model_version)
     uri = f"models:/{name}/{number}"
-    verified = verify(uri, model, sample, child_environment(torch.get_num_threads()))
+    without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
+    verified = verify(uri, model, sample, child_environment(torch.get_num_threads()), without_pickle)
     size_bytes = _stored_bytes(uri)
     facts = {"kind": kind, "classes": json.dumps(spec.classes), "image_size": spec.image_size}
-    facts |= {"size_mb": size_bytes / 1e6, "verified": verified}
+    facts |= {"size_mb": size_bytes / 1e6, "verified": verified, "loads_without_pickle": verified and without_pickle}
     tag_version(uri, facts | tags)
     client.update_model_version(name, number, _description(kind, uri, spec, flavor))
     if verified:
@@ -86,7 +88,7 @@ def _log_model(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str) 
     shape = (3, spec.image_size, spec.image_size)
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype("float32"), (-1, *shape))]),
-        Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)))]),
+        Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)), OUTPUTS[flavor])]),
     )
     packages = {"pytorch": ("mlflow", "torch", "numpy"), "onnx": ("mlflow", "onnx", "onnxruntime", "numpy")}[flavor]
     own: dict[str, dict[str, Any]] = {
@@ -127,15 +129,15 @@ def child_environment(threads: int) -> dict[str, str]:
     return dict(os.environ) | own
 
 
-def find_version(uri: str, kind: str) -> ModelVersion:
+def find_version(uri: str, *kinds: str) -> ModelVersion:
     """The version that `uri` names: models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS.
 
     Raises:
-        InputError: the URI has another form, does not exist, or is not a version of `kind` that qexp registered.
+        InputError: the URI has another form, does not exist, or is not a version of `kinds` that qexp registered.
     """
     found = _look_up(uri)
-    if found.tags.get("kind") != kind:
-        raise InputError(f"--model-uri {uri}: must be a version of kind {kind} that qexp registered")
+    if found.tags.get("kind") not in kinds:
+        raise InputError(f"--model-uri {uri}: must be a version of kind {' or '.join(kinds)} that qexp registered")
     return found
 
 

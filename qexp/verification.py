@@ -24,11 +24,20 @@ same = numpy.array_equal(logits, numpy.load(expected)) and "qexp" not in sys.mod
 sys.exit(0 if same else 3)
 """
 DIFFERENT = 3
+WITHOUT_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 
 
-def verify(uri: str, model: Callable[[Tensor], Tensor], sample: Tensor, environment: dict[str, str]) -> bool:
+def verify(
+    uri: str,
+    model: Callable[[Tensor], Tensor],
+    sample: Tensor,
+    environment: dict[str, str],
+    without_pickle: bool = False,
+) -> bool:
     """Whether the version, loaded in a fresh process that imports only mlflow and numpy, gives the same logits, bit for
-    bit, as `model` in this one, for uint8 `sample` [N, 3, H, W]; `environment` names the store and the threads."""
+    bit, as `model` in this one, for uint8 `sample` [N, 3, H, W]; `environment` names the store and the threads. With
+    `without_pickle`, that process tells MLflow to load nothing that a pickle may be in."""
+    environment = environment | (WITHOUT_PICKLE if without_pickle else {})
     images = to_float(sample)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         inputs, expected = Path(folder, "images.npy"), Path(folder, "logits.npy")

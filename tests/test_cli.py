@@ -85,7 +85,7 @@ def test_unreachable_store_fails_at_once(uri: str, folder: Path) -> None:
     assert time.monotonic() - started < 60  # MLflow's own retries take minutes
 
 
-@pytest.mark.parametrize("command", ["", "run", "train", "quantize", "latency", "search", "report"])
+@pytest.mark.parametrize("command", ["", "run", "train", "quantize", "latency", "search", "report", "predict"])
 def test_help_needs_neither_torch_nor_mlflow(command: str) -> None:
     code = (
         "import sys; from entrypoints.cli import app\n"

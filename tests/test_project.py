@@ -64,6 +64,7 @@ ALLOWED = {
     "tracking": {"config", "data", "environment", "evidence", "host"},
     "verification": {"evaluation"},
     "registry": {"models", "quantization", "verification"},
+    "prediction": {"config", "evaluation", "host", "imagefolder", "registry", "tracking"},
     "sweep": {"config", "contenders", "evidence", "latency"},
 }
 ABOVE = {

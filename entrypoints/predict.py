@@ -1,0 +1,28 @@
+"""`qexp predict`: what a registered version sees in image files."""
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from entrypoints.options import run_alone, with_options
+from qexp.config import Config
+
+Uri = Annotated[
+    str, typer.Argument(help="version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI", show_default=False)
+]
+Images = Annotated[list[str], typer.Argument(help="image files of any size", metavar="IMAGE...", show_default=False)]
+TopK = Annotated[int, typer.Option(help="classes shown of each image, at most", min=1)]
+
+
+@with_options("threads")
+def predict(config: Config, *, uri: Uri, images: Images, top_k: TopK = 3) -> dict[str, Any]:
+    """Print the most likely classes of image files, and their probabilities, by a registered version, fp32 or int8."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: loading int8 weights warns of a deprecation
+    from qexp.prediction import run_predict
+
+    return run_predict(config, uri, images, top_k)
+
+
+if __name__ == "__main__":
+    run_alone(predict)

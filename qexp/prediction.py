@@ -1,0 +1,107 @@
+"""What a registered version sees in image files: class names and probabilities."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexp import registry, tracking
+from qexp.config import Config
+from qexp.errors import InputError, StageError, first_line
+from qexp.evaluation import predict_logits
+from qexp.host import read_host
+from qexp.imagefolder import decode_files
+from qexp.progress import say
+
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely classes of one image, best first, and their probabilities: a softmax of the logits."""
+
+    file: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def run_predict(config: Config, uri: str, files: Sequence[str], top_k: int) -> dict[str, Any]:
+    """The command `predict`: a line an image on standard error, and what the last line on standard output shows."""
+    warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # are deprecated, say int8 models that use them
+    tracking.use_store()
+    torch.set_num_threads(read_host(config.threads).threads)
+    own, predictions = predict_files(uri, files, top_k)
+    say(table(predictions))
+    return {"command": "predict", "uri": own, "images": [_as_json(found) for found in predictions]}
+
+
+def _as_json(found: Prediction) -> dict[str, Any]:
+    shares = zip(found.classes, found.probabilities, strict=True)
+    return {"file": found.file, "classes": [{"class": name, "probability": round(p, 6)} for name, p in shares]}
+
+
+def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list[Prediction]]:
+    """The version that `uri` names, as models:/NAME/VERSION, and what it says of each file, in their order.
+
+    Files of any size are decoded and resized as those of a data set are, and go through the model in batches.
+
+    Raises:
+        InputError: the version does not exist or is not one of ours, or a file is missing or no image.
+        StageError: the version cannot be loaded, or gives no numbers.
+    """
+    try:
+        found = registry.find_version(uri, "fp32", "int8")
+    except InputError as error:
+        raise InputError(f"URI {str(error).removeprefix('--model-uri ')}") from None
+    for file in files:
+        _check(file)
+    own = f"models:/{found.name}/{found.version}"
+    classes, image_size = json.loads(found.tags["classes"]), int(found.tags["image_size"])
+    try:
+        model = registry.load_version(own)
+    except Exception as error:  # files that are gone, a missing package, a format that MLflow was told to refuse
+        raise StageError(f"{own} cannot be loaded: {first_line(error)}") from error
+    predictions: list[Prediction] = []
+    for start in range(0, len(files), BATCH_SIZE):
+        batch = files[start : start + BATCH_SIZE]
+        logits = predict_logits(model, _decode(batch, image_size), BATCH_SIZE)
+        predictions += _most_likely(batch, logits, classes, top_k)
+    return own, predictions
+
+
+def _check(file: str) -> None:
+    if not os.path.isfile(file):
+        kind = "a folder; give its image files" if os.path.isdir(file) else "no such file"
+        raise InputError(f"IMAGE {file}: {kind}")
+
+
+def _decode(files: Sequence[str], image_size: int) -> Tensor:
+    try:
+        return decode_files(files, image_size)
+    except InputError as error:
+        raise InputError(str(error).replace("--data-dir: broken image", "IMAGE", 1)) from None
+
+
+def _most_likely(files: Sequence[str], logits: Tensor, classes: Sequence[str], top_k: int) -> list[Prediction]:
+    if not logits.isfinite().all():
+        raise StageError("the model gives logits that are no numbers")
+    probabilities, ranks = torch.softmax(logits.double(), 1).sort(dim=1, descending=True, stable=True)
+    return [
+        Prediction(file, tuple(classes[rank] for rank in best[:top_k]), tuple(shares[:top_k]))
+        for file, best, shares in zip(files, ranks.tolist(), probabilities.tolist(), strict=True)
+    ]
+
+
+def table(predictions: Sequence[Prediction]) -> str:
+    """A line an image."""
+    width = max(len(found.file) for found in predictions)
+    lines = []
+    for found in predictions:
+        shares = zip(found.classes, found.probabilities, strict=True)
+        lines.append(f"{found.file:{width}}  " + ", ".join(f"{name} {100 * share:.2f} %" for name, share in shares))
+    return "\n".join(lines)
