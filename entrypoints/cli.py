@@ -4,11 +4,14 @@ import typer
 
 from entrypoints.latency import latency
 from entrypoints.main import main
+from entrypoints.models import models
 from entrypoints.options import run_app
+from entrypoints.promote import promote
 from entrypoints.quantize import quantize
 from entrypoints.report import report
 from entrypoints.search import search
 from entrypoints.train import train
+from entrypoints.verify import verify
 
 app = typer.Typer(
     help="Can this image classifier ship as int8 on this CPU? Every command ends with one line of JSON.",
@@ -22,6 +25,9 @@ for name, command in {
     "latency": latency,
     "search": search,
     "report": report,
+    "promote": promote,
+    "models": models,
+    "verify": verify,
 }.items():
     app.command(name)(command)
 

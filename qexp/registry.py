@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
+from qexp.aliases import CHALLENGER, set_alias
 from qexp.errors import InputError, first_line
 from qexp.models import ModelSpec
-from qexp.verification import verify
+from qexp.store import again
+from qexp.verification import digest_of, verify
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
@@ -71,14 +74,16 @@ def register(
     client = mlflow.MlflowClient()
     number = str(info.registered_model_version)
     uri = f"models:/{name}/{number}"
-    verified = verify(uri, model, sample, child_environment(torch.get_num_threads()))
+    with tempfile.TemporaryDirectory() as copy:
+        verified = verify(uri, model, sample, child_environment(torch.get_num_threads()), Path(copy))
+        digest = digest_of(Path(copy))
     size_bytes = _stored_bytes(uri)
     facts = {"kind": kind, "classes": json.dumps(spec.classes), "image_size": spec.image_size}
-    facts |= {"size_mb": size_bytes / 1e6, "verified": verified}
+    facts |= {"size_mb": size_bytes / 1e6, "verified": verified, "artifact_sha256": digest}
     tag_version(uri, facts | tags)
     client.update_model_version(name, number, _description(kind, uri, spec, flavor))
     if verified:
-        client.set_registered_model_alias(name, "challenger", number)
+        set_alias(CHALLENGER, uri)
     return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
 
 
@@ -133,13 +138,14 @@ def find_version(uri: str, kind: str) -> ModelVersion:
     Raises:
         InputError: the URI has another form, does not exist, or is not a version of `kind` that qexp registered.
     """
-    found = _look_up(uri)
+    found = look_up(uri)
     if found.tags.get("kind") != kind:
         raise InputError(f"--model-uri {uri}: must be a version of kind {kind} that qexp registered")
     return found
 
 
-def _look_up(uri: str) -> ModelVersion:
+def look_up(uri: str) -> ModelVersion:
+    """The version that `uri` names, of whatever kind; InputError if it does not exist."""
     parts = URI.fullmatch(uri)
     if parts is None:
         raise InputError(f"--model-uri {uri}: must be models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
@@ -180,7 +186,8 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
     name, number = uri.removeprefix("models:/").split("/")
     client = mlflow.MlflowClient()
     for key, value in tags.items():
-        client.set_model_version_tag(name, number, key, str(value).lower() if isinstance(value, bool) else str(value))
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        again(lambda key=key, text=text: client.set_model_version_tag(name, number, key, text))  # type: ignore[misc]
 
 
 def discard_versions(run_id: str) -> None:
@@ -193,19 +200,13 @@ def discard_versions(run_id: str) -> None:
         client.delete_logged_model(model.model_id)
 
 
-def set_alias(alias: str, *versions: Registered) -> None:
-    """Give these versions an alias of their models."""
-    for version in versions:
-        mlflow.MlflowClient().set_registered_model_alias(version.name, alias, version.version)
-
-
 def load_version(uri: str, backend: str | None = None) -> Predict:
     """Load a registered model; an int8 one with the kernels `backend`, or those of its tag, set for the whole process.
 
     Raises:
         InputError: the URI has another form or does not exist.
     """
-    tags = _look_up(uri).tags
+    tags = look_up(uri).tags
     if tags.get("flavor") == "onnx":
         from qexp.quantization.onnx import OnnxClassifier
 
@@ -239,7 +240,7 @@ def _quiet() -> Iterator[None]:
 
 def describe_kernels(uri: str, measured: str) -> None:
     """Say in the description of an int8 version which kernels were the faster ones, and by how much."""
-    found = _look_up(uri)
+    found = look_up(uri)
     text = (found.description or "").split(KERNELS)[0].rstrip()
     mlflow.MlflowClient().update_model_version(found.name, found.version, f"{text}\n\n{KERNELS} {measured}")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qexp import metrics, registry, tracking
 from qexp.checkpoint import checkpoint_folder, lock_of, remove_checkpoints
+from qexp.commit import read_commit
 from qexp.config import Config
 from qexp.data import Dataset, stratified_sample
 from qexp.errors import InputError
@@ -72,7 +73,8 @@ def _register_trained(
     config: Config, host: Host, dataset: Dataset, model: Classifier, trained: TrainResult, run_id: str
 ) -> Fp32:
     logits, accuracy = evaluate_splits(model, dataset, "fp32")
-    tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | lineage(dataset, host, accuracy)
+    tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)}
+    tags |= lineage(run_id, dataset, host, accuracy)
     name = f"{config.model}-{dataset.name}-fp32"
     version = registry.register("fp32", model, name, model.spec, verification_images(dataset), tags)
     facts = _data_facts(dataset, config)
@@ -130,15 +132,22 @@ def _log_weights(model: Classifier, run_id: str) -> str:
     return f"runs:/{run_id}/weights/model.safetensors"
 
 
-def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict[str, Any]:
-    """Tags that every version carries: data, machine, accuracy on the test images."""
+def lineage(run_id: str, dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict[str, Any]:
+    """Tags that every version carries: data, configuration, code, machine, accuracy on the test images."""
+    test = accuracy["test"]
     return {
         "dataset": dataset.name,
         "data_digest": dataset.digest,
+        "config_uri": f"runs:/{run_id}/config.yaml",
+        "git_commit": read_commit(),
         "cpu": host.cpu,
         "cpu_features": ",".join(host.features),
-        "test_top1_percent": f"{accuracy['test'].top1_percent:.3f}",
-        "test_top3_percent": f"{accuracy['test'].top3_percent:.3f}",
+        "threads": host.threads,
+        "test_images": test.images,
+        "test_top1_correct": round(test.top1_percent * test.images / 100),
+        "test_top3_correct": round(test.top3_percent * test.images / 100),
+        "test_top1_percent": f"{test.top1_percent:.3f}",
+        "test_top3_percent": f"{test.top3_percent:.3f}",
     }
 
 

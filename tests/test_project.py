@@ -54,16 +54,19 @@ ALLOWED = {
     "cost": set(),
     "latency": {"config"},
     "contenders": {"models", "quantization", "registry", "tracking"},
-    "gate": {"config"},
+    "gate": {"config", "evaluation", "latency"},
     "evidence": {"cost", "evaluation", "gate", "host", "latency", "quantization", "training"},
     "claims": {"evidence", "latency", "quantization"},
     "advice": {"claims", "evidence", "latency", "quantization"},
     "plots": {"claims", "evidence"},
     "report": {"advice", "claims", "evaluation", "evidence", "latency", "plots"},
     "metrics": {"evaluation", "latency", "training"},
-    "tracking": {"config", "data", "environment", "evidence", "host"},
+    "store": {"environment"},
+    "aliases": {"store"},
+    "commit": set(),
+    "tracking": {"config", "data", "evidence", "host", "store"},
     "verification": {"evaluation"},
-    "registry": {"models", "quantization", "verification"},
+    "registry": {"aliases", "models", "quantization", "store", "verification"},
     "sweep": {"config", "contenders", "evidence", "latency"},
 }
 ABOVE = {
@@ -77,7 +80,7 @@ ABOVE = {
 }  # these may import everything that is not above themselves
 STAGES = ("stages", "quantizing", "deciding")  # each may import those before it
 ONLY_IN = {
-    "mlflow": {"tracking", "registry"},
+    "mlflow": {"store", "aliases", "tracking", "registry"},
     "optuna": {"search"},
     "matplotlib": {"plots"},
     "torchinfo": {"cost"},
