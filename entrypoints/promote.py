@@ -1,5 +1,6 @@
 """`qexp promote`."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ Force = Annotated[str, typer.Option(help="move the alias whatever was found; rec
 def promote(config: Config, *, name: Name, version: Number = "auto", force: Force = "auto") -> dict[str, Any]:
     """Make an int8 version `champion` if it passes the gate and is not worse than the present one, measured side by
     side."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loading int8 weights warns of a deprecation
     from qexp.promotion import run_promote
 
     return run_promote(config, name, given_or_none(version), is_true("--force", force))

@@ -44,9 +44,12 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
         StageError: its files are gone or others, it does not load, or its accuracy is another.
     """
     tracking.use_store()
-    found = registry.look_up(uri)
+    try:
+        found = registry.look_up(uri)
+    except InputError as error:
+        raise InputError(str(error).replace("--model-uri", "URI", 1)) from None
     if "kind" not in found.tags:
-        raise InputError(f"{uri}: not a version that qexp registered")
+        raise InputError(f"URI {uri}: must be a version that qexp registered")
     uri = f"models:/{found.name}/{found.version}"
     config = registered.config_of_version(config, uri, found.tags["kind"])
     host = read_host(config.threads or int(found.tags.get("threads", 0)) or None)
@@ -75,6 +78,8 @@ def checked_copy(found: ModelVersion) -> Iterator[Path]:
             digest = digest_of(copy)
             if recorded is None:
                 say(f"{uri}: no digest of its files was recorded; they are not compared")
+            elif not any(file.suffix in registry.STORED for file in copy.rglob("*")):
+                raise StageError(f"{uri}: the model's file is gone from the artifact store")
             elif digest != recorded:
                 what = "are not those that were registered"
                 raise StageError(f"{uri}: its files {what}: SHA-256 {digest[:16]}…, recorded {recorded[:16]}…")

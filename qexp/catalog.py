@@ -19,9 +19,10 @@ FIGURES = (
 )  # fmt: skip
 WORDS = ("kind", "engine", "verified", "gate", "gate_reason", "promotion", "promotion_reason")
 LINEAGE = (
-    "fp32_uri", "dataset", "data_digest", "calibration_digest", "calibration_samples", "config_uri", "git_commit",
-    "cpu", "cpu_features", "threads", "train_run_id", "quantize_run_id", "latency_run_id",
+    "fp32_uri", "dataset", "data_digest", "calibration_digest", "config_uri", "git_commit", "cpu", "cpu_features",
+    "train_run_id", "quantize_run_id", "latency_run_id",
 )  # fmt: skip
+COUNTS = ("calibration_samples", "threads")  # of the lineage too
 Row = dict[str, Any]
 
 
@@ -62,8 +63,14 @@ def _row(version: ModelVersion, aliases: dict[str, Any]) -> Row:
     row["uri"] = f"models:/{version.name}/{version.version}"
     row["aliases"] = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
     row |= {name: tags.get(name) for name in WORDS}
-    row |= {name: round(float(tags[name]), 4) if name in tags else None for name in FIGURES}
-    return row | {"lineage": {name: tags.get(name) for name in LINEAGE}}
+    row |= {name: _typed(tags.get(name)) for name in FIGURES}
+    lineage = {name: tags.get(name) for name in LINEAGE} | {name: _typed(tags.get(name)) for name in COUNTS}
+    return row | {"lineage": lineage}
+
+
+def _typed(tag: str | None) -> float | None:
+    """A tag's number."""
+    return None if tag is None else int(tag) if tag.isdecimal() else round(float(tag), 4)
 
 
 def as_table(rows: list[Row]) -> str:
@@ -92,7 +99,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row["test_top1_percent"], ".2f"),
         _drop(row),
         _number(row["size_mb"], ".3f"),
-        _number(row["p50_ms"], ".3g") + (f" at {row['p50_batch_size']:g}" if row["p50_batch_size"] else ""),
+        _number(row["p50_ms"], ".3g") + (f" at {row['p50_batch_size']}" if row["p50_batch_size"] else ""),
         _number(row["smallest_speedup"], ".2f") + ("x" if row["smallest_speedup"] else ""),
         row["gate"] or "-",
         source or "-",

@@ -149,8 +149,11 @@ class GateConfig(BaseModel):
     min_speedup: float = Field(
         1.0, ge=0, description="fp32 time over int8 time that the 95 % interval must not go below, at any batch size"
     )
-    min_top1: Percent | None = Field(
-        None, description="int8 test top-1 that its 95 % interval must not go below, percent; auto: no such limit"
+    min_top1: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="int8 test top-1 that its 95 % interval must not go below, percent; auto: no such limit",
     )
     models: dict[Annotated[str, AfterValidator(_int8_name)], ModelGate] = Field(
         {},

@@ -187,7 +187,8 @@ def _record(found: Promotion, word: str, run_id: str) -> None:
     registry.tag_version(found.uri, tags)
     tracking.set_tag("qexp.promotion", word)
     tracking.set_note(f"`{found.uri}` {summary}.")
-    say(f"{found.uri} {summary}")
+    if word != "rejected":  # which the last line says
+        say(f"{found.uri} {summary}")
 
 
 def _figures(found: Promotion) -> dict[str, float]:
