@@ -1,7 +1,7 @@
 """The aliases of registered models: `challenger` is a version that loads, `champion` the one to ship."""
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion as ModelVersion
 from mlflow.exceptions import MlflowException
 
 from qexp.store import again

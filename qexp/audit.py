@@ -2,24 +2,23 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mlflow.entities.model_registry import ModelVersion
 
 from qexp import registered, registry, tracking
+from qexp.aliases import ModelVersion
 from qexp.config import Config
 from qexp.data import Dataset, load_dataset
 from qexp.errors import InputError, StageError
 from qexp.evaluation import Accuracy, measure_accuracy
 from qexp.host import Host, read_host
+from qexp.integrity import checked_copy
 from qexp.progress import say
-from qexp.verification import digest_of
 
 # Runs with nothing of qexp imported: what a user's process sees. Batches are those of the evaluation: same sums.
 BARE_PROCESS = """
@@ -65,39 +64,17 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     return {"command": "verify", "uri": uri, "verified": True, **measured, **recorded, **facts}
 
 
-@contextmanager
-def checked_copy(found: ModelVersion) -> Iterator[Path]:
-    """A local copy of a version's files, compared with what was registered before anything of them is run.
-
-    Raises:
-        StageError: files are gone, or others than those that were registered.
-    """
-    uri, recorded = f"models:/{found.name}/{found.version}", found.tags.get("artifact_sha256")
-    try:
-        with tracking.downloaded(uri) as copy:
-            digest = digest_of(copy)
-            if recorded is None:
-                say(f"{uri}: no digest of its files was recorded; they are not compared")
-            elif not any(file.suffix in registry.STORED for file in copy.rglob("*")):
-                raise StageError(f"{uri}: the model's file is gone from the artifact store")
-            elif digest != recorded:
-                what = "are not those that were registered"
-                raise StageError(f"{uri}: its files {what}: SHA-256 {digest[:16]}…, recorded {recorded[:16]}…")
-            yield copy
-    except InputError as error:
-        raise StageError(str(error)) from None
-
-
 def _measure_bare(uri: str, copy: Path, dataset: Dataset, host: Host) -> Accuracy:
-    images, logits = copy.parent / "images.npy", copy.parent / "logits.npy"
-    np.save(images, dataset.test.images.numpy())
-    command = [sys.executable, "-W", "ignore", "-c", BARE_PROCESS, str(copy), str(images), str(logits)]
-    environment = registry.child_environment(host.threads)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise StageError(f"{uri}: does not load and run in a bare process: {lines[-1]}")
-    return measure_accuracy(torch.from_numpy(np.load(logits)), dataset.test.labels)
+    with tempfile.TemporaryDirectory() as folder:
+        images, logits = Path(folder, "images.npy"), Path(folder, "logits.npy")
+        np.save(images, dataset.test.images.numpy())
+        command = [sys.executable, "-W", "ignore", "-c", BARE_PROCESS, str(copy), str(images), str(logits)]
+        environment = registry.child_environment(host.threads)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise StageError(f"{uri}: does not load and run in a bare process: {lines[-1]}")
+        return measure_accuracy(torch.from_numpy(np.load(logits)), dataset.test.labels)
 
 
 def _allowed(found: ModelVersion, host: Host, images: int) -> int:

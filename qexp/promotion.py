@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from mlflow.entities.model_registry import ModelVersion
 from torch import Tensor
 
 from qexp import metrics, pipeline, registry, tracking
-from qexp.aliases import CHALLENGER, CHAMPION, move_champion, version_with
-from qexp.audit import checked_copy
+from qexp.aliases import CHALLENGER, CHAMPION, ModelVersion, move_champion, version_with
 from qexp.catalog import list_models
 from qexp.config import Config
 from qexp.contenders import BASELINE, Contender
@@ -23,6 +21,7 @@ from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logit
 from qexp.evidence import LatencyEvidence
 from qexp.gate import GateResult, decide_gate, decide_succession
 from qexp.host import Host
+from qexp.integrity import checked_copy
 from qexp.latency import LatencyResult
 from qexp.progress import say
 from qexp.sweep import SweepRequest, run_sweep

@@ -71,7 +71,7 @@ def quantize_stage(
             split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS
         }
         tags = {"quantize_run_id": run_id, "fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id}
-        tags |= _facts(config, quantized, digest) | lineage(run_id, dataset, host, accuracy)
+        tags |= _facts(config, quantized, digest) | lineage(dataset, host, accuracy)
         tags |= _drop_tags(comparison["test"])
         name = fp32.version.name.removesuffix("-fp32") + "-int8"
         sample = verification_images(dataset)

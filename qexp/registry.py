@@ -4,11 +4,11 @@ import json
 import logging
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from qexp.aliases import CHALLENGER, set_alias
 from qexp.errors import InputError, first_line
+from qexp.integrity import STORED, stored_digest
 from qexp.models import ModelSpec
 from qexp.store import again
-from qexp.verification import digest_of, verify
+from qexp.verification import verify
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
-STORED = (".pt2", ".pth", ".onnx")
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -71,17 +71,15 @@ def register(
     """
     flavor = tags.get("flavor", "pytorch")
     info = _log_model(kind, model if stored is None else stored, name, spec, flavor)
-    client = mlflow.MlflowClient()
     number = str(info.registered_model_version)
     uri = f"models:/{name}/{number}"
-    with tempfile.TemporaryDirectory() as copy:
-        verified = verify(uri, model, sample, child_environment(torch.get_num_threads()), Path(copy))
-        digest = digest_of(Path(copy))
+    verified = verify(uri, model, sample, child_environment(torch.get_num_threads()))
     size_bytes = _stored_bytes(uri)
     facts = {"kind": kind, "classes": json.dumps(spec.classes), "image_size": spec.image_size}
-    facts |= {"size_mb": size_bytes / 1e6, "verified": verified, "artifact_sha256": digest}
+    facts |= {"size_mb": size_bytes / 1e6, "verified": verified}
+    facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": stored_digest(uri)}
     tag_version(uri, facts | tags)
-    client.update_model_version(name, number, _description(kind, uri, spec, flavor))
+    mlflow.MlflowClient().update_model_version(name, number, _description(kind, uri, spec, flavor))
     if verified:
         set_alias(CHALLENGER, uri)
     return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
@@ -187,7 +185,7 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
     client = mlflow.MlflowClient()
     for key, value in tags.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
-        again(lambda key=key, text=text: client.set_model_version_tag(name, number, key, text))  # type: ignore[misc]
+        again(partial(client.set_model_version_tag, name, number, key, text))
 
 
 def discard_versions(run_id: str) -> None:

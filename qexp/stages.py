@@ -73,8 +73,7 @@ def _register_trained(
     config: Config, host: Host, dataset: Dataset, model: Classifier, trained: TrainResult, run_id: str
 ) -> Fp32:
     logits, accuracy = evaluate_splits(model, dataset, "fp32")
-    tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)}
-    tags |= lineage(run_id, dataset, host, accuracy)
+    tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | lineage(dataset, host, accuracy)
     name = f"{config.model}-{dataset.name}-fp32"
     version = registry.register("fp32", model, name, model.spec, verification_images(dataset), tags)
     facts = _data_facts(dataset, config)
@@ -132,13 +131,12 @@ def _log_weights(model: Classifier, run_id: str) -> str:
     return f"runs:/{run_id}/weights/model.safetensors"
 
 
-def lineage(run_id: str, dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict[str, Any]:
-    """Tags that every version carries: data, configuration, code, machine, accuracy on the test images."""
+def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict[str, Any]:
+    """Tags that every version carries: data, code, machine, accuracy on the test images."""
     test = accuracy["test"]
     return {
         "dataset": dataset.name,
         "data_digest": dataset.digest,
-        "config_uri": f"runs:/{run_id}/config.yaml",
         "git_commit": read_commit(),
         "cpu": host.cpu,
         "cpu_features": ",".join(host.features),

@@ -66,7 +66,9 @@ ALLOWED = {
     "commit": set(),
     "tracking": {"config", "data", "evidence", "host", "store"},
     "verification": {"evaluation"},
-    "registry": {"aliases", "models", "quantization", "store", "verification"},
+    "integrity": set(),
+    "catalog": {"store"},
+    "registry": {"aliases", "integrity", "models", "quantization", "store", "verification"},
     "sweep": {"config", "contenders", "evidence", "latency"},
 }
 ABOVE = {
@@ -76,11 +78,13 @@ ABOVE = {
     "registered",
     "resumed",
     "pipeline",
+    "audit",
+    "promotion",
     "search",
 }  # these may import everything that is not above themselves
 STAGES = ("stages", "quantizing", "deciding")  # each may import those before it
 ONLY_IN = {
-    "mlflow": {"store", "aliases", "tracking", "registry"},
+    "mlflow": {"store", "aliases", "catalog", "integrity", "tracking", "registry"},
     "optuna": {"search"},
     "matplotlib": {"plots"},
     "torchinfo": {"cost"},
