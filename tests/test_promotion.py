@@ -39,9 +39,7 @@ def _tags(client: mlflow.MlflowClient, number: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_rejected_then_forced_then_passed(
-    client: mlflow.MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path: Path) -> None:
     strict = LOOSE.model_copy(update={"min_size_ratio": 99.0, "min_top1": 100.0})
     with pytest.raises(StageError) as rejected:
         run_promote(Config(latency=TIMES, gate=strict), NAME, "2")

@@ -43,7 +43,7 @@ for at in range(rounds):
             except mlflow.exceptions.MlflowException as error:
                 assert error.error_code == "RESOURCE_ALREADY_EXISTS", error
             tags = {"kind": kind, "fp32_uri": uris.get("fp32", "none")}
-            made = client.create_model_version(f"race-{kind}", f"file:///nowhere/{number}-{at}", run_id, tags=tags)
+            made = client.create_model_version(f"race-{kind}", mlflow.get_artifact_uri(kind), run_id, tags=tags)
             uris[kind] = f"models:/race-{kind}/{made.version}"
             aliases.set_alias("challenger", uris[kind])
         aliases.move_champion(uris["int8"])
