@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from qexp.errors import InputError
 from qexp.store import again, use_store
 
-PROCESSES, ROUNDS = 4, 5
+PROCESSES, ROUNDS = 4, 3
 # What a pipeline does to a store, but for the model: all at the same moment, several times.
 WORKER = """
 import sys, time
