@@ -90,7 +90,8 @@ def as_table(rows: list[Row]) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     lineage = row["lineage"]
     source = (lineage["fp32_uri"] or "").removeprefix("models:/").replace("-fp32/", "-fp32 v")
-    threads = f" ({lineage['threads']} threads)" if lineage["threads"] else ""
+    count = lineage["threads"]
+    threads = f" ({count} thread{'' if count == 1 else 's'})" if count else ""
     return (
         row["name"],
         str(row["version"]),

@@ -61,7 +61,8 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     candidate = _candidate(name, version)
     uri, fp32_uri = _uri(candidate), candidate.tags["fp32_uri"]
     champion = version_with(CHAMPION, name)
-    other = champion if champion and champion.version != candidate.version else None
+    before = _uri(champion) if champion else None
+    other = champion if before != uri else None
     config, host, dataset = pipeline.prepare(config, fp32_uri)
     against = f" and `{_uri(other)}`, the champion" if other else ""
     with tracking.start_run(f"promote-{name}", f"`{uri}` against the gate{against}.") as run_id:
@@ -75,8 +76,9 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
         if word != "rejected":
             move_champion(uri)
     if word == "rejected":
-        raise StageError(f"{uri} is not promoted: {'; '.join(found.decision.reasons)}; the champion stays as it was")
-    uris = {"int8": uri, "fp32": fp32_uri, "champion_before": _uri(champion) if champion else None}
+        still = f"the champion is still {before}" if before else "there is still no champion"
+        raise StageError(f"{uri} is not promoted: {'; '.join(found.decision.reasons)}; {still}")
+    uris = {"int8": uri, "fp32": fp32_uri, "champion_before": before}
     facts = {"gate": found.gate.word, "reasons": list(found.decision.reasons), **_figures(found)}
     return {"command": "promote", "run_id": run_id, "decision": word, **uris, **facts}
 
