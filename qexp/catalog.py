@@ -17,7 +17,7 @@ FIGURES = (
     "test_top1_percent", "test_top3_percent", "top1_drop_points", "top1_drop_low_points", "top1_drop_high_points",
     "size_mb", "p50_ms", "p50_batch_size", "p50_threads", "smallest_speedup",
 )  # fmt: skip
-WORDS = ("kind", "engine", "verified", "gate", "gate_reason", "promotion", "promotion_reason")
+WORDS = ("kind", "engine", "gate", "gate_reason", "promotion", "promotion_reason")
 LINEAGE = (
     "fp32_uri", "dataset", "data_digest", "calibration_digest", "config_uri", "git_commit", "cpu", "cpu_features",
     "train_run_id", "quantize_run_id", "latency_run_id",
@@ -62,7 +62,7 @@ def _row(version: ModelVersion, aliases: dict[str, Any]) -> Row:
     row: Row = {"name": version.name, "version": int(version.version)}
     row["uri"] = f"models:/{version.name}/{version.version}"
     row["aliases"] = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
-    row |= {name: tags.get(name) for name in WORDS}
+    row |= {name: tags.get(name) for name in WORDS} | {"verified": tags.get("verified") == "true"}
     row |= {name: _typed(tags.get(name)) for name in FIGURES}
     lineage = {name: tags.get(name) for name in LINEAGE} | {name: _typed(tags.get(name)) for name in COUNTS}
     return row | {"lineage": lineage}
