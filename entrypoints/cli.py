@@ -4,12 +4,15 @@ import typer
 
 from entrypoints.latency import latency
 from entrypoints.main import main
+from entrypoints.models import models
 from entrypoints.options import run_app
 from entrypoints.predict import predict
+from entrypoints.promote import promote
 from entrypoints.quantize import quantize
 from entrypoints.report import report
 from entrypoints.search import search
 from entrypoints.train import train
+from entrypoints.verify import verify
 
 app = typer.Typer(
     help="Can this image classifier ship as int8 on this CPU? Every command ends with one line of JSON.",
@@ -24,6 +27,9 @@ for name, command in {
     "search": search,
     "report": report,
     "predict": predict,
+    "promote": promote,
+    "models": models,
+    "verify": verify,
 }.items():
     app.command(name)(command)
 

@@ -27,6 +27,7 @@ from qexp.options import option_name
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 NOT_GIVEN = ("auto", "")
+FLAGS = ("--force", "--json")  # may stand alone, for true
 ModelUri = Annotated[
     str, typer.Option(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI")
 ]
@@ -46,7 +47,7 @@ def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo, str]]:
             every |= {option_name(name, key): (name, inner, key) for key, inner in inside.items()}
         else:
             every[name] = ("", field, name)
-    return {key: found for key, found in every.items() if key in names or found[0] in names}
+    return {key: found for key, found in every.items() if key and (key in names or found[0] in names)}
 
 
 def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -80,6 +81,22 @@ def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., No
 def given_or_none(value: str) -> str | None:
     """The value of an option, None for `auto` and the empty text."""
     return None if value in NOT_GIVEN else value
+
+
+def is_true(option: str, value: str) -> bool:
+    """The value of an option that is one of FLAGS; InputError if it is another word than true, false and auto."""
+    if value not in ("true", "false", *NOT_GIVEN):
+        raise InputError(f"{option} {value}: must be true or false")
+    return value == "true"
+
+
+def _with_values(words: list[str]) -> list[str]:
+    """The command line with `true` after every flag that stands alone."""
+    completed = []
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        alone = word in FLAGS and after not in ("true", "false", "auto")
+        completed += [word, "true"] if alone else [word]
+    return completed
 
 
 def _overrides(values: dict[str, str], fields: dict[str, tuple[str, FieldInfo, str]]) -> Overrides:
@@ -144,7 +161,7 @@ def finish(action: Callable[[], dict[str, Any] | None]) -> None:
 def run_app(app: typer.Typer) -> None:
     """Run a command line; what Typer refuses (unknown or missing options) is one line too, and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(_with_values(sys.argv[1:]), standalone_mode=False)
     except typer.exceptions.TyperException as error:
         typer.echo(f"error: {error.format_message()} (see --help)", err=True)
         code = error.exit_code

@@ -164,7 +164,7 @@ def gate(evidence: Evidence) -> str:
     """The gate's decision and what follows from it."""
     follows = {
         (True, True): "the int8 version is `champion`",
-        (True, False): "the int8 version is not `champion`: only `qexp run` moves that alias",
+        (True, False): "the int8 version is not `champion`: `qexp promote` moves that alias",
         (False, True): "the int8 version is `champion` all the same, by an earlier decision",
         (False, False): "`champion` stays where it was",
     }

@@ -20,6 +20,7 @@ from qexp.options import (
     DataConfig,
     GateConfig,
     LatencyConfig,
+    ModelGate,
     QuantizeConfig,
     SearchConfig,
     TrainConfig,
@@ -73,6 +74,9 @@ def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | 
     given = parse_options(overrides or {})
     for section, options in given.items():
         (values if section == "" else values.setdefault(section, {})).update(options)
+    for own in values.get("gate", {}).get("models", {}).values():  # the command line wins over these too
+        for key in set(own) & set(given.get("gate", {})):
+            del own[key]
     return Config.model_validate(values, strict=True)  # both parts were checked; together they cannot fail
 
 
@@ -141,20 +145,22 @@ def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> s
 
 def _fields_of(path: list[str]) -> list[str]:
     model: Any = Config
-    for part in path:
-        model = type(model.model_fields[part].default)
+    for part in path[:2]:
+        default = model.model_fields[part].default
+        model = ModelGate if isinstance(default, dict) else type(default)
     return list(model.model_fields)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as text that `load_config` reads back."""
     values = config.model_dump(mode="json")
-    named = {k: _auto_named(v) if isinstance(v, dict) else ("auto" if v is None else v) for k, v in values.items()}
-    return yaml.dump(named, Dumper=_Yaml12Dumper, sort_keys=False)
+    return yaml.dump(_auto_named(values), Dumper=_Yaml12Dumper, sort_keys=False)
 
 
-def _auto_named(section: dict[str, Any]) -> dict[str, Any]:
-    return {key: "auto" if value is None else value for key, value in section.items()}
+def _auto_named(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _auto_named(inner) for key, inner in value.items()}
+    return "auto" if value is None else value
 
 
 def flat_params(config: Config) -> dict[str, Any]:

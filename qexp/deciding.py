@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from qexp import metrics, registry, tracking
+from qexp.aliases import CHALLENGER, set_alias
 from qexp.config import Config
 from qexp.contenders import BASELINE, Contender, int8_contenders
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
@@ -65,13 +66,22 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
     for version, found in ranked.items():
         smallest = result.smallest_speedup(found[0].name)
         tags = {"latency_run_id": evidence.run_id, "smallest_speedup": f"{smallest:.3f}"}
+        tags |= latency_tags(result, found[0].name)
         if found[0].backend:
             tags["backend"] = found[0].backend
             tags["backend_speedups"] = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}" for one in found)
             registry.describe_kernels(version.uri, _about_kernels(result, found))
         registry.tag_version(version.uri, tags)
+    registry.tag_version(fp32.uri, latency_tags(result, BASELINE))
     least = result.smallest_speedup(fastest)
     tracking.set_note(f"Smallest speed-up of {fastest} over `{fp32.uri}`: **{least:.2f}x**.")
+
+
+def latency_tags(result: LatencyResult, name: str) -> dict[str, str]:
+    """The time of one model at the smallest batch size, as tags of its version."""
+    row = min(result.rows, key=lambda row: row.batch_size)
+    p50_ms = f"{row.stats[name].p50_ms:.4g}"
+    return {"p50_ms": p50_ms, "p50_batch_size": str(row.batch_size), "p50_threads": str(result.threads)}
 
 
 def _about_kernels(result: LatencyResult, found: list[Contender]) -> str:
@@ -97,15 +107,14 @@ def gate_stage(config: Config, fp32: Fp32, int8s: Sequence[Int8], latency: Laten
     for int8 in int8s:
         verified = fp32.version.verified and int8.version.verified
         gate = decide(config, fp32.evidence, int8.evidence, latency, verified)
-        passed = "passed" if gate.passed else "failed"
-        registry.tag_version(int8.version.uri, {"gate": passed, "gate_reason": gate.summary})
+        registry.tag_version(int8.version.uri, {"gate": gate.word, "gate_reason": gate.summary})
         judged.append(Judged(int8.evidence, latency.name_of(int8.version.uri), gate))
     able = [one.name for one in judged if one.gate.passed] or [one.name for one in judged]
     best = latency.latency.winner(able)
     judged.sort(key=lambda one: one.name != best)
     chosen = next(int8 for int8 in int8s if int8.evidence is judged[0].int8)
     if chosen.version.verified:
-        registry.set_alias("challenger", chosen.version)
+        set_alias(CHALLENGER, chosen.version.uri)
     return Evidence(fp32.evidence, tuple(judged), latency, champion=judged[0].gate.passed)
 
 
@@ -113,7 +122,7 @@ def decide(
     config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence, verified: bool
 ) -> GateResult:
     """The gate's decision on an int8 version from what was measured."""
-    drop = int8.comparison["test"].top1_drop_points
+    name, _ = int8.version_uri.removeprefix("models:/").split("/")
+    speedup = latency.latency.least_speedup(latency.name_of(int8.version_uri))
     ratio = fp32.size_bytes / int8.size_bytes
-    speedup = latency.latency.smallest_speedup(latency.name_of(int8.version_uri))
-    return decide_gate(config.gate, drop, ratio, speedup, verified)
+    return decide_gate(config.gate.of(name), int8.accuracy["test"], int8.comparison["test"], ratio, speedup, verified)

@@ -84,3 +84,10 @@ def paired_drop_interval(lost: int, gained: int, images: int) -> tuple[float, fl
     drop = (b - c) / total
     spread = Z_95 * sqrt(b + c - (b - c) ** 2 / total) / total
     return 100 * (drop - spread), 100 * (drop + spread)
+
+
+def share_interval(percent: float, images: int) -> tuple[float, float]:
+    """95 % interval, in percent, of a share seen on so many images (Wilson, JASA 22, 1927)."""
+    share, z2 = percent / 100, Z_95**2 / images
+    middle, spread = share + z2 / 2, sqrt(z2 * share * (1 - share) + z2**2 / 4)
+    return 100 * (middle - spread) / (1 + z2), 100 * (middle + spread) / (1 + z2)

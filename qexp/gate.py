@@ -1,8 +1,14 @@
-"""Whether an int8 model may become `champion`: three limits, each with the measured value that it is held against."""
+"""Whether an int8 model may become `champion`: limits, each held against the unfavourable end of what was measured, and
+the comparison with the model that is it now."""
 
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 from qexp.config import GateConfig
+from qexp.evaluation import Accuracy, Comparison, share_interval
+from qexp.latency import LatencyResult, Ratio
+
+SLOWER_AT_ONE_SIZE = 1.05  # loaded anew, the same model may differ by some percent: where its memory lies
 
 
 @dataclass(frozen=True)
@@ -15,27 +21,78 @@ class GateResult:
     @property
     def summary(self) -> str:
         """One line."""
-        return f"{'passed' if self.passed else 'failed'}: {'; '.join(self.reasons)}"
+        return f"{self.word}: {'; '.join(self.reasons)}"
+
+    @property
+    def word(self) -> str:
+        """`passed` or `failed`."""
+        return "passed" if self.passed else "failed"
 
 
 def decide_gate(
-    options: GateConfig, top1_drop_points: float, size_ratio: float, smallest_speedup: float, verified: bool
+    limits: GateConfig, accuracy: Accuracy, drop: Comparison, size_ratio: float, speedup: Ratio, verified: bool
 ) -> GateResult:
-    """Hold the three values against the limits; a value exactly on its limit passes. Unverified versions never pass."""
+    """Hold an int8 model against the limits; a value exactly on its limit passes. Unverified versions never pass.
+
+    Args:
+        limits: those that count for its name.
+        accuracy: of the int8 model on the test images.
+        drop: int8 against fp32 on the test images; the upper end of its 95 % interval counts.
+        size_ratio: fp32 over int8, in bytes as stored.
+        speedup: at the batch size where its interval reaches lowest; that lower end counts.
+        verified: whether both versions gave the same bits in a bare process.
+    """
+    high, low = drop.top1_drop_high_points, speedup.low
     checks = [
-        (
-            top1_drop_points <= options.max_top1_drop,
-            f"top-1 drop {top1_drop_points:.4g} points",
-            f"at most {options.max_top1_drop:g}",
-        ),
-        (size_ratio >= options.min_size_ratio, f"size ratio {size_ratio:.4g}", f"at least {options.min_size_ratio:g}"),
-        (
-            smallest_speedup >= options.min_speedup,
-            f"smallest speed-up {smallest_speedup:.4g}",
-            f"at least {options.min_speedup:g}",
-        ),
+        _at_most(f"top-1 drop {drop.top1_drop_points:.4g} points, upper end {high:.4g}", high, limits.max_top1_drop),
+        _at_least(f"size ratio {size_ratio:.4g}", size_ratio, limits.min_size_ratio),
+        _at_least(f"speed-up at its lowest {speedup.median:.4g}, lower end {low:.4g}", low, limits.min_speedup),
     ]
+    if limits.min_top1 is not None:
+        least, _ = share_interval(accuracy.top1_percent, accuracy.images)
+        text = f"int8 top-1 {accuracy.top1_percent:.4g} %, lower end {least:.4g}"
+        checks.append(_at_least(text, least, limits.min_top1))
     failed = ["a version does not reload bit for bit"] if not verified else []
-    failed += [f"{value} is not {limit}" for ok, value, limit in checks if not ok]
-    passed = [f"{value} ({limit})" for _, value, limit in checks]
-    return GateResult(not failed, tuple(failed or passed))
+    failed += [text for ok, text in checks if not ok]
+    return GateResult(not failed, tuple(failed or [text for _, text in checks]))
+
+
+def _at_most(text: str, value: float, limit: float) -> tuple[bool, str]:
+    if value <= limit:
+        return True, f"{text} (at most {limit:g})"
+    return False, f"{text} (too high by {value - limit:.2g}) is not at most {limit:g}"
+
+
+def _at_least(text: str, value: float, limit: float) -> tuple[bool, str]:
+    if value >= limit:
+        return True, f"{text} (at least {limit:g})"
+    return False, f"{text} (too low by {limit - value:.2g}) is not at least {limit:g}"
+
+
+def decide_succession(drop: Comparison, latency: LatencyResult, champion: str, candidate: str) -> GateResult:
+    """Whether a candidate is no worse than the champion, as far as the measurements show.
+
+    It is worse if the whole 95 % interval of the drop is above 0; if it is slower beyond the noise in the geometric
+    mean over the batch sizes; or if it is, at any of them, slower beyond the noise and by more than 5 %.
+
+    Args:
+        drop: the candidate against the champion, as int8 against fp32, on the same test images.
+        latency: has both, under these names.
+    """
+    low, high = drop.top1_drop_low_points, drop.top1_drop_high_points
+    lost = f"top-1 {drop.top1_drop_points:.2f} points below the champion's, 95 % interval {low:+.2f} to {high:+.2f}"
+    ratios = {row.batch_size: row.ratio(champion, candidate) for row in latency.rows}
+    mean, best = (geometric_mean(getattr(ratio, end) for ratio in ratios.values()) for end in ("median", "high"))
+    edge = geometric_mean(row.noise_edge for row in latency.rows)
+    speed = f"{mean:.2f}x as fast as the champion (geometric mean; at best {best:.2f}x, noise {edge:.2f}x)"
+    checks = [
+        (low <= 0, lost if low <= 0 else f"{lost}: worse by at least {low:.2g} points"),
+        (best >= 1 / edge, speed if best >= 1 / edge else f"{speed}: slower beyond the noise"),
+    ]
+    for row in latency.rows:
+        ratio = ratios[row.batch_size]
+        if row.compared(champion, candidate) < 0 and ratio.median * SLOWER_AT_ONE_SIZE < 1:
+            at = f"at batch size {row.batch_size}, {1 / ratio.median:.2f}x as slow as the champion"
+            checks.append((False, f"{at} ({1 / ratio.high:.2f} to {1 / ratio.low:.2f})"))
+    failed = tuple(text for ok, text in checks if not ok)
+    return GateResult(not failed, failed or tuple(text for _, text in checks))

@@ -65,8 +65,13 @@ class LatencyRow:
 
         The interval must lie beyond 1 and beyond what one model showed against itself.
         """
-        ratio, edge = self.ratio(slow, fast), max(self.noise.high, 1 / self.noise.low, 1.0)
+        ratio, edge = self.ratio(slow, fast), self.noise_edge
         return int(ratio.low > edge) - int(ratio.high < 1 / edge)
+
+    @property
+    def noise_edge(self) -> float:
+        """The largest ratio, at least 1, that one model may have shown against itself."""
+        return max(self.noise.high, 1 / self.noise.low, 1.0)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,10 @@ class LatencyResult:
     def smallest_speedup(self, name: str) -> float:
         """The speed-up of a model at the batch size where it is smallest."""
         return min(row.speedups[name].median for row in self.rows)
+
+    def least_speedup(self, name: str) -> Ratio:
+        """The speed-up of a model at the batch size where its interval reaches lowest."""
+        return min((row.speedups[name] for row in self.rows), key=lambda ratio: ratio.low)
 
     def mean_speedup(self, name: str) -> float:
         """The geometric mean of a model's speed-ups over all batch sizes."""

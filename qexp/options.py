@@ -120,11 +120,51 @@ class LatencyConfig(BaseModel):
     min_seconds: float = Field(1.0, ge=0, description="seconds of timing at each batch size, at least")
 
 
+NotNegative = Annotated[float, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class ModelGate(BaseModel):
+    """Limits of one registered model; those left out are the gate's own."""
+
+    model_config = STRICT
+    max_top1_drop: float | None = None
+    min_size_ratio: NotNegative | None = None
+    min_speedup: NotNegative | None = None
+    min_top1: Percent | None = None
+
+
+def _int8_name(name: str) -> str:
+    if not name.endswith("-int8"):
+        raise ValueError("must be the name of a registered int8 model, which ends with -int8")
+    return name
+
+
 class GateConfig(BaseModel):
     model_config = STRICT
-    max_top1_drop: float = Field(1.0, description="largest drop of test top-1 from fp32 to int8, percentage points")
+    max_top1_drop: float = Field(
+        2.0, description="drop of test top-1 from fp32 to int8 that the 95 % interval may reach, percentage points"
+    )
     min_size_ratio: float = Field(3.0, ge=0, description="smallest fp32 size over int8 size, as stored")
-    min_speedup: float = Field(1.0, ge=0, description="smallest fp32 p50 over int8 p50, at every batch size")
+    min_speedup: float = Field(
+        1.0, ge=0, description="fp32 time over int8 time that the 95 % interval must not go below, at any batch size"
+    )
+    min_top1: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="int8 test top-1 that its 95 % interval must not go below, percent; auto: no such limit",
+    )
+    models: dict[Annotated[str, AfterValidator(_int8_name)], ModelGate] = Field(
+        {},
+        description="limits of single models instead of those above: {vgg16-cifar10-int8: {max_top1_drop: 0.5}}",
+        json_schema_extra={"option": ""},
+    )
+
+    def of(self, name: str) -> "GateConfig":
+        """The limits that count for a registered model."""
+        own = self.models.get(name)
+        return self.model_copy(update=own.model_dump(exclude_none=True)) if own else self
 
 
 class SearchConfig(BaseModel):
@@ -156,6 +196,7 @@ class Config(BaseModel):
 
 
 def option_name(section: str, key: str) -> str:
-    """The command line's name of a field, with underscores: its key, unless two sections have the same key."""
+    """The command line's name of a field, with underscores: its key, unless two sections have the same key; empty for
+    what only the file can say."""
     owner = type(Config.model_fields[section].default) if section else Config
     return str((owner.model_fields[key].json_schema_extra or {}).get("option", key))  # type: ignore[union-attr]

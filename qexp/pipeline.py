@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qexp import claims, deciding, launch, quantizing, registered, registry, resumed, stages, tracking
+from qexp.aliases import move_champion
 from qexp.checkpoint import LAUNCHER_LOCK, lock_of, remove_checkpoints
 from qexp.config import Config
 from qexp.data import Dataset, calibration_count, load_dataset
@@ -100,8 +101,7 @@ def quantize_to_report(
     evidence = deciding.gate_stage(config, fp32, int8s, latency)
     report_uri = stages.report_stage(config, host, evidence, parent_run_id)
     if evidence.champion:  # the last act: a job that fails on its way moves no alias
-        chosen = next(int8.version for int8 in int8s if int8.version.uri == evidence.int8.version_uri)
-        registry.set_alias("champion", fp32.version, chosen)
+        move_champion(evidence.int8.version_uri)
     return evidence, report_uri
 
 
@@ -244,7 +244,7 @@ def _use_threads(config: Config) -> Host:
 
 
 def _summary(command: str, run_id: str, evidence: Evidence, report_uri: str) -> Summary:
-    gate = "passed" if evidence.gate.passed else "failed"
+    gate = {"gate": evidence.gate.word, "gate_reason": evidence.gate.summary}
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": report_uri}
     engine = {"engine": evidence.int8.quantize.engine}
-    return {"command": command, "run_id": run_id, **uris, **engine, "gate": gate, **evidence.headline}
+    return {"command": command, "run_id": run_id, **uris, **engine, **gate, **evidence.headline}

@@ -9,7 +9,7 @@ from qexp import metrics, registry, tracking
 from qexp.config import Config
 from qexp.cost import measure_cost
 from qexp.data import Dataset, Split, calibration_count, calibration_subset, stratified_sample
-from qexp.evaluation import compare, measure_accuracy, predict_logits
+from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
 from qexp.evidence import BudgetCost, Int8Evidence
 from qexp.host import Host
 from qexp.latency import Run, measure_latency
@@ -67,8 +67,12 @@ def quantize_stage(
             say(f"warning: {host.cpu} has no int8 dot product: ranges are reduced by one bit, so that sums fit 16 bits")
         quantized, budget = _quantize(config, host, dataset, fp32, subset, sensitivity)
         logits, accuracy = evaluate_splits(quantized.module, dataset, f"int8 {engine}")
+        comparison = {
+            split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS
+        }
         tags = {"quantize_run_id": run_id, "fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id}
         tags |= _facts(config, quantized, digest) | lineage(dataset, host, accuracy)
+        tags |= _drop_tags(comparison["test"])
         name = fp32.version.name.removesuffix("-fp32") + "-int8"
         sample = verification_images(dataset)
         version = registry.register(
@@ -78,9 +82,6 @@ def quantize_stage(
         fp32_cost = measure_cost(fp32.model, image_size, sizes, quantized.result.int8_layers)
         folded = config.quantize.fold_pool
         cost = measure_cost(quantized.source, image_size, sizes, quantized.result.int8_layers) if folded else fp32_cost
-        comparison = {
-            split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS
-        }
         evidence = Int8Evidence(
             version.uri, version.size_bytes, quantized.result, digest, fp32_cost, cost, accuracy, comparison,
             sensitivity, budget, _budget_cost(config, host, fp32, subset, quantized) if budget else None,
@@ -135,6 +136,11 @@ def _facts(config: Config, quantized: QuantizedModel, digest: str) -> dict[str, 
     facts |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range, "calibration_digest": digest}
     facts |= {"calibration_samples": result.calibration_images, "fold_pool": config.quantize.fold_pool}
     return facts | {"float_layers": ",".join(result.float_layers) or "none"}
+
+
+def _drop_tags(found: Comparison) -> dict[str, str]:
+    names = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
+    return {name: f"{getattr(found, name):.3f}" for name in names}
 
 
 def _log_int8(fp32: Fp32, version: Registered, evidence: Int8Evidence) -> None:

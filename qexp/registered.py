@@ -37,9 +37,9 @@ def refuse_conflicts(config: Config, uri: str, sections: tuple[str, ...]) -> Non
             raise InputError(f"--{option} {value}: {uri} was made with {made_with}; leave the option or the URI out")
 
 
-def check_data(uri: str, dataset: Dataset) -> None:
-    """Raise InputError unless the fp32 version was trained on this data: its test images might be among others."""
-    digest = registry.find_version(uri, "fp32").tags["data_digest"]
+def check_data(uri: str, dataset: Dataset, kind: str = "fp32") -> None:
+    """Raise InputError unless the version was made with this data: its test images might be among others."""
+    digest = registry.find_version(uri, kind).tags["data_digest"]
     if digest != dataset.digest:
         raise InputError(
             f"--data-dir: {dataset.source} (digest {dataset.digest}) is not what {uri} was trained on (digest {digest})"

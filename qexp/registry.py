@@ -1,35 +1,31 @@
 """The MLflow model registry: versions with signature, example, pinned requirements, lineage; verification; aliases."""
 
 import json
-import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version as installed_version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import torch
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
+from qexp.aliases import CHALLENGER, set_alias
 from qexp.errors import InputError, first_line
+from qexp.flavors import FORMATS, log_version, quiet
+from qexp.integrity import STORED, stored_digest
 from qexp.models import ModelSpec
+from qexp.store import again
 from qexp.verification import verify
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
-FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
-OUTPUTS = {"pytorch": None, "onnx": "logits"}  # what the flavour calls the output: with a name, a server gives it so
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
-STORED = (".pt2", ".pth", ".onnx")
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -68,8 +64,7 @@ def register(
         stored: what MLflow stores (a module, an ONNX model); None: `model` itself.
     """
     flavor = tags.get("flavor", "pytorch")
-    info = _log_model(kind, model if stored is None else stored, name, spec, flavor)
-    client = mlflow.MlflowClient()
+    info = log_version(kind, model if stored is None else stored, name, spec, flavor)
     number = str(info.registered_model_version)
     uri = f"models:/{name}/{number}"
     without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
@@ -77,42 +72,12 @@ def register(
     size_bytes = _stored_bytes(uri)
     facts = {"kind": kind, "classes": json.dumps(spec.classes), "image_size": spec.image_size}
     facts |= {"size_mb": size_bytes / 1e6, "verified": verified, "loads_without_pickle": verified and without_pickle}
+    facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": stored_digest(uri)}
     tag_version(uri, facts | tags)
-    client.update_model_version(name, number, _description(kind, uri, spec, flavor))
+    mlflow.MlflowClient().update_model_version(name, number, _description(kind, uri, spec, flavor))
     if verified:
-        client.set_registered_model_alias(name, "challenger", number)
+        set_alias(CHALLENGER, uri)
     return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
-
-
-def _log_model(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str) -> Any:
-    shape = (3, spec.image_size, spec.image_size)
-    signature = ModelSignature(
-        Schema([TensorSpec(np.dtype("float32"), (-1, *shape))]),
-        Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)), OUTPUTS[flavor])]),
-    )
-    packages = {"pytorch": ("mlflow", "torch", "numpy"), "onnx": ("mlflow", "onnx", "onnxruntime", "numpy")}[flavor]
-    own: dict[str, dict[str, Any]] = {
-        "pytorch": {"serialization_format": FORMATS[kind]},
-        "onnx": {"save_as_external_data": False, "onnx_execution_providers": ["CPUExecutionProvider"]},
-    }
-    log_model: Any = {"pytorch": mlflow.pytorch.log_model, "onnx": mlflow.onnx.log_model}[flavor]
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
-        return log_model(
-            stored.eval() if flavor == "pytorch" else stored,
-            name=f"{spec.architecture}-{kind}",
-            registered_model_name=name,
-            signature=signature,
-            input_example=np.zeros((2, *shape), np.float32),  # two: an export from one image fixes the batch at one
-            pip_requirements=[f"{package}=={installed_version(package).split('+')[0]}" for package in packages],
-            metadata={
-                "classes": list(spec.classes),
-                "input": "float32 RGB in [0, 1]",
-                "architecture": spec.architecture,
-            },
-            model_type="classifier",
-            **own[flavor],
-        )
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -135,13 +100,14 @@ def find_version(uri: str, *kinds: str) -> ModelVersion:
     Raises:
         InputError: the URI has another form, does not exist, or is not a version of `kinds` that qexp registered.
     """
-    found = _look_up(uri)
+    found = look_up(uri)
     if found.tags.get("kind") not in kinds:
         raise InputError(f"--model-uri {uri}: must be a version of kind {' or '.join(kinds)} that qexp registered")
     return found
 
 
-def _look_up(uri: str) -> ModelVersion:
+def look_up(uri: str) -> ModelVersion:
+    """The version that `uri` names, of whatever kind; InputError if it does not exist."""
     parts = URI.fullmatch(uri)
     if parts is None:
         raise InputError(f"--model-uri {uri}: must be models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
@@ -182,7 +148,8 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
     name, number = uri.removeprefix("models:/").split("/")
     client = mlflow.MlflowClient()
     for key, value in tags.items():
-        client.set_model_version_tag(name, number, key, str(value).lower() if isinstance(value, bool) else str(value))
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        again(partial(client.set_model_version_tag, name, number, key, text))
 
 
 def discard_versions(run_id: str) -> None:
@@ -195,26 +162,20 @@ def discard_versions(run_id: str) -> None:
         client.delete_logged_model(model.model_id)
 
 
-def set_alias(alias: str, *versions: Registered) -> None:
-    """Give these versions an alias of their models."""
-    for version in versions:
-        mlflow.MlflowClient().set_registered_model_alias(version.name, alias, version.version)
-
-
 def load_version(uri: str, backend: str | None = None) -> Predict:
     """Load a registered model; an int8 one with the kernels `backend`, or those of its tag, set for the whole process.
 
     Raises:
         InputError: the URI has another form or does not exist.
     """
-    tags = _look_up(uri).tags
+    tags = look_up(uri).tags
     if tags.get("flavor") == "onnx":
         from qexp.quantization.onnx import OnnxClassifier
 
         return OnnxClassifier(mlflow.onnx.load_model(uri))
     if backend := backend or tags.get("backend"):
         torch.backends.quantized.engine = backend
-    with warnings.catch_warnings(), _quiet():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         return mlflow.pytorch.load_model(uri)
 
@@ -227,21 +188,9 @@ def _stored_bytes(uri: str) -> int:
     return sum(file.file_size or 0 for file in files if file.path.endswith(STORED))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without MLflow's advice against pickle, which does not apply: a ScriptModule is saved by torch.jit.save."""
-    logger = logging.getLogger("mlflow")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def describe_kernels(uri: str, measured: str) -> None:
     """Say in the description of an int8 version which kernels were the faster ones, and by how much."""
-    found = _look_up(uri)
+    found = look_up(uri)
     text = (found.description or "").split(KERNELS)[0].rstrip()
     mlflow.MlflowClient().update_model_version(found.name, found.version, f"{text}\n\n{KERNELS} {measured}")
 

@@ -208,5 +208,5 @@ def _register_winner(
     config = config.model_copy(update={"quantize": config.quantize.model_copy(update=options)})
     fp32 = registered.fp32_from_registry(model_uri, dataset)
     evidence, report_uri = pipeline.quantize_to_report(config, host, dataset, fp32)
-    gate = "passed" if evidence.gate.passed else "failed"
-    return {"int8": evidence.int8.version_uri, "report": report_uri, "gate": gate, **evidence.headline}
+    gate = {"gate": evidence.gate.word, "gate_reason": evidence.gate.summary}
+    return {"int8": evidence.int8.version_uri, "report": report_uri, **gate, **evidence.headline}

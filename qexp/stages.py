@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qexp import metrics, registry, tracking
 from qexp.checkpoint import checkpoint_folder, lock_of, remove_checkpoints
+from qexp.commit import read_commit
 from qexp.config import Config
 from qexp.data import Dataset, stratified_sample
 from qexp.errors import InputError
@@ -131,14 +132,20 @@ def _log_weights(model: Classifier, run_id: str) -> str:
 
 
 def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict[str, Any]:
-    """Tags that every version carries: data, machine, accuracy on the test images."""
+    """Tags that every version carries: data, code, machine, accuracy on the test images."""
+    test = accuracy["test"]
     return {
         "dataset": dataset.name,
         "data_digest": dataset.digest,
+        "git_commit": read_commit(),
         "cpu": host.cpu,
         "cpu_features": ",".join(host.features),
-        "test_top1_percent": f"{accuracy['test'].top1_percent:.3f}",
-        "test_top3_percent": f"{accuracy['test'].top3_percent:.3f}",
+        "threads": host.threads,
+        "test_images": test.images,
+        "test_top1_correct": round(test.top1_percent * test.images / 100),
+        "test_top3_correct": round(test.top3_percent * test.images / 100),
+        "test_top1_percent": f"{test.top1_percent:.3f}",
+        "test_top3_percent": f"{test.top3_percent:.3f}",
     }
 
 

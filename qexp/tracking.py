@@ -1,6 +1,5 @@
 """MLflow's tracking: store, run tree, parameters, metrics, data set inputs and artifacts. Nothing is computed here."""
 
-import logging
 import os
 import re
 import tempfile
@@ -10,9 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
-
 import mlflow
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import Run as Run
@@ -21,35 +17,16 @@ from mlflow.exceptions import MlflowException
 
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data import Dataset, Split
-from qexp.environment import environment
 from qexp.errors import InputError, StageError, first_line
 from qexp.evidence import from_json, to_json
 from qexp.host import Host
 from qexp.progress import say
+from qexp.store import again
+from qexp.store import use_store as use_store
 
 T = TypeVar("T")
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
 EXPERIMENT_KIND = "mlflow.experimentKind"
-STORE_CHECK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds
-
-for noisy in ("mlflow", "alembic"):
-    logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def use_store() -> None:
-    """Check once, without MLflow's minutes of retries, that the tracking store answers.
-
-    Raises:
-        InputError: it does not; the message names its URI.
-    """
-    try:
-        with environment(**STORE_CHECK):
-            mlflow.MlflowClient().search_experiments(max_results=1)
-    except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
-        raise InputError(
-            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer "
-            f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
-        ) from None
 
 
 def use_experiment(dataset_name: str, resume: str | None = None) -> None:
@@ -59,8 +36,9 @@ def use_experiment(dataset_name: str, resume: str | None = None) -> None:
     """
     if resume:
         mlflow.set_experiment(experiment_id=mlflow.MlflowClient().get_run(resume).info.experiment_id)
-    elif not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
-        mlflow.set_experiment(f"qexp-{dataset_name}")
+    elif not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
+        found = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", f"qexp-{dataset_name}"))
+        mlflow.set_experiment(experiment_id=found.experiment_id)  # of two that make it at once, MLflow sets one's only
 
 
 @contextmanager
@@ -119,7 +97,7 @@ def _show_as_training(experiment_id: str) -> None:
     """Without this tag the UI guesses, and shows its pages for language models."""
     client = mlflow.MlflowClient()
     if EXPERIMENT_KIND not in client.get_experiment(experiment_id).tags:
-        client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development")
+        again(lambda: client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development"))
 
 
 def find_run(run_id: str) -> Run:
@@ -199,7 +177,7 @@ def log_dataset(split: Split, dataset: Dataset, context: str, digest: str) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow wonders aloud which of its classes the source's name belongs to
         described = from_numpy(images, source=dataset.source, targets=labels, name=name, digest=digest)
-    mlflow.log_input(described, context=context)
+    again(lambda: mlflow.log_input(described, context=context))
 
 
 def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[str, str] | None = None) -> None:

@@ -319,7 +319,7 @@ def test_gate_that_failed(evidence: Evidence) -> None:
     assert text == "Gate failed: size ratio 2.50 is not at least 3; `champion` stays where it was."
     earlier = claims.gate(with_gate(evidence, reasons, champion=True))
     assert earlier.endswith("the int8 version is `champion` all the same, by an earlier decision.")
-    assert "only `qexp run` moves that alias" in claims.gate(with_gate(evidence, evidence.gate, champion=False))
+    assert "`qexp promote` moves that alias" in claims.gate(with_gate(evidence, evidence.gate, champion=False))
 
 
 @pytest.mark.parametrize(

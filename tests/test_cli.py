@@ -30,6 +30,10 @@ BAD_INPUT = {
     "no such version": ("quantize --model-uri models:/nothing/3", ["--model-uri models:/nothing/3", "not exist"]),
     "no such alias": ("latency --model-uri models:/nothing@champion", ["models:/nothing@champion", "not exist"]),
     "no model uri": ("report --model-uri nothing", ["--model-uri nothing", "models:/NAME/VERSION"]),
+    "no such model to promote": ("promote nothing-int8", ["NAME nothing-int8", "no registered int8 model"]),
+    "force perhaps": ("promote nothing-int8 --force=perhaps", ["--force perhaps", "true or false"]),
+    "no such model to list": ("models nothing", ["NAME nothing", "there are: none"]),
+    "no version to verify": ("verify nothing", ["URI nothing", "models:/NAME/VERSION"]),
     "too many search samples": ("search --sample-counts 8,5000", ["--sample-counts 5000", "1294"]),
     "output is a file": ("run --output-dir /dev/null", ["--output-dir /dev/null", "folder"]),
     "unknown option": ("run --modle vgg16", ["--modle", "--help"]),
@@ -85,7 +89,9 @@ def test_unreachable_store_fails_at_once(uri: str, folder: Path) -> None:
     assert time.monotonic() - started < 60  # MLflow's own retries take minutes
 
 
-@pytest.mark.parametrize("command", ["", "run", "train", "quantize", "latency", "search", "report", "predict"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "train", "quantize", "latency", "search", "report", "promote", "models", "verify", "predict"]
+)
 def test_help_needs_neither_torch_nor_mlflow(command: str) -> None:
     code = (
         "import sys; from entrypoints.cli import app\n"

@@ -30,7 +30,7 @@ CHANGED = Config(
     data=DataConfig(dataset="imagefolder", data_dir="pets", image_size=64),
     train=TrainConfig(epochs=2, learning_rate=5e-4, flip=False, bf16=True),
     latency=LatencyConfig(batch_sizes=[4, 2]),
-    gate=GateConfig(max_top1_drop=-0.5),
+    gate=GateConfig(max_top1_drop=-0.5, models={"vgg16-pets-int8": {"max_top1_drop": 0.25}}),
     search=SearchConfig(observers=["minmax", "histogram"], study="mine"),
 )
 
@@ -90,6 +90,11 @@ def test_without_a_path_the_current_folder_is_asked(tmp_path: Path, monkeypatch:
         ("train:\n  learning_rate: .nan\n", ["train.learning_rate", "nan", "must be a finite number"]),
         ("train:\n  learning_rate: nan\n", ["train.learning_rate", "nan", "must be a valid number"]),
         ("train:\n  learning_rate: 0\n", ["train.learning_rate", "0", "must be greater than 0"]),
+        ("gate: {models: {a-int8: {speed: 2}}}\n", ["gate.models.a-int8.speed", "unknown key", "max_top1_drop"]),
+        ("gate: {models: {a-int8: {min_top1: 101}}}\n", ["gate.models.a-int8.min_top1", "101", "less than or equal"]),
+        ("gate: {models: {a-fp32: {min_top1: 1}}}\n", ["gate.models.a-fp32", "ends with -int8"]),
+        ("gate: {models: {a-int8: 3}}\n", ["gate.models.a-int8", "3", "must be"]),
+        ("gate: {models: [a]}\n", ["gate.models", "must be a valid dictionary"]),
         ("gate:\n  max_top1_drop: .inf\n", ["gate.max_top1_drop", "inf", "must be a finite number"]),
         ("gate:\n  min_speedup: -.inf\n", ["gate.min_speedup", "-inf", "must be"]),
         ("data:\n  validation_share: 0.5\n", ["data.validation_share", "0.5", "must be less than 0.5"]),
@@ -170,6 +175,15 @@ def test_auto_and_nothing_mean_not_given(tmp_path: Path, text: str) -> None:
 def test_auto_in_a_file_does_not_hide_an_override(tmp_path: Path) -> None:
     file = _write(tmp_path, "train:\n  learning_rate: auto\n")
     assert load_config(file, {"train": {"learning_rate": "0.1"}}).train.learning_rate == 0.1
+
+
+def test_limits_of_one_model_win_over_the_gate_and_the_command_line_over_both(tmp_path: Path) -> None:
+    text = "gate: {min_top1: 1.0, models: {a-int8: {min_top1: 60.0, min_speedup: 3.0, max_top1_drop: auto}}}\n"
+    file = _write(tmp_path, text)
+    own = load_config(file).gate.of("a-int8")
+    assert (own.min_top1, own.min_speedup, own.max_top1_drop) == (60, 3, GateConfig().max_top1_drop)
+    given = load_config(file, {"gate": {"min_top1": "2"}}).gate
+    assert given.min_top1 == given.of("a-int8").min_top1 == 2 and given.of("a-int8").min_speedup == 3
 
 
 def test_a_configuration_cannot_be_changed() -> None:

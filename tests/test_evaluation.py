@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.evaluation import compare, measure_accuracy, paired_drop_interval, predict_logits, to_float, top_k_correct
+from qexp.evaluation import (
+    compare,
+    measure_accuracy,
+    paired_drop_interval,
+    predict_logits,
+    share_interval,
+    to_float,
+    top_k_correct,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -129,3 +137,10 @@ def test_interval_covers_the_true_drop_in_95_of_100_pairs(lost: float, gained: f
     intervals = [paired_drop_interval(int(b), int(c), images) for b, c, _ in counts]
     covered = np.mean([low <= truth <= high for low, high in intervals])
     assert 0.92 <= covered <= 0.98
+
+
+def test_interval_of_a_share_never_leaves_0_to_100_and_narrows() -> None:
+    low, high = share_interval(90.0, 100)
+    assert (low, high) == pytest.approx((82.56, 94.48), abs=0.01)  # Wilson's, as tables have it
+    assert share_interval(100.0, 359)[1] == pytest.approx(100.0) and share_interval(0.0, 359)[0] == pytest.approx(0.0)
+    assert share_interval(90.0, 10_000)[0] > low

@@ -48,7 +48,9 @@ def test_version_has_signature_example_pins_classes_and_lineage(
     assert (folder / "data" / {"fp32": "model.pt2", "int8": "model.pth"}[kind]).is_file()
     tags = client.get_model_version(*uri.removeprefix("models:/").split("/")).tags
     expected = {"kind", "verified", "dataset", "data_digest", "cpu_features", "test_top1_percent", "size_mb"}
+    expected |= {"config_uri", "git_commit", "cpu", "threads", "test_top1_correct", "test_images", "artifact_sha256"}
     int8 = {"fp32_uri", "observer", "engine", "flavor", "backend", "calibration_samples", "gate_reason", "fold_pool"}
+    int8 |= {"calibration_digest", "top1_drop_points", "top1_drop_high_points"}
     assert expected | {"fp32": {"weights_uri"}, "int8": int8}[kind] <= set(tags)
     assert tags["verified"] == "true"
     if kind == "int8":

@@ -1,0 +1,27 @@
+"""`qexp promote`."""
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from entrypoints.options import given_or_none, is_true, run_alone, with_options
+from qexp.config import Config
+
+Name = Annotated[str, typer.Argument(help="registered int8 model, for instance smallnet-digits-int8")]
+Number = Annotated[str, typer.Option(help="its version; auto: the challenger, or the newest", metavar="N")]
+Force = Annotated[str, typer.Option(help="move the alias whatever was found; recorded", metavar="true|false")]
+
+
+@with_options("threads", "data_dir", "gate", "batch_sizes", "warmup", "min_repeats", "min_seconds")
+def promote(config: Config, *, name: Name, version: Number = "auto", force: Force = "auto") -> dict[str, Any]:
+    """Make an int8 version `champion` if it passes the gate and is not worse than the present one, measured side by
+    side."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loading int8 weights warns of a deprecation
+    from qexp.promotion import run_promote
+
+    return run_promote(config, name, given_or_none(version), is_true("--force", force))
+
+
+if __name__ == "__main__":
+    run_alone(promote)

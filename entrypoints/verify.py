@@ -1,0 +1,22 @@
+"""`qexp verify`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from entrypoints.options import run_alone, with_options
+from qexp.config import Config
+
+Uri = Annotated[str, typer.Argument(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS")]
+
+
+@with_options("threads", "data_dir")
+def verify(config: Config, *, uri: Uri) -> dict[str, Any]:
+    """Load a registered version in a bare process, measure it on the test images again, and compare with its tags."""
+    from qexp.audit import run_verify
+
+    return run_verify(config, uri)
+
+
+if __name__ == "__main__":
+    run_alone(verify)

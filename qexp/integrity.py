@@ -1,0 +1,55 @@
+"""The files of a registered version: whether they are those that were registered."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from qexp.errors import StageError, first_line
+from qexp.progress import say
+
+STORED = (".pt2", ".pth", ".onnx")  # the model itself, beside MLflow's metadata
+
+
+def stored_digest(uri: str) -> str:
+    """SHA-256 of what the artifact store has of a version."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _digest_of(Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)))
+
+
+@contextmanager
+def checked_copy(found: ModelVersion) -> Iterator[Path]:
+    """A local copy of a version's files, compared with what was registered before anything of them is run.
+
+    Raises:
+        StageError: files are gone, or others than those that were registered.
+    """
+    uri, recorded = f"models:/{found.name}/{found.version}", found.tags.get("artifact_sha256")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            copy = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
+        except (MlflowException, OSError) as error:
+            raise StageError(f"{uri}: its files cannot be read ({first_line(error)})") from None
+        if not any(file.suffix in STORED for file in copy.rglob("*")):
+            raise StageError(f"{uri}: the model's file is gone from the artifact store")
+        if recorded is None:
+            say(f"{uri}: no digest of its files was recorded; they are not compared")
+        elif (digest := _digest_of(copy)) != recorded:
+            what = "its files are not those that were registered"
+            raise StageError(f"{uri}: {what}: SHA-256 {digest[:16]}…, recorded {recorded[:16]}…")
+        yield copy
+
+
+def _digest_of(folder: Path) -> str:
+    """Of names and contents, without the note of its name and version that MLflow adds to a copy."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "registered_model_meta"):
+        with file.open("rb") as content:
+            inner = hashlib.file_digest(content, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(folder).as_posix()} {inner}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+"""Whether a registered int8 version becomes `champion`: held against the gate and the present champion, side by side.
+
+All are measured in this session: the same test images, the same machine, one latency sweep.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from torch import Tensor
+
+from qexp import metrics, pipeline, registry, tracking
+from qexp.aliases import CHALLENGER, CHAMPION, ModelVersion, move_champion, version_with
+from qexp.catalog import list_models
+from qexp.config import Config
+from qexp.contenders import BASELINE, Contender
+from qexp.data import Dataset
+from qexp.deciding import latency_tags
+from qexp.errors import InputError, StageError, first_line
+from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
+from qexp.evidence import LatencyEvidence
+from qexp.gate import GateResult, decide_gate, decide_succession
+from qexp.host import Host
+from qexp.integrity import checked_copy
+from qexp.latency import LatencyResult
+from qexp.progress import say
+from qexp.sweep import SweepRequest, run_sweep
+
+CANDIDATE = "candidate"
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What was found about a candidate: the gate's decision, and that against the champion where there is another."""
+
+    uri: str
+    champion_uri: str | None
+    gate: GateResult
+    succession: GateResult | None
+    drop: Comparison
+    drop_from_champion: Comparison | None
+    latency: LatencyResult
+
+    @property
+    def decision(self) -> GateResult:
+        """Both together."""
+        found = [self.gate, self.succession] if self.succession else [self.gate]
+        failed = tuple(reason for one in found if not one.passed for reason in one.reasons)
+        return GateResult(not failed, failed or tuple(reason for one in found for reason in one.reasons))
+
+
+def run_promote(config: Config, name: str, version: str | None = None, force: bool = False) -> dict[str, Any]:
+    """Decide on a version of the int8 model `name` (None: the challenger, or the newest), and move `champion` if it
+    passed, or with `force`. The decision is a run of its own and in the version's tags.
+
+    Raises:
+        InputError: there is no such version, or the data are not those that it was made with.
+        StageError: it was rejected; the message says by which rules and by how much. No alias has moved.
+    """
+    tracking.use_store()
+    candidate = _candidate(name, version)
+    uri, fp32_uri = _uri(candidate), candidate.tags["fp32_uri"]
+    champion = version_with(CHAMPION, name)
+    before = _uri(champion) if champion else None
+    other = champion if before != uri else None
+    config, host, dataset = pipeline.prepare(config, fp32_uri)
+    against = f" and `{_uri(other)}`, the champion" if other else ""
+    with tracking.start_run(f"promote-{name}", f"`{uri}` against the gate{against}.") as run_id:
+        tracking.log_setup(config, host)
+        tracking.log_datasets(dataset, ("test",))
+        found = _measure(config, host, dataset, candidate, other, run_id)
+        word = "passed" if found.decision.passed else "forced" if force else "rejected"
+        if word != "rejected":
+            _check_unmoved(name, champion, force)
+        _record(found, word, run_id)
+        if word != "rejected":
+            move_champion(uri)
+    if word == "rejected":
+        still = f"the champion is still {before}" if before else "there is still no champion"
+        raise StageError(f"{uri} is not promoted: {'; '.join(found.decision.reasons)}; {still}")
+    uris = {"int8": uri, "fp32": fp32_uri, "champion_before": before}
+    facts = {"gate": found.gate.word, "reasons": list(found.decision.reasons), **_figures(found)}
+    return {"command": "promote", "run_id": run_id, "decision": word, **uris, **facts}
+
+
+def _uri(version: ModelVersion) -> str:
+    return f"models:/{version.name}/{version.version}"
+
+
+def _candidate(name: str, number: str | None) -> ModelVersion:
+    names = sorted({row["name"] for row in list_models() if row["kind"] == "int8"})
+    if name not in names:
+        raise InputError(f"NAME {name}: no registered int8 model; there are: {', '.join(names) or 'none'}")
+    if number is not None and not number.isdecimal():
+        raise InputError(f"--version {number}: must be a version number of {name}")
+    if number is None and (challenger := version_with(CHALLENGER, name)):
+        return challenger
+    number = number or registry.newest_version(name)
+    try:
+        return registry.find_version(f"models:/{name}/{number}", "int8")
+    except InputError as error:
+        raise InputError(f"--version {number}: {str(error).partition(': ')[2]}") from None
+
+
+def _measure(
+    config: Config, host: Host, dataset: Dataset, candidate: ModelVersion, champion: ModelVersion | None, run_id: str
+) -> Promotion:
+    with checked_copy(candidate):
+        pass  # the files are those that were registered
+    uri, fp32_uri = _uri(candidate), candidate.tags["fp32_uri"]
+    fp32, int8 = (_logits(one, dataset) for one in (fp32_uri, uri))
+    before, why_not = _logits_of_champion(champion, dataset)
+    versions = {CANDIDATE: candidate} | ({CHAMPION: champion} if champion and before is not None else {})
+    latency = _sweep(config, host, fp32_uri, versions, run_id)
+    source = registry.from_entity(registry.find_version(fp32_uri, "fp32"))
+    version = registry.from_entity(candidate)
+    labels, ratio = dataset.test.labels, source.size_bytes / version.size_bytes
+    accuracy, drop = measure_accuracy(int8, labels), compare(fp32, int8, labels)
+    verified = source.verified and version.verified
+    limits = config.gate.of(candidate.name)
+    gate = decide_gate(limits, accuracy, drop, ratio, latency.least_speedup(CANDIDATE), verified)
+    champion_uri = _uri(champion) if champion else None
+    if before is None:
+        succession = GateResult(False, (why_not,)) if why_not else None
+        return Promotion(uri, champion_uri, gate, succession, drop, None, latency)
+    lost = compare(before, int8, labels)
+    succession = decide_succession(lost, latency, CHAMPION, CANDIDATE)
+    return Promotion(uri, champion_uri, gate, succession, drop, lost, latency)
+
+
+def _logits(uri: str, dataset: Dataset) -> Tensor:
+    try:
+        model = registry.load_version(uri)
+    except Exception as error:  # files that are gone, or of another version of a library: any library's
+        raise StageError(f"{uri}: cannot be loaded ({first_line(error)})") from None
+    return predict_logits(model, dataset.test.images, label=f"{uri} on test images")
+
+
+def _logits_of_champion(champion: ModelVersion | None, dataset: Dataset) -> tuple[Tensor | None, str]:
+    """Its logits on the candidate's test images, or why there are none, if it is there at all."""
+    if champion is None:
+        return None, ""
+    if champion.tags.get("data_digest") != dataset.digest:
+        was = champion.tags.get("data_digest")
+        return None, f"the champion {_uri(champion)} was made with other data (digest {was}, not {dataset.digest})"
+    try:
+        return _logits(_uri(champion), dataset), ""
+    except StageError as error:
+        return None, f"the champion cannot be compared: {error}"
+
+
+def _sweep(config: Config, host: Host, fp32_uri: str, versions: dict[str, ModelVersion], run_id: str) -> LatencyResult:
+    contenders = [Contender(BASELINE, fp32_uri)]
+    contenders += [Contender(name, _uri(one), one.tags.get("backend")) for name, one in versions.items()]
+    options = config.latency.model_copy(update={"baselines": []})
+    request = SweepRequest(tuple(contenders), CANDIDATE, config.data.image_size, host.threads, options)
+    result = run_sweep(request, registry.child_environment(host.threads))
+    for _, step, values in metrics.of_latency(result, CANDIDATE):
+        tracking.log_metrics(values, step)
+    tracking.log_table(metrics.latency_table(result), "latency")
+    names: dict[str, tuple[str, ...]] = {_uri(one): (name,) for name, one in versions.items()}
+    tracking.log_result("latency", LatencyEvidence(fp32_uri, names, result, host, run_id))
+    return result
+
+
+def _check_unmoved(name: str, before: ModelVersion | None, force: bool) -> None:
+    """StageError if another process has moved the alias while this one measured."""
+    now = version_with(CHAMPION, name)
+    if not force and (now and now.version) != (before and before.version):
+        raise StageError(f"{name}: the champion has changed meanwhile, to {_uri(now) if now else 'none'}; run it again")
+
+
+def _record(found: Promotion, word: str, run_id: str) -> None:
+    """In the run and in the version's tags: what was decided, why, when and at whose word."""
+    summary = f"{word}: {'; '.join(found.decision.reasons)}"
+    run_tags = tracking.find_run(run_id).data.tags
+    by, at = run_tags.get("mlflow.user", "unknown"), datetime.now(UTC).isoformat(timespec="seconds")
+    tags = {"gate": found.gate.word, "gate_reason": found.gate.summary, "promotion": word}
+    tags |= {"promotion_reason": summary, "promotion_run_id": run_id, "promotion_by": by, "promotion_at": at}
+    if word == "forced":
+        tags |= {"forced_reason": "; ".join(found.decision.reasons), "forced_by": by, "forced_at": at}
+    version = registry.look_up(found.uri)
+    if "latency_run_id" not in version.tags:  # it has not been timed before
+        tags |= {"latency_run_id": run_id, "smallest_speedup": f"{found.latency.smallest_speedup(CANDIDATE):.3f}"}
+        tags |= latency_tags(found.latency, CANDIDATE)
+    tracking.log_result("promotion", found)
+    tracking.log_metrics(_figures(found))
+    registry.tag_version(found.uri, tags)
+    tracking.set_tag("qexp.promotion", word)
+    tracking.set_note(f"`{found.uri}` {summary}.")
+    if word != "rejected":  # which the last line says
+        say(f"{found.uri} {summary}")
+
+
+def _figures(found: Promotion) -> dict[str, float]:
+    figures = {
+        "top1_drop_points": found.drop.top1_drop_points,
+        "smallest_speedup": found.latency.smallest_speedup(CANDIDATE),
+    }
+    if found.drop_from_champion:
+        figures["top1_below_champion_points"] = found.drop_from_champion.top1_drop_points
+    return figures

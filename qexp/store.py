@@ -1,0 +1,85 @@
+"""MLflow's store, which other processes use at the same time: its first use, and writes that two make at once.
+
+Without torch, for commands that only look something up.
+"""
+
+import fcntl
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from qexp.environment import environment
+from qexp.errors import InputError, first_line
+
+T = TypeVar("T")
+STORE_CHECK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds
+SQLITE = "sqlite:///"
+TRIES = 6
+LOST_A_RACE = ("BAD_REQUEST", "TEMPORARILY_UNAVAILABLE")  # MLflow's words for a row that is there, a locked database
+
+for noisy in ("mlflow", "alembic"):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def use_store() -> None:
+    """Check once, without MLflow's minutes of retries, that tracking store and registry answer; a SQLite file that is
+    not there is made.
+
+    Raises:
+        InputError: one does not; the message names its URI.
+    """
+    try:
+        with environment(**STORE_CHECK), _alone(mlflow.get_tracking_uri(), mlflow.get_registry_uri()):
+            client = mlflow.MlflowClient()
+            client.search_experiments(max_results=1)
+            client.search_registered_models(max_results=1)
+    except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer "
+            f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
+        ) from None
+
+
+@contextmanager
+def _alone(*uris: str) -> Iterator[None]:
+    """One process at a time: two that make the tables of a new SQLite file at once break it for good.
+
+    The lock is on the file's folder, so that nothing is left behind, and ends with the process. A file system without
+    such locks goes without.
+    """
+    folders = {Path(uri.removeprefix(SQLITE).split("?")[0]).absolute().parent for uri in uris if uri.startswith(SQLITE)}
+    with ExitStack() as stack:
+        for folder in sorted(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def again(write: Callable[[], T]) -> T:
+    """What `write` returns, tried anew if another process was faster.
+
+    MLflow looks whether a data set, a tag or an alias is there before it inserts it: of two processes that do so at
+    once, one gets an error, and finds it there the next time. `write` must be harmless when repeated.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            return write()
+        except MlflowException as error:
+            if not left or error.error_code not in LOST_A_RACE:
+                raise
+            time.sleep(random.uniform(0.01, 0.2))
+    raise AssertionError  # the last try returns or raises

@@ -1,0 +1,87 @@
+"""`qexp promote`: what is rejected leaves the alias where it is, what is forced is recorded, what passes moves it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from conftest import Finished, run_qexp
+
+from qexp.config import Config, GateConfig, LatencyConfig
+from qexp.errors import InputError, StageError
+from qexp.promotion import run_promote
+
+NAME = "smallnet-digits-int8"
+TIMES = LatencyConfig(batch_sizes=[1], min_repeats=6, min_seconds=0, warmup=1)
+LOOSE = GateConfig(max_top1_drop=100, min_size_ratio=0, min_speedup=0)
+
+
+@pytest.fixture(scope="module")
+def client(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> mlflow.MlflowClient:
+    """Of a copy of the database, with a second version that is the first again: the finished run stays as it is."""
+    folder = tmp_path_factory.mktemp("promotion")
+    shutil.copy(finished.folder / "mlflow.db", folder / "mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    client = mlflow.MlflowClient()
+    first = client.get_model_version(NAME, "1")
+    client.create_model_version(NAME, first.source, first.run_id, tags=first.tags)
+    return client
+
+
+def _champions(client: mlflow.MlflowClient) -> list[str]:
+    names = (NAME, "smallnet-digits-fp32")
+    return [str(client.get_model_version_by_alias(name, "champion").version) for name in names]
+
+
+def _tags(client: mlflow.MlflowClient, number: str) -> dict[str, str]:
+    return client.get_model_version(NAME, number).tags
+
+
+@pytest.mark.slow
+def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    digest = _tags(client, "1")["data_digest"]
+    client.set_model_version_tag(NAME, "1", "data_digest", "0" * 16)  # as if the champion's test images were others
+    own = GateConfig(models={NAME: {"min_size_ratio": 99.0, "min_top1": 100.0}}).models
+    with pytest.raises(StageError) as rejected:
+        run_promote(Config(latency=TIMES, gate=LOOSE.model_copy(update={"models": own})), NAME, "2")
+    client.set_model_version_tag(NAME, "1", "data_digest", digest)
+    words = (f"models:/{NAME}/2 is not promoted: size ratio", ") is not at least 99; int8 top-1", "too low by")
+    assert all(word in str(rejected.value) for word in words)
+    assert f"the champion models:/{NAME}/1 was made with other data (digest {'0' * 16}, not {digest})" in str(
+        rejected.value
+    )
+    assert _champions(client) == ["1", "1"]
+    tags = _tags(client, "2")
+    assert tags["promotion"] == "rejected" and "is not at least 99" in tags["promotion_reason"]
+    assert tags["gate"] == "failed" and "forced_by" not in tags
+    run = client.get_run(tags["promotion_run_id"])
+    assert run.info.run_name == f"promote-{NAME}" and run.info.status == "FINISHED"
+
+    times = "--batch-sizes 1 --min-repeats 6 --min-seconds 0 --warmup 1 --min-size-ratio 99".split()
+    done = run_qexp(tmp_path, "promote", NAME, "--force", "--version", "2", *times, uri=mlflow.get_tracking_uri())
+    assert done.code == 0, done.stderr
+    assert done.summary["decision"] == "forced" and done.summary["champion_before"] == f"models:/{NAME}/1"
+    assert _champions(client) == ["2", "1"]
+    tags = _tags(client, "2")
+    assert "is not at least 99" in tags["forced_reason"] and tags["forced_by"] and tags["forced_at"].startswith("20")
+
+    found = run_promote(Config(latency=TIMES, gate=LOOSE), NAME, "1")
+    assert found["decision"] == "passed" and found["top1_below_champion_points"] == 0
+    assert any("below the champion's" in reason for reason in found["reasons"])
+    assert any("as fast as the champion" in reason for reason in found["reasons"])
+    assert _champions(client) == ["1", "1"] and _tags(client, "1")["promotion"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("nothing",), "NAME nothing: no registered int8 model; there are: smallnet-digits-int8"),
+        (("smallnet-digits-fp32",), "NAME smallnet-digits-fp32: no registered int8 model"),
+        ((NAME, "9"), "--version 9: does not exist"),
+        ((NAME, "newest"), "--version newest: must be a version number"),
+    ],
+)
+def test_what_is_no_int8_version(given: Any, message: str, client: mlflow.MlflowClient) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        run_promote(Config(), *given)

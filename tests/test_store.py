@@ -1,0 +1,150 @@
+"""Several processes on one store that is new to all of them: nothing is lost, nothing is broken."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import environment_for
+from mlflow.exceptions import MlflowException
+
+from qexp.errors import InputError
+from qexp.store import again, use_store
+
+PROCESSES, ROUNDS = 4, 3
+# What a pipeline does to a store, but for the model: all at the same moment, several times.
+WORKER = """
+import sys, time
+import mlflow, torch
+from qexp import aliases, tracking
+from qexp.data import Dataset, Split
+number, start, rounds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+split = Split(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+dataset = Dataset("race", "none", ("a",), split, split, split, "0" * 16)
+open(f"{start}.{number}", "w").close()
+while not __import__("os").path.exists(start):
+    time.sleep(0.005)
+tracking.use_store()
+tracking.use_experiment("race")
+client = mlflow.MlflowClient()
+for at in range(rounds):
+    with tracking.start_run(f"main-{number}-{at}", "note") as run_id:
+        tracking.log_dataset(split, dataset, "test", f"{at:016d}")
+        uris = {}
+        for kind in ("fp32", "int8"):
+            try:
+                client.create_registered_model(f"race-{kind}")
+            except mlflow.exceptions.MlflowException as error:
+                assert error.error_code == "RESOURCE_ALREADY_EXISTS", error
+            tags = {"kind": kind, "fp32_uri": uris.get("fp32", "none")}
+            made = client.create_model_version(f"race-{kind}", mlflow.get_artifact_uri(kind), run_id, tags=tags)
+            uris[kind] = f"models:/race-{kind}/{made.version}"
+            aliases.set_alias("challenger", uris[kind])
+        aliases.move_champion(uris["int8"])
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """An MLflow server on a new SQLite file."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    places = ["--backend-store-uri", f"sqlite:///{tmp_path}/served.db", "--artifacts-destination", str(tmp_path)]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), *places]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = (tmp_path / "server.log").open("w")
+    process = subprocess.Popen(
+        [*command, "--workers", "2"], env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{uri}/health", process)
+        yield uri
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5)
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise AssertionError("the server has ended")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "server"])
+def test_processes_that_start_at_once_lose_nothing(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    uri = request.getfixturevalue("server") if kind == "server" else f"sqlite:///{tmp_path}/new folder/mlflow.db"
+    start = tmp_path / "start"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(number), str(start), str(ROUNDS)],
+            cwd=tmp_path, env=environment_for(uri), stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(PROCESSES)
+    ]  # fmt: skip
+    while len(list(tmp_path.glob("start.*"))) < PROCESSES and all(one.poll() is None for one in workers):
+        time.sleep(0.05)
+    start.touch()
+    errors = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * PROCESSES, "\n".join(errors)
+
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    assert {experiment.name for experiment in client.search_experiments()} == {"Default", "qexp-race"}
+    experiment = client.get_experiment_by_name("qexp-race")
+    runs = client.search_runs([experiment.experiment_id])
+    expected = {f"main-{number}-{at}" for number in range(PROCESSES) for at in range(ROUNDS)}
+    assert {run.info.run_name for run in runs} == expected and len(runs) == len(expected)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all(len(run.inputs.dataset_inputs) == 1 for run in runs)
+    for name in ("race-fp32", "race-int8"):
+        versions = client.search_model_versions(f"name = '{name}'")
+        assert sorted(int(version.version) for version in versions) == list(range(1, len(expected) + 1))
+        assert {version.run_id for version in versions} == {run.info.run_id for run in runs}
+    int8, fp32 = (client.get_model_version_by_alias(f"race-{kind}", "champion") for kind in ("int8", "fp32"))
+    assert int8.tags["fp32_uri"] == f"models:/race-fp32/{fp32.version}"  # whoever was last, the two belong together
+
+
+def test_again_repeats_what_lost_a_race_and_nothing_else() -> None:
+    tried = []
+
+    def lose(code: int, times: int) -> str:
+        tried.append(code)
+        if len(tried) <= times:
+            raise MlflowException("UNIQUE constraint failed", error_code=code)
+        return "written"
+
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_DOES_NOT_EXIST
+
+    assert again(lambda: lose(BAD_REQUEST, 2)) == "written" and len(tried) == 3
+    tried.clear()
+    with pytest.raises(MlflowException):
+        again(lambda: lose(RESOURCE_DOES_NOT_EXIST, 99))
+    assert len(tried) == 1
+    with pytest.raises(MlflowException):
+        again(lambda: lose(BAD_REQUEST, 99))
+    assert 3 < len(tried) < 20
+
+
+def test_first_use_leaves_the_database_alone_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/deep/in/mlflow.db")
+    use_store()
+    assert [path.name for path in (tmp_path / "deep" / "in").iterdir()] == ["mlflow.db"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "deep"]
+    (tmp_path / "file").touch()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/file/mlflow.db")
+    with pytest.raises(InputError, match="does not answer"):
+        use_store()
