@@ -8,6 +8,7 @@ from entrypoints.options import run_app
 from entrypoints.quantize import quantize
 from entrypoints.report import report
 from entrypoints.search import search
+from entrypoints.sync import sync
 from entrypoints.train import train
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ for name, command in {
     "latency": latency,
     "search": search,
     "report": report,
+    "sync": sync,
 }.items():
     app.command(name)(command)
 

@@ -32,6 +32,7 @@ ALLOWED = {
     "augmentation": set(),
     "files": set(),
     "postgres": set(),
+    "server": {"postgres"},
     "environment": set(),
     "interrupts": set(),
     "checkpoint": {"files"},
@@ -62,9 +63,12 @@ ALLOWED = {
     "plots": {"claims", "evidence"},
     "report": {"advice", "claims", "evaluation", "evidence", "latency", "plots"},
     "metrics": {"evaluation", "latency", "training"},
-    "tracking": {"config", "data", "environment", "evidence", "host"},
+    "outage": {"checkpoint", "environment", "files"},
+    "trained": {"checkpoint", "evidence", "files", "models"},
+    "tracking": {"config", "data", "environment", "evidence", "host", "outage"},
     "verification": {"evaluation"},
-    "registry": {"models", "quantization", "verification"},
+    "leftovers": {"outage"},
+    "registry": {"leftovers", "models", "quantization", "verification"},
     "sweep": {"config", "contenders", "evidence", "latency"},
 }
 ABOVE = {
@@ -75,10 +79,11 @@ ABOVE = {
     "resumed",
     "pipeline",
     "search",
+    "sync",
 }  # these may import everything that is not above themselves
 STAGES = ("stages", "quantizing", "deciding")  # each may import those before it
 ONLY_IN = {
-    "mlflow": {"tracking", "registry"},
+    "mlflow": {"tracking", "registry", "outage", "leftovers"},
     "optuna": {"search"},
     "matplotlib": {"plots"},
     "torchinfo": {"cost"},
