@@ -4,7 +4,7 @@ import re
 
 PASSWORD = re.compile(r"(://[^:/?#@\s]*):[^@\s]+@")  # as in postgresql://user:password@host
 NO_ANSWER = re.compile(r"API request to \S+ failed with (?:timeout )?exception")
-REASON = re.compile(r"\[Errno -?\d+\] [^'\")]+|timed out|too many \d+ error responses|Remote end closed connection")
+REASON = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out|too many \d+ error responses|Remote end closed connection")
 REFUSED = "failed with error code 401"
 
 

@@ -59,8 +59,13 @@ def explain(error: Exception, run_id: str) -> Exception:
     return advised
 
 
+def store_name() -> str:
+    """The tracking store's URI, as it may be shown."""
+    return hide_passwords(mlflow.get_tracking_uri())
+
+
 def _of_store(error: Exception) -> StageError:
-    found = StageError(f"MLflow ({hide_passwords(mlflow.get_tracking_uri())}): {first_line(error)}")
+    found = StageError(f"MLflow ({store_name()}): {first_line(error)}")
     found.__cause__ = error
     return found
 
@@ -82,8 +87,10 @@ def end_run(run_id: str, status: int, error: Exception | None = None) -> None:
         except Exception as failed:  # a full disk, a server that has gone: any library's
             problem = failed
     if problem:
-        say(f"run {run_id} could not be marked {word} ({first_line(problem)})")
-        _note_end(checkpoint_folder(run_id), word, said)
+        folder = checkpoint_folder(run_id)
+        later = f"; `qexp sync {folder}` does it later" if folder.is_dir() else ""
+        say(f"run {run_id} could not be marked {word} ({first_line(problem)}){later}")
+        _note_end(folder, word, said)
 
 
 def _note_end(folder: Path, word: str, said: str) -> None:
@@ -100,8 +107,10 @@ def forget_end(run_id: str) -> None:
     (checkpoint_folder(run_id) / ENDED).unlink(missing_ok=True)
 
 
-def noted_end(folder: Path) -> tuple[str, str]:
-    """How the run of this folder has ended, and its error; KILLED if it could not even note that."""
+def noted_end(folder: Path) -> tuple[str, str] | None:
+    """How the run of this folder has ended, and its error; None if it could not even note that."""
     file = folder / ENDED
-    found = json.loads(file.read_text()) if file.exists() else {}
-    return found.get("status", "KILLED"), found.get("error", "")
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    return found["status"], found["error"]

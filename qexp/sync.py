@@ -49,12 +49,15 @@ def _sync_job(job: Run, runs: list[Run], folders: Path) -> dict[str, Any]:
         check_unlocked(folders / run.info.run_id, run.info.run_id)
     trainings = [run for run in runs if run.data.tags.get("qexp.stage") == "train" and run.info.status != "FINISHED"]
     uris = [uri for run in trainings if (uri := _sync_training(run, folders / run.info.run_id))]
+    otherwise = (noted_end(folders / job.info.run_id) or ("KILLED",))[0]
     for run in runs:
-        status, error = noted_end(folders / run.info.run_id)
-        tracking.end_open_runs([tracking.find_run(run.info.run_id)], status, error)
+        ended = noted_end(folders / run.info.run_id) or (otherwise,)
+        tracking.end_open_runs([tracking.find_run(run.info.run_id)], *ended)
     status = tracking.find_run(job.info.run_id).info.status
     more: dict[str, Any] = {"fp32": uris[0]} if uris else {}
-    if status != "FINISHED":
+    if status == "FINISHED":
+        say(f"run {job.info.run_id} is complete in {tracking.store_name()}")
+    else:
         more["next"] = _next(job, uris)
         say(f"what is left: {more['next']}")
     return {"command": "sync", "run_id": job.info.run_id, "status": status, **more}

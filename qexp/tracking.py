@@ -28,6 +28,7 @@ from qexp.evidence import from_json, to_json
 from qexp.host import Host
 from qexp.outage import quickly as quickly
 from qexp.outage import store_errors as store_errors
+from qexp.outage import store_name as store_name
 from qexp.progress import say
 
 T = TypeVar("T")
@@ -125,8 +126,7 @@ def find_run(run_id: str, option: str = "--resume") -> Run:
         run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
         where = "give the command in the folder where the run was started, or set MLFLOW_TRACKING_URI"
-        store = mlflow.get_tracking_uri()
-        raise InputError(f"{option} {run_id}: no such run in {store} ({first_line(error)}); {where}") from None
+        raise InputError(f"{option} {run_id}: no such run in {store_name()} ({first_line(error)}); {where}") from None
     if run.info.lifecycle_stage != "active":
         raise InputError(f"{option} {run_id}: this run was deleted; restore it first (mlflow runs restore)")
     return run
