@@ -4,7 +4,7 @@ import re
 
 PASSWORD = re.compile(r"(://[^:/?#@\s]*):[^@\s]+@")  # as in postgresql://user:password@host
 NO_ANSWER = re.compile(r"API request to \S+ failed with (?:timeout )?exception")
-REASON = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out|too many \d+ error responses|Remote end closed connection")
+NOBODY = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out")  # nobody is there, as the system says it
 REFUSED = "failed with error code 401"
 
 
@@ -22,7 +22,10 @@ def first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     if NO_ANSWER.match(lines[0]):  # the reason is at the end of what urllib3 says about its tries
-        return f"no answer ({(REASON.findall(lines[0]) or ['connection failed'])[-1]})"
+        why = NOBODY.findall(lines[0]) or re.findall(r"(?<=\(')too many \d+ error|Connection \w+", lines[0])
+        return (
+            f"no answer ({why[-1]})" if NOBODY.search(lines[0]) else f"{(why or ['error'])[-1]}: see the server's log"
+        )
     if REFUSED in lines[0]:
         return "it refuses MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD (401), or wants them set"
     return hide_passwords(lines[0])[:300]

@@ -84,7 +84,7 @@ def test_full_disk_behind_a_server_leaves_no_model(
         mlflow.set_tracking_uri(server.url)
         tracking.use_experiment("test")
         before = _bytes_below(small_disk)
-        with pytest.raises(StageError, match=r"MLflow \(http.*500"), tracking.start_run("train-smallnet", "note"):
+        with pytest.raises(StageError, match="see the server's log"), tracking.start_run("train-smallnet", "note"):
             registry.register("fp32", model, "digits", model.spec, digits.train.images[:8], {})
         client = mlflow.MlflowClient()
         assert client.search_model_versions() == [] and _models(client) == []
