@@ -33,6 +33,7 @@ def serve(port: int, backend_store_uri: str | None, cluster: Path, artifacts: st
         InputError: the port is in use, or there is no PostgreSQL.
         StageError: database or server do not start, or the server has ended.
     """
+    _check_port(port)  # before the database, which another of these servers may have
     database: AbstractContextManager[str] = running_cluster(cluster) if not backend_store_uri else nullcontext("")
     try:
         with (
@@ -60,12 +61,7 @@ def running_server(
         InputError: the port is in use.
         StageError: it does not start.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise InputError(f"--port {port}: cannot be used on 127.0.0.1 ({error.strerror}); name another") from None
+    _check_port(port)
     command = [sys.executable, *f"-m mlflow server --host 127.0.0.1 --port {port}".split()]
     command += ["--artifacts-destination", artifacts, *options]
     # The URI has a password: other users of the machine can read command lines, but not environments.
@@ -80,6 +76,15 @@ def running_server(
         yield url, process
     finally:
         stop_group(process)
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(f"--port {port}: cannot be used on 127.0.0.1 ({error.strerror}); name another") from None
 
 
 def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -12,6 +12,11 @@ import pytest
 from qexp.postgres import PROGRAMS, running_cluster
 
 
+def installed() -> bool:
+    """Whether PostgreSQL is there."""
+    return any(PROGRAMS.glob("*/bin/initdb"))
+
+
 @contextmanager
 def start_postgres(folder: Path) -> Iterator[str]:
     """The URL (postgresql://…) of a new database on a free port; the server is stopped and removed at the end.
@@ -20,7 +25,7 @@ def start_postgres(folder: Path) -> Iterator[str]:
     pytest's folders, and the cluster is in a temporary folder of the system. The test is skipped where PostgreSQL is
     not installed.
     """
-    if not any(PROGRAMS.glob("*/bin/initdb")):
+    if not installed():
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     place = Path(tempfile.mkdtemp(prefix="qexp-postgres-", dir=None if os.geteuid() == 0 else folder))
     place.chmod(0o755)

@@ -73,7 +73,11 @@ def _text(page: webdriver.Chrome) -> str:
 
 @pytest.mark.slow
 def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]) -> None:
-    look(run_pages["main"], "run", lambda page: "ship as int8" in _text(page) and "headline/size_ratio" in _text(page))
+    look(
+        run_pages["main"],
+        "run",
+        lambda page: "x smaller, and inference is" in _text(page) and "headline/size_ratio" in _text(page),
+    )
 
     def curves(page: webdriver.Chrome) -> bool:
         box = page.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']")
