@@ -7,7 +7,7 @@ ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true
 # MLflow's own default quotes the path: in one with a space, it would make a second folder with %20 in its name.
 STORE := MLFLOW_TRACKING_URI="sqlite:///$(CURDIR)/mlflow.db"
 
-.PHONY: help setup demo test lint ui clean
+.PHONY: help setup demo test lint ui server clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
@@ -35,6 +35,11 @@ lint: setup  ## ruff and mypy
 
 ui: setup  ## the MLflow UI on 127.0.0.1:$(PORT) for the runs made here
 	$(ENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///mlflow.db
+
+# BACKEND_STORE_URI names a database that is there, ARTIFACTS_DESTINATION another folder or an s3:// address,
+# SERVER_OPTIONS more options of `mlflow server`.
+server: setup  ## MLflow's server with PostgreSQL (Debian's package) and an artifact folder on 127.0.0.1:$(PORT)
+	@$(ENV) python -m entrypoints.server --port $(PORT) $(SERVER_OPTIONS)
 
 clean:  ## remove the environment and caches; runs, models and reports stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

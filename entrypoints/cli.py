@@ -11,6 +11,7 @@ from entrypoints.promote import promote
 from entrypoints.quantize import quantize
 from entrypoints.report import report
 from entrypoints.search import search
+from entrypoints.sync import sync
 from entrypoints.train import train
 from entrypoints.verify import verify
 
@@ -30,6 +31,7 @@ for name, command in {
     "promote": promote,
     "models": models,
     "verify": verify,
+    "sync": sync,
 }.items():
     app.command(name)(command)
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config
-from qexp.errors import InputError, StageError
+from qexp.errors import InputError, StageError, hide_passwords
 from qexp.options import option_name
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -188,7 +188,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _fail(message: str, code: int) -> None:
-    line = " ".join(message.split())
+    line = hide_passwords(" ".join(message.split()))
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher shows it, and ends the other processes
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it sends to this one too, that is ending already
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))

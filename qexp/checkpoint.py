@@ -19,6 +19,7 @@ from qexp.errors import InputError, StageError
 from qexp.files import replacing
 
 NAME, LOCK, LAUNCHER_LOCK = "checkpoint.pt", "lock", "launcher.lock"  # of the process that trains; that starts others
+TRAINED = "trained.json"  # there when the training is over (qexp/trained.py)
 FORMAT = 1
 
 
@@ -122,7 +123,7 @@ def locked(folder: Path, run_id: str, name: str = LOCK) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise InputError(
-                f"--resume {run_id}: process {file.read().strip() or '?'} is still at work on this run; stop it first"
+                f"run {run_id}: process {file.read().strip() or '?'} is still at work on it; stop it first"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,5 +1,12 @@
 """The two errors that a user can meet: each is one line, and the command line turns it into an exit code."""
 
+import re
+
+PASSWORD = re.compile(r"(://[^:/?#@\s]*):[^@\s]+@")  # as in postgresql://user:password@host
+NO_ANSWER = re.compile(r"API request to \S+ failed with (?:timeout )?exception")
+NOBODY = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out")  # nobody is there, as the system says it
+REFUSED = "failed with error code 401"
+
 
 class InputError(ValueError):
     """What the user gave cannot be used: the message names the option, the value and what is allowed (exit code 2)."""
@@ -10,6 +17,20 @@ class StageError(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as part of one line; its type where it says nothing."""
+    """What an error of another library says, as part of one line; its type where it says nothing. No passwords."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if NO_ANSWER.match(lines[0]):  # the reason is at the end of what urllib3 says about its tries
+        why = NOBODY.findall(lines[0]) or re.findall(r"(?<=\(')too many \d+ error|Connection \w+", lines[0])
+        return (
+            f"no answer ({why[-1]})" if NOBODY.search(lines[0]) else f"{(why or ['error'])[-1]}: see the server's log"
+        )
+    if REFUSED in lines[0]:
+        return "it refuses MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD (401), or wants them set"
+    return hide_passwords(lines[0])[:300]
+
+
+def hide_passwords(text: str) -> str:
+    """`text` with *** for every password in a URL."""
+    return PASSWORD.sub(r"\1:***@", text)

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from qexp.errors import hide_passwords
+
 QUIET = os.environ.get("RANK", "0") != "0"  # of several training processes, the first speaks
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
@@ -17,7 +19,7 @@ def say(line: str) -> None:
     """One plain line on standard error; standard output is kept for the JSON line at the end."""
     if QUIET:
         return
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(hide_passwords(line), file=sys.stderr)
     sys.stderr.flush()
 
 

@@ -20,6 +20,7 @@ from qexp.aliases import CHALLENGER, set_alias
 from qexp.errors import InputError, first_line
 from qexp.flavors import FORMATS, log_version, quiet
 from qexp.integrity import STORED, stored_digest
+from qexp.leftovers import whole_or_nothing
 from qexp.models import ModelSpec
 from qexp.store import again
 from qexp.verification import verify
@@ -62,9 +63,13 @@ def register(
         sample: uint8 [N, 3, H, W]; the images on which it must give the same bits.
         tags: lineage, as tags of the version; `flavor` is MLflow's, pytorch unless it says something else.
         stored: what MLflow stores (a module, an ONNX model); None: `model` itself.
+
+    Raises:
+        StageError: the model cannot be stored, for instance on a full disk; nothing of it is left in the store.
     """
     flavor = tags.get("flavor", "pytorch")
-    info = log_version(kind, model if stored is None else stored, name, spec, flavor)
+    with whole_or_nothing():
+        info = log_version(kind, model if stored is None else stored, name, spec, flavor)
     number = str(info.registered_model_version)
     uri = f"models:/{name}/{number}"
     without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
@@ -150,16 +155,6 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
     for key, value in tags.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
         again(partial(client.set_model_version_tag, name, number, key, text))
-
-
-def discard_versions(run_id: str) -> None:
-    """Delete versions and logged models of a run that did not come to its end: another will take their place."""
-    client = mlflow.MlflowClient()
-    for found in client.search_model_versions(f"run_id = '{run_id}'"):
-        client.delete_model_version(found.name, found.version)
-    outputs = client.get_run(run_id).outputs
-    for model in outputs.model_outputs if outputs else []:
-        client.delete_logged_model(model.model_id)
 
 
 def load_version(uri: str, backend: str | None = None) -> Predict:

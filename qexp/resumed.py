@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qexp import metrics, registry, tracking
+from qexp import leftovers, metrics, tracking
 from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder, load_checkpoint
 from qexp.config import HOW_TO_TRAIN, Config, parse_options
 from qexp.data import Dataset
@@ -89,7 +89,7 @@ def training_below(main_run_id: str) -> Run | None:
     children = tracking.children_of(main_run_id)
     unfinished = [run for run in children if _stage(run) != "train" and run.info.status != "FINISHED"]
     for run in unfinished:
-        registry.discard_versions(run.info.run_id)
+        leftovers.discard_versions(run.info.run_id)
     tracking.end_open_runs(unfinished, "KILLED")
     training = next((run for run in children if _stage(run) == "train"), None)
     if training and training.info.status != "FINISHED":

@@ -5,27 +5,30 @@ Here are training and the report, and what all stages share; quantizing.py and d
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qexp import metrics, registry, tracking
+from qexp import leftovers, metrics, registry, tracking
 from qexp.checkpoint import checkpoint_folder, lock_of, remove_checkpoints
 from qexp.commit import read_commit
 from qexp.config import Config
 from qexp.data import Dataset, stratified_sample
-from qexp.errors import InputError
+from qexp.errors import InputError, StageError
 from qexp.evaluation import Accuracy, measure_accuracy, predict_logits
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence
 from qexp.host import Host
 from qexp.models import Classifier, ModelSpec, build_classifier, save_classifier
+from qexp.progress import say
 from qexp.registry import Registered
 from qexp.report import write_report
-from qexp.training import EpochResult, TrainResult, train_model
+from qexp.trained import Trained, save_trained
+from qexp.training import EpochResult, train_model
 
 VERIFY_IMAGES = 64  # training images on which a reloaded version must give the same bits
 SPLITS = ("train", "validation", "test")
@@ -44,23 +47,50 @@ class Fp32:
 def train_stage(config: Config, host: Host, dataset: Dataset, resume: str | None = None) -> Fp32:
     """Train, evaluate, log and register an fp32 classifier; with `resume`, going on with that run."""
     name, note = f"train-{config.model}", f"Training of {config.model} on {dataset.name}."
-    logged = tracking.logged_steps(resume, metrics.FIRST_OF_EPOCH) if resume else set()
+    logged: set[int] = tracking.logged_steps(resume, metrics.FIRST_OF_EPOCH) if resume else set()
     # Of a run that goes on, nothing is touched before it is known that nobody else is at work on it.
     with lock_of(resume), tracking.start_run(name, note, resume) as run_id, lock_of(None if resume else run_id):
         if resume:
-            registry.discard_versions(resume)
+            leftovers.discard_versions(resume)
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
-        model = fresh_classifier(config, dataset)
-
-        def log_new(epoch: EpochResult) -> None:
-            if epoch.epoch not in logged:
-                tracking.log_metrics(metrics.of_epoch(epoch), step=epoch.epoch)
-
-        trained = train_model(model, dataset, config.train, config.seed, log_new, checkpoint_folder(run_id))
-        fp32 = _register_trained(config, host, dataset, model, trained, run_id)
+        model, folder = fresh_classifier(config, dataset), checkpoint_folder(run_id)
+        result = train_model(model, dataset, config.train, config.seed, _curve_logger(run_id, logged), folder)
+        logits, accuracy = evaluate_splits(model, dataset, "fp32")
+        evidence = Fp32Evidence(config.model, config.seed, "", 0, _data_facts(dataset, config), result, accuracy)
+        tags = lineage(dataset, host, accuracy)
+        trained = Trained(evidence, tags, verification_images(dataset))
+        save_trained(folder, trained)
+        version, evidence = publish_trained(model, trained, run_id, logged)
     remove_checkpoints(run_id)
-    return fp32
+    return Fp32(model, version, evidence, logits)
+
+
+def _curve_logger(run_id: str, logged: set[int]) -> Callable[[EpochResult], None]:
+    """Logs each epoch that is not in `logged`, and adds it. A store that fails stops no training: what it lacks is sent
+    with the next epoch, or at the end."""
+    waiting: list[EpochResult] = []
+
+    def log(epoch: EpochResult) -> None:
+        away = bool(waiting)
+        waiting.append(epoch)
+        try:
+            with tracking.store_errors(), tracking.quickly() if away else nullcontext():
+                log_curves(run_id, waiting, logged)
+            waiting.clear()
+        except StageError as error:
+            if not away:
+                say(f"{error}; training goes on, and its curves are logged when that is mended")
+
+    return log
+
+
+def log_curves(run_id: str, epochs: Sequence[EpochResult], logged: set[int]) -> None:
+    """Log the epochs that are not in `logged`, and add them."""
+    for epoch in epochs:
+        if epoch.epoch not in logged:
+            tracking.log_metrics(metrics.of_epoch(epoch), epoch.epoch, (run_id, None))
+            logged.add(epoch.epoch)
 
 
 def fresh_classifier(config: Config, dataset: Dataset) -> Classifier:
@@ -69,24 +99,27 @@ def fresh_classifier(config: Config, dataset: Dataset) -> Classifier:
     return build_classifier(ModelSpec(config.model, dataset.classes, config.data.image_size), dataset.train.images)
 
 
-def _register_trained(
-    config: Config, host: Host, dataset: Dataset, model: Classifier, trained: TrainResult, run_id: str
-) -> Fp32:
-    logits, accuracy = evaluate_splits(model, dataset, "fp32")
-    tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | lineage(dataset, host, accuracy)
-    name = f"{config.model}-{dataset.name}-fp32"
-    version = registry.register("fp32", model, name, model.spec, verification_images(dataset), tags)
-    facts = _data_facts(dataset, config)
-    evidence = Fp32Evidence(config.model, config.seed, version.uri, version.size_bytes, facts, trained, accuracy)
+def publish_trained(
+    model: Classifier, trained: Trained, run_id: str, logged: set[int]
+) -> tuple[Registered, Fp32Evidence]:
+    """Log what a finished training has found, in its run, the active one, and register the model; `logged` are the
+    epochs whose curves are there. Returns the version, and the evidence with it."""
+    evidence = trained.evidence
+    log_curves(run_id, evidence.train.epochs, logged)
+    name = f"{evidence.model}-{evidence.data.name}-fp32"
+    tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | trained.tags
+    version = registry.register("fp32", model, name, model.spec, trained.sample, tags)
+    evidence = replace(evidence, version_uri=version.uri, size_bytes=version.size_bytes)
     tracking.log_result("fp32", evidence)
-    top1 = accuracy["test"].top1_percent
+    top1 = evidence.accuracy["test"].top1_percent
     tracking.set_note(
-        f"{config.model} on {dataset.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
-        f"{trained.best_epoch}; registered as `{version.uri}`."
+        f"{evidence.model} on {evidence.data.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
+        f"{evidence.train.best_epoch}; registered as `{version.uri}`."
     )
     # Last: what a killed run has logged before is logged again when it goes on.
-    tracking.log_metrics(metrics.of_model(accuracy, version.size_bytes, _parameters(model)), owner=version.owner)
-    return Fp32(model, version, evidence, logits)
+    values = metrics.of_model(evidence.accuracy, version.size_bytes, _parameters(model))
+    tracking.log_metrics(values, owner=version.owner)
+    return version, evidence
 
 
 def check_output_dir(config: Config) -> None:
@@ -105,10 +138,10 @@ def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: 
         tracking.log_setup(config, host)
         with tempfile.TemporaryDirectory() as folder:
             write_report(evidence, Path(folder))
+            if config.output_dir:  # first: it is there whatever becomes of the store
+                shutil.copytree(folder, config.output_dir, dirs_exist_ok=True)
             for owner in filter(None, (run_id, parent_run_id)):
                 tracking.log_folder(Path(folder), "report", owner)
-            if config.output_dir:
-                shutil.copytree(folder, config.output_dir, dirs_exist_ok=True)
     return f"runs:/{run_id}/report/report.html"
 
 

@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,16 +20,25 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from qexp.environment import environment
-from qexp.errors import InputError, first_line
+from qexp.errors import InputError, first_line, hide_passwords
 
 T = TypeVar("T")
-STORE_CHECK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds
 SQLITE = "sqlite:///"
 TRIES = 6
 LOST_A_RACE = ("BAD_REQUEST", "TEMPORARILY_UNAVAILABLE")  # MLflow's words for a row that is there, a locked database
 
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def quickly() -> AbstractContextManager[None]:
+    """Ask a store that may be away without waiting for it: twice, ten seconds at most each time."""
+    return environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10")
+
+
+def store_name() -> str:
+    """The tracking store's URI, as it may be shown."""
+    return hide_passwords(mlflow.get_tracking_uri())
 
 
 def use_store() -> None:
@@ -40,13 +49,13 @@ def use_store() -> None:
         InputError: one does not; the message names its URI.
     """
     try:
-        with environment(**STORE_CHECK), _alone(mlflow.get_tracking_uri(), mlflow.get_registry_uri()):
+        with quickly(), _alone(mlflow.get_tracking_uri(), mlflow.get_registry_uri()):
             client = mlflow.MlflowClient()
             client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
     except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
         raise InputError(
-            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: the tracking store does not answer "
+            f"MLFLOW_TRACKING_URI {store_name()}: the tracking store does not answer "
             f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
         ) from None
 

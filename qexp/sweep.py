@@ -22,7 +22,7 @@ import torch
 
 from qexp.config import LatencyConfig
 from qexp.contenders import BASELINE, Contender, load, prepare_baselines
-from qexp.errors import StageError
+from qexp.errors import InputError, StageError
 from qexp.evidence import from_json, to_json
 from qexp.latency import LatencyResult, LatencyRow, Run, StartUp, measure_latency
 from qexp.progress import say
@@ -126,4 +126,8 @@ def _say_row(row: LatencyRow) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
-    _main(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        _main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (InputError, StageError) as error:  # the store, as a rule
+        say(str(error))
+        sys.exit(1)

@@ -15,13 +15,17 @@ from mlflow.entities import Run as Run
 from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
+from qexp import outage
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data import Dataset, Split
-from qexp.errors import InputError, StageError, first_line
+from qexp.errors import InputError, first_line
 from qexp.evidence import from_json, to_json
 from qexp.host import Host
+from qexp.outage import store_errors as store_errors
 from qexp.progress import say
 from qexp.store import again
+from qexp.store import quickly as quickly
+from qexp.store import store_name as store_name
 from qexp.store import use_store as use_store
 
 T = TypeVar("T")
@@ -50,32 +54,22 @@ def start_run(name: str, note: str, resume: str | None = None) -> Iterator[str]:
     fails; whatever else happens in the block is raised as it is.
     """
     told = mlflow.active_run() is not None or "MLFLOW_RUN_ID" in os.environ
-    run = _begin(name, resume, {"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
+    with store_errors():
+        run = _begin(name, resume, {"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
     if not told:
         say(f"run {run.info.run_id}")
+    outage.forget_end(run.info.run_id)
     try:
         _show_as_training(run.info.experiment_id)
         yield run.info.run_id
         mlflow.end_run()
     except (KeyboardInterrupt, SystemExit):
-        _end_without_finish(run.info.run_id, RunStatus.KILLED)
+        outage.end_run(run.info.run_id, RunStatus.KILLED)
         raise
     except Exception as error:
-        if isinstance(error, MlflowException):
-            error = StageError(f"MLflow ({mlflow.get_tracking_uri()}): {first_line(error)}")
-        _end_without_finish(run.info.run_id, RunStatus.FAILED, error)
+        error = outage.explain(error, run.info.run_id)
+        outage.end_run(run.info.run_id, RunStatus.FAILED, error)
         raise error
-
-
-def _end_without_finish(run_id: str, status: int, error: Exception | None = None) -> None:
-    word = RunStatus.to_string(status)
-    try:
-        if error:
-            mlflow.set_tag("qexp.error", f"{type(error).__name__}: {error}"[:500])
-        if (active := mlflow.active_run()) and active.info.run_id == run_id:
-            mlflow.end_run(word)
-    except Exception as problem:  # a full disk, a server that has gone: any library's
-        say(f"run {run_id} could not be marked {word} ({first_line(problem)})")
 
 
 def _begin(name: str, resume: str | None, tags: dict[str, str]) -> mlflow.ActiveRun:
@@ -100,8 +94,8 @@ def _show_as_training(experiment_id: str) -> None:
         again(lambda: client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development"))
 
 
-def find_run(run_id: str) -> Run:
-    """A run of the store.
+def find_run(run_id: str, option: str = "--resume") -> Run:
+    """A run of the store, which `option` has named.
 
     Raises:
         InputError: there is none, or it was deleted.
@@ -110,10 +104,9 @@ def find_run(run_id: str) -> Run:
         run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
         where = "give the command in the folder where the run was started, or set MLFLOW_TRACKING_URI"
-        store = mlflow.get_tracking_uri()
-        raise InputError(f"--resume {run_id}: no such run in {store} ({first_line(error)}); {where}") from None
+        raise InputError(f"{option} {run_id}: no such run in {store_name()} ({first_line(error)}); {where}") from None
     if run.info.lifecycle_stage != "active":
-        raise InputError(f"--resume {run_id}: this run was deleted; restore it first (mlflow runs restore)")
+        raise InputError(f"{option} {run_id}: this run was deleted; restore it first (mlflow runs restore)")
     return run
 
 
@@ -123,10 +116,11 @@ def children_of(run_id: str) -> list[Run]:
     return list(mlflow.MlflowClient().search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'"))
 
 
-def end_open_runs(runs: list[Run], status: str) -> None:
+def end_open_runs(runs: list[Run], status: str, error: str = "") -> None:
     """End the runs that a killed process has left in RUNNING."""
     for run in runs:
         if run.info.status == "RUNNING":
+            mlflow.MlflowClient().set_tag(run.info.run_id, "qexp.error", error) if error else None
             mlflow.MlflowClient().set_terminated(run.info.run_id, status)
 
 
@@ -156,8 +150,9 @@ def log_setup(config: Config, host: Host) -> None:
     facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
     logged = _active_run().data.params
     mlflow.log_params({name: value for name, value in (flat_params(config) | facts).items() if name not in logged})
-    mlflow.log_text(to_yaml(config), "config.yaml")
-    mlflow.log_text(to_json(host), "host.json")
+    with store_errors():
+        mlflow.log_text(to_yaml(config), "config.yaml")
+        mlflow.log_text(to_json(host), "host.json")
 
 
 def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
@@ -180,7 +175,7 @@ def log_dataset(split: Split, dataset: Dataset, context: str, digest: str) -> No
     again(lambda: mlflow.log_input(described, context=context))
 
 
-def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[str, str] | None = None) -> None:
+def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[str, str | None] | None = None) -> None:
     """Metrics of the active run, or of `owner` (ids of run and model); `step` is the epoch or the batch size."""
     run_id, model_id = owner or (None, None)
     mlflow.log_metrics(values, step=step, run_id=run_id, model_id=model_id)
@@ -188,12 +183,14 @@ def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[
 
 def log_table(columns: dict[str, list[Any]], name: str) -> None:
     """A table of the UI, from its columns by name."""
-    mlflow.log_table(columns, f"tables/{name}.json")
+    with store_errors():
+        mlflow.log_table(columns, f"tables/{name}.json")
 
 
 def log_result(name: str, result: object) -> None:
     """A stage's result as `results/<name>.json`, which `read_result` reads back."""
-    mlflow.log_text(to_json(result), f"results/{name}.json")
+    with store_errors():
+        mlflow.log_text(to_json(result), f"results/{name}.json")
 
 
 def read_result(kind: type[T], run_id: str, name: str) -> T:
@@ -221,7 +218,8 @@ def _read_text(run_id: str, path: str) -> str:
 
 def log_folder(folder: Path, artifact_folder: str, run_id: str | None = None) -> None:
     """All files below `folder` as artifacts of a run, the active one unless named."""
-    mlflow.log_artifacts(str(folder), artifact_folder, run_id=run_id)
+    with store_errors():
+        mlflow.log_artifacts(str(folder), artifact_folder, run_id=run_id)
 
 
 @contextmanager

@@ -3,17 +3,17 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import psycopg
 import pytest
 from conftest import PLAIN, QUICK, REPOSITORY, environment_for
+from postgres import installed, start_postgres
+from servers import start_server
 
 BIN = Path(sys.executable).parent
 OPTIONS = [
@@ -26,34 +26,20 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`mlflow server` on a free port, with SQLite and its own artifact folder."""
-    folder = tmp_path_factory.mktemp("mlflow server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
-    command = [sys.executable, *f"-m mlflow server --host 127.0.0.1 --port {port} --workers 1".split(), *store]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            _wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, 15)
-            process.wait(timeout=30)
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A database on PostgreSQL; the empty text where that is not installed, and the server then takes SQLite."""
+    if not installed():
+        yield ""
+        return
+    with start_postgres(tmp_path_factory.mktemp("postgresql")) as url:
+        yield url
 
 
-def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], timeout_s: float = 90) -> None:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"no answer from {url}")
+@pytest.fixture(scope="module")
+def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`mlflow server` on a free port, with its own artifact folder."""
+    with start_server(tmp_path_factory.mktemp("mlflow server"), database) as started:
+        yield started.url
 
 
 def _project(folder: Path) -> Path:
@@ -91,7 +77,7 @@ def _runs(uri: str) -> dict[str, mlflow.entities.Run]:
 
 
 @pytest.mark.slow
-def test_main_through_mlflow_run_against_a_server(server: str, tmp_path: Path) -> None:
+def test_main_through_mlflow_run_against_a_server(server: str, database: str, tmp_path: Path) -> None:
     done = _mlflow_run(_project(tmp_path), server, "--env-manager", "local", "-e", "main", *OPTIONS)
     assert done.returncode == 0, done.stderr
     summary = _summary(done.stdout)
@@ -105,6 +91,11 @@ def test_main_through_mlflow_run_against_a_server(server: str, tmp_path: Path) -
     assert page.count("data:image/png;base64,") == 7
     model = mlflow.pytorch.load_model("models:/smallnet-digits-int8@challenger")
     assert "quantized::conv2d_relu" in str(model.inlined_graph)
+    if not database:
+        pytest.skip("all was well, but on SQLite: PostgreSQL is not installed (apt-get install postgresql)")
+    with psycopg.connect(database) as connection, connection.cursor() as cursor:
+        cursor.execute("select count(*) from runs where status = 'FINISHED'")
+        assert cursor.fetchone() == (5,)
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ ALLOWED = {
     "models": {"files", "vision"},
     "augmentation": set(),
     "files": set(),
+    "postgres": set(),
+    "server": {"postgres"},
     "environment": set(),
     "interrupts": set(),
     "checkpoint": {"files"},
@@ -64,13 +66,16 @@ ALLOWED = {
     "store": {"environment"},
     "aliases": {"store"},
     "commit": set(),
-    "tracking": {"config", "data", "evidence", "host", "store"},
+    "tracking": {"config", "data", "evidence", "host", "outage", "store"},
     "verification": {"evaluation"},
     "prediction": {"config", "evaluation", "host", "imagefolder", "registry", "tracking"},
     "integrity": set(),
     "catalog": {"store"},
     "flavors": {"models"},
-    "registry": {"aliases", "flavors", "integrity", "models", "quantization", "store", "verification"},
+    "registry": {"aliases", "flavors", "integrity", "leftovers", "models", "quantization", "store", "verification"},
+    "outage": {"checkpoint", "files", "store"},
+    "trained": {"checkpoint", "evidence", "files", "models"},
+    "leftovers": {"outage", "store"},
     "sweep": {"config", "contenders", "evidence", "latency"},
 }
 ABOVE = {
@@ -83,10 +88,11 @@ ABOVE = {
     "audit",
     "promotion",
     "search",
+    "sync",
 }  # these may import everything that is not above themselves
 STAGES = ("stages", "quantizing", "deciding")  # each may import those before it
 ONLY_IN = {
-    "mlflow": {"store", "aliases", "catalog", "integrity", "tracking", "flavors", "registry"},
+    "mlflow": {"store", "aliases", "catalog", "integrity", "tracking", "flavors", "outage", "leftovers", "registry"},
     "optuna": {"search"},
     "matplotlib": {"plots"},
     "torchinfo": {"cost"},

@@ -1,0 +1,106 @@
+"""A tracking store that fails in the middle of a run: its error in one line, the run's end, and what is kept here.
+
+MLflow's client asks again for about four minutes (MLFLOW_HTTP_REQUEST_MAX_RETRIES), also when nothing listens: a server
+that comes back in time is not noticed. What has been sent twice, because an answer was lost, the server stores once.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import RunStatus
+from mlflow.exceptions import MlflowException
+
+from qexp.checkpoint import TRAINED, checkpoint_folder
+from qexp.errors import StageError, first_line
+from qexp.files import replacing
+from qexp.progress import say
+from qexp.store import quickly, store_name
+
+ENDED = "ended.json"  # how a run has ended that the store could not be told of
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Raise StageError, in one line, for what MLflow, or the disk of its artifacts, has to say."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise _of_store(error) from error
+
+
+def explain(error: Exception, run_id: str) -> Exception:
+    """The error that ends a run, as one line; if it is the store's, with the folder of what was kept here and the
+    command that uploads it."""
+    if isinstance(error, MlflowException):
+        error = _of_store(error)
+    elif isinstance(error, OSError):
+        error = StageError(first_line(error))
+    folder = checkpoint_folder(run_id)
+    if not isinstance(error, StageError) or not folder.is_dir() or "qexp sync" in str(error):
+        return error
+    if (folder / TRAINED).exists():
+        kept = (
+            f"the trained model and its results are in {folder}; once that is mended, `qexp sync {folder}` uploads them"
+        )
+    elif isinstance(error.__cause__, MlflowException):
+        kept = f"what is done is in {folder}; once that is mended, `qexp sync {folder}` says what is left"
+    else:
+        return error
+    advised = StageError(f"{error}; {kept}")
+    advised.__cause__ = error.__cause__
+    return advised
+
+
+def _of_store(error: Exception) -> StageError:
+    found = StageError(f"MLflow ({store_name()}): {first_line(error)}")
+    found.__cause__ = error
+    return found
+
+
+def end_run(run_id: str, status: int, error: Exception | None = None) -> None:
+    """End the run if it is the active one. A store that does not answer keeps nobody waiting: the run's folder, if it
+    has one, notes how it ended."""
+    word, said = RunStatus.to_string(status), f"{type(error).__name__}: {error}"[:500] if error else ""
+    steps: list[Callable[[], object]] = [lambda: mlflow.end_run(word)]
+    if (active := mlflow.active_run()) is None or active.info.run_id != run_id:
+        steps = []
+    if error:
+        steps.insert(0, lambda: mlflow.MlflowClient().set_tag(run_id, "qexp.error", said))
+    problem: Exception | None = None
+    for step in steps:
+        try:
+            with quickly():
+                step()
+        except Exception as failed:  # a full disk, a server that has gone: any library's
+            problem = failed
+    if problem:
+        folder = checkpoint_folder(run_id)
+        later = f"; `qexp sync {folder}` does it later" if folder.is_dir() else ""
+        say(f"run {run_id} could not be marked {word} ({first_line(problem)}){later}")
+        _note_end(folder, word, said)
+
+
+def _note_end(folder: Path, word: str, said: str) -> None:
+    if folder.is_dir():
+        try:
+            with replacing(folder / ENDED) as temporary:
+                temporary.write_text(json.dumps({"status": word, "error": said}))
+        except StageError as error:
+            say(str(error))
+
+
+def forget_end(run_id: str) -> None:
+    """Of a run that goes on, how it ended before is of no more interest."""
+    (checkpoint_folder(run_id) / ENDED).unlink(missing_ok=True)
+
+
+def noted_end(folder: Path) -> tuple[str, str] | None:
+    """How the run of this folder has ended, and its error; None if it could not even note that."""
+    file = folder / ENDED
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    return found["status"], found["error"]

@@ -1,0 +1,109 @@
+"""What a person sees: MLflow's pages of a finished run in headless Chromium. Screenshots stay in build/screenshots."""
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import mlflow
+import pytest
+from conftest import REPOSITORY, Finished
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+from servers import start_server
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+OPTIONS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,1000"
+).split()
+SCREENSHOTS = REPOSITORY / "build" / "screenshots"
+PATIENCE_S = 90  # a busy machine draws slowly
+WIDTHS = "return Array.from(document.images).map(image => image.complete ? image.naturalWidth : 0)"
+
+Look = Callable[[str, str, Callable[[webdriver.Chrome], object]], None]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    program, driver = next(filter(None, map(shutil.which, BROWSERS)), None), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("Chromium is not installed: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(option)
+    opened = webdriver.Chrome(options=options, service=Service(driver))
+    try:
+        yield opened
+    finally:
+        opened.quit()
+
+
+@pytest.fixture(scope="module")
+def look(browser: webdriver.Chrome, finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Look]:
+    """Open a page, wait until something is there, keep a picture of it either way."""
+    with start_server(tmp_path_factory.mktemp("server"), finished.uri) as server:
+
+        def look_at(page: str, name: str, there: Callable[[webdriver.Chrome], object]) -> None:
+            browser.get(f"{server.url}/#/{page}")
+            browser.refresh()  # a change behind the # alone loads nothing anew
+            try:
+                WebDriverWait(browser, PATIENCE_S, ignored_exceptions=[Exception]).until(there)
+            finally:
+                browser.switch_to.default_content()
+                SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+                file = SCREENSHOTS / f"{name}.png"
+                browser.save_screenshot(str(file))
+                print(f"screenshot: {file}")
+
+        yield look_at
+
+
+@pytest.fixture(scope="module")
+def run_pages(finished: Finished) -> dict[str, str]:
+    """The pages of the runs, by name of the run."""
+    runs = mlflow.MlflowClient(finished.uri).search_runs(["1"])
+    return {run.info.run_name: f"experiments/1/runs/{run.info.run_id}" for run in runs}
+
+
+def _text(page: webdriver.Chrome) -> str:
+    return page.find_element(By.TAG_NAME, "body").text
+
+
+@pytest.mark.slow
+def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]) -> None:
+    look(
+        run_pages["main"],
+        "run",
+        lambda page: "x smaller, and inference is" in _text(page) and "headline/size_ratio" in _text(page),
+    )
+
+    def curves(page: webdriver.Chrome) -> bool:
+        box = page.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']")
+        if not box.get_attribute("value"):
+            box.send_keys("loss")
+        return len(page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot path.js-line")) == 2  # training, validation
+
+    look(f"{run_pages['train-smallnet']}/model-metrics", "curves", curves)
+
+
+@pytest.mark.slow
+def test_pictures_and_report_open_in_the_artifact_view(look: Look, run_pages: dict[str, str]) -> None:
+    folder = f"{run_pages['main']}/artifacts/report"
+    look(f"{folder}/figures/accuracy_curve.png", "picture", lambda page: max(page.execute_script(WIDTHS)) > 400)
+
+    def report(page: webdriver.Chrome) -> bool:
+        page.switch_to.default_content()
+        page.switch_to.frame(page.find_element(By.CSS_SELECTOR, "iframe[src^='blob:']"))
+        widths = page.execute_script(WIDTHS)
+        return "ship as int8 on this CPU?" in _text(page) and len(widths) == 8 and min(widths) > 400
+
+    look(f"{folder}/report.html", "report", report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_registry_page_shows_aliases(kind: str, look: Look) -> None:
+    words = ("@ champion", "@ challenger", "Version 1")
+    look(f"models/smallnet-digits-{kind}", f"registry-{kind}", lambda page: all(word in _text(page) for word in words))
