@@ -31,6 +31,7 @@ ALLOWED = {
     "models": {"files", "vision"},
     "augmentation": set(),
     "files": set(),
+    "postgres": set(),
     "environment": set(),
     "interrupts": set(),
     "checkpoint": {"files"},
