@@ -4,8 +4,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from optuna.storages import BaseStorage
-
 from qexp import pipeline, registered, searchruns, tracking
 from qexp.conclusion import conclude
 from qexp.config import Config
@@ -14,7 +12,7 @@ from qexp.evaluation import measure_accuracy
 from qexp.evidence import SearchResult
 from qexp.findings import log_findings, summary
 from qexp.joining import get_ready, set_up
-from qexp.storage import hide_password, open_place, study_storage
+from qexp.storage import hide_password, open_place, storages_of
 from qexp.study import Study, failures, points_of
 from qexp.trials import Bench, options_for
 from qexp.worker import do_trials
@@ -29,15 +27,12 @@ def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
             "give it to `qexp train` first, and the search takes that version"
         )
     tracking.use_store()
-    with open_place(config.search) as place, ExitStack() as opened, ExitStack() as joining:
+    with (
+        open_place(config.search) as place,
+        storages_of(place, config.search.heartbeat_seconds) as open_storage,
+        ExitStack() as joining,
+    ):
         config = _without_password(config)
-        storages: dict[str, BaseStorage] = {}
-
-        def open_storage(name: str) -> BaseStorage:
-            if name not in storages:
-                storages[name] = opened.enter_context(study_storage(place, name, config.search.heartbeat_seconds))
-            return storages[name]
-
         joining.enter_context(place.exclusive("join", "another worker prepares the study; waiting for it"))
         ready = get_ready(config, place, open_storage, model_uri)
         asked = f"Search for {ready.config.model} on {ready.dataset.name}: {config.search.objective}."

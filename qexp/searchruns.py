@@ -1,15 +1,17 @@
 """The MLflow runs of a search: one parent for the study, whoever works on it, and below it one for each trial."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import mlflow
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from qexp import tracking
 from qexp.errors import InputError, StageError, first_line
 from qexp.evidence import SearchPoint
+from qexp.progress import say
 
 OF_SETUP = ("train", "sensitivity")  # stages below the parent that come before the first trial
 
@@ -57,12 +59,17 @@ def _leave_running() -> None:
     try:
         mlflow.end_run("RUNNING")
     except Exception as error:  # the store has gone: any library's
-        tracking.say(f"the study's run could not be left ({first_line(error)})")
+        say(f"the study's run could not be left ({first_line(error)})")
 
 
-def log_params(params: dict[str, object]) -> None:
-    """Parameters of the active run."""
-    mlflow.log_params(params)
+@contextmanager
+def logging_params(run_id: str, params: dict[str, object]) -> Iterator[None]:
+    """Parameters of a run, written while the block computes: a database waits for its disk."""
+    given = [Param(name, str(value)) for name, value in params.items()]
+    with ThreadPoolExecutor(1) as thread:
+        written = thread.submit(mlflow.MlflowClient().log_batch, run_id, params=given)
+        yield
+    written.result()
 
 
 def log_point(run_id: str, point: SearchPoint, seed: int) -> None:

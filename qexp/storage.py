@@ -8,8 +8,8 @@ import hashlib
 import re
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from qexp.config import SearchConfig
 from qexp.errors import InputError, StageError, first_line
 from qexp.progress import say
 
-SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
+SCHEMES, DRIVER = ("postgresql", "postgres"), "postgresql+psycopg"
 MISSED_HEARTBEATS = 6
 STALE_LOCK_S = 10  # writing a line takes milliseconds
 CONNECT_S = 10
@@ -129,14 +129,17 @@ def _checked(text: str, name: str) -> sqlalchemy.URL:
         url = sqlalchemy.make_url(text)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise InputError(f"{name}: {allowed}") from None
-    if url.drivername not in SCHEMES:
+    if url.get_backend_name() not in SCHEMES:
         raise InputError(f"{name}: {allowed}")
+    if "+" not in url.drivername:
+        url = url.set(drivername=DRIVER)
     try:
-        import psycopg2  # type: ignore[import-untyped]  # noqa: F401
-    except ImportError:
-        raise InputError(f"{name}: the driver psycopg2 is missing: pip install 'qexp[postgres]'") from None
+        url.get_dialect().import_dbapi()
+    except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
+        missing = f"the driver of {url.drivername} is missing ({first_line(error)})"
+        raise InputError(f"{name}: {missing}; {DRIVER} comes with pip install 'qexp[postgres]'") from None
     timeout = {} if "connect_timeout" in url.query else {"connect_timeout": str(CONNECT_S)}
-    return url.set(drivername="postgresql+psycopg2").update_query_dict(timeout)
+    return url.update_query_dict(timeout)
 
 
 def _said(error: BaseException) -> str:
@@ -144,7 +147,21 @@ def _said(error: BaseException) -> str:
 
 
 @contextmanager
-def study_storage(place: Place, study: str, heartbeat_seconds: int) -> Iterator[BaseStorage]:
+def storages_of(place: Place, heartbeat_seconds: int) -> Iterator[Callable[[str], BaseStorage]]:
+    """What gives Optuna's storage for a study of a name, the same one each time, until the end of the block."""
+    found: dict[str, BaseStorage] = {}
+    with ExitStack() as opened:
+
+        def open_storage(study: str) -> BaseStorage:
+            if study not in found:
+                found[study] = opened.enter_context(_storage(place, study, heartbeat_seconds))
+            return found[study]
+
+        yield open_storage
+
+
+@contextmanager
+def _storage(place: Place, study: str, heartbeat_seconds: int) -> Iterator[BaseStorage]:
     """Optuna's storage for a study of this name.
 
     Raises:

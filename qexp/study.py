@@ -103,7 +103,8 @@ def _in_place(study: optuna.Study, place: Place, config: Config) -> Study:
 
 def _be_quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", module="optuna")  # that heartbeats are experimental, at each call
+    for words in (".* is experimental", "Heartbeat of storage is supposed to be used"):  # at each call
+        warnings.filterwarnings("ignore", words)
 
 
 def known_point(study: Study, params: Params) -> SearchPoint | None:

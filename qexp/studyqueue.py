@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -38,9 +39,15 @@ def take_trial(study: Study, on_cut_off: Callable[[FrozenTrial], None]) -> optun
         # From the place, not the worker: another worker, or this one the next time, must not draw the same again.
         study.optuna.sampler = _sampler(study, waiting[0].user_attrs["slot"])
         trial = study.optuna.ask()
-        _beat(study, trial)
-        trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+        if study.place.shared:
+            _beat(study, trial)
+            trial.set_user_attr("worker", worker_name())
     return trial
+
+
+def worker_name() -> str:
+    """Machine and process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def open_trials(study: Study) -> int:
@@ -107,9 +114,8 @@ def _end(study: Study, trial: optuna.Trial, facts: dict[str, Any], values: list[
 
 
 def _beat(study: Study, trial: optuna.Trial) -> None:
-    if study.place.shared:
-        storage: Any = study.optuna._storage
-        storage.record_heartbeat(trial._trial_id)
+    storage: Any = study.optuna._storage
+    storage.record_heartbeat(trial._trial_id)
 
 
 def _sampler(study: Study, slot: int) -> BaseSampler:
@@ -144,4 +150,8 @@ def _fill(study: Study, on_cut_off: Callable[[FrozenTrial], None]) -> None:
         if deaths_of(trials) < MOST_DEATHS:
             params = trials[-1].params if trials else (grid[slot] if study.sampler == "grid" else {})
             again = {"retry_of": trials[-1].number} if trials else {}
-            study.optuna.enqueue_trial(params, user_attrs={"slot": slot, **again})
+            known: dict[str, Any] = {name: CategoricalDistribution(study.space[name]) for name in params}
+            waiting = optuna.create_trial(  # with its parameters, instead of `enqueue_trial`: suggesting writes nothing
+                state=TrialState.WAITING, params=params, distributions=known, user_attrs={"slot": slot, **again}
+            )
+            study.optuna.add_trial(waiting)

@@ -40,12 +40,12 @@ def _do_trial(study: Study, bench: Bench, trial: optuna.Trial) -> None:
             tracking.start_run(f"trial-{trial.number:03d}", _in_words(params)) as run_id,
         ):
             trial.set_user_attr("run_id", run_id)
-            searchruns.log_params({**params, "trial": trial.number, "worker": trial.user_attrs["worker"]})
-            try:
-                point = known_point(study, params) or measure_point(bench, params)
-            except Exception as error:  # whatever a library raises: of this way to quantize, not of the study
-                failure = error
-                raise
+            with searchruns.logging_params(run_id, params | {"worker": studyqueue.worker_name()}):
+                try:
+                    point = known_point(study, params) or measure_point(bench, params)
+                except Exception as error:  # whatever a library raises: of this way to quantize, not of the study
+                    failure = error
+                    raise
             searchruns.log_point(run_id, point, bench.config.seed)
     except BaseException as error:
         if error is not failure:

@@ -87,7 +87,7 @@ ABOVE = {
 STAGES = ("stages", "quantizing", "deciding")  # each may import those before it
 ONLY_IN = {
     "mlflow": {"tracking", "registry", "searchruns"},
-    "optuna": {"storage", "study", "studyqueue", "worker", "search"},
+    "optuna": {"storage", "study", "studyqueue", "worker"},
     "matplotlib": {"plots", "searchplots"},
     "sqlalchemy": {"storage"},
     "torchinfo": {"cost"},
