@@ -22,7 +22,8 @@ from qexp.config import SearchConfig
 from qexp.errors import InputError, StageError, first_line
 from qexp.progress import say
 
-SCHEMES, DRIVER = ("postgresql", "postgres"), "postgresql+psycopg"
+DRIVER = "postgresql+psycopg"
+SCHEMES = ("postgresql", "postgres", DRIVER, "postgresql+psycopg2")
 MISSED_HEARTBEATS = 6
 STALE_LOCK_S = 10  # writing a line takes milliseconds
 CONNECT_S = 10
@@ -129,15 +130,14 @@ def _checked(text: str, name: str) -> sqlalchemy.URL:
         url = sqlalchemy.make_url(text)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise InputError(f"{name}: {allowed}") from None
-    if url.get_backend_name() not in SCHEMES:
+    if url.drivername not in SCHEMES:
         raise InputError(f"{name}: {allowed}")
     if "+" not in url.drivername:
         url = url.set(drivername=DRIVER)
     try:
         url.get_dialect().import_dbapi()
-    except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
-        missing = f"the driver of {url.drivername} is missing ({first_line(error)})"
-        raise InputError(f"{name}: {missing}; {DRIVER} comes with pip install 'qexp[postgres]'") from None
+    except ImportError as error:
+        raise InputError(f"{name}: {first_line(error)}: pip install 'qexp[postgres]'") from None
     timeout = {} if "connect_timeout" in url.query else {"connect_timeout": str(CONNECT_S)}
     return url.update_query_dict(timeout)
 
