@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     counts = [str(8 * number) for number in range(1, given.points // 2 + 2)]
-    search = {"sample_counts": counts, "observers": ["minmax", "histogram"], "study": "benchmark"}
+    search = {"sample_counts": counts, "observers": ["minmax", "histogram"], "study": f"benchmark-{time.time_ns()}"}
     search |= {"seeds_per_point": str(given.seeds_per_point)} | ({"storage": given.storage} if given.storage else {})
     options = {
         "search": search,

@@ -29,7 +29,7 @@ STALE_LOCK_S = 10  # writing a line takes milliseconds
 CONNECT_S = 10
 # By the server: the locks of a machine that was switched off are free after a minute.
 KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
-POLL_S = (0.02, 0.5)  # between two looks at a lock that another worker has: first and longest
+POLL_S = (0.02, 0.2)  # between two looks at a lock that another worker has: first and longest
 PASSWORD = re.compile(r"(://[^:/@\s]*:)\S*(@)|(password=)[^&\s]*", re.IGNORECASE)
 
 

@@ -109,6 +109,8 @@ def _be_quiet() -> None:
 
 def known_point(study: Study, params: Params) -> SearchPoint | None:
     """What a trial with these parameters has found before: samplers ask again for what they liked."""
+    if study.sampler == "grid":
+        return None
     for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if trial.params == params:
             return from_json(SearchPoint, trial.user_attrs["point"])
@@ -123,7 +125,7 @@ def points_of(study: Study) -> list[SearchPoint]:
 
 def failures(study: Study) -> list[str]:
     """The reasons of the trials that failed for good."""
-    by_slot = trials_by_slot(study)
+    by_slot = trials_by_slot(study.optuna.get_trials(deepcopy=False))
     errors = [
         trial.user_attrs["error"] for trials in by_slot.values() for trial in trials if "error" in trial.user_attrs
     ]
@@ -131,9 +133,10 @@ def failures(study: Study) -> list[str]:
     return errors + [f"its worker died {MOST_DEATHS} times" for _ in lost]
 
 
-def trials_by_slot(study: Study) -> dict[int, list[FrozenTrial]]:
+def trials_by_slot(trials: list[FrozenTrial]) -> dict[int, list[FrozenTrial]]:
+    """Trials by the place that they were made for."""
     found: dict[int, list[FrozenTrial]] = {}
-    for trial in study.optuna.get_trials(deepcopy=False):
+    for trial in trials:
         found.setdefault(trial.user_attrs["slot"], []).append(trial)
     return found
 

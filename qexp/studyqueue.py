@@ -31,9 +31,8 @@ def take_trial(study: Study, on_cut_off: Callable[[FrozenTrial], None]) -> optun
         on_cut_off: told of each trial that ended with its worker, before its place is given to another one.
     """
     with study.place.exclusive("queue"):
-        _end_orphans(study)
-        _fill(study, on_cut_off)
-        waiting = study.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        trials = _fill(study, _without_orphans(study), on_cut_off)
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
         if not waiting:
             return None
         # From the place, not the worker: another worker, or this one the next time, must not draw the same again.
@@ -127,31 +126,41 @@ def _sampler(study: Study, slot: int) -> BaseSampler:
     return RandomSampler(seed=seed)  # has nothing to choose: the places of a grid have all parameters
 
 
-def _end_orphans(study: Study) -> None:
-    """Fail the trials whose worker is gone. With a journal there is no other than this one, which is between trials."""
-    running = study.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+def _without_orphans(study: Study) -> list[FrozenTrial]:
+    """All trials, after failing those whose worker is gone.
+
+    With a journal there is no other worker than this one, which is between two trials.
+    """
     if study.place.shared:
         optuna.storages.fail_stale_trials(study.optuna)
-        # A worker that died in `take_trial`: nobody else is in there now.
-        running = [trial for trial in running if "worker" not in trial.user_attrs]
-    for trial in running:
+    trials = study.optuna.get_trials(deepcopy=False)  # takes its time in a database
+    orphans = [
+        trial
+        for trial in trials
+        # A trial without a worker was cut off in `take_trial`, where nobody else is now.
+        if trial.state == TrialState.RUNNING and not (study.place.shared and "worker" in trial.user_attrs)
+    ]
+    for trial in orphans:
         study.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    return study.optuna.get_trials(deepcopy=False) if orphans else trials
 
 
-def _fill(study: Study, on_cut_off: Callable[[FrozenTrial], None]) -> None:
-    by_slot = trials_by_slot(study)
-    grid = grid_of(study.space)
+def _fill(study: Study, trials: list[FrozenTrial], on_cut_off: Callable[[FrozenTrial], None]) -> list[FrozenTrial]:
+    """All trials, after adding one to each place that has none which waits, runs, or is done."""
+    by_slot, grid, added = trials_by_slot(trials), grid_of(study.space), False
     for slot in range(study.slots):
-        trials = by_slot.get(slot, [])
-        if any(t.state in (*OPEN, TrialState.COMPLETE) or "error" in t.user_attrs for t in trials):
+        tries = by_slot.get(slot, [])
+        if any(t.state in (*OPEN, TrialState.COMPLETE) or "error" in t.user_attrs for t in tries):
             continue
-        if trials:
-            on_cut_off(trials[-1])
-        if deaths_of(trials) < MOST_DEATHS:
-            params = trials[-1].params if trials else (grid[slot] if study.sampler == "grid" else {})
-            again = {"retry_of": trials[-1].number} if trials else {}
+        if tries:
+            on_cut_off(tries[-1])
+        if deaths_of(tries) < MOST_DEATHS:
+            params = tries[-1].params if tries else (grid[slot] if study.sampler == "grid" else {})
+            again = {"retry_of": tries[-1].number} if tries else {}
             known: dict[str, Any] = {name: CategoricalDistribution(study.space[name]) for name in params}
             waiting = optuna.create_trial(  # with its parameters, instead of `enqueue_trial`: suggesting writes nothing
                 state=TrialState.WAITING, params=params, distributions=known, user_attrs={"slot": slot, **again}
             )
             study.optuna.add_trial(waiting)
+            added = True
+    return study.optuna.get_trials(deepcopy=False) if added else trials

@@ -98,19 +98,19 @@ def _take_next(study: Study) -> optuna.Trial | None:
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_samplers_have_a_fixed_number_of_trials_for_all_workers(sampler: str, postgres: str) -> None:
     options = {
-        "storage": postgres, "study": sampler, "sampler": sampler, "trials": 14, "objective": "top1+size",
+        "storage": postgres, "study": sampler, "sampler": sampler, "trials": 10, "objective": "top1+size",
         "sample_counts": list(range(1, 400)),
     }  # fmt: skip
     with worker(**options) as one, worker(**options) as other:
         found = []
         while (first := _take(one)) and (second := _take(other)):
             found += [_do(one, first), _do(other, second)]
-        assert len(found) == len(one.optuna.trials) == 14
-    assert len({params["calibration_samples"] for params in found}) > 10  # workers do not draw the same numbers
+        assert len(found) == len(one.optuna.trials) == 10
+    assert len({params["calibration_samples"] for params in found}) > 7  # workers do not draw the same numbers
 
 
 def test_workers_that_race_for_trials_get_each_once(postgres: str) -> None:
-    options = {"storage": postgres, "study": "race", "sample_counts": list(range(1, 31))}
+    options = {"storage": postgres, "study": "race", "sample_counts": list(range(1, 17))}
 
     def work(_: int) -> list[int]:
         with worker(**options) as study:
@@ -119,9 +119,9 @@ def test_workers_that_race_for_trials_get_each_once(postgres: str) -> None:
                 found.append(_do(study, trial)["calibration_samples"])
         return found
 
-    with ThreadPoolExecutor(4) as pool:
-        by_worker = list(pool.map(work, range(4)))
-    assert sorted(sum(by_worker, [])) == list(range(1, 31))
+    with ThreadPoolExecutor(3) as pool:
+        by_worker = list(pool.map(work, range(3)))
+    assert sorted(count for found in by_worker for count in found) == list(range(1, 17))
     assert sum(bool(found) for found in by_worker) > 1
 
 
