@@ -37,7 +37,7 @@ def summary(result: SearchResult) -> dict[str, Any]:
     if result.objective != "top1":
         points["front"] = [_short(point) for point in result.front]  # type: ignore[assignment]
     facts = {"study": result.study, "objective": result.objective, "noise_points": result.noise_points}
-    return facts | {"points": len(result.points), "failed_trials": result.failed_trials} | points
+    return facts | {"trials": len(result.points), "failed_trials": result.failed_trials} | points
 
 
 def _row(point: SearchPoint) -> dict[str, Any]:
@@ -51,8 +51,7 @@ def _row(point: SearchPoint) -> dict[str, Any]:
 
 
 def _short(point: SearchPoint) -> dict[str, Any]:
-    row = {key: value for key, value in _row(point).items() if value is not None and key != "top1_by_seed_percent"}
-    return row
+    return {key: value for key, value in _row(point).items() if value is not None and key != "top1_by_seed_percent"}
 
 
 def _note(result: SearchResult) -> str:

@@ -112,9 +112,9 @@ def open_place(options: SearchConfig) -> Iterator[Place]:
         raise InputError(f"{name}: the database does not answer ({_said(error)})") from None
     with connection:
         place = Place(name, options.study, url, connection)
-        if sqlalchemy.inspect(connection).has_table("experiments"):
-            raise InputError(f"{name}: this database is MLflow's; give the search one of its own (createdb NAME)")
         try:
+            if sqlalchemy.inspect(connection).has_table("experiments"):
+                raise InputError(f"{name}: this database is MLflow's; give the search one of its own (createdb NAME)")
             for setting, value in KEEPALIVES.items():
                 connection.execute(sqlalchemy.text(f"SET {setting} = {value}"))
             while not place._ask("pg_try_advisory_lock_shared", "present"):  # the last worker is about to end

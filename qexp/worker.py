@@ -5,11 +5,12 @@ import time
 import optuna
 
 from qexp import searchruns, studyqueue, tracking
+from qexp.config import flat_params
 from qexp.errors import first_line
 from qexp.evidence import SearchPoint
 from qexp.progress import say
 from qexp.study import Params, Study, known_point
-from qexp.trials import Bench, measure_point
+from qexp.trials import Bench, measure_point, options_for
 
 WAIT_S = 1.0  # between two looks at what other workers are at
 
@@ -40,7 +41,7 @@ def _do_trial(study: Study, bench: Bench, trial: optuna.Trial) -> None:
             tracking.start_run(f"trial-{trial.number:03d}", _in_words(params)) as run_id,
         ):
             trial.set_user_attr("run_id", run_id)
-            with searchruns.logging_params(run_id, params | {"worker": studyqueue.worker_name()}):
+            with searchruns.logging_params(run_id, _params_of_run(bench, params)):
                 try:
                     point = known_point(study, params) or measure_point(bench, params)
                 except Exception as error:  # whatever a library raises: of this way to quantize, not of the study
@@ -67,6 +68,14 @@ def _end_run_of(trial: optuna.trial.FrozenTrial) -> None:
         worker = trial.user_attrs.get("worker", "unknown")
         say(f"trial {trial.number}: its worker {worker} is gone; it is done again")
         searchruns.end_as_killed(trial.user_attrs["run_id"], f"its worker {worker} is gone; the trial is done again")
+
+
+def _params_of_run(bench: Bench, params: Params) -> dict[str, object]:
+    """The options of quantization, as other runs have them; what else there is, the parent has."""
+    quantize = options_for(bench.config.quantize, bench.order, params)
+    flat = flat_params(bench.config.model_copy(update={"quantize": quantize}))
+    named = {name: value for name, value in flat.items() if name.startswith("quantize.")}
+    return named | {"fp32_layers": params["fp32_layers"], "worker": studyqueue.worker_name()}
 
 
 def _in_words(params: Params) -> str:
