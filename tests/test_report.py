@@ -17,7 +17,7 @@ from PIL import Image
 
 from qexp import plots
 from qexp.evaluation import Accuracy
-from qexp.evidence import Evidence, Judged
+from qexp.evidence import Evidence, Judged, from_json, to_json
 from qexp.report import render_markdown, table, write_report
 
 FIGURES = [
