@@ -184,6 +184,8 @@ def _rounded(value: Any) -> Any:
     """Four decimals are more than any measurement here holds."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
     return round(value, 4) if isinstance(value, float) else value
 
 

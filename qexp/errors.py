@@ -2,7 +2,8 @@
 
 import re
 
-PASSWORD = re.compile(r"(://[^:/?#@\s]*):[^@\s]+@")  # as in postgresql://user:password@host
+# As in postgresql://user:password@host, also one with an @ in it, and as in postgresql://host/name?password=…
+PASSWORD = re.compile(r"(://[^:/?#@\s]*:)\S*(@)|([?&]password=)[^&\s]*", re.IGNORECASE)
 NO_ANSWER = re.compile(r"API request to \S+ failed with (?:timeout )?exception")
 NOBODY = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out")  # nobody is there, as the system says it
 REFUSED = "failed with error code 401"
@@ -33,4 +34,4 @@ def first_line(error: BaseException) -> str:
 
 def hide_passwords(text: str) -> str:
     """`text` with *** for every password in a URL."""
-    return PASSWORD.sub(r"\1:***@", text)
+    return PASSWORD.sub(lambda found: f"{found[1]}***{found[2]}" if found[1] else f"{found[3]}***", text)

@@ -160,26 +160,52 @@ class Evidence:
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """Validation top-1 with one sample count and observer, over calibration subsets drawn with several seeds."""
+    """One way to quantize: validation top-1 over calibration subsets drawn with several seeds, and what it costs.
+
+    `fp32_layers` of the most sensitive layers stayed fp32, beside those that no trial may quantize. `size_bytes` and
+    `speedup` (over fp32, timed in turns) are there where the search looks at them; `latency_p50_ms` is the study's p50
+    of fp32 over that speed-up, and `noise` what int8 showed against itself.
+    """
 
     calibration_samples: int
     observer: str
+    engine: str
+    weight_scale: str
+    fp32_layers: int
     top1_percent: float
     spread_points: float
     top1_by_seed_percent: tuple[float, ...]
+    size_bytes: int | None = None
+    latency_p50_ms: float | None = None
+    speedup: Ratio | None = None
+    noise: Ratio | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """The second objective, of which less is better: ms or bytes."""
+        return self.latency_p50_ms if self.latency_p50_ms is not None else self.size_bytes
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All points by sample count; `best` has the highest mean, `winner` the smallest count within noise of it."""
+    """All points; `best` has the highest mean top-1, `front` is the Pareto front, the cheapest point first.
+
+    `winner` is, of the points within noise of the best, the one with the smallest sample count, or the fastest or
+    smallest one where there is a second objective. `fp32_cost` is that of the fp32 model, in ms or bytes.
+    """
 
     study: str
+    objective: str
     points: tuple[SearchPoint, ...]
     best: SearchPoint
     winner: SearchPoint
+    front: tuple[SearchPoint, ...]
     noise_points: float
     fp32_top1_percent: float
     validation_images: int
+    latency_batch_size: int | None = None
+    fp32_cost: float | None = None
+    failed_trials: int = 0
 
 
 def to_json(result: object) -> str:

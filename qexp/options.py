@@ -169,15 +169,33 @@ class GateConfig(BaseModel):
 
 class SearchConfig(BaseModel):
     model_config = STRICT
+    objective: Literal["top1", "top1+latency", "top1+size"] = Field(
+        "top1", description="validation top-1, alone or with p50 latency or size on disk as a second objective"
+    )
     sample_counts: Counts = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
     observers: list[Observer] | None = Field(
         None, min_length=1, description="observers to try; auto: the one of quantize.observer"
     )
+    weight_scales: list[Literal["channel", "layer"]] | None = Field(
+        None, min_length=1, description="one weight scale a channel or a layer, to try; auto: quantize.per_channel"
+    )
+    fp32_layer_counts: Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))
+    ] = Field([0], description="how many layers stay fp32, most sensitive first, to try; 0: none")
+    latency_batch_size: int = Field(1, ge=1, description="images a forward pass when a trial is timed")
     seeds_per_point: int = Field(3, ge=1, description="calibration subsets drawn for each point")
-    sampler: Literal["grid", "tpe"] = Field("grid", description="grid: every point once; tpe: Optuna's TPE")
-    trials: int = Field(20, ge=1, description="trials of the tpe sampler; the grid has its own number")
+    sampler: Literal["grid", "tpe", "nsga2"] = Field(
+        "grid", description="grid: every point once; tpe, nsga2: Optuna's samplers of these names"
+    )
+    trials: int = Field(20, ge=1, description="trials of tpe and nsga2, over all workers; the grid has its own number")
     study: str | None = Field(None, description="name of the study; auto: made from the model version and the options")
     study_dir: str = Field("studies", description="folder of the study's journal file")
+    storage: str | None = Field(
+        None, description="database of a study with several workers, postgresql://USER@HOST/DATABASE; auto: study_dir"
+    )
+    heartbeat_seconds: int = Field(
+        5, ge=1, le=3600, description="between signs of life of a worker; without six of them its trial is redone"
+    )
     register_best: bool = Field(False, description="quantize again with the winner, measure and register it")
 
 

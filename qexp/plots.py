@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from qexp import claims
-from qexp.evidence import Evidence, SearchResult
+from qexp.evidence import Evidence
 
 WIDTH_IN, HEIGHT_IN, DPI = 4.2, 3.1, 180
 FP32, INT8, FLOAT_PART = "#5b6c8f", "#e07b39", "#c9ced9"
@@ -201,28 +201,3 @@ FIGURES: dict[str, Callable[[Axes, Evidence], None]] = {
     "inference_time": _inference_time,
     "sensitivity": _sensitivity,
 }
-
-
-def save_search_figure(result: SearchResult, file: Path) -> None:
-    """Validation top-1 against calibration sample count, with the spread between seeds."""
-    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    for observer in sorted({point.observer for point in result.points}):
-        points = [point for point in result.points if point.observer == observer]
-        counts = [point.calibration_samples for point in points]
-        means, spreads = [p.top1_percent for p in points], [p.spread_points for p in points]
-        axes.errorbar(counts, means, spreads, fmt="o-", ms=3, capsize=3, label=f"int8, {observer}")
-    axes.axhline(result.fp32_top1_percent, color=FP32, ls="--", lw=0.8, label="fp32")
-    winner = result.winner
-    axes.plot(
-        winner.calibration_samples, winner.top1_percent, "o", ms=9, mfc="none", color=INT8, label="smallest in noise"
-    )
-    counts = sorted({point.calibration_samples for point in result.points})
-    axes.set_xscale("log")
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.set_title("Accuracy by calibration sample count", fontsize=10)
-    axes.set(xlabel="calibration images (bars: spread between seeds)", ylabel="validation top-1, %")
-    axes.legend(fontsize=7)
-    figure.savefig(file)

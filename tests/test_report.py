@@ -17,7 +17,7 @@ from PIL import Image
 
 from qexp import plots
 from qexp.evaluation import Accuracy
-from qexp.evidence import Evidence, Judged, SearchPoint, SearchResult, from_json, to_json
+from qexp.evidence import Evidence, Judged, from_json, to_json
 from qexp.report import render_markdown, table, write_report
 
 FIGURES = [
@@ -188,19 +188,6 @@ def test_what_was_not_measured_is_not_shown(evidence: Evidence, tmp_path: Path) 
     text = (tmp_path / "report.md").read_text()
     assert "sensitivity" not in text and "## What to ship" in text
     assert page.read_text().count("data:image/png;base64,") == 7
-
-
-def test_search_figure(tmp_path: Path) -> None:
-    points = tuple(
-        SearchPoint(count, observer, top1, 0.2, (top1 - 0.2, top1 + 0.2))
-        for observer in ("histogram", "minmax")
-        for count, top1 in ((8, 93.0), (64, 94.5), (512, 94.6))
-    )
-    result = SearchResult("study", points, points[2], points[1], 0.3, 95.0, 144)
-    plots.save_search_figure(result, tmp_path / "search.png")
-    with Image.open(tmp_path / "search.png") as image:
-        assert image.width >= 500 and image.height >= 350
-    assert from_json(SearchResult, to_json(result)) == result
 
 
 # --- page

@@ -1,39 +1,23 @@
-"""The search, on the store of a finished run: trials, resuming, the conclusion, the registered winner."""
+"""The search with a journal, on the store of a finished run: trials, resuming, failing, the registered winner."""
 
-import os
+import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import mlflow
 import optuna
 import pytest
-from conftest import PLAIN, REPOSITORY, Finished, run_qexp
+from conftest import PLAIN, Finished, environment_for, run_qexp
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
-from qexp.evidence import SearchPoint
-from qexp.search import conclude
+from qexp.evidence import SearchResult, from_json
 
 COUNTS = ["--sample-counts", "8,32,128", "--seeds-per-point", "2", "--observers", "minmax,histogram"]
-
-
-def _point(count: int, *top1: float) -> SearchPoint:
-    spread = max(top1) - min(top1)
-    return SearchPoint(count, "histogram", sum(top1) / len(top1), spread, top1)
-
-
-def test_winner_is_the_smallest_count_within_noise_of_the_best() -> None:
-    points = [_point(8, 80.0, 80.0), _point(32, 89.8, 90.0), _point(512, 90.0, 90.2)]
-    result = conclude("study", points, 90.0, validation_images=5000)
-    assert (result.best.calibration_samples, result.winner.calibration_samples) == (512, 32)
-
-
-def test_without_spread_a_difference_of_one_validation_image_is_noise() -> None:
-    points = [_point(8, 90.0, 90.0), _point(32, 91.0, 91.0), _point(64, 92.0, 92.0)]
-    assert conclude("study", points, 90.0, validation_images=100).winner.calibration_samples == 32
-    assert conclude("study", points, 90.0, validation_images=1000).winner.calibration_samples == 64
 
 
 def _trials(in_use: Finished, parent: str) -> list[mlflow.entities.Run]:
@@ -62,15 +46,14 @@ def test_grid_search_runs_every_point_once_and_goes_on_where_it_stopped(in_use: 
     artifacts = mlflow.MlflowClient(tracking_uri=in_use.uri).list_artifacts(done.summary["run_id"], "figures")
     assert [file.path for file in artifacts] == ["figures/search.png"]
 
-    again = run_qexp(in_use.folder, "search", *COUNTS, "--register-best", "true", "--batch-sizes", "1", *PLAIN)
+    again = run_qexp(in_use.folder, "search", *COUNTS)
     assert again.code == 0, again.stderr
-    assert _trials(in_use, again.summary["run_id"]) == []
+    assert again.summary["run_id"] == done.summary["run_id"]  # one for the study
+    assert len(_trials(in_use, again.summary["run_id"])) == 6
+    parent = mlflow.MlflowClient(tracking_uri=in_use.uri).get_run(again.summary["run_id"])
+    assert parent.info.status == "FINISHED" and "are enough" in parent.data.tags["mlflow.note.content"]
     assert len(_study(in_use, done.summary["study"]).trials) == 6
     assert again.summary["winner"] == done.summary["winner"]
-    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
-    version = client.get_model_version(*again.summary["int8"].removeprefix("models:/").split("/"))
-    assert version.tags["calibration_samples"] == str(again.summary["winner"]["calibration_samples"])
-    assert version.tags["observer"] == again.summary["winner"]["observer"]
 
 
 def test_the_test_images_are_not_looked_at(in_use: Finished) -> None:
@@ -82,24 +65,112 @@ def test_the_test_images_are_not_looked_at(in_use: Finished) -> None:
     assert "test images" not in done.stderr
 
 
-def test_a_killed_search_goes_on(in_use: Finished) -> None:
-    options = ["--sample-counts", "4,8,16,32,64,128", "--seeds-per-point", "2", "--study", "killed"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": in_use.uri, "PYTHONPATH": str(REPOSITORY)}
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)], ids=["killed", "stopped"])
+def test_a_search_that_was_cut_off_goes_on(number: signal.Signals, code: int, in_use: Finished) -> None:
+    name = number.name
+    options = ["--sample-counts", "4,8,12,16", "--seeds-per-point", "2", "--study", name]
     command = [sys.executable, "-m", "entrypoints.cli", "search", *options]
+    environment = environment_for(in_use.uri)
     process = subprocess.Popen(command, cwd=in_use.folder, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("trial 2:"):
+        if line.startswith("trial 1:"):
             break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = [trial for trial in _study(in_use, "killed").trials if trial.state.is_finished()]
-    assert 2 <= len(before) < 6
+    process.send_signal(number)
+    process.stderr.read()
+    assert process.wait() == code
+    before = [trial for trial in _study(in_use, name).trials if trial.state.is_finished() and trial.values]
+    assert 2 <= len(before) < 4
     done = run_qexp(in_use.folder, "search", *options)
     assert done.code == 0, done.stderr
-    after = [trial for trial in _study(in_use, "killed").trials if trial.state.is_finished()]
-    assert sorted(trial.params["calibration_samples"] for trial in after) == [4, 8, 16, 32, 64, 128]
-    assert len(_trials(in_use, done.summary["run_id"])) == 6 - len(before)
+    trials = _trials(in_use, done.summary["run_id"])
+    ended = Counter(run.info.status for run in trials)
+    assert ended["FINISHED"] == 4 and ended.total() - ended["KILLED"] == 4
+    complete = [trial for trial in _study(in_use, name).trials if trial.state == TrialState.COMPLETE]
+    assert sorted(trial.params["calibration_samples"] for trial in complete) == [4, 8, 12, 16]
+    assert mlflow.MlflowClient(tracking_uri=in_use.uri).get_run(done.summary["run_id"]).info.status == "FINISHED"
+
+
+BROKEN = """
+from qexp import quantization
+from qexp.errors import StageError
+
+def refuse(*given):
+    raise StageError("engine onnx cannot quantize this model: no reason")
+
+quantization.ENGINES["onnx"] = refuse
+from entrypoints.cli import main_program
+main_program()
+"""
+
+
+def _with_broken_engine(in_use: Finished, *options: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-c", BROKEN, "search", "--sample-counts", "4", "--seeds-per-point", "1", *options]
+    done = subprocess.run(command, cwd=in_use.folder, env=environment_for(in_use.uri), capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_trial_that_fails_says_why_and_the_study_goes_on(in_use: Finished) -> None:
+    code, out, err = _with_broken_engine(in_use, "--engine", "onnx,fx", "--study", "half")
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["failed_trials"], summary["winner"]["engine"]) == (1, "fx")
+    by_state = {trial.state: trial for trial in _study(in_use, "half").trials}
+    assert "no reason" in by_state[TrialState.FAIL].user_attrs["error"]
+    runs = {run.info.status: run for run in _trials(in_use, summary["run_id"])}
+    assert (
+        runs["FAILED"].data.params["quantize.engine"] == "['onnx']"
+        and "no reason" in runs["FAILED"].data.tags["qexp.error"]
+    )
+    assert set(runs) == {"FAILED", "FINISHED"}
+
+
+def test_a_study_in_which_all_trials_fail_fails(in_use: Finished) -> None:
+    code, out, err = _with_broken_engine(in_use, "--engine", "onnx", "--study", "none")
+    assert (code, out) == (1, "")
+    assert "all 1 trials failed" in err.splitlines()[-1] and "no reason" in err.splitlines()[-1]
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    run_id = _study(in_use, "none").user_attrs["run_id"]
+    assert client.get_run(run_id).info.status == "FAILED"
+
+
+def test_two_objectives(in_use: Finished, tmp_path: Path) -> None:
+    options = ["--objective", "top1+size", "--sampler", "tpe", "--trials", "4", "--seeds-per-point", "1"]
+    space = ["--sample-counts", "8,64", "--weight-scales", "channel,layer", "--fp32-layer-counts", "0,2"]
+    done = run_qexp(in_use.folder, "search", *options, *space)
+    assert done.code == 0, done.stderr
+    study = _study(in_use, done.summary["study"])
+    assert len(study.trials) == 4 and [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    run = done.summary["run_id"]
+    assert [file.path for file in client.list_artifacts(run, "figures")] == ["figures/pareto.png"]
+    assert "tables/pareto.json" in [file.path for file in client.list_artifacts(run, "tables")]
+    result = from_json(SearchResult, Path(client.download_artifacts(run, "results/search.json", tmp_path)).read_text())
+    for point in result.points:
+        values = [point.top1_percent, float(point.size_bytes or 0)]
+        assert values in [trial.values for trial in study.trials]
+        assert (point.size_bytes or 0) > 1.2 * 450_000 if point.fp32_layers else (point.size_bytes or 0) < 1.2 * 450_000
+    assert result.fp32_cost and result.fp32_cost > 1_700_000
+    front = {(point.top1_percent, point.cost) for point in result.front}
+    assert front == {tuple(trial.values) for trial in study.best_trials}
+
+
+def test_latency_is_measured_against_fp32_and_its_winner_registered(in_use: Finished) -> None:
+    options = ["--objective", "top1+latency", "--latency-batch-size", "8", "--seeds-per-point", "1"]
+    space = ["--sample-counts", "16", "--fp32-layer-counts", "0,3"]
+    register = ["--register-best", "true", "--batch-sizes", "8", "--min-repeats", "3", "--min-seconds", "0", *PLAIN]
+    done = run_qexp(in_use.folder, "search", *options, *space, *register)
+    assert done.code == 0, done.stderr
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    study, winner = _study(in_use, done.summary["study"]), done.summary["winner"]
+    for run in _trials(in_use, done.summary["run_id"]):
+        speedup = run.data.metrics["latency/speedup"]
+        assert run.data.metrics["latency/p50_ms"] == pytest.approx(study.user_attrs["fp32_p50_ms"] / speedup)
+        assert run.data.metrics["latency/speedup_low"] <= speedup <= run.data.metrics["latency/speedup_high"]
+    version = client.get_model_version(*done.summary["int8"].removeprefix("models:/").split("/"))
+    assert version.tags["calibration_samples"] == "16" and version.tags["observer"] == winner["observer"]
+    kept = study.user_attrs["layers_most_sensitive_first"][: winner["fp32_layers"]]
+    assert set(version.tags["float_layers"].split(",")) == (set(kept) or {"none"})
 
 
 def test_a_lock_left_by_a_killed_search_is_taken_over(in_use: Finished) -> None:
@@ -117,20 +188,16 @@ def test_a_study_is_not_mixed_with_other_options(in_use: Finished) -> None:
     assert done.code == 2 and "--study mine" in done.stderr
 
 
-def test_tpe_makes_the_trials_it_is_asked_for(in_use: Finished) -> None:
-    options = ["--sampler", "tpe", "--trials", "3", "--seeds-per-point", "1", "--sample-counts", "8,16"]
-    done = run_qexp(in_use.folder, "search", *options)
-    assert done.code == 0, done.stderr
-    assert len(_study(in_use, done.summary["study"]).trials) == 3
-
-
 def test_without_a_registered_model_one_is_trained_first(tmp_path: Path) -> None:
     done = run_qexp(tmp_path, "search", "--epochs", "1", "--sample-counts", "8", "--seeds-per-point", "1")
     assert done.code == 0, done.stderr
     assert done.summary["fp32"] == "models:/smallnet-digits-fp32/1"
 
 
-@pytest.mark.parametrize("option", ["--sampler=random", "--observers=best", "--seeds-per-point=0"])
+@pytest.mark.parametrize(
+    "option",
+    ["--sampler=random", "--observers=best", "--seeds-per-point=0", "--objective=speed", "--fp32-layer-counts=7"],
+)
 def test_bad_search_options(option: str, in_use: Finished) -> None:
     done = run_qexp(in_use.folder, "search", option)
     assert done.code == 2 and option.split("=")[0] in done.stderr

@@ -1,5 +1,6 @@
 """What every engine gives back."""
 
+import io
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,3 +70,16 @@ class QuantizedModel:
         with tempfile.NamedTemporaryFile() as file:
             torch.jit.save(self.stored, file.name)
             return Path(file.name).stat().st_size
+
+    def reloaded(self) -> Callable[[Tensor], Tensor]:
+        """The model as a process has it that loads it: torch's int8 convolutions keep the first shape that they see."""
+        if self.flavor == "onnx":
+            return self.module
+        buffer, before = io.BytesIO(), torch.backends.quantized.engine
+        torch.jit.save(self.stored, buffer)
+        buffer.seek(0)
+        try:
+            torch.backends.quantized.engine = self.result.load_backend or before
+            return torch.jit.load(buffer)
+        finally:
+            torch.backends.quantized.engine = before

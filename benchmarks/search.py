@@ -1,0 +1,112 @@
+"""What a trial of a search costs beside what it must do: its wall time over that of the bare calls, in turns.
+
+    python benchmarks/search.py --points 20 --seeds-per-point 1
+
+Bare is: draw the calibration images, `quantize_model` (calibrate and convert), accuracy on the validation images. A
+trial is all that a worker does from asking for one to the next: Optuna's storage, the run in MLflow and its values. For
+each point both are timed, in random order, in one process; SmallNet on digits, in a store of its own.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from qexp import searchruns, studyqueue, tracking, worker
+from qexp.config import Config, load_config
+from qexp.joining import get_ready, set_up
+from qexp.storage import open_place, storages_of
+from qexp.study import Params, Study, grid_of
+from qexp.trials import Bench, _quantized, _top1, options_for
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def bare(bench: Bench, params: Params) -> None:
+    """The three calls, for each seed."""
+    options = options_for(bench.config.quantize, bench.order, params)
+    for index in range(bench.config.search.seeds_per_point):
+        _top1(bench, _quantized(bench, options, index))
+
+
+def trial(study: Study, bench: Bench) -> None:
+    """One trial, with asking for it."""
+    taken = studyqueue.take_trial(study, worker._end_run_of)
+    assert taken is not None
+    worker._do_trial(study, bench, taken)
+
+
+def compare(study: Study, bench: Bench) -> list[tuple[float, float]]:
+    """Seconds of the bare calls and of the trial, by point; both have run once before."""
+    order, found = random.Random(0), []
+    bare(bench, grid_of(study.space)[0])
+    trial(study, bench)
+    for params in grid_of(study.space)[1:]:
+        works = {"bare": lambda params=params: bare(bench, params), "trial": lambda: trial(study, bench)}
+        names = order.sample(list(works), 2)
+        times = {name: seconds(works[name]) for name in names}  # type: ignore[arg-type]
+        found.append((times["bare"], times["trial"]))
+        print(f"{params}: bare {times['bare']:.3f} s, trial {times['trial']:.3f} s", flush=True)
+    return found
+
+
+def run(config: Config) -> list[tuple[float, float]]:
+    """Train, make the study, and compare; all in the current folder."""
+    tracking.use_store()
+    with (
+        open_place(config.search) as place,
+        storages_of(place, config.search.heartbeat_seconds) as open_storage,
+    ):
+        ready = get_ready(config, place, open_storage, None)
+        with searchruns.study_run("Benchmark.", None, place.leave) as run_id:
+            return compare(*set_up(ready, place, open_storage, run_id))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--points", type=int, default=20)
+    parser.add_argument("--seeds-per-point", type=int, default=1)
+    parser.add_argument("--storage", help="postgresql://…; default: a journal file")
+    parser.add_argument("--threads", default="auto")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    counts = [str(8 * number) for number in range(1, given.points // 2 + 2)]
+    search = {"sample_counts": counts, "observers": ["minmax", "histogram"], "study": f"benchmark-{time.time_ns()}"}
+    search |= {"seeds_per_point": str(given.seeds_per_point)} | ({"storage": given.storage} if given.storage else {})
+    options = {
+        "search": search,
+        "train": {"epochs": "1"},
+        "": {} if given.threads == "auto" else {"threads": given.threads},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        found = run(load_config(None, options))
+        os.chdir("/")
+    ratios = [trial / bare for bare, trial in found]
+    result = {
+        "points": len(found),
+        "storage": "postgresql" if given.storage else "journal",
+        "bare_s": statistics.median(bare for bare, _ in found),
+        "trial_s": statistics.median(trial for _, trial in found),
+        "overhead_s": statistics.median(trial - bare for bare, trial in found),
+        "ratio_of_sums": sum(trial for _, trial in found) / sum(bare for bare, _ in found),
+        "ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+    }
+    print(json.dumps(result, indent=2))
+    if given.output:
+        given.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What the points of a search say: the best, those that no other beats in both objectives, and the one to take."""
+
+import statistics
+from collections.abc import Sequence
+from math import sqrt
+
+from qexp.evidence import SearchPoint, SearchResult
+
+
+def conclude(
+    study: str, objective: str, points: Sequence[SearchPoint], fp32_top1_percent: float, validation_images: int
+) -> SearchResult:
+    """The best point, the Pareto front, and the winner: what to take of all that is within noise of the best.
+
+    Noise is twice the standard error of the difference of two means, from the spread between seeds pooled over the
+    better half of the points (of the others, some may be broken), and at least one validation image: a smaller
+    difference could not have been seen.
+    """
+    points = sorted({_key(point): point for point in points}.values(), key=_key)
+    best = max(points, key=lambda point: (point.top1_percent, -point.calibration_samples))
+    middle = statistics.median(point.top1_percent for point in points)
+    pooled = sqrt(statistics.fmean(point.spread_points**2 for point in points if point.top1_percent >= middle))
+    seeds = min(len(point.top1_by_seed_percent) for point in points)
+    noise = max(2 * pooled * sqrt(2 / seeds), 100 / validation_images)
+    near = [point for point in points if best.top1_percent - point.top1_percent <= noise + 1e-9]
+    return SearchResult(
+        study, objective, tuple(points), best, _winner(near), pareto_front(points), noise, fp32_top1_percent,
+        validation_images,
+    )  # fmt: skip
+
+
+def pareto_front(points: Sequence[SearchPoint]) -> tuple[SearchPoint, ...]:
+    """Points that no other one beats in one objective without losing in the other, the cheapest first.
+
+    Without a second objective: the best point alone. By what was measured; noise is not considered.
+    """
+    front: list[SearchPoint] = []
+    for point in sorted(points, key=lambda point: (point.cost or 0.0, -point.top1_percent)):
+        if not front or point.top1_percent > front[-1].top1_percent:
+            front.append(point)
+    return tuple(front)
+
+
+def _winner(near: Sequence[SearchPoint]) -> SearchPoint:
+    """The smallest sample count; where there is a second objective, the most accurate of those that are as cheap as
+    the cheapest, as far as the intervals can tell."""
+    if near[0].cost is None:
+        return min(near, key=lambda point: (point.calibration_samples, -point.top1_percent))
+    cheapest = min(near, key=lambda point: point.cost or 0.0)
+    alike = [point for point in near if _as_cheap(point, cheapest)]
+    return min(alike, key=lambda point: (-point.top1_percent, point.calibration_samples, point.cost))
+
+
+def _as_cheap(point: SearchPoint, cheapest: SearchPoint) -> bool:
+    if point.speedup is None or cheapest.speedup is None:
+        return point.cost == cheapest.cost
+    return point.speedup.high >= cheapest.speedup.low
+
+
+def _key(point: SearchPoint) -> tuple[int | str, ...]:
+    return point.calibration_samples, point.observer, point.engine, point.weight_scale, point.fp32_layers

@@ -1,0 +1,146 @@
+"""How a worker joins a study: what the study must be made for, and what all its trials use."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qexp import pipeline, quantizing, registered, registry, searchruns, stages, tracking
+from qexp.config import Config
+from qexp.data import Dataset, dataset_name
+from qexp.errors import InputError
+from qexp.host import Host
+from qexp.models import ModelSpec, outline
+from qexp.quantization.sensitivity import most_sensitive_first
+from qexp.storage import Place
+from qexp.study import Study, find_study, make_study, search_space
+from qexp.trials import Bench, time_against_fp32
+
+# Options of quantization that the space varies, or that no trial looks at: they make no other study.
+OF_NO_TRIAL = {
+    "calibration_samples", "observer", "engine", "per_channel", "sensitivity_images", "max_top1_drop", "max_tries"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is known before there is a run; without `model_uri` a model has to be trained, and there is no study yet."""
+
+    config: Config
+    host: Host
+    dataset: Dataset
+    model_uri: str | None
+    study: Study | None
+    parent_run_id: str | None
+
+
+def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], model_uri: str | None) -> Ready:
+    """Look for the study, the fp32 version and the parent run, and refuse what does not fit.
+
+    The version: the one given, that of the study, or the newest of this model and data set.
+
+    Args:
+        open_storage: gives Optuna's storage for a study of a name, the same one each time.
+
+    Raises:
+        InputError: the study is made for something else or its run is in another store; as `pipeline.prepare`.
+    """
+    name = config.search.study
+    study = find_study(open_storage(name), place, name, config, {}) if name else None
+    parent = searchruns.find_parent(study.note("run_id"), study.name) if study else None
+    if study and not model_uri and isinstance(made_for := study.note("made_for"), dict):
+        model_uri = made_for.get("model_uri")
+    model_uri = model_uri or registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
+    config, host, dataset = pipeline.prepare(config, model_uri, given=("data",))
+    _check_space(config, dataset)
+    if model_uri:
+        facts = _facts(config, host, model_uri)
+        name = name or _own_name(facts)
+        study = find_study(open_storage(name), place, name, config, facts)
+        parent = searchruns.find_parent(study.note("run_id"), study.name) if study else None
+    if parent:
+        tracking.use_experiment(dataset.name, parent)
+    return Ready(config, host, dataset, model_uri, study, parent)
+
+
+def set_up(ready: Ready, place: Place, open_storage: Callable[[str], Any], run_id: str) -> tuple[Study, Bench]:
+    """In the parent run: what the first worker makes and others find: model, study, order of layers, p50 of fp32."""
+    config, host, dataset = ready.config, ready.host, ready.dataset
+    if ready.parent_run_id is None:
+        tracking.log_setup(config, host)
+        tracking.log_datasets(dataset, ("train", "validation"))
+    uri = ready.model_uri or stages.train_stage(config, host, dataset).version.uri
+    fp32 = registered.fp32_from_registry(uri, dataset, splits=("validation",))
+    study = ready.study
+    if study is None:
+        facts = _facts(config, host, uri)
+        name = config.search.study or _own_name(facts)
+        study = make_study(open_storage(name), place, name, config, facts)
+    if study.note("run_id") != run_id:
+        study.remember("run_id", run_id)
+    order, p50_ms = _layer_order(study, ready, fp32, run_id), None
+    if config.search.objective == "top1+latency":
+        p50_ms = study.note("fp32_p50_ms")
+        if p50_ms is None:
+            p50_ms = time_against_fp32(fp32, None, config.search.latency_batch_size).stats["fp32"].p50_ms
+            study.remember("fp32_p50_ms", p50_ms)
+    return study, Bench(config, host, dataset, fp32, order, p50_ms)
+
+
+def _layer_order(study: Study, ready: Ready, fp32: stages.Fp32, run_id: str) -> tuple[str, ...]:
+    """Most sensitive first, the same for all workers; empty where no layer is to stay fp32."""
+    if max(study.space["fp32_layers"]) == 0:
+        return ()
+    if (known := study.note("layers_most_sensitive_first")) is not None:
+        return tuple(known)
+    searchruns.end_left_open(run_id, searchruns.OF_SETUP)
+    options = ready.config.quantize
+    wanted = {"sensitivity_images": options.sensitivity_images or quantizing.BUDGET_IMAGES}
+    config = ready.config.model_copy(update={"quantize": options.model_copy(update=wanted)})
+    found = quantizing.sensitivity_stage(config, ready.host, ready.dataset, fp32)
+    assert found is not None
+    order = most_sensitive_first(found)
+    study.remember("layers_most_sensitive_first", list(order))
+    return order
+
+
+def _check_space(config: Config, dataset: Dataset) -> None:
+    for count in config.search.sample_counts:
+        if count > len(dataset.train):
+            allowed = f"must be at most {len(dataset.train)}, the number of training images"
+            raise InputError(f"--sample-counts {count}: {allowed}")
+    most = max(config.search.fp32_layer_counts)
+    if most:
+        network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
+        layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
+        if most >= layers:
+            raise InputError(f"--fp32-layer-counts {most}: must be less than {layers}, the layers of {config.model}")
+
+
+def _facts(config: Config, host: Host, model_uri: str) -> dict[str, Any]:
+    """What all workers of a study must agree on."""
+    found = registry.find_version(model_uri, "fp32")
+    search = config.search
+    facts: dict[str, Any] = {
+        "model_uri": f"models:/{found.name}/{found.version}",
+        "train_run_id": found.tags["train_run_id"],  # another database counts its versions from 1 too
+        "data_digest": found.tags["data_digest"],
+        "seed": config.seed,
+        "objective": search.objective,
+        "seeds_per_point": search.seeds_per_point,
+        "sampler": search.sampler,
+        "reduce_range": not host.has_int8_dot_product,
+    }
+    facts |= search_space(config) | config.quantize.model_dump(mode="json", exclude=OF_NO_TRIAL)
+    facts |= {"trials": search.trials} if search.sampler != "grid" else {}
+    facts |= {"heartbeat_seconds": search.heartbeat_seconds} if search.storage else {}
+    if search.objective == "top1+latency":  # times of different machines cannot be compared
+        facts |= {"latency_batch_size": search.latency_batch_size, "cpu": host.cpu, "threads": host.threads}
+    return facts
+
+
+def _own_name(facts: dict[str, Any]) -> str:
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:8]
+    return f"{facts['model_uri'].removeprefix('models:/').replace('/', '-v')}-{digest}"

@@ -1,0 +1,101 @@
+"""The MLflow runs of a search: one parent for the study, whoever works on it, and below it one for each trial."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import mlflow
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from qexp import tracking
+from qexp.errors import InputError, StageError, first_line
+from qexp.evidence import SearchPoint
+from qexp.progress import say
+
+OF_SETUP = ("train", "sensitivity")  # stages below the parent that come before the first trial
+
+
+def find_parent(run_id: str | None, study: str) -> str | None:
+    """The study's run as it was started; None if there is none, or it was deleted: a new one takes its place.
+
+    Raises:
+        InputError: this store does not have it.
+    """
+    if run_id is None:
+        return None
+    try:
+        run = mlflow.MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: has no run {run_id}, to which study {study} belongs "
+            f"({first_line(error)}); all its workers must use the same store"
+        ) from None
+    return run_id if run.info.lifecycle_stage == "active" else None
+
+
+@contextmanager
+def study_run(note: str, run_id: str | None, leave: Callable[[], bool]) -> Iterator[str]:
+    """The parent run, new without `run_id`. `leave` takes this worker off the study and says whether it was the last.
+
+    Only the last one ends the run, as `tracking.start_run` does; before, it stays RUNNING whatever happens to a worker.
+    """
+    problem: BaseException | None = None
+    with tracking.start_run("search", note, run_id) as run_id:
+        try:
+            yield run_id
+            if not leave():
+                _leave_running()
+        except BaseException as error:
+            if leave():
+                raise
+            problem = StageError(first_line(error)) if isinstance(error, MlflowException) else error
+            _leave_running()
+    if problem:
+        raise problem
+
+
+def _leave_running() -> None:
+    try:
+        mlflow.end_run("RUNNING")
+    except Exception as error:  # the store has gone: any library's
+        say(f"the study's run could not be left ({first_line(error)})")
+
+
+@contextmanager
+def logging_params(run_id: str, params: dict[str, object]) -> Iterator[None]:
+    """Parameters of a run, written while the block computes: a database waits for its disk."""
+    given = [Param(name, str(value)) for name, value in params.items()]
+    with ThreadPoolExecutor(1) as thread:
+        written = thread.submit(mlflow.MlflowClient().log_batch, run_id, params=given)
+        yield
+    written.result()
+
+
+def log_point(run_id: str, point: SearchPoint, seed: int) -> None:
+    """What a trial has found, as metrics of its run, in one request; the curve over seeds begins at `seed`."""
+    values = {"val/top1_mean": point.top1_percent, "val/top1_spread": point.spread_points}
+    if point.size_bytes is not None:
+        values["model/size_mb"] = point.size_bytes / 1e6
+    if point.speedup and point.noise and point.latency_p50_ms is not None:
+        values |= {"latency/p50_ms": point.latency_p50_ms, "latency/speedup": point.speedup.median}
+        values |= {"latency/speedup_low": point.speedup.low, "latency/speedup_high": point.speedup.high}
+        values |= {"latency/noise_low": point.noise.low, "latency/noise_high": point.noise.high}
+    now = mlflow.utils.time.get_current_time_millis()
+    metrics = [Metric(name, value, now, 0) for name, value in values.items()]
+    metrics += [Metric("val/top1", top1, now, seed + index) for index, top1 in enumerate(point.top1_by_seed_percent)]
+    mlflow.MlflowClient().log_batch(run_id, metrics=metrics)
+
+
+def end_as_killed(run_id: str, reason: str) -> None:
+    """Mark the run of a trial whose worker is gone."""
+    client = mlflow.MlflowClient()
+    if client.get_run(run_id).info.status != "KILLED":
+        client.log_batch(run_id, tags=[RunTag("qexp.error", reason)])
+        client.set_terminated(run_id, "KILLED")
+
+
+def end_left_open(run_id: str, stages: tuple[str, ...]) -> None:
+    """End what killed workers have left RUNNING below the parent, of these stages."""
+    runs = [run for run in tracking.children_of(run_id) if run.data.tags.get("qexp.stage") in stages]
+    tracking.end_open_runs(runs, "KILLED")
