@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qexp import searchruns, studyqueue, tracking, worker
+from qexp import tracking
 from qexp.config import Config, load_config
-from qexp.joining import get_ready, set_up
-from qexp.storage import open_place, storages_of
-from qexp.study import Params, Study, grid_of
-from qexp.trials import Bench, _quantized, _top1, options_for
+from qexp.search import queue, runs, worker
+from qexp.search.joining import get_ready, set_up
+from qexp.search.storage import open_place, storages_of
+from qexp.search.study import Params, Study, grid_of
+from qexp.search.trials import Bench, _quantized, _top1, options_for
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -41,7 +42,7 @@ def bare(bench: Bench, params: Params) -> None:
 
 def trial(study: Study, bench: Bench) -> None:
     """One trial, with asking for it."""
-    taken = studyqueue.take_trial(study, worker._end_run_of)
+    taken = queue.take_trial(study, worker._end_run_of)
     assert taken is not None
     worker._do_trial(study, bench, taken)
 
@@ -68,7 +69,7 @@ def run(config: Config) -> list[tuple[float, float]]:
         storages_of(place, config.search.heartbeat_seconds) as open_storage,
     ):
         ready = get_ready(config, place, open_storage, None)
-        with searchruns.study_run("Benchmark.", None, place.leave) as run_id:
+        with runs.study_run("Benchmark.", None, place.leave) as run_id:
             return compare(*set_up(ready, place, open_storage, run_id))
 
 

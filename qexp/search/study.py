@@ -1,7 +1,7 @@
 """A study of Optuna: what it is made for, what it remembers for all workers, and what its trials have found.
 
 It has a fixed number of places (`slot`), one for each trial that is to be completed: a point of the grid, or nothing
-yet, where a sampler chooses. studyqueue.py fills them and hands them out.
+yet, where a sampler chooses. queue.py fills them and hands them out.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from qexp.config import Config
 from qexp.errors import InputError
 from qexp.evidence import SearchPoint, from_json
-from qexp.storage import Place
+from qexp.search.storage import Place
 
 MOST_DEATHS = 3  # workers that one trial may take with it
 Params = dict[str, Any]

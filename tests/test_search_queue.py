@@ -16,9 +16,9 @@ from postgres import start_postgres
 from qexp.config import Config, SearchConfig
 from qexp.errors import InputError
 from qexp.evidence import SearchPoint
-from qexp.storage import hide_password, open_place, storages_of
-from qexp.study import MOST_DEATHS, Study, failures, find_study, make_study, points_of
-from qexp.studyqueue import alive, fail, finish, give_back, open_trials, suggest, take_trial
+from qexp.search.queue import alive, fail, finish, give_back, open_trials, suggest, take_trial
+from qexp.search.storage import hide_password, open_place, storages_of
+from qexp.search.study import MOST_DEATHS, Study, failures, find_study, make_study, points_of
 
 
 @pytest.fixture(scope="module")

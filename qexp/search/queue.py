@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qexp.evidence import SearchPoint, to_json
 from qexp.progress import say
-from qexp.study import MOST_DEATHS, Params, Study, deaths_of, grid_of, trials_by_slot
+from qexp.search.study import MOST_DEATHS, Params, Study, deaths_of, grid_of, trials_by_slot
 
 LARGEST_POPULATION = 50  # Optuna's own size of a generation
 OPEN = (TrialState.WAITING, TrialState.RUNNING)

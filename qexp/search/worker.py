@@ -4,13 +4,14 @@ import time
 
 import optuna
 
-from qexp import searchruns, studyqueue, tracking
+from qexp import tracking
 from qexp.config import flat_params
 from qexp.errors import first_line
 from qexp.evidence import SearchPoint
 from qexp.progress import say
-from qexp.study import Params, Study, known_point
-from qexp.trials import Bench, measure_point, options_for
+from qexp.search import queue, runs
+from qexp.search.study import Params, Study, known_point
+from qexp.search.trials import Bench, measure_point, options_for
 
 WAIT_S = 1.0  # between two looks at what other workers are at
 
@@ -19,10 +20,10 @@ def do_trials(study: Study, bench: Bench) -> None:
     """Return when no trial of the study waits or runs, with whoever: one whose worker dies comes back to the queue."""
     waiting = False
     while True:
-        if trial := studyqueue.take_trial(study, _end_run_of):
+        if trial := queue.take_trial(study, _end_run_of):
             _do_trial(study, bench, trial)
             waiting = False
-        elif left := studyqueue.open_trials(study):
+        elif left := queue.open_trials(study):
             if not waiting:
                 say(f"no trial waits; {left} at other workers, to be done here should one of these die")
             waiting = True
@@ -35,30 +36,30 @@ def _do_trial(study: Study, bench: Bench, trial: optuna.Trial) -> None:
     """A trial that fails is failed, in MLflow and in the study, and that is all; what else happens ends the worker."""
     failure: Exception | None = None
     try:
-        params = studyqueue.suggest(study, trial)
+        params = queue.suggest(study, trial)
         with (
-            studyqueue.alive(study, trial),
+            queue.alive(study, trial),
             tracking.start_run(f"trial-{trial.number:03d}", _in_words(params)) as run_id,
         ):
             trial.set_user_attr("run_id", run_id)
-            with searchruns.logging_params(run_id, _params_of_run(bench, params)):
+            with runs.logging_params(run_id, _params_of_run(bench, params)):
                 try:
                     point = known_point(study, params) or measure_point(bench, params)
                 except Exception as error:  # whatever a library raises: of this way to quantize, not of the study
                     failure = error
                     raise
-            searchruns.log_point(run_id, point, bench.config.seed)
+            runs.log_point(run_id, point, bench.config.seed)
     except BaseException as error:
         if error is not failure:
-            studyqueue.give_back(study, trial)
+            queue.give_back(study, trial)
             raise
         say(f"trial {trial.number}: {_in_words(params)} failed: {first_line(error)}")
-        studyqueue.fail(study, trial, f"{type(error).__name__}: {error}"[:500])
+        queue.fail(study, trial, f"{type(error).__name__}: {error}"[:500])
         return
-    if studyqueue.finish(study, trial, point):
+    if queue.finish(study, trial, point):
         say(f"trial {trial.number}: {_in_words(params)}: {_found(point)}")
     else:
-        searchruns.end_as_killed(run_id, "no sign of life for too long: the trial went to another worker")
+        runs.end_as_killed(run_id, "no sign of life for too long: the trial went to another worker")
         say(f"trial {trial.number}: went to another worker, which had seen no sign of life of this one")
 
 
@@ -67,7 +68,7 @@ def _end_run_of(trial: optuna.trial.FrozenTrial) -> None:
     if "run_id" in trial.user_attrs and not stopped:
         worker = trial.user_attrs.get("worker", "unknown")
         say(f"trial {trial.number}: its worker {worker} is gone; it is done again")
-        searchruns.end_as_killed(trial.user_attrs["run_id"], f"its worker {worker} is gone; the trial is done again")
+        runs.end_as_killed(trial.user_attrs["run_id"], f"its worker {worker} is gone; the trial is done again")
 
 
 def _params_of_run(bench: Bench, params: Params) -> dict[str, object]:
@@ -75,7 +76,7 @@ def _params_of_run(bench: Bench, params: Params) -> dict[str, object]:
     quantize = options_for(bench.config.quantize, bench.order, params)
     flat = flat_params(bench.config.model_copy(update={"quantize": quantize}))
     named = {name: value for name, value in flat.items() if name.startswith("quantize.")}
-    return named | {"fp32_layers": params["fp32_layers"], "worker": studyqueue.worker_name()}
+    return named | {"fp32_layers": params["fp32_layers"], "worker": queue.worker_name()}
 
 
 def _in_words(params: Params) -> str:

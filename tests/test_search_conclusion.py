@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qexp import searchplots
-from qexp.conclusion import conclude, pareto_front
 from qexp.evidence import SearchPoint, SearchResult, from_json, to_json
 from qexp.latency import Ratio
+from qexp.search import figures
+from qexp.search.conclusion import conclude, pareto_front
 
 
 def _point(
@@ -84,7 +84,7 @@ def test_a_point_that_was_measured_twice_counts_once() -> None:
 def test_figure_and_json(objective: str, name: str, tmp_path: Path) -> None:
     cost = {"top1": {}, "top1+latency": {"ms": 0.5}, "top1+size": {"size": 450_000}}[objective]
     result = _conclude([_point(count, 94.0, 94.0 + count / 512, **cost) for count in (8, 64, 512)], 144, objective)
-    searchplots.save_figures(result, tmp_path)
+    figures.save_figures(result, tmp_path)
     with Image.open(tmp_path / f"{name}.png") as image:
         assert image.width >= 500 and image.height >= 350
     assert from_json(SearchResult, to_json(result)) == result

@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from qexp import pipeline, quantizing, registered, registry, searchruns, stages, tracking
+from qexp import pipeline, quantizing, registered, registry, stages, tracking
 from qexp.config import Config
 from qexp.data import Dataset, dataset_name
 from qexp.errors import InputError
 from qexp.host import Host
 from qexp.models import ModelSpec, outline
 from qexp.quantization.sensitivity import most_sensitive_first
-from qexp.storage import Place
-from qexp.study import Study, find_study, make_study, search_space
-from qexp.trials import Bench, time_against_fp32
+from qexp.search import runs
+from qexp.search.storage import Place
+from qexp.search.study import Study, find_study, make_study, search_space
+from qexp.search.trials import Bench, time_against_fp32
 
 # Options of quantization that the space varies, or that no trial looks at: they make no other study.
 OF_NO_TRIAL = {
@@ -49,7 +50,7 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
     """
     name = config.search.study
     study = find_study(open_storage(name), place, name, config, {}) if name else None
-    parent = searchruns.find_parent(study.note("run_id"), study.name) if study else None
+    parent = runs.find_parent(study.note("run_id"), study.name) if study else None
     if study and not model_uri and isinstance(made_for := study.note("made_for"), dict):
         model_uri = made_for.get("model_uri")
     model_uri = model_uri or registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
@@ -59,7 +60,7 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
         facts = _facts(config, host, model_uri)
         name = name or _own_name(facts)
         study = find_study(open_storage(name), place, name, config, facts)
-        parent = searchruns.find_parent(study.note("run_id"), study.name) if study else None
+        parent = runs.find_parent(study.note("run_id"), study.name) if study else None
     if parent:
         tracking.use_experiment(dataset.name, parent)
     return Ready(config, host, dataset, model_uri, study, parent)
@@ -95,7 +96,7 @@ def _layer_order(study: Study, ready: Ready, fp32: stages.Fp32, run_id: str) -> 
         return ()
     if (known := study.note("layers_most_sensitive_first")) is not None:
         return tuple(known)
-    searchruns.end_left_open(run_id, searchruns.OF_SETUP)
+    runs.end_left_open(run_id, runs.OF_SETUP)
     options = ready.config.quantize
     wanted = {"sensitivity_images": options.sensitivity_images or quantizing.BUDGET_IMAGES}
     config = ready.config.model_copy(update={"quantize": options.model_copy(update=wanted)})

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qexp import metrics, searchplots, tracking
+from qexp import metrics, tracking
 from qexp.evidence import SearchPoint, SearchResult
+from qexp.search import figures
 
 MOST_ROWS = 15  # of the front, in a note
 
@@ -18,7 +19,7 @@ def log_findings(result: SearchResult) -> str:
         tracking.log_table(metrics.columns([_row(point) for point in points]), name)
     tracking.log_result("search", result)
     with tempfile.TemporaryDirectory() as folder:
-        searchplots.save_figures(result, Path(folder))
+        figures.save_figures(result, Path(folder))
         tracking.log_folder(Path(folder), "figures")
     winner = result.winner
     values = {"val/best_top1": result.best.top1_percent, "search/winner": float(winner.calibration_samples)}

@@ -4,18 +4,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from qexp import pipeline, registered, searchruns, tracking
-from qexp.conclusion import conclude
+from qexp import pipeline, registered, tracking
 from qexp.config import Config
 from qexp.errors import InputError, StageError, hide_passwords
 from qexp.evaluation import measure_accuracy
 from qexp.evidence import SearchResult
-from qexp.findings import log_findings, summary
-from qexp.joining import get_ready, set_up
-from qexp.storage import open_place, storages_of
-from qexp.study import Study, failures, points_of
-from qexp.trials import Bench, options_for
-from qexp.worker import do_trials
+from qexp.search import runs
+from qexp.search.conclusion import conclude
+from qexp.search.findings import log_findings, summary
+from qexp.search.joining import get_ready, set_up
+from qexp.search.storage import open_place, storages_of
+from qexp.search.study import Study, failures, points_of
+from qexp.search.trials import Bench, options_for
+from qexp.search.worker import do_trials
 
 
 def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
         ready = get_ready(config, place, open_storage, model_uri)
         asked = f"Search for {ready.config.model} on {ready.dataset.name}: {config.search.objective}."
         note = ready.study.note("concluded") if ready.study else None
-        with searchruns.study_run(note or asked, ready.parent_run_id, place.leave) as run_id:
+        with runs.study_run(note or asked, ready.parent_run_id, place.leave) as run_id:
             study, bench = set_up(ready, place, open_storage, run_id)
             joining.close()
             do_trials(study, bench)
@@ -71,7 +72,7 @@ def _conclude(study: Study, bench: Bench, run_id: str) -> SearchResult:
     )
     with study.place.exclusive("conclude"):
         if study.note("concluded") is None:
-            searchruns.end_left_open(run_id, ("trial",))
+            runs.end_left_open(run_id, ("trial",))
             study.remember("concluded", log_findings(result))
     return result
 
@@ -90,7 +91,7 @@ def _register(study: Study, bench: Bench, result: SearchResult, run_id: str) -> 
     with study.place.exclusive("register", "another worker registers the winner; waiting for it"):
         if done := study.note("registered"):
             return dict(done)
-        searchruns.end_left_open(run_id, ("sensitivity", "quantize", "latency", "report"))
+        runs.end_left_open(run_id, ("sensitivity", "quantize", "latency", "report"))
         quantize = options_for(bench.config.quantize, bench.order, params)
         config = bench.config.model_copy(update={"quantize": quantize})
         fp32 = registered.fp32_from_registry(bench.fp32.version.uri, bench.dataset)
