@@ -6,7 +6,7 @@ that comes back in time is not noticed. What has been sent twice, because an ans
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -94,7 +94,8 @@ def _note_end(folder: Path, word: str, said: str) -> None:
 
 def forget_end(run_id: str) -> None:
     """Of a run that goes on, how it ended before is of no more interest."""
-    (checkpoint_folder(run_id) / ENDED).unlink(missing_ok=True)
+    with suppress(OSError):  # there may be no folder, or something else in its place
+        (checkpoint_folder(run_id) / ENDED).unlink()
 
 
 def noted_end(folder: Path) -> tuple[str, str] | None:

@@ -5,8 +5,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import REPOSITORY, run_forked
 from torch import nn
 
 from qexp.config import DataConfig, TrainConfig
@@ -29,12 +28,11 @@ from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
 from qexp.training import EpochResult, TrainResult, train_model
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 # For tests that need a run and look at neither: a sweep has no more models than int8 needs, no layer is tried alone.
 PLAIN = "--baselines none --sensitivity-images 0".split()
 # Enough for a model that has learnt something, and for every stage to have run.
 QUICK = (
-    "--epochs 4 --batch-sizes 1,8 --min-repeats 3 --min-seconds 0 --warmup 1 --calibration-samples 64 "
+    "--image-size 16 --epochs 4 --batch-sizes 1,8 --min-repeats 3 --min-seconds 0 --warmup 1 --calibration-samples 64 "
     "--baselines fp32_traced --sensitivity-images 16"
 ).split()
 
@@ -79,10 +77,7 @@ def environment_for(uri: str) -> dict[str, str]:
 def run_qexp(folder: Path, *arguments: str, uri: str | None = None, timeout_s: float = 300) -> Finished:
     """`qexp ARGUMENTS` in `folder`, with its own SQLite store there unless `uri` names another."""
     uri = uri or f"sqlite:///{folder}/mlflow.db"
-    command = [sys.executable, "-m", "entrypoints.cli", *arguments]
-    environment = environment_for(uri)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s)
-    return Finished(folder, uri, done.returncode, done.stdout, done.stderr)
+    return Finished(folder, uri, *run_forked(folder, arguments, environment_for(uri), timeout_s))
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +110,7 @@ def _run_once(folder: Path, *more: str) -> Finished:
 
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
-    return load_dataset(DataConfig(), seed=0)
+    return load_dataset(DataConfig(image_size=16), seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +137,7 @@ def equal_weights(first: nn.Module, second: nn.Module) -> bool:
 def trained(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, TrainResult]:
     """SmallNet after three epochs on digits."""
     torch.manual_seed(0)
-    model = build_classifier(ModelSpec("smallnet", digits.classes, 32), digits.train.images)
+    model = build_classifier(ModelSpec("smallnet", digits.classes, 16), digits.train.images)
     folder = tmp_path_factory.mktemp("trained")
     result = train_model(model, digits, TrainConfig(epochs=3), 0, lambda epoch: None, folder)
     return model, result

@@ -57,7 +57,7 @@ def test_lock_ends_with_its_process(tmp_path: Path) -> None:
     check_unlocked(tmp_path, "r1")
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert holder.stdout and holder.stdout.readline() == b"held\n"
-    with pytest.raises(InputError, match=f"--resume r1: process {holder.pid} is still at work"):
+    with pytest.raises(InputError, match=f"run r1: process {holder.pid} is still at work"):
         check_unlocked(tmp_path, "r1")
     holder.kill()
     holder.wait()

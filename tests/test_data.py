@@ -90,7 +90,7 @@ def test_digits(digits: Dataset) -> None:
     parts = (digits.train, digits.validation, digits.test)
     assert [len(part) for part in parts] == [1294, 144, 359]  # 1797 together
     for part in parts:
-        assert part.images.shape == (len(part), 3, 32, 32)
+        assert part.images.shape == (len(part), 3, 16, 16)
         assert part.images.dtype == torch.uint8 and part.labels.dtype == torch.int64
         assert part.images.min() == 0 and part.images.max() == 255
         assert (part.images[:, 0] == part.images[:, 1]).all() and (part.images[:, 0] == part.images[:, 2]).all()
@@ -106,7 +106,7 @@ def test_the_three_parts_share_no_image(digits: Dataset) -> None:
 
 
 def test_seed_moves_the_split_and_leaves_the_test_images(digits: Dataset) -> None:
-    other = load_dataset(DataConfig(), seed=1)
+    other = load_dataset(DataConfig(image_size=16), seed=1)
     assert torch.equal(other.test.images, digits.test.images) and torch.equal(other.test.labels, digits.test.labels)
     assert _pixels(other.validation) != _pixels(digits.validation)
     assert _pixels(other.train) | _pixels(other.validation) == _pixels(digits.train) | _pixels(digits.validation)
@@ -124,7 +124,7 @@ def test_digest_follows_the_pixels(digits: Dataset) -> None:
 
 
 def test_validation_share_sets_the_number_of_validation_images(digits: Dataset) -> None:
-    larger = load_dataset(DataConfig(validation_share=0.25), seed=0)
+    larger = load_dataset(DataConfig(validation_share=0.25, image_size=16), seed=0)
     assert len(larger.validation) == round(0.25 * (1294 + 144))
     assert _pixels(digits.validation) < _pixels(larger.validation)
 

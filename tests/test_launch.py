@@ -91,7 +91,7 @@ def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
     assert process.stderr
     next(line for line in process.stderr if line.startswith("going on in epoch"))
     refused = run_qexp(tmp_path, "run", "--resume", stopped["main"].run_id)
-    assert refused.code == 2 and "is still at work on this run" in refused.stderr
+    assert refused.code == 2 and "is still at work on it" in refused.stderr
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     runs = {run.info.run_name: run.info for run in client.search_runs(["1"])}

@@ -106,7 +106,7 @@ def test_image_size_that_a_vision_transformer_does_not_take() -> None:
 
 
 def test_normalised_training_images_have_mean_zero_and_deviation_one(digits: Dataset) -> None:
-    model = build_classifier(ModelSpec("smallnet", digits.classes, 32), digits.train.images)
+    model = build_classifier(ModelSpec("smallnet", digits.classes, 16), digits.train.images)
     inside = model.normalize(to_float(digits.train.images)).double()
     assert inside.mean(dim=(0, 2, 3)).abs().max() < 1e-4
     assert (inside.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-4

@@ -83,7 +83,9 @@ def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]
         box = page.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']")
         if not box.get_attribute("value"):
             box.send_keys("loss")
-        return len(page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot path.js-line")) == 2  # training, validation
+        plots = page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot")
+        drawn = [plot for plot in plots if plot.find_elements(By.CSS_SELECTOR, "path.js-line")]
+        return len(plots) == len(drawn) == 2  # training, validation
 
     look(f"{run_pages['train-smallnet']}/model-metrics", "curves", curves)
 

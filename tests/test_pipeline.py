@@ -208,7 +208,7 @@ def test_onnx_version_is_served_without_torch(side_by_side: Finished, digits: Da
     assert all("==" in pin for pin in pins) and (folder / "model.onnx").is_file()
     assert float(version.tags["size_mb"]) == pytest.approx((folder / "model.onnx").stat().st_size / 1e6)
     info = mlflow.models.get_model_info(uri)
-    assert info.signature.inputs.inputs[0].shape == (-1, 3, 32, 32)
+    assert info.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
     assert "mlflow.pyfunc.load_model" in version.description and "backend" not in version.tags
     script = """
 import sys

@@ -45,12 +45,12 @@ def test_names_and_probabilities_of_any_image_file_as_lines_and_as_json(
     assert done.code == 0, done.stderr
     assert done.summary["uri"] == INT8 and [found["file"] for found in done.summary["images"]] == files
     mlflow.set_tracking_uri(finished.uri)
-    decoded = decode_files([str(folder / name) for name in files], 32)
+    decoded = decode_files([str(folder / name) for name in files], 16)
     shares = torch.softmax(predict_logits(load_version(INT8), decoded), 1)
     for found, expected in zip(done.summary["images"], shares, strict=True):
         best = expected.argsort(descending=True, stable=True)[:2].tolist()
         assert [one["class"] for one in found["classes"]] == [digits.classes[rank] for rank in best]
-        assert [one["probability"] for one in found["classes"]] == pytest.approx(expected[best].tolist(), abs=1e-6)
+        assert [one["probability"] for one in found["classes"]] == pytest.approx(expected[best].tolist(), abs=6e-5)
     lines = done.stderr.splitlines()
     assert len(lines) == len(files) and all(line.startswith(name) for line, name in zip(lines, files, strict=True))
     right = [found["classes"][0]["class"] in found["file"] for found in done.summary["images"]]

@@ -38,7 +38,7 @@ def test_version_has_signature_example_pins_classes_and_lineage(
 ) -> None:
     uri = finished.summary[kind]
     info = mlflow.models.get_model_info(uri)
-    assert info.signature.inputs.inputs[0].shape == (-1, 3, 32, 32)
+    assert info.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
     assert info.signature.outputs.inputs[0].shape == (-1, 10)
     assert info.metadata["classes"] == list("0123456789")
     folder = Path(mlflow.artifacts.download_artifacts(uri))
@@ -102,9 +102,9 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     model, _ = trained
     sample = digits.train.images[:8]
-    spec = ModelSpec("smallnet", digits.classes, 32)
+    spec = ModelSpec("smallnet", digits.classes, 16)
     # What was stored is not what is in memory: one weight changes between logging and verification.
-    damaged = registry._log_model
+    damaged = registry.log_version
 
     def log_then_change(kind: str, module: Classifier, *given: object) -> object:
         info = damaged(kind, module, *given)
@@ -113,7 +113,7 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
         return info
 
     before = model.network[0].weight.detach().clone()
-    monkeypatch.setattr(registry, "_log_model", log_then_change)
+    monkeypatch.setattr(registry, "log_version", log_then_change)
     try:
         with mlflow.start_run():
             version = registry.register("fp32", model, "damaged", spec, sample, {})

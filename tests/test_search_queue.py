@@ -14,10 +14,10 @@ from optuna.trial import FrozenTrial, TrialState
 from postgres import start_postgres
 
 from qexp.config import Config, SearchConfig
-from qexp.errors import InputError
+from qexp.errors import InputError, hide_passwords
 from qexp.evidence import SearchPoint
 from qexp.search.queue import alive, fail, finish, give_back, open_trials, suggest, take_trial
-from qexp.search.storage import hide_password, open_place, storages_of
+from qexp.search.storage import open_place, storages_of
 from qexp.search.study import MOST_DEATHS, Study, failures, find_study, make_study, points_of
 
 
@@ -226,4 +226,4 @@ def test_several_workers_need_a_name(postgres: str) -> None:
     ],
 )
 def test_passwords_are_hidden(text: str, hidden: str) -> None:
-    assert hide_password(text) == hidden
+    assert hide_passwords(text) == hidden

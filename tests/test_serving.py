@@ -174,20 +174,20 @@ def test_other_engines_are_served_too(engine: str, store: str, tiny: Dataset, tm
 
 
 def _full(value: object, *shape: int) -> list[Any]:
-    return np.full(shape or (1, 3, 32, 32), value).tolist()
+    return np.full(shape or (1, 3, 16, 16), value).tolist()
 
 
-SHAPE = "does not match expected shape (-1, 3, 32, 32)"
+SHAPE = "does not match expected shape (-1, 3, 16, 16)"
 WRONG = {  # body, status, what the message says
-    "other size": (_body(_full(0.5, 1, 3, 31, 32)), 400, f"Shape of input (1, 3, 31, 32) {SHAPE}"),
-    "grey": (_body(_full(0.5, 2, 1, 32, 32)), 400, f"Shape of input (2, 1, 32, 32) {SHAPE}"),
-    "channels last": (_body(_full(0.5, 1, 32, 32, 3)), 400, SHAPE),
-    "no batch": (_body(_full(0.5, 3, 32, 32)), 400, SHAPE),
+    "other size": (_body(_full(0.5, 1, 3, 15, 16)), 400, f"Shape of input (1, 3, 15, 16) {SHAPE}"),
+    "grey": (_body(_full(0.5, 2, 1, 16, 16)), 400, f"Shape of input (2, 1, 16, 16) {SHAPE}"),
+    "channels last": (_body(_full(0.5, 1, 16, 16, 3)), 400, SHAPE),
+    "no batch": (_body(_full(0.5, 3, 16, 16)), 400, SHAPE),
     "a number": (_body(0.5), 400, SHAPE),
-    "nothing": (_body([]), 400, "Tensor('float32', (-1, 3, 32, 32))"),
+    "nothing": (_body([]), 400, "Tensor('float32', (-1, 3, 16, 16))"),
     "null": (_body(None), 400, "n-dimensional array"),
     "ragged": (_body([[[[0.5, 0.5], [0.5]]]]), 400, "inhomogeneous shape"),
-    "text": (_body("cat"), 400, "Tensor('float32', (-1, 3, 32, 32))"),
+    "text": (_body("cat"), 400, "Tensor('float32', (-1, 3, 16, 16))"),
     "pixels of text": (_body(_full("red")), 400, "could not convert string to float: 'red'"),
     "an object": (_body({"image": _full(0.5)}), 400, "n-dimensional array"),
     "other key": (_body(_full(0.5), "images"), 400, "exactly one of the input fields"),
@@ -237,7 +237,7 @@ def test_what_the_server_itself_cannot_read_does_not_end_it(case: str, post: Pos
 @pytest.mark.slow
 def test_values_outside_0_to_1_are_computed_with_as_in_process(post: Post, store: str) -> None:
     for value in (255, -3, True):
-        images = np.full((1, 3, 32, 32), value, np.float32)
+        images = np.full((1, 3, 16, 16), value, np.float32)
         assert np.array_equal(_logits(post(_body(_full(value)))), _in_process(store, CHAMPION, images))
 
 
@@ -267,7 +267,7 @@ def test_a_version_says_whether_it_loads_without_pickle(store: str) -> None:
 def test_predictions_of_every_engine_are_the_softmax_of_its_logits(
     uri: str, store: str, digits: Dataset, tmp_path: Path
 ) -> None:
-    size = 8 if "tiny" in uri else 32
+    size = 8 if "tiny" in uri else 16
     pixels = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size)) for image in digits.test.images[:5]]
     files = [str(tmp_path / f"{number}.png") for number in range(len(pixels))]
     for image, file in zip(pixels, files, strict=True):

@@ -22,7 +22,7 @@ OPTIONS = LatencyConfig(batch_sizes=[1, 4], baselines=BASELINES, warmup=1, min_r
 def _request(fp32: str, int8: str, options: LatencyConfig = OPTIONS) -> SweepRequest:
     floats = [Contender(name, fp32) for name in ("fp32", *options.baselines)]
     int8s = int8_contenders(int8, "fx", ("x86", "onednn"))
-    return SweepRequest((*floats, *int8s), int8s[0].name, 32, 1, options)
+    return SweepRequest((*floats, *int8s), int8s[0].name, 16, 1, options)
 
 
 def test_sweep_of_registered_versions(finished: Finished) -> None:
@@ -53,7 +53,7 @@ def test_baselines_compute_what_the_registered_fp32_version_computes(
 ) -> None:
     mlflow.set_tracking_uri(finished.uri)
     fp32 = finished.summary["fp32"]
-    contenders.prepare_baselines(fp32, BASELINES, 32, tmp_path)
+    contenders.prepare_baselines(fp32, BASELINES, 16, tmp_path)
     images = to_float(digits.test.images[:32])
     with torch.no_grad():
         expected = contenders.load(Contender("fp32", fp32), tmp_path)(images)
