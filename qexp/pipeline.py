@@ -17,6 +17,7 @@ from qexp.evidence import Evidence, Fp32Evidence
 from qexp.host import Host, read_host
 from qexp.models import ModelSpec, check_model_name, outline
 from qexp.progress import say
+from qexp.quantization.sensitivity import SensitivityResult
 from qexp.quantizing import Int8
 from qexp.recipe import settle_options
 from qexp.training import train_model
@@ -95,7 +96,8 @@ def quantize_to_report(
 ) -> tuple[Evidence, str]:
     """Everything that follows an fp32 model; the evidence and the URI of the report."""
     done = [registered.int8_of_run(run) for run in resumed.quantized_below(parent_run_id)] if parent_run_id else []
-    int8s = quantize_all(config, host, dataset, fp32, done)
+    sensitivity = resumed.sensitivity_below(parent_run_id) if parent_run_id else None
+    int8s = quantize_all(config, host, dataset, fp32, done, sensitivity)
     engines = {int8.version: int8.evidence.quantize.engine for int8 in int8s}
     latency = deciding.latency_stage(config, host, fp32.version, engines)
     evidence = deciding.gate_stage(config, fp32, int8s, latency)
@@ -106,16 +108,24 @@ def quantize_to_report(
 
 
 def quantize_all(
-    config: Config, host: Host, dataset: Dataset, fp32: stages.Fp32, done: Sequence[Int8] = ()
+    config: Config,
+    host: Host,
+    dataset: Dataset,
+    fp32: stages.Fp32,
+    done: Sequence[Int8] = (),
+    sensitivity: SensitivityResult | None = None,
 ) -> list[Int8]:
     """An int8 version with each engine of `config`, without those of `done`; of several engines, one may fail.
+
+    `sensitivity` is what was measured before this run was stopped.
 
     Raises:
         StageError: no engine could quantize the model.
     """
     int8s = {int8.evidence.quantize.engine: int8 for int8 in done}
     left = [engine for engine in config.quantize.engine if engine not in int8s]
-    sensitivity = quantizing.sensitivity_stage(config, host, dataset, fp32) if left else None
+    if left and sensitivity is None:
+        sensitivity = quantizing.sensitivity_stage(config, host, dataset, fp32)
     for engine in left:
         options = config.model_copy(update={"quantize": config.quantize.only(engine)})
         try:

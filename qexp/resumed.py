@@ -8,6 +8,7 @@ from qexp.config import HOW_TO_TRAIN, Config, parse_options
 from qexp.data import Dataset
 from qexp.distributed import read_group
 from qexp.errors import InputError
+from qexp.quantization.sensitivity import SensitivityResult
 from qexp.tracking import Run
 
 # What may differ when a run goes on: where and how fast, not what comes out.
@@ -74,6 +75,13 @@ def quantized_below(main_run_id: str) -> list[str]:
     """The runs in which a run of `qexp run` has quantized its model, those that have finished."""
     children = tracking.children_of(main_run_id)
     return [run.info.run_id for run in children if _stage(run) == "quantize" and run.info.status == "FINISHED"]
+
+
+def sensitivity_below(main_run_id: str) -> SensitivityResult | None:
+    """What a run of `qexp run` has found out about each layer, if it has come so far."""
+    children = tracking.children_of(main_run_id)
+    done = [run.info.run_id for run in children if _stage(run) == "sensitivity" and run.info.status == "FINISHED"]
+    return tracking.read_result(SensitivityResult, done[0], "sensitivity") if done else None
 
 
 def _stage(run: Run) -> str:

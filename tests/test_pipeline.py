@@ -13,7 +13,7 @@ import pytest
 from conftest import PLAIN, Finished, environment_for, run_qexp
 from PIL import Image
 
-from qexp import pipeline, quantizing, registered, registry, tracking
+from qexp import pipeline, quantizing, registered, registry, resumed, tracking
 from qexp.config import Config, parse_yaml
 from qexp.data import Dataset
 from qexp.errors import StageError
@@ -147,6 +147,21 @@ def test_all_engines_that_fail_end_the_job(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(StageError, match=r"^no onnx$"):
         pipeline.quantize_all(config, nothing, nothing, nothing)
     assert "goes on without engine fx: no fx" in capsys.readouterr().err
+
+
+def test_sensitivity_that_was_measured_before_a_stop_is_used(
+    finished: Finished, in_use: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.set_tracking_uri(in_use.uri)
+    assert resumed.sensitivity_below(in_use.summary["run_id"]) is None  # its options leave it out
+    mlflow.set_tracking_uri(finished.uri)
+    found = resumed.sensitivity_below(finished.summary["run_id"])
+    assert found and found.images == 16 and [layer.layer for layer in found.layers][:2] == ["network.0", "network.3"]
+    given = list[Any]()
+    monkeypatch.setattr(quantizing, "quantize_stage", lambda *arguments: given.append(arguments[-1]))
+    nothing: Any = None
+    pipeline.quantize_all(parse_yaml("quantize: {engine: [fx, onnx]}"), nothing, nothing, nothing, (), found)
+    assert given == [found, found]
 
 
 @pytest.fixture(scope="module")
