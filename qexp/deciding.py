@@ -10,6 +10,7 @@ from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyE
 from qexp.gate import GateResult, decide_gate
 from qexp.host import Host
 from qexp.latency import LatencyResult
+from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.quantizing import Int8
 from qexp.registry import Registered
@@ -27,6 +28,8 @@ def latency_stage(config: Config, host: Host, fp32: Registered, int8s: dict[Regi
     with tracking.start_run(f"latency-{config.model}", f"Latency of {uris}.") as run_id:
         tracking.log_setup(config, host)
         baselines = [name for name in config.latency.baselines if name != "bf16" or host.has_bf16]
+        if len(baselines) < len(config.latency.baselines):
+            say(f"baseline bf16 is left out: {host.cpu} has no bf16 instructions")
         timed = {version: _int8_contenders(config, version.uri, engine) for version, engine in int8s.items()}
         contenders = [Contender(name, fp32.uri) for name in (BASELINE, *baselines)]
         contenders += [contender for found in timed.values() for contender in found]
