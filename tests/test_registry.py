@@ -115,7 +115,7 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
     before = model.network[0].weight.detach().clone()
     monkeypatch.setattr(registry, "log_version", log_then_change)
     try:
-        with mlflow.start_run():
+        with mlflow.start_run(experiment_id="0"):  # not one that a test before this has set
             version = registry.register("fp32", model, "damaged", spec, sample, {})
     finally:
         with torch.no_grad():
