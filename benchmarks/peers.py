@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ class Peers:
     limits: Limits
     macs_of_one_image: int
     weight_bytes: int
-    profiles: dict[int, tuple[Operation, ...]]
     host: Host
+    profiles: dict[int, tuple[Operation, ...]] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
     top1 = measure_accuracy(fp32.logits["test"], dataset.test.labels).top1_percent
     macs = measure_cost(fp32.model, fp32.model.spec.image_size, [1], ()).macs[1]
     weights = next(entry.size_bytes for entry in entries if entry.name == DEFAULT)
-    return Peers(uri, top1, len(dataset.test), tuple(entries), rows, limits, macs, weights, profiles, host)
+    return Peers(uri, top1, len(dataset.test), tuple(entries), rows, limits, macs, weights, host, profiles)
 
 
 def _time(folder: Path, rounds: int) -> None:
