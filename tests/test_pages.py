@@ -7,6 +7,7 @@ import mlflow
 import pytest
 from conftest import REPOSITORY, Finished
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -21,7 +22,7 @@ SCREENSHOTS = REPOSITORY / "build" / "screenshots"
 PATIENCE_S = 90  # a busy machine draws slowly
 WIDTHS = "return Array.from(document.images).map(image => image.complete ? image.naturalWidth : 0)"
 
-Look = Callable[[str, str, Callable[[webdriver.Chrome], object]], None]
+Look = Callable[[str, str, Callable[[webdriver.Chrome], object]], bool]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture(scope="module")
 def look(browser: webdriver.Chrome, finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Look]:
-    """Open a page, wait until something is there, keep a picture of it either way."""
+    """Open a page, wait until something is there, keep a picture either way; whether it has come."""
     with start_server(tmp_path_factory.mktemp("server"), finished.uri) as server:
 
-        def look_at(page: str, name: str, there: Callable[[webdriver.Chrome], object]) -> None:
+        def look_at(page: str, name: str, there: Callable[[webdriver.Chrome], object]) -> bool:
             browser.get(f"{server.url}/#/{page}")
             browser.refresh()  # a change behind the # alone loads nothing anew
             try:
                 WebDriverWait(browser, PATIENCE_S, ignored_exceptions=[Exception]).until(there)
+            except TimeoutException:
+                return False
+            else:
+                return True
             finally:
                 browser.switch_to.default_content()
                 SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -73,7 +78,7 @@ def _text(page: webdriver.Chrome) -> str:
 
 @pytest.mark.slow
 def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]) -> None:
-    look(
+    assert look(
         run_pages["main"],
         "run",
         lambda page: "x smaller, and inference is" in _text(page) and "headline/size_ratio" in _text(page),
@@ -87,13 +92,13 @@ def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]
         drawn = [plot for plot in plots if plot.find_elements(By.CSS_SELECTOR, "path.js-line")]
         return len(plots) == len(drawn) == 2  # training, validation
 
-    look(f"{run_pages['train-smallnet']}/model-metrics", "curves", curves)
+    assert look(f"{run_pages['train-smallnet']}/model-metrics", "curves", curves)
 
 
 @pytest.mark.slow
 def test_pictures_and_report_open_in_the_artifact_view(look: Look, run_pages: dict[str, str]) -> None:
     folder = f"{run_pages['main']}/artifacts/report"
-    look(f"{folder}/figures/accuracy_curve.png", "picture", lambda page: max(page.execute_script(WIDTHS)) > 400)
+    assert look(f"{folder}/figures/accuracy_curve.png", "picture", lambda page: max(page.execute_script(WIDTHS)) > 400)
 
     def report(page: webdriver.Chrome) -> bool:
         page.switch_to.default_content()
@@ -101,11 +106,13 @@ def test_pictures_and_report_open_in_the_artifact_view(look: Look, run_pages: di
         widths = page.execute_script(WIDTHS)
         return "ship as int8 on this CPU?" in _text(page) and len(widths) == 8 and min(widths) > 400
 
-    look(f"{folder}/report.html", "report", report)
+    assert look(f"{folder}/report.html", "report", report)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_registry_page_shows_aliases(kind: str, look: Look) -> None:
     words = ("@ champion", "@ challenger", "Version 1")
-    look(f"models/smallnet-digits-{kind}", f"registry-{kind}", lambda page: all(word in _text(page) for word in words))
+    assert look(
+        f"models/smallnet-digits-{kind}", f"registry-{kind}", lambda page: all(word in _text(page) for word in words)
+    )
