@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import REPOSITORY, run_forked
+from forked import REPOSITORY, Forked, start_forked
 from torch import nn
 
 from qexp.config import DataConfig, TrainConfig
@@ -74,10 +74,24 @@ def environment_for(uri: str) -> dict[str, str]:
     return environment | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(REPOSITORY)}
 
 
-def run_qexp(folder: Path, *arguments: str, uri: str | None = None, timeout_s: float = 300) -> Finished:
-    """`qexp ARGUMENTS` in `folder`, with its own SQLite store there unless `uri` names another."""
-    uri = uri or f"sqlite:///{folder}/mlflow.db"
-    return Finished(folder, uri, *run_forked(folder, arguments, environment_for(uri), timeout_s))
+def start_qexp(
+    folder: Path, *arguments: str, uri: str | None = None, before: str = "", variables: dict[str, str] | None = None
+) -> Forked:
+    """Start `qexp ARGUMENTS` in `folder`, with its own SQLite store there unless `uri` names another.
+
+    `before` is Python that the process runs first; `variables` are added to its environment.
+    """
+    environment = environment_for(uri or f"sqlite:///{folder}/mlflow.db") | (variables or {})
+    return start_forked(folder, arguments, environment, before)
+
+
+def run_qexp(
+    folder: Path, *arguments: str, uri: str | None = None, before: str = "", timeout_s: float = 300
+) -> Finished:
+    """The same, to its end."""
+    process = start_qexp(folder, *arguments, uri=uri, before=before)
+    code = process.wait(timeout_s)
+    return Finished(folder, uri or f"sqlite:///{folder}/mlflow.db", code, process.stdout, process.stderr)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import PLAIN, environment_for, run_qexp
+from conftest import PLAIN, environment_for, run_qexp, start_qexp
 
 # A small learning rate: rounding differences grow with every step, the faster the higher it is.
 OPTIONS = "--epochs 3 --image-size 8 --learning-rate 0.003 --bf16 false --seed 3".split()
@@ -50,17 +50,13 @@ def _workers(parent: int) -> list[int]:
 def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
     options = "--epochs 500 --image-size 8 --processes 2".split()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    command = [sys.executable, "-m", "entrypoints.cli", "train", *options]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment_for(uri), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stderr
-    next(line for line in process.stderr if line.startswith("epoch 2/500"))
+    process = start_qexp(tmp_path, "train", *options)
+    process.wait_for_line("epoch 2/500")
     workers = _workers(process.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == 1
+    assert process.wait(90) == 1
+    errors = process.stderr
     said = f"training process of rank 1 (pid {workers[1]}; 2 in all) was ended by SIGKILL"
     assert f"error: {said}" in errors and "Traceback" not in errors
     (run,) = mlflow.MlflowClient(uri).search_runs(["1"])
@@ -74,32 +70,24 @@ def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
     sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
     options = "--epochs 12 --patience 12 --image-size 8 --processes 2".split()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    command = [sys.executable, "-m", "entrypoints.cli", "run", *options, *sweep, *PLAIN]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment_for(uri), text=True, stderr=subprocess.PIPE)
-    assert process.stderr
-    next(line for line in process.stderr if line.startswith("epoch 2/12"))
+    process = start_qexp(tmp_path, "run", *options, *sweep, *PLAIN)
+    process.wait_for_line("epoch 2/12")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == 143 and "Traceback" not in errors, errors
+    assert process.wait(90) == 143 and "Traceback" not in process.stderr, process.stderr
     client = mlflow.MlflowClient(uri)
     stopped = {run.info.run_name: run.info for run in client.search_runs(["1"])}
     assert {name: info.status for name, info in stopped.items()} == {"main": "KILLED", "train-smallnet": "KILLED"}
-    command = [sys.executable, "-m", "entrypoints.cli", "run", "--resume", stopped["main"].run_id]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment_for(uri), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stderr
-    next(line for line in process.stderr if line.startswith("going on in epoch"))
+    process = start_qexp(tmp_path, "run", "--resume", stopped["main"].run_id)
+    process.wait_for_line("going on in epoch")
     refused = run_qexp(tmp_path, "run", "--resume", stopped["main"].run_id)
     assert refused.code == 2 and "is still at work on it" in refused.stderr
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert process.wait() == 0, process.stderr
     runs = {run.info.run_name: run.info for run in client.search_runs(["1"])}
     assert len(runs) == 5 and {info.status for info in runs.values()} == {"FINISHED"}
     train = stopped["train-smallnet"].run_id
     assert runs["main"].run_id == stopped["main"].run_id and runs["train-smallnet"].run_id == train
     assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 13))
-    assert errors.count("going on in epoch") == 0 and len(output.splitlines()) == 1
+    assert process.stderr.count("going on in epoch") == 1 and len(process.stdout.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 import psycopg
 import pytest
-from conftest import PLAIN, QUICK, REPOSITORY, environment_for
+from conftest import PLAIN, QUICK, REPOSITORY, start_qexp
 from postgres import installed, start_postgres
 from servers import start_server
 
@@ -101,14 +101,9 @@ def test_main_through_mlflow_run_against_a_server(server: str, database: str, tm
 @pytest.mark.slow
 def test_stopped_training_goes_on_through_mlflow_run_with_two_processes(server: str, tmp_path: Path) -> None:
     project = _project(tmp_path)
-    command = [sys.executable, "-m", "entrypoints.cli", "train", "--epochs", "8", "--image-size", "8"]
-    process = subprocess.Popen(
-        command, cwd=project, env=environment_for(server), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stderr
-    next(line for line in process.stderr if line.startswith("epoch 2/8"))
+    process = start_qexp(project, "train", "--epochs", "8", "--image-size", "8", uri=server)
+    process.wait_for_line("epoch 2/8")
     process.kill()
-    process.communicate()
     (run_id,) = (path.name for path in (project / "checkpoints").glob("*"))
     arguments = ["-P", f"resume={run_id}", "-P", "processes=2", "--run-name", "goes on"]
     done = _mlflow_run(project, server, "--env-manager", "local", "-e", "train", *arguments)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,7 +9,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import PLAIN, Finished, environment_for, run_qexp
+from conftest import PLAIN, Finished, run_qexp, start_qexp
+from forked import Forked
 from servers import Server
 
 from qexp import resumed
@@ -28,16 +27,9 @@ def stack() -> Iterator[ExitStack]:
         yield opened
 
 
-def _start(server: Server, *arguments: str, retries: int = 7) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "entrypoints.cli", *arguments]
-    environment = environment_for(server.url) | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=server.folder, env=environment, text=True, stdout=pipe, stderr=pipe)
-
-
-def _wait_for_line(process: "subprocess.Popen[str]", text: str) -> None:
-    assert process.stderr
-    assert any(text in line for line in process.stderr), f"ended without {text!r}"
+def _start(server: Server, *arguments: str, retries: int = 7) -> Forked:
+    variables = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    return start_qexp(server.folder, *arguments, uri=server.url, variables=variables)
 
 
 def _steps(server: Server, run_id: str, name: str) -> list[int]:
@@ -49,14 +41,13 @@ def test_server_killed_for_ten_seconds_loses_no_metric(tmp_path: Path, stack: Ex
     server = Server(tmp_path)
     server.start(stack)
     process = _start(server, "train", *TRAIN)
-    _wait_for_line(process, "epoch 2/4")
+    process.wait_for_line("epoch 2/4")
     server.kill()
     time.sleep(10)
     assert process.poll() is None
     server.start(stack)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    summary = json.loads(stdout.splitlines()[-1])
+    assert process.wait() == 0, process.stderr
+    summary = json.loads(process.stdout.splitlines()[-1])
     client = mlflow.MlflowClient(server.url)
     run = client.get_run(summary["run_id"])
     assert run.info.status == "FINISHED"
@@ -78,10 +69,10 @@ def test_server_that_stays_away_loses_nothing_and_sync_uploads_it(
     server = Server(tmp_path)
     server.start(stack)
     process = _start(server, "run", *PLAIN, *TRAIN, retries=1)
-    _wait_for_line(process, "epoch 2/4")
+    process.wait_for_line("epoch 2/4")
     server.kill()
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 1 and "Traceback" not in stderr, stderr
+    code, stderr = process.wait(), process.stderr
+    assert code == 1 and "Traceback" not in stderr, stderr
     assert "training goes on" in stderr and "epoch 4/4" in stderr
     error = [line for line in stderr.splitlines() if line.startswith("error: ")]
     (folder,) = (file.parent for file in tmp_path.glob("checkpoints/*/trained.json"))

@@ -10,7 +10,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from conftest import PLAIN, Finished, environment_for, run_qexp
+from conftest import PLAIN, Finished, run_qexp
 from PIL import Image
 
 from qexp import pipeline, quantizing, registered, registry, resumed, tracking
@@ -104,23 +104,18 @@ def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) ->
 def test_an_engine_that_fails_does_not_end_the_job_nor_does_a_gate(in_use: Finished) -> None:
     """From a registered fp32 version, with an engine onnx that cannot quantize the model."""
     uri, champion = in_use.summary["fp32"], _champion(in_use)
-    script = """
-import sys
+    broken = """
 from qexp import quantization
 from qexp.errors import StageError
-def broken(*given):
+def refuse(*given):
     raise StageError("engine onnx cannot quantize this model")
-quantization.ENGINES["onnx"] = broken
-from entrypoints.cli import main_program
-sys.argv[0] = "qexp"
-main_program()
+quantization.ENGINES["onnx"] = refuse
 """
-    options = ["run", "--model-uri", uri, *SWEEP, "--min-speedup", "1000", "--engine", "onnx,pt2e"]
-    command, environment = [sys.executable, "-c", script, *options], environment_for(in_use.uri)
-    died = subprocess.run(command, cwd=in_use.folder, env=environment, capture_output=True, text=True)
-    assert died.returncode == 0, died.stderr
-    assert "goes on without engine onnx: engine onnx cannot quantize this model" in died.stderr
-    summary = json.loads(died.stdout.splitlines()[-1])
+    options = ["--model-uri", uri, *SWEEP, "--min-speedup", "1000", "--engine", "onnx,pt2e"]
+    done = run_qexp(in_use.folder, "run", *options, before=broken)
+    assert done.code == 0, done.stderr
+    assert "goes on without engine onnx: engine onnx cannot quantize this model" in done.stderr
+    summary = done.summary
     assert summary["fp32"] == uri and summary["gate"] == "failed" and summary["engine"] == "pt2e"
     client = mlflow.MlflowClient(tracking_uri=in_use.uri)
     version = client.get_model_version(*summary["int8"].removeprefix("models:/").split("/"))

@@ -3,10 +3,7 @@
 import os
 import random
 import re
-import resource
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import PLAIN, Finished, environment_for, run_qexp
+from conftest import PLAIN, Finished, run_qexp, start_qexp
 
 from qexp.config import DataConfig
 from qexp.data import load_dataset
@@ -24,22 +21,6 @@ from qexp.resumed import check_data
 OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split()
 EPOCHS = list(range(1, 21))
 CURVES = ("train/loss", "train/top1", "val/loss", "val/top1", "train/learning_rate")
-
-
-def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "entrypoints.cli", *arguments]
-    environment = environment_for(f"sqlite:///{folder}/mlflow.db")
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def _wait_for_line(process: subprocess.Popen[str], start: str) -> str:
-    assert process.stderr
-    for line in process.stderr:
-        if line.startswith(start):
-            return line
-    raise AssertionError(f"no line {start}")
 
 
 def _run_id(folder: Path) -> str:
@@ -75,13 +56,12 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(reference: Fin
     moments = random.Random()  # other moments in every run of the tests
     run_id, steps = "", []
     for _ in range(4):
-        process = _start(tmp_path, "train", *(["--resume", run_id] if run_id else OPTIONS))
-        line = _wait_for_line(process, "going on" if run_id else "epoch 1/")
+        process = start_qexp(tmp_path, "train", *(["--resume", run_id] if run_id else OPTIONS))
+        line = process.wait_for_line("going on" if run_id else "epoch 1/")
         steps.append(int(line.split()[-1]) if run_id else 0)
         time.sleep(moments.uniform(0, 2))
         assert process.poll() is None, "training was over before the kill: too few epochs for this machine"
         process.kill()
-        process.communicate()
         run_id = _run_id(tmp_path)
         assert _run(tmp_path, run_id).info.status == "RUNNING"
     done = run_qexp(tmp_path, "train", "--resume", run_id)
@@ -100,16 +80,15 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(reference: Fin
 def test_signal_ends_the_run_as_killed_and_it_goes_on(
     reference: Finished, tmp_path: Path, number: int, code: int
 ) -> None:
-    process = _start(tmp_path, "train", *OPTIONS)
-    _wait_for_line(process, "epoch 1/")
+    process = start_qexp(tmp_path, "train", *OPTIONS)
+    process.wait_for_line("epoch 1/")
     run_id = _run_id(tmp_path)
     refused = run_qexp(tmp_path, "train", "--resume", run_id)
     assert refused.code == 2 and f"process {process.pid} is still at work" in refused.stderr
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if process.returncode == 0:
+    if (ended := process.wait(60)) == 0:
         pytest.fail("training was over before the signal came: too few epochs for this machine")
-    assert process.returncode == code and "error: " in errors and "Traceback" not in errors
+    assert ended == code and "error: " in process.stderr and "Traceback" not in process.stderr
     assert _run(tmp_path, run_id).info.status == "KILLED"
     done = run_qexp(tmp_path, "train", "--resume", run_id)
     assert done.code == 0, done.stderr
@@ -121,20 +100,18 @@ def test_signal_ends_the_run_as_killed_and_it_goes_on(
 def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
     """Killed in the middle of training: the run of `qexp run` goes on, with the training below it."""
     sweep = "--batch-sizes 1,2 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
-    process = _start(tmp_path, "run", *OPTIONS, *sweep, *PLAIN)
-    _wait_for_line(process, "epoch 2/")
+    process = start_qexp(tmp_path, "run", *OPTIONS, *sweep, *PLAIN)
+    process.wait_for_line("epoch 2/")
     process.kill()
-    process.wait()
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     before = {run.data.tags["qexp.stage"]: run for run in client.search_runs(["1"])}
     assert {stage: run.info.status for stage, run in before.items()} == {"main": "RUNNING", "train": "RUNNING"}
     main, train = before["main"].info.run_id, before["train"].info.run_id
     wrong = run_qexp(tmp_path, "train", "--resume", main)
     assert wrong.code == 2 and f"use `qexp run --resume {main}`" in wrong.stderr
-    process = _start(tmp_path, "run", "--resume", main)
-    _wait_for_line(process, "latency at batch size 1")
+    process = start_qexp(tmp_path, "run", "--resume", main)
+    process.wait_for_line("latency at batch size 1")
     process.kill()  # once more, after quantization: that is not done again
-    process.wait()
     done = run_qexp(tmp_path, "run", "--resume", main)
     assert done.code == 0, done.stderr
     assert done.summary["run_id"] == main and done.summary["int8"] == "models:/smallnet-digits-int8/1"
@@ -150,22 +127,17 @@ def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_after_it_has_registered_its_version_registers_one(tmp_path: Path) -> None:
     """The moment between the version in the registry and the end of the run."""
-    script = """
-import os, signal, sys
+    dies = """
+import os, signal
 from qexp import registry
 register = registry.register
 def register_and_die(*given, **named):
     register(*given, **named)
     os.kill(os.getpid(), signal.SIGKILL)
 registry.register = register_and_die
-from entrypoints.cli import app
-sys.argv = ["qexp", "train", "--epochs", "1", "--image-size", "8"]
-app()
 """
-    died = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment_for(f"sqlite:///{tmp_path}/mlflow.db")
-    )
-    assert died.returncode == -signal.SIGKILL
+    died = run_qexp(tmp_path, "train", "--epochs", "1", "--image-size", "8", before=dies)
+    assert died.code == -signal.SIGKILL
     client, run_id = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), _run_id(tmp_path)
     assert [version.version for version in client.search_model_versions()] == [1]
     done = run_qexp(tmp_path, "train", "--resume", run_id)
@@ -183,15 +155,9 @@ def test_folder_or_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> N
     (run,) = mlflow.MlflowClient(done.uri).search_runs(["1"])
     assert run.info.status == "FAILED"
     full = (tmp_path / "mlflow.db").stat().st_size  # no file may grow above that: as on a full disk
-    died = subprocess.run(
-        [sys.executable, "-m", "entrypoints.cli", "train", "--image-size", "8"],
-        cwd=tmp_path,
-        env=environment_for(done.uri),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (full, full)),
-    )
-    assert died.returncode in (1, 2) and "Traceback" not in died.stderr, died.stderr
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({full}, {full}))"
+    died = run_qexp(tmp_path, "train", "--image-size", "8", before=limit)
+    assert died.code in (1, 2) and "Traceback" not in died.stderr, died.stderr
     assert [line for line in died.stderr.splitlines() if line.startswith("error: ")], died.stderr
 
 

@@ -1,16 +1,13 @@
 """The search with a journal, on the store of a finished run: trials, resuming, failing, the registered winner."""
 
-import json
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import mlflow
 import optuna
 import pytest
-from conftest import PLAIN, Finished, environment_for, run_qexp
+from conftest import PLAIN, Finished, run_qexp, start_qexp
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -69,15 +66,9 @@ def test_the_test_images_are_not_looked_at(in_use: Finished) -> None:
 def test_a_search_that_was_cut_off_goes_on(number: signal.Signals, code: int, in_use: Finished) -> None:
     name = number.name
     options = ["--sample-counts", "4,8,12,16", "--seeds-per-point", "2", "--study", name]
-    command = [sys.executable, "-m", "entrypoints.cli", "search", *options]
-    environment = environment_for(in_use.uri)
-    process = subprocess.Popen(command, cwd=in_use.folder, env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("trial 1:"):
-            break
+    process = start_qexp(in_use.folder, "search", *options, uri=in_use.uri)
+    process.wait_for_line("trial 1:")
     process.send_signal(number)
-    process.stderr.read()
     assert process.wait() == code
     before = [trial for trial in _study(in_use, name).trials if trial.state.is_finished() and trial.values]
     assert 2 <= len(before) < 4
@@ -99,21 +90,14 @@ def refuse(*given):
     raise StageError("engine onnx cannot quantize this model: no reason")
 
 quantization.ENGINES["onnx"] = refuse
-from entrypoints.cli import main_program
-main_program()
 """
-
-
-def _with_broken_engine(in_use: Finished, *options: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-c", BROKEN, "search", "--sample-counts", "4", "--seeds-per-point", "1", *options]
-    done = subprocess.run(command, cwd=in_use.folder, env=environment_for(in_use.uri), capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+ONE = ["--sample-counts", "4", "--seeds-per-point", "1"]
 
 
 def test_a_trial_that_fails_says_why_and_the_study_goes_on(in_use: Finished) -> None:
-    code, out, err = _with_broken_engine(in_use, "--engine", "onnx,fx", "--study", "half")
-    assert code == 0, err
-    summary = json.loads(out.splitlines()[-1])
+    done = run_qexp(in_use.folder, "search", *ONE, "--engine", "onnx,fx", "--study", "half", before=BROKEN)
+    assert done.code == 0, done.stderr
+    summary = done.summary
     assert (summary["failed_trials"], summary["winner"]["engine"]) == (1, "fx")
     by_state = {trial.state: trial for trial in _study(in_use, "half").trials}
     assert "no reason" in by_state[TrialState.FAIL].user_attrs["error"]
@@ -126,9 +110,10 @@ def test_a_trial_that_fails_says_why_and_the_study_goes_on(in_use: Finished) -> 
 
 
 def test_a_study_in_which_all_trials_fail_fails(in_use: Finished) -> None:
-    code, out, err = _with_broken_engine(in_use, "--engine", "onnx", "--study", "none")
-    assert (code, out) == (1, "")
-    assert "all 1 trials failed" in err.splitlines()[-1] and "no reason" in err.splitlines()[-1]
+    done = run_qexp(in_use.folder, "search", *ONE, "--engine", "onnx", "--study", "none", before=BROKEN)
+    assert (done.code, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert "all 1 trials failed" in last and "no reason" in last
     client = mlflow.MlflowClient(tracking_uri=in_use.uri)
     run_id = _study(in_use, "none").user_attrs["run_id"]
     assert client.get_run(run_id).info.status == "FAILED"

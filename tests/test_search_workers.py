@@ -1,7 +1,5 @@
 """Several workers on one study in a real PostgreSQL: one is killed, and the others do what it has left."""
 
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,7 +7,8 @@ from pathlib import Path
 import mlflow
 import optuna
 import pytest
-from conftest import environment_for, run_qexp
+from conftest import run_qexp, start_qexp
+from forked import Forked
 from optuna.trial import TrialState
 from postgres import start_postgres
 
@@ -19,13 +18,11 @@ OPTIONS = (
 ).split()
 
 
-def _start(folder: Path, uri: str, url: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "entrypoints.cli", "search", "--storage", url, *OPTIONS]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment_for(uri), text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+def _start(folder: Path, uri: str, url: str) -> Forked:
+    return start_qexp(folder, "search", "--storage", url, *OPTIONS, uri=uri)
 
 
-def _wait_for_its_trial(study_url: str, worker: subprocess.Popen[str]) -> int:
+def _wait_for_its_trial(study_url: str, worker: Forked) -> int:
     """The number of a trial that this worker is at."""
     for _ in range(400):
         time.sleep(0.3)
@@ -51,13 +48,11 @@ def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None
         first, second = _start(tmp_path, uri, url), _start(tmp_path, uri, url)
         cut_off = _wait_for_its_trial(study_url, second)
         second.kill()
-        second.communicate()
-        out, err = first.communicate(timeout=240)
-        assert first.returncode == 0, err
+        assert first.wait() == 0, first.stderr
         again = run_qexp(tmp_path, "search", "--storage", url, *OPTIONS)
         study = optuna.load_study(study_name="shared", storage=study_url)
         trials, remembered = study.trials, study.user_attrs
-    assert f"trial {cut_off}: its worker" in err
+    assert f"trial {cut_off}: its worker" in first.stderr
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len({tuple(trial.params.values()) for trial in complete}) == len(complete) == 6
     assert [trial.user_attrs["retry_of"] for trial in complete if "retry_of" in trial.user_attrs] == [cut_off]
@@ -77,5 +72,9 @@ def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None
     password = url.split(":")[2].split("@")[0]
     config = client.download_artifacts(parent.info.run_id, "config.yaml", tmp_path)
     logged = [str(run.to_dictionary()) for run in [parent, *runs]]
-    assert [text for text in [*logged, Path(config).read_text(), out, err, again.stderr] if password in text] == []
+    assert [
+        text
+        for text in [*logged, Path(config).read_text(), first.stdout, first.stderr, again.stderr]
+        if password in text
+    ] == []
     assert parent.data.params["search.storage"] == url.replace(password, "***")

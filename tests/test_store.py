@@ -1,18 +1,14 @@
 """Several processes on one store that is new to all of them: nothing is lost, nothing is broken."""
 
-import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment_for
+from conftest import start_qexp
 from mlflow.exceptions import MlflowException
+from servers import start_server
 
 from qexp.errors import InputError
 from qexp.store import again, use_store
@@ -24,7 +20,7 @@ import sys, time
 import mlflow, torch
 from qexp import aliases, tracking
 from qexp.data import Dataset, Split
-number, start, rounds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+number, start, rounds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])  # those of no command of qexp
 split = Split(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
 dataset = Dataset("race", "none", ("a",), split, split, split, "0" * 16)
 open(f"{start}.{number}", "w").close()
@@ -47,40 +43,15 @@ for at in range(rounds):
             uris[kind] = f"models:/race-{kind}/{made.version}"
             aliases.set_alias("challenger", uris[kind])
         aliases.move_champion(uris["int8"])
+sys.exit(0)
 """
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """An MLflow server on a new SQLite file."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    places = ["--backend-store-uri", f"sqlite:///{tmp_path}/served.db", "--artifacts-destination", str(tmp_path)]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), *places]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log = (tmp_path / "server.log").open("w")
-    process = subprocess.Popen(
-        [*command, "--workers", "2"], env=environment, stdout=log, stderr=log, start_new_session=True
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(f"{uri}/health", process)
-        yield uri
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait()
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5)
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise AssertionError("the server has ended")
+    with start_server(tmp_path) as started:
+        yield started.url
 
 
 @pytest.mark.slow
@@ -89,17 +60,14 @@ def test_processes_that_start_at_once_lose_nothing(kind: str, tmp_path: Path, re
     uri = request.getfixturevalue("server") if kind == "server" else f"sqlite:///{tmp_path}/new folder/mlflow.db"
     start = tmp_path / "start"
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(number), str(start), str(ROUNDS)],
-            cwd=tmp_path, env=environment_for(uri), stderr=subprocess.PIPE, text=True,
-        )
+        start_qexp(tmp_path, str(number), str(start), str(ROUNDS), uri=uri, before=WORKER)
         for number in range(PROCESSES)
-    ]  # fmt: skip
+    ]
     while len(list(tmp_path.glob("start.*"))) < PROCESSES and all(one.poll() is None for one in workers):
         time.sleep(0.05)
     start.touch()
-    errors = [worker.communicate()[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * PROCESSES, "\n".join(errors)
+    codes = [worker.wait() for worker in workers]
+    assert codes == [0] * PROCESSES, "\n".join(worker.stderr for worker in workers)
 
     client = mlflow.MlflowClient(tracking_uri=uri)
     assert {experiment.name for experiment in client.search_experiments()} == {"Default", "qexp-race"}
