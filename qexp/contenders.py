@@ -6,13 +6,14 @@ same in bf16, and exported to ONNX for ONNX Runtime. int8 are registered version
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qexp import registry, tracking
+from qexp.integrity import copy_files
 from qexp.models import Classifier, load_classifier
 
 Predict = Callable[[Tensor], object]
@@ -21,7 +22,7 @@ BASELINE = "fp32"
 
 @dataclass(frozen=True)
 class Contender:
-    """A name, a registered version, and the engine that torch is to use for int8 kernels (None: as it comes)."""
+    """A name, a registered version or the folder of its files, and torch's engine for int8 kernels (None: any)."""
 
     name: str
     uri: str
@@ -57,8 +58,14 @@ def _write_baseline(name: str, model: Classifier, example: Tensor, folder: Path)
         torch.jit.save(torch.jit.freeze(traced.eval()), str(folder / f"{name}.pt"))
 
 
+def fetch(contenders: Sequence[Contender], folder: Path) -> tuple[Contender, ...]:
+    """The same with copies of their files below `folder`, so that loading them asks no store."""
+    places = {uri: str(copy_files(uri, folder)) for uri in dict.fromkeys(one.uri for one in contenders)}
+    return tuple(replace(one, uri=places[one.uri]) for one in contenders)
+
+
 def load(contender: Contender, folder: Path) -> Predict:
-    """The model, freshly loaded; `folder` is that of `prepare_baselines`."""
+    """The model, freshly loaded from what `fetch` and `prepare_baselines` have made ready in `folder`."""
     if contender.name == "fp32_onnx":
         from qexp.quantization.onnx import OnnxClassifier
 
@@ -66,4 +73,4 @@ def load(contender: Contender, folder: Path) -> Predict:
     if contender.name in ("fp32_traced", "bf16"):
         module = torch.jit.load(str(folder / f"{contender.name}.pt"))
         return (lambda images: module(images.bfloat16()).float()) if contender.name == "bf16" else module
-    return registry.load_version(contender.uri, contender.backend)
+    return registry.load_files(contender.uri, contender.backend)

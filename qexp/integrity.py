@@ -45,6 +45,11 @@ def checked_copy(found: ModelVersion) -> Iterator[Path]:
         yield copy
 
 
+def copy_files(uri: str, folder: Path) -> Path:
+    """Where a copy of a version's files is, in a new folder below `folder`."""
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(dir=folder)))
+
+
 def _digest_of(folder: Path) -> str:
     """Of names and contents, without the note of its name and version that MLflow adds to a copy."""
     digest = hashlib.sha256()

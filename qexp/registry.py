@@ -14,6 +14,7 @@ import mlflow
 import torch
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from torch import Tensor
 
 from qexp.aliases import CHALLENGER, set_alias
@@ -163,16 +164,20 @@ def load_version(uri: str, backend: str | None = None) -> Predict:
     Raises:
         InputError: the URI has another form or does not exist.
     """
-    tags = look_up(uri).tags
-    if tags.get("flavor") == "onnx":
+    return load_files(uri, backend or look_up(uri).tags.get("backend"))
+
+
+def load_files(place: str, backend: str | None) -> Predict:
+    """The model in a version's files, at a URI or in a folder, with the kernels `backend` (None: as they are)."""
+    if "onnx" in Model.load(place).flavors:
         from qexp.quantization.onnx import OnnxClassifier
 
-        return OnnxClassifier(mlflow.onnx.load_model(uri))
-    if backend := backend or tags.get("backend"):
+        return OnnxClassifier(mlflow.onnx.load_model(place))
+    if backend:
         torch.backends.quantized.engine = backend
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        return mlflow.pytorch.load_model(uri)
+        return mlflow.pytorch.load_model(place)
 
 
 def _stored_bytes(uri: str) -> int:

@@ -1,6 +1,6 @@
 """The latency sweep in a process of its own: `python -m qexp.sweep REQUEST.json RESULT.json`.
 
-It fixes the thread count, loads all models as a user does, and does nothing else while it times them. Start-up and
+It fixes the thread count, loads copies of all models as a user does, and does nothing else while it times them. Start-up and
 memory are measured first, in one more process a model. For every batch size the models are loaded anew: torch's int8
 convolutions keep one kernel, for the first shape that they see, as a service with that batch size would have it.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from qexp.config import LatencyConfig
-from qexp.contenders import BASELINE, Contender, load, prepare_baselines
+from qexp.contenders import BASELINE, Contender, fetch, load, prepare_baselines
 from qexp.errors import InputError, StageError
 from qexp.evidence import from_json, to_json
 from qexp.latency import LatencyResult, LatencyRow, Run, StartUp, measure_latency
@@ -65,19 +65,19 @@ def _main(question: Path, answer: Path) -> None:
         names = [contender.name for contender in request.contenders if contender.name in request.options.baselines]
         # Before this process computes anything itself: OpenMP's threads do not survive a fork.
         _in_fork(lambda: prepare_baselines(fp32_uri, names, request.image_size, folder))
-        startups = tuple(
-            _in_fork(lambda found=found: _start_up(found, request, folder)) for found in request.contenders
-        )
-        rows = measure_latency(_preparer(request, folder), BASELINE, request.repeated, request.options, on_row=_say_row)
+        contenders = fetch(request.contenders, folder)
+        startups = tuple(_in_fork(lambda found=found: _start_up(found, request, folder)) for found in contenders)
+        prepare = _preparer(contenders, request.image_size, folder)
+        rows = measure_latency(prepare, BASELINE, request.repeated, request.options, on_row=_say_row)
     answer.write_text(to_json(LatencyResult(BASELINE, rows, startups, request.threads)))
 
 
-def _preparer(request: SweepRequest, folder: Path) -> Callable[[int], dict[str, Run]]:
+def _preparer(contenders: tuple[Contender, ...], image_size: int, folder: Path) -> Callable[[int], dict[str, Run]]:
     generator = torch.Generator().manual_seed(0)
 
     def prepare(batch_size: int) -> dict[str, Run]:
-        images = torch.rand((batch_size, 3, request.image_size, request.image_size), generator=generator)
-        models = {contender.name: load(contender, folder) for contender in request.contenders}
+        images = torch.rand((batch_size, 3, image_size, image_size), generator=generator)
+        models = {contender.name: load(contender, folder) for contender in contenders}
         return {name: lambda model=model: model(images) for name, model in models.items()}  # type: ignore[misc]
 
     return prepare
@@ -86,6 +86,7 @@ def _preparer(request: SweepRequest, folder: Path) -> Callable[[int], dict[str, 
 def _start_up(contender: Contender, request: SweepRequest, folder: Path) -> StartUp:
     sizes = request.options.batch_sizes
     small, large = (torch.rand(batch, 3, request.image_size, request.image_size) for batch in (sizes[0], sizes[-1]))
+    load(contender, folder)  # imports what it needs: loading is timed without that, from files that were just read
     times = [time.perf_counter()]
     model = load(contender, folder)
     times.append(time.perf_counter())
