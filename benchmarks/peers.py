@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from peer_models import FOLDED, LOADERS, OURS, PEERS, make_all
 from pydantic import TypeAdapter
 
-from qexp import registered, registry, tracking
+from qexp import registered, registry
 from qexp.config import Config, DataConfig, LatencyConfig
 from qexp.cost import measure_cost
 from qexp.data import calibration_count, calibration_subset, load_dataset
@@ -34,6 +34,7 @@ from qexp.evidence import from_json, to_json
 from qexp.host import Host, read_host
 from qexp.latency import LatencyRow, Ratio, measure_latency
 from qexp.report import table
+from qexp.store import use_store
 
 DEFAULT = "fx"  # what `qexp run` does unless told otherwise, with the kernels that it chose by measuring
 PROFILED = "fx_onednn"
@@ -84,7 +85,7 @@ def main() -> None:
     if arguments.time:
         return _time(arguments.time, arguments.rounds)
     earlier = [peers for file in arguments.earlier for peers in from_json(tuple[Peers, ...], file.read_text())]
-    tracking.use_store()
+    use_store()
     found = earlier + [_compare(uri, arguments.data_dir, arguments.rounds) for uri in arguments.model_uri]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(_render(peers) for peers in found)

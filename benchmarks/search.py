@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qexp import tracking
 from qexp.config import Config, load_config
 from qexp.search import queue, runs, worker
 from qexp.search.joining import get_ready, set_up
 from qexp.search.storage import open_place, storages_of
 from qexp.search.study import Params, Study, grid_of
 from qexp.search.trials import Bench, _quantized, _top1, options_for
+from qexp.store import use_store
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -63,7 +63,7 @@ def compare(study: Study, bench: Bench) -> list[tuple[float, float]]:
 
 def run(config: Config) -> list[tuple[float, float]]:
     """Train, make the study, and compare; all in the current folder."""
-    tracking.use_store()
+    use_store()
     with (
         open_place(config.search) as place,
         storages_of(place, config.search.heartbeat_seconds) as open_storage,

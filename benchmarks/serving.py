@@ -32,9 +32,10 @@ import mlflow
 import numpy as np
 import torch
 
-from qexp import registry, tracking
+from qexp import registry
 from qexp.host import read_host
 from qexp.latency import percentile
+from qexp.store import use_store
 
 KINDS = ("fp32", "int8")
 START_SECONDS, WARM_UP_REQUESTS = 120, 5
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None)
     given = parser.parse_args()
     warnings.simplefilter("ignore")  # torch and MLflow announce the successors of TorchScript
-    tracking.use_store()
+    use_store()
     host = read_host(given.threads)
     torch.set_num_threads(host.threads)
     int8 = registry.find_version(given.model_uri, "int8")

@@ -25,7 +25,7 @@ def models(
     On a terminal it is a table. Into a pipe or a file go the same versions as one line of JSON, while the table is on
     standard error.
     """
-    from qexp.catalog import as_table, list_models
+    from qexp.store.catalog import as_table, list_models
 
     rows = list_models(given_or_none(name))
     shown = not is_true("--json", json)

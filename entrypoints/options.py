@@ -1,6 +1,6 @@
 """Command-line options made from the configuration's models, and the one way in which every command ends.
 
-An option is declared once: as a field of a model in qexp/config.py. Its text goes to pydantic, which checks type and
+An option is declared once: as a field of a model in qexp/options.py. Its text goes to pydantic, which checks type and
 range for the command line and the file alike; `auto` means not given, since MLproject has no other word for that.
 """
 
@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config
-from qexp.errors import InputError, StageError, hide_passwords
+from qexp.errors import InputError, StageError, first_line, hide_passwords
 from qexp.options import option_name
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -32,7 +32,7 @@ ModelUri = Annotated[
     str, typer.Option(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI")
 ]
 Resume = Annotated[
-    str, typer.Option(help="run of this command that was stopped: go on with it, in the same run", metavar="RUN_ID")
+    str, typer.Option(help="ID of a stopped run of this command, to resume it", metavar="RUN_ID")
 ]
 Overrides = dict[str, dict[str, Any]]  # text of the options given, by section and key
 ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here, if it is there", metavar="FILE")]
@@ -137,9 +137,11 @@ def finish(action: Callable[[], dict[str, Any] | None]) -> None:
     """Run a command to its end: a line of JSON (none if another process has printed it), or a line on standard error
     and an exit code.
 
-    2 for bad input, 1 for a stage that failed, 130 and 143 for SIGINT and SIGTERM.
+    2 for bad input, 1 for a stage that failed, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed; under nohup it stays ignored
+        signal.signal(signal.SIGHUP, _terminated)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when the launcher is killed, its processes stop
@@ -153,6 +155,10 @@ def finish(action: Callable[[], dict[str, Any] | None]) -> None:
         _fail("interrupted", 130)
     except SystemExit as stopped:
         _fail("terminated", int(stopped.code or 0))
+    except Exception as error:
+        if not type(error).__module__.startswith("mlflow."):
+            raise
+        _fail(f"MLflow: {first_line(error)}", 1)
     else:
         if summary is not None:
             print(json.dumps(_rounded(summary)), flush=True)
@@ -200,5 +206,5 @@ def _fail(message: str, code: int) -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    """SIGTERM as an exception, so that runs end as KILLED on the way out."""
+    """A signal as an exception, so that runs end as KILLED on the way out."""
     sys.exit(128 + number)

@@ -10,7 +10,7 @@ from qexp.config import Config
 
 Name = Annotated[str, typer.Argument(help="registered int8 model, for instance smallnet-digits-int8")]
 Number = Annotated[str, typer.Option(help="its version; auto: the challenger, or the newest", metavar="N")]
-Force = Annotated[str, typer.Option(help="move the alias whatever was found; recorded", metavar="true|false")]
+Force = Annotated[str, typer.Option(help="move the alias even if rejected; recorded", metavar="true|false")]
 
 
 @with_options("threads", "data_dir", "gate", "batch_sizes", "warmup", "min_repeats", "min_seconds")

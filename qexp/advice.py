@@ -60,7 +60,7 @@ def _about(evidence: Evidence, other: Judged) -> str:
     """How another int8 version compares with the chosen one."""
     rows = evidence.latency.rows
     signs = [row.compared(other.name, evidence.name) for row in rows]
-    words = {1: "slower", -1: "faster", 0: "not to be told apart"}
+    words = {1: "slower", -1: "faster", 0: "indistinguishable"}
     sizes = {sign: [row.batch_size for row, found in zip(rows, signs, strict=True) if found == sign] for sign in words}
     speed = "; ".join(f"{word} at batch size {_join(sizes[sign])}" for sign, word in words.items() if sizes[sign])
     drop = other.int8.comparison["test"].top1_drop_points

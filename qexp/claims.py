@@ -42,9 +42,9 @@ def accuracy(evidence: Evidence) -> list[str]:
     found = evidence.int8.comparison["test"]
     low, high = found.top1_drop_low_points, found.top1_drop_high_points
     if low > 0:
-        meaning = "so int8 is less accurate, beyond what chance in the choice of images explains"
+        meaning = "so int8 is less accurate, more than chance explains (95 % confidence)"
     elif high < 0:
-        meaning = "so int8 is more accurate, beyond what chance in the choice of images explains"
+        meaning = "so int8 is more accurate, more than chance explains (95 % confidence)"
     else:
         meaning = "which includes no change at all"
     lost, gained = found.only_fp32_correct_images, found.only_int8_correct_images
@@ -102,9 +102,9 @@ def latency(evidence: Evidence) -> list[str]:
     if len(rows) > 1:
         gaps = [row.stats[result.baseline].p50_ms - row.stats[name].p50_ms for row in rows]
         grows = all(later > max(0.0, earlier) * (1 + SAME_SPEED) for earlier, later in pairwise(gaps))
-        change = "grows with every larger batch" if grows else "does not grow with every larger batch"
+        change = "grows with the batch size" if grows else "does not grow with every larger batch"
         ends = f"{gaps[0]:.2f} ms at {rows[0].batch_size}, {gaps[-1]:.2f} ms at {rows[-1].batch_size}"
-        sentences.append(f"The time saved a batch {change}: {ends}.")
+        sentences.append(f"The time saved per batch {change}: {ends}.")
     pair = (result.baseline, name)
     noisy = [row.batch_size for row in rows if max(_tail(row.stats[one]) for one in pair) > NOISY_TAIL]
     if noisy:
@@ -135,7 +135,7 @@ def _faster_where(evidence: Evidence, other: str) -> str:
     for word, sign in (("faster", 1), ("slower", -1)):
         if all(found == sign for found in told.values()):
             return f"int8 is {word} than {other} at every batch size: {_range(ratios)}."
-    groups = ((1, "faster than {}"), (-1, "slower than {}"), (0, "not to be told apart from {} above the noise"))
+    groups = ((1, "faster than {}"), (-1, "slower than {}"), (0, "indistinguishable from {} within the noise"))
     named = [
         f"{words.format(other)} at batch size {', '.join(str(size) for size, found in told.items() if found == sign)}"
         for sign, words in groups

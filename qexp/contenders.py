@@ -5,7 +5,6 @@ same in bf16, and exported to ONNX for ONNX Runtime. int8 are registered version
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qexp import registry, tracking
-from qexp.integrity import copy_files
-from qexp.models import Classifier, load_classifier
+from qexp.models import load_classifier
+from qexp.store.integrity import copy_files
 
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
@@ -37,24 +36,19 @@ def int8_contenders(uri: str, engine: str, backends: tuple[str | None, ...]) -> 
     )
 
 
-def prepare_baselines(fp32_uri: str, names: Sequence[str], image_size: int, folder: Path) -> None:
-    """Write what `load` needs for the baselines of these names into `folder`."""
+def prepare_baseline(fp32_uri: str, name: str, image_size: int, folder: Path) -> None:
+    """Write what `load` needs for the baseline of this name into `folder`."""
     weights = registry.find_version(fp32_uri, "fp32").tags["weights_uri"]
     with tracking.downloaded(weights) as file, torch.no_grad():
         model = load_classifier(file)
     example = torch.zeros(2, 3, image_size, image_size)
-    for name in names:
-        _write_baseline(name, model, example, folder)
-
-
-def _write_baseline(name: str, model: Classifier, example: Tensor, folder: Path) -> None:
     if name == "fp32_onnx":
         from qexp.quantization.onnx import export
 
         return export(model, example, folder / f"{name}.onnx")
     kind = torch.bfloat16 if name == "bf16" else torch.float32
-    with torch.no_grad():  # on a copy: weights that were bf16 once stay rounded, for whatever is made from them next
-        traced = torch.jit.trace(deepcopy(model).to(kind), example.to(kind), check_trace=False)
+    with torch.no_grad():
+        traced = torch.jit.trace(model.to(kind), example.to(kind), check_trace=False)
         torch.jit.save(torch.jit.freeze(traced.eval()), str(folder / f"{name}.pt"))
 
 

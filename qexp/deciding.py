@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from qexp import metrics, registry, tracking
-from qexp.aliases import CHALLENGER, set_alias
 from qexp.config import Config
 from qexp.contenders import BASELINE, Contender, int8_contenders
+from qexp.errors import StageError
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 from qexp.gate import GateResult, decide_gate
 from qexp.host import Host
@@ -15,6 +15,9 @@ from qexp.quantization import KERNELS
 from qexp.quantizing import Int8
 from qexp.registry import Registered
 from qexp.stages import Fp32
+from qexp.store import ask_store, quickly, split_uri
+from qexp.store.aliases import CHALLENGER, set_alias
+from qexp.store.outage import store_errors
 from qexp.sweep import SweepRequest, run_sweep
 
 
@@ -35,12 +38,26 @@ def latency_stage(config: Config, host: Host, fp32: Registered, int8s: dict[Regi
         contenders += [contender for found in timed.values() for contender in found]
         repeated = next(iter(timed.values()))[0].name
         request = SweepRequest(tuple(contenders), repeated, config.data.image_size, host.threads, config.latency)
-        result = run_sweep(request, registry.child_environment(host.threads))
+        result = time_versions(request)
         ranked = {version: _fastest_first(config, result, found) for version, found in timed.items()}
         names = {version.uri: tuple(contender.name for contender in found) for version, found in ranked.items()}
         evidence = LatencyEvidence(fp32.uri, names, result, host, run_id)
         _log_latency(evidence, fp32, ranked)
     return evidence
+
+
+def time_versions(request: SweepRequest) -> LatencyResult:
+    """What `run_sweep` finds in the store of this process.
+
+    Raises:
+        StageError: it failed; StoreError if that is because the store does not answer.
+    """
+    try:
+        return run_sweep(request, registry.child_environment(request.threads))
+    except StageError:
+        with store_errors(), quickly():
+            ask_store()
+        raise
 
 
 def _int8_contenders(config: Config, uri: str, engine: str) -> tuple[Contender, ...]:
@@ -52,7 +69,8 @@ def _int8_contenders(config: Config, uri: str, engine: str) -> tuple[Contender, 
 
 def _fastest_first(config: Config, result: LatencyResult, found: Sequence[Contender]) -> list[Contender]:
     """The kernels that were asked for first, or else those that won; those of a plain load unless others are faster."""
-    names = [one.name for one in found if one.backend == config.quantize.backend] or [one.name for one in found]
+    asked = config.quantize.backend
+    names = [one.name for one in found if asked in (None, one.backend)] or [one.name for one in found]
     first = result.winner(names)
     return sorted(found, key=lambda one: one.name != first)
 
@@ -125,7 +143,7 @@ def decide(
     config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence, verified: bool
 ) -> GateResult:
     """The gate's decision on an int8 version from what was measured."""
-    name, _ = int8.version_uri.removeprefix("models:/").split("/")
+    name, _ = split_uri(int8.version_uri)
     speedup = latency.latency.least_speedup(latency.name_of(int8.version_uri))
     ratio = fp32.size_bytes / int8.size_bytes
     return decide_gate(config.gate.of(name), int8.accuracy["test"], int8.comparison["test"], ratio, speedup, verified)

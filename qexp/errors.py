@@ -17,6 +17,10 @@ class StageError(RuntimeError):
     """The input was fine but a stage could not do its work: the message says why (exit code 1)."""
 
 
+class StoreError(StageError):
+    """MLflow's store has failed, or a disk: it is not the stage that cannot do its work."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as part of one line; its type where it says nothing. No passwords."""
     lines = str(error).strip().splitlines()
@@ -28,7 +32,7 @@ def first_line(error: BaseException) -> str:
             f"no answer ({why[-1]})" if NOBODY.search(lines[0]) else f"{(why or ['error'])[-1]}: see the server's log"
         )
     if REFUSED in lines[0]:
-        return "it refuses MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD (401), or wants them set"
+        return "401: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user that it knows"
     return hide_passwords(lines[0])[:300]
 
 

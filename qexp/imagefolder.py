@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,7 @@ from qexp.errors import InputError
 from qexp.host import available_cores
 from qexp.progress import say, track
 
+warnings.filterwarnings("ignore", "Palette images with Transparency")  # which is dropped, as intended
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
@@ -59,26 +61,26 @@ def _class_files(folder: Path) -> list[str]:
     return images
 
 
-def decode_files(files: Sequence[str], image_size: int) -> Tensor:
+def decode_files(files: Sequence[str], image_size: int, what: str = "--data-dir: broken image") -> Tensor:
     """Decode to RGB, uint8 [N, 3, image_size, image_size]; another size is resized (bilinear, antialiased, uncropped).
 
     Raises:
-        InputError: a file is no image or is cut off; the message names it.
+        InputError: a file is no image or is cut off; the message begins with `what` and names it.
     """
     images = np.empty((len(files), 3, image_size, image_size), dtype=np.uint8)
     with ThreadPoolExecutor(available_cores()) as pool:  # PIL lets go of the interpreter lock while it decodes
-        decoded = pool.map(partial(_decode, image_size=image_size), files, chunksize=256)
+        decoded = pool.map(partial(_decode, image_size=image_size, what=what), files, chunksize=256)
         for row, image in enumerate(track(decoded, "decoding images", len(files))):
             images[row] = image
     return torch.from_numpy(images)
 
 
-def _decode(file: str, image_size: int) -> np.ndarray:
+def _decode(file: str, image_size: int, what: str) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             image = _with_8_bits(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"--data-dir: broken image {file}: {error}") from None
+        raise InputError(f"{what} {file}: {error}") from None
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)

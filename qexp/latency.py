@@ -63,9 +63,11 @@ class LatencyRow:
     def compared(self, slow: str, fast: str) -> int:
         """1 if `fast` is faster than `slow`, -1 if it is slower, 0 if the noise is too high to tell.
 
-        The interval must lie beyond 1 and beyond what one model showed against itself.
+        The interval must lie beyond 1 and beyond what one model showed against itself, loaded a second time.
         """
         ratio, edge = self.ratio(slow, fast), self.noise_edge
+        if len(self.round_ms[slow]) < FEWEST_PAIRS:
+            return 0
         return int(ratio.low > edge) - int(ratio.high < 1 / edge)
 
     @property
@@ -141,7 +143,7 @@ def measure_latency(
     """Time models at every batch size.
 
     Args:
-        prepare: from a batch size, the calls to time by name.
+        prepare: from a batch size, the calls to time by name; AGAIN is another copy of `repeated`, if there is one.
         baseline: what speed-ups refer to.
         repeated: the model that is measured twice in each round, for the noise.
         clock: seconds.
@@ -151,12 +153,12 @@ def measure_latency(
     rows = []
     for batch_size in options.batch_sizes:
         runs = prepare(batch_size)
-        blocks = time_rounds(runs | {AGAIN: runs[repeated]}, options, clock, rest)
+        blocks = time_rounds({AGAIN: runs[repeated]} | runs, options, clock, rest)
         round_ms = {name: tuple(1000 * statistics.median(block) for block in found) for name, found in blocks.items()}
         again = round_ms.pop(AGAIN)
-        seconds = {name: [value for block in blocks[name] for value in block] for name in runs}
+        seconds = {name: [value for block in blocks[name] for value in block] for name in round_ms}
         stats = {name: summarize(values, batch_size) for name, values in seconds.items()}
-        speedups = {name: paired_ratio(round_ms[baseline], round_ms[name]) for name in runs}
+        speedups = {name: paired_ratio(round_ms[baseline], found) for name, found in round_ms.items()}
         rows.append(LatencyRow(batch_size, stats, round_ms, speedups, paired_ratio(round_ms[repeated], again)))
         on_row(rows[-1])
     return tuple(rows)

@@ -135,8 +135,8 @@ class ModelGate(BaseModel):
 
 
 def _int8_name(name: str) -> str:
-    if not name.endswith("-int8"):
-        raise ValueError("must be the name of a registered int8 model, which ends with -int8")
+    if not name.endswith("-int8") or set(name) & set("*?["):
+        raise ValueError("must be the whole name of a registered int8 model, which ends with -int8")
     return name
 
 
@@ -194,7 +194,7 @@ class SearchConfig(BaseModel):
         None, description="database of a study with several workers, postgresql://USER@HOST/DATABASE; auto: study_dir"
     )
     heartbeat_seconds: int = Field(
-        5, ge=1, le=3600, description="between signs of life of a worker; without six of them its trial is redone"
+        5, ge=1, le=3600, description="seconds between heartbeats of a worker; after six missed ones its trial is repeated"
     )
     register_best: bool = Field(False, description="quantize again with the winner, measure and register it")
 

@@ -4,22 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qexp import claims, deciding, launch, quantizing, registered, registry, resumed, stages, tracking
-from qexp.aliases import move_champion
 from qexp.checkpoint import LAUNCHER_LOCK, lock_of, remove_checkpoints
 from qexp.config import Config
-from qexp.data import Dataset, calibration_count, load_dataset
+from qexp.data import Dataset
 from qexp.distributed import read_group
-from qexp.errors import StageError
+from qexp.errors import StageError, StoreError
 from qexp.evidence import Evidence, Fp32Evidence
-from qexp.host import Host, read_host
-from qexp.models import ModelSpec, check_model_name, outline
+from qexp.host import Host
+from qexp.prepare import prepare, prepare_for_version, with_quantization_checked
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.quantizing import Int8
-from qexp.recipe import settle_options
+from qexp.store import use_store
+from qexp.store.aliases import move_champion
 from qexp.training import train_model
 
 Summary = dict[str, Any]
@@ -35,11 +33,11 @@ def run_main(
     key, text) that may change. None where other processes have done the work (`processes`).
     """
     if resume:
-        tracking.use_store()
+        use_store()
         model_uri = model_uri or tracking.find_run(resume).data.tags.get("qexp.model_uri")
         config = resumed.config_of_run(overrides or {}, resume, "run")
     config, host, dataset = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
-    config = with_calibration_count(config, dataset)
+    config = with_quantization_checked(config, dataset)
     name, note = "main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
     trained = resume is not None and resumed.has_trained(resume)
     if model_uri or trained:
@@ -62,8 +60,9 @@ def _fp32_of_main(config: Config, host: Host, dataset: Dataset, model_uri: str |
     """The version given, the one that this run has trained before it was stopped, or a new one."""
     training = resumed.training_below(run_id)
     if model_uri:
-        tracking.set_tag("qexp.model_uri", model_uri)
-        return registered.fp32_from_registry(model_uri, dataset)
+        fp32 = registered.fp32_from_registry(model_uri, dataset)
+        tracking.set_tag("qexp.model_uri", fp32.version.uri)  # an alias may have moved when the run goes on
+        return fp32
     if training and training.info.status == "FINISHED":
         evidence = tracking.read_result(Fp32Evidence, training.info.run_id, "fp32")
         return registered.fp32_from_registry(evidence.version_uri, dataset)
@@ -130,17 +129,19 @@ def quantize_all(
         options = config.model_copy(update={"quantize": config.quantize.only(engine)})
         try:
             int8s[engine] = quantizing.quantize_stage(options, host, dataset, fp32, sensitivity)
+        except StoreError:
+            raise
         except StageError as error:
             if engine == config.quantize.engine[-1] and not int8s:
                 raise
-            say(f"goes on without engine {engine}: {error}")
+            say(f"continuing without engine {engine}: {error}")
     return [int8s[engine] for engine in config.quantize.engine if engine in int8s]
 
 
 def run_train(config: Config, resume: str | None = None, overrides: Overrides | None = None) -> Summary | None:
     """Train and register an fp32 version. `resume`, `overrides` and None are as in `run_main`."""
     if resume:
-        tracking.use_store()
+        use_store()
         config = resumed.config_of_run(overrides or {}, resume, "train")
     config, host, dataset = prepare(config, None, resume=resume)
     name, note = f"train-{config.model}", f"Training of {config.model} on {dataset.name}."
@@ -154,7 +155,7 @@ def run_train(config: Config, resume: str | None = None, overrides: Overrides | 
 def run_quantize(config: Config, model_uri: str) -> Summary:
     """Quantize the registered fp32 version `model_uri` and register the int8 version."""
     config, host, dataset = prepare(config, model_uri)
-    config = with_calibration_count(config, dataset)
+    config = with_quantization_checked(config, dataset)
     fp32 = registered.fp32_from_registry(model_uri, dataset)
     int8s = quantize_all(config, host, dataset, fp32)
     found = [_figures_of(fp32, int8) for int8 in int8s]
@@ -174,7 +175,7 @@ def _figures_of(fp32: stages.Fp32, int8: Int8) -> Summary:
 
 def run_latency(config: Config, model_uri: str) -> Summary:
     """Time the registered int8 version `model_uri` against the fp32 version that it came from."""
-    config, host = _prepare_for_version(config, model_uri)
+    config, host = prepare_for_version(config, model_uri)
     int8 = registry.find_version(model_uri, "int8")
     fp32 = registry.find_version(int8.tags["fp32_uri"], "fp32")
     version = registry.from_entity(int8)
@@ -187,70 +188,10 @@ def run_latency(config: Config, model_uri: str) -> Summary:
 
 def run_report(config: Config, model_uri: str) -> Summary:
     """Write the report on the registered int8 version `model_uri` from what its runs have logged."""
-    config, host = _prepare_for_version(config, model_uri)
+    config, host = prepare_for_version(config, model_uri)
     evidence = registered.evidence_of_version(config, model_uri)
     report_uri = stages.report_stage(config, host, evidence)
     return _summary("report", report_uri.split("/")[1], evidence, report_uri)
-
-
-def prepare(
-    config: Config, model_uri: str | None, given: tuple[str, ...] = (), resume: str | None = None
-) -> tuple[Config, Host, Dataset]:
-    """What can be refused is refused here, before there is a run: store, version, names, data, folders.
-
-    Args:
-        given: sections of which options, if given, must not differ from what `model_uri` was made with.
-        resume: run that goes on: it stays in its experiment.
-
-    Returns:
-        The configuration with every `auto` settled that a stage would settle.
-    """
-    if read_group().leads:  # processes that open a new database at once break it
-        tracking.use_store()
-    if model_uri:
-        if given:
-            registered.refuse_conflicts(config, model_uri, given)
-        config = registered.config_of_version(config, model_uri, "fp32")
-    check_model_name(config.model)
-    stages.check_output_dir(config)
-    if launch.is_worker():
-        train = config.train.model_copy(update={"processes": read_group().local_size})
-        config = config.model_copy(update={"train": train})
-    host = _use_threads(config)
-    dataset = load_dataset(config.data, config.seed)
-    if model_uri:
-        registered.check_data(model_uri, dataset)
-    if read_group().leads:
-        if resume:
-            resumed.check_data(resume, dataset)
-        tracking.use_experiment(dataset.name, resume)
-    config = config.model_copy(update={"threads": host.threads})
-    return config if model_uri else _settled(config, dataset), host, dataset
-
-
-def with_calibration_count(config: Config, dataset: Dataset) -> Config:
-    """`config` with the number of calibration images that it stands for; InputError if there are not so many."""
-    count = calibration_count(config.quantize, dataset.train)
-    return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
-
-
-def _settled(config: Config, dataset: Dataset) -> Config:
-    network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
-    return config.model_copy(update={"train": settle_options(config.train, dataset.name, network)})
-
-
-def _prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
-    tracking.use_store()
-    config = registered.config_of_version(config, model_uri, "int8")
-    stages.check_output_dir(config)
-    tracking.use_experiment(registry.find_version(model_uri, "int8").tags["dataset"])
-    return config, _use_threads(config)
-
-
-def _use_threads(config: Config) -> Host:
-    host = read_host(config.threads)
-    torch.set_num_threads(host.threads)
-    return host
 
 
 def _summary(command: str, run_id: str, evidence: Evidence, report_uri: str) -> Summary:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp import registry, tracking
+from qexp import registry
 from qexp.config import Config
 from qexp.errors import InputError, StageError, first_line
 from qexp.evaluation import predict_logits
 from qexp.host import read_host
 from qexp.imagefolder import decode_files
 from qexp.progress import say
+from qexp.store import uri_of, use_store
 
 BATCH_SIZE = 128
 
@@ -31,9 +32,9 @@ class Prediction:
 
 
 def run_predict(config: Config, uri: str, files: Sequence[str], top_k: int) -> dict[str, Any]:
-    """The command `predict`: a line an image on standard error, and what the last line on standard output shows."""
+    """The command `predict`: one line per image on standard error, and what the last line on standard output shows."""
     warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # are deprecated, say int8 models that use them
-    tracking.use_store()
+    use_store()
     torch.set_num_threads(read_host(config.threads).threads)
     own, predictions = predict_files(uri, files, top_k)
     say(table(predictions))
@@ -52,15 +53,12 @@ def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list
 
     Raises:
         InputError: the version does not exist or is not one of ours, or a file is missing or no image.
-        StageError: the version cannot be loaded, or gives no numbers.
+        StageError: the version cannot be loaded, or returns NaN.
     """
-    try:
-        found = registry.find_version(uri, "fp32", "int8")
-    except InputError as error:
-        raise InputError(f"URI {str(error).removeprefix('--model-uri ')}") from None
+    found = registry.find_version(uri, "fp32", "int8", option="URI")
     for file in files:
         _check(file)
-    own = f"models:/{found.name}/{found.version}"
+    own = uri_of(found)
     classes, image_size = json.loads(found.tags["classes"]), int(found.tags["image_size"])
     try:
         model = registry.load_version(own)
@@ -69,7 +67,7 @@ def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list
     predictions: list[Prediction] = []
     for start in range(0, len(files), BATCH_SIZE):
         batch = files[start : start + BATCH_SIZE]
-        logits = predict_logits(model, _decode(batch, image_size), BATCH_SIZE)
+        logits = predict_logits(model, decode_files(batch, image_size, what="IMAGE"), BATCH_SIZE)
         predictions += _most_likely(batch, logits, classes, top_k)
     return own, predictions
 
@@ -80,16 +78,9 @@ def _check(file: str) -> None:
         raise InputError(f"IMAGE {file}: {kind}")
 
 
-def _decode(files: Sequence[str], image_size: int) -> Tensor:
-    try:
-        return decode_files(files, image_size)
-    except InputError as error:
-        raise InputError(str(error).replace("--data-dir: broken image", "IMAGE", 1)) from None
-
-
 def _most_likely(files: Sequence[str], logits: Tensor, classes: Sequence[str], top_k: int) -> list[Prediction]:
     if not logits.isfinite().all():
-        raise StageError("the model gives logits that are no numbers")
+        raise StageError("the model returned NaN or infinite logits")
     probabilities, ranks = torch.softmax(logits.double(), 1).sort(dim=1, descending=True, stable=True)
     return [
         Prediction(file, tuple(classes[rank] for rank in best[:top_k]), tuple(shares[:top_k]))
@@ -98,7 +89,7 @@ def _most_likely(files: Sequence[str], logits: Tensor, classes: Sequence[str], t
 
 
 def table(predictions: Sequence[Prediction]) -> str:
-    """A line an image."""
+    """One line per image."""
     width = max(len(found.file) for found in predictions)
     lines = []
     for found in predictions:

@@ -9,22 +9,24 @@ from typing import Any
 
 from torch import Tensor
 
-from qexp import metrics, pipeline, registry, tracking
-from qexp.aliases import CHALLENGER, CHAMPION, ModelVersion, move_champion, version_with
-from qexp.catalog import list_models
+from qexp import metrics, registry, tracking
 from qexp.config import Config
 from qexp.contenders import BASELINE, Contender
 from qexp.data import Dataset
-from qexp.deciding import latency_tags
+from qexp.deciding import latency_tags, time_versions
 from qexp.errors import InputError, StageError, first_line
 from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
 from qexp.evidence import LatencyEvidence
 from qexp.gate import GateResult, decide_gate, decide_succession
 from qexp.host import Host
-from qexp.integrity import checked_copy
 from qexp.latency import LatencyResult
+from qexp.prepare import prepare
 from qexp.progress import say
-from qexp.sweep import SweepRequest, run_sweep
+from qexp.store import ModelVersion, uri_of, use_store
+from qexp.store.aliases import CHALLENGER, CHAMPION, move_champion, version_with
+from qexp.store.catalog import list_models
+from qexp.store.integrity import checked_copy
+from qexp.sweep import SweepRequest
 
 CANDIDATE = "candidate"
 
@@ -57,14 +59,14 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
         InputError: there is no such version, or the data are not those that it was made with.
         StageError: it was rejected; the message says by which rules and by how much. No alias has moved.
     """
-    tracking.use_store()
+    use_store()
     candidate = _candidate(name, version)
-    uri, fp32_uri = _uri(candidate), candidate.tags["fp32_uri"]
+    uri, fp32_uri = uri_of(candidate), candidate.tags["fp32_uri"]
     champion = version_with(CHAMPION, name)
-    before = _uri(champion) if champion else None
+    before = uri_of(champion) if champion else None
     other = champion if before != uri else None
-    config, host, dataset = pipeline.prepare(config, fp32_uri)
-    against = f" and `{_uri(other)}`, the champion" if other else ""
+    config, host, dataset = prepare(config, fp32_uri)
+    against = f" and `{uri_of(other)}`, the champion" if other else ""
     with tracking.start_run(f"promote-{name}", f"`{uri}` against the gate{against}.") as run_id:
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, ("test",))
@@ -72,19 +74,14 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
         word = "passed" if found.decision.passed else "forced" if force else "rejected"
         if word != "rejected":
             _check_unmoved(name, champion, force)
-        _record(found, word, run_id)
-        if word != "rejected":
             move_champion(uri)
+        _record(found, word, run_id)
     if word == "rejected":
         still = f"the champion is still {before}" if before else "there is still no champion"
         raise StageError(f"{uri} is not promoted: {'; '.join(found.decision.reasons)}; {still}")
     uris = {"int8": uri, "fp32": fp32_uri, "champion_before": before}
     facts = {"gate": found.gate.word, "reasons": list(found.decision.reasons), **_figures(found)}
     return {"command": "promote", "run_id": run_id, "decision": word, **uris, **facts}
-
-
-def _uri(version: ModelVersion) -> str:
-    return f"models:/{version.name}/{version.version}"
 
 
 def _candidate(name: str, number: str | None) -> ModelVersion:
@@ -96,10 +93,7 @@ def _candidate(name: str, number: str | None) -> ModelVersion:
     if number is None and (challenger := version_with(CHALLENGER, name)):
         return challenger
     number = number or registry.newest_version(name)
-    try:
-        return registry.find_version(f"models:/{name}/{number}", "int8")
-    except InputError as error:
-        raise InputError(f"--version {number}: {str(error).partition(': ')[2]}") from None
+    return registry.find_version(f"models:/{name}/{number}", "int8", option="--version")
 
 
 def _measure(
@@ -107,7 +101,7 @@ def _measure(
 ) -> Promotion:
     with checked_copy(candidate):
         pass  # the files are those that were registered
-    uri, fp32_uri = _uri(candidate), candidate.tags["fp32_uri"]
+    uri, fp32_uri = uri_of(candidate), candidate.tags["fp32_uri"]
     fp32, int8 = (_logits(one, dataset) for one in (fp32_uri, uri))
     before, why_not = _logits_of_champion(champion, dataset)
     versions = {CANDIDATE: candidate} | ({CHAMPION: champion} if champion and before is not None else {})
@@ -119,7 +113,7 @@ def _measure(
     verified = source.verified and version.verified
     limits = config.gate.of(candidate.name)
     gate = decide_gate(limits, accuracy, drop, ratio, latency.least_speedup(CANDIDATE), verified)
-    champion_uri = _uri(champion) if champion else None
+    champion_uri = uri_of(champion) if champion else None
     if before is None:
         succession = GateResult(False, (why_not,)) if why_not else None
         return Promotion(uri, champion_uri, gate, succession, drop, None, latency)
@@ -142,23 +136,23 @@ def _logits_of_champion(champion: ModelVersion | None, dataset: Dataset) -> tupl
         return None, ""
     if champion.tags.get("data_digest") != dataset.digest:
         was = champion.tags.get("data_digest")
-        return None, f"the champion {_uri(champion)} was made with other data (digest {was}, not {dataset.digest})"
+        return None, f"the champion {uri_of(champion)} was made with other data (digest {was}, not {dataset.digest})"
     try:
-        return _logits(_uri(champion), dataset), ""
+        return _logits(uri_of(champion), dataset), ""
     except StageError as error:
         return None, f"the champion cannot be compared: {error}"
 
 
 def _sweep(config: Config, host: Host, fp32_uri: str, versions: dict[str, ModelVersion], run_id: str) -> LatencyResult:
     contenders = [Contender(BASELINE, fp32_uri)]
-    contenders += [Contender(name, _uri(one), one.tags.get("backend")) for name, one in versions.items()]
+    contenders += [Contender(name, uri_of(one), one.tags.get("backend")) for name, one in versions.items()]
     options = config.latency.model_copy(update={"baselines": []})
     request = SweepRequest(tuple(contenders), CANDIDATE, config.data.image_size, host.threads, options)
-    result = run_sweep(request, registry.child_environment(host.threads))
+    result = time_versions(request)
     for _, step, values in metrics.of_latency(result, CANDIDATE):
         tracking.log_metrics(values, step)
     tracking.log_table(metrics.latency_table(result), "latency")
-    names: dict[str, tuple[str, ...]] = {_uri(one): (name,) for name, one in versions.items()}
+    names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}
     tracking.log_result("latency", LatencyEvidence(fp32_uri, names, result, host, run_id))
     return result
 
@@ -167,7 +161,9 @@ def _check_unmoved(name: str, before: ModelVersion | None, force: bool) -> None:
     """StageError if another process has moved the alias while this one measured."""
     now = version_with(CHAMPION, name)
     if not force and (now and now.version) != (before and before.version):
-        raise StageError(f"{name}: the champion has changed meanwhile, to {_uri(now) if now else 'none'}; run it again")
+        raise StageError(
+            f"{name}: the champion has changed meanwhile, to {uri_of(now) if now else 'none'}; run it again"
+        )
 
 
 def _record(found: Promotion, word: str, run_id: str) -> None:

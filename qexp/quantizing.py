@@ -7,20 +7,21 @@ import torch
 
 from qexp import metrics, registry, tracking
 from qexp.config import Config
-from qexp.cost import measure_cost
+from qexp.cost import Cost, measure_cost
 from qexp.data import Dataset, Split, calibration_count, calibration_subset, stratified_sample
-from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
+from qexp.evaluation import Comparison, compare, predict_logits
 from qexp.evidence import BudgetCost, Int8Evidence
 from qexp.host import Host
 from qexp.latency import Run, measure_latency
 from qexp.progress import say
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.quantization.budget import BudgetResult, quantize_within_budget
-from qexp.quantization.cleanup import clean
+from qexp.quantization.cleanup import clean, folded_layers
 from qexp.quantization.sensitivity import SensitivityResult, measure_sensitivity, most_sensitive_first
 from qexp.registry import Registered
 from qexp.stages import SPLITS, Fp32, evaluate_splits, lineage, verification_images
 
+SATURATION = "sums of two products of whole ranges do not fit into 16 bits"
 BUDGET_IMAGES = 256  # validation images that order the layers, where the options ask for none
 
 
@@ -63,31 +64,43 @@ def quantize_stage(
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
         tracking.log_dataset(subset, dataset, "calibration", digest)
-        if not host.has_int8_dot_product:
-            say(f"warning: {host.cpu} has no int8 dot product: ranges are reduced by one bit, so that sums fit 16 bits")
+        warn_of_reduced_range(host)
         quantized, budget = _quantize(config, host, dataset, fp32, subset, sensitivity)
         logits, accuracy = evaluate_splits(quantized.module, dataset, f"int8 {engine}")
         comparison = {
             split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS
         }
         tags = {"quantize_run_id": run_id, "fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id}
-        tags |= _facts(config, quantized, digest) | lineage(dataset, host, accuracy)
+        tags |= _facts(fp32, quantized, digest) | lineage(dataset, host, accuracy)
         tags |= _drop_tags(comparison["test"])
         name = fp32.version.name.removesuffix("-fp32") + "-int8"
         sample = verification_images(dataset)
         version = registry.register(
             "int8", quantized.module, name, fp32.model.spec, sample, tags, stored=quantized.stored
         )
-        sizes, image_size = config.latency.batch_sizes, fp32.model.spec.image_size
-        fp32_cost = measure_cost(fp32.model, image_size, sizes, quantized.result.int8_layers)
-        folded = config.quantize.fold_pool
-        cost = measure_cost(quantized.source, image_size, sizes, quantized.result.int8_layers) if folded else fp32_cost
+        fp32_cost, cost = _costs(config, fp32, quantized)
         evidence = Int8Evidence(
-            version.uri, version.size_bytes, quantized.result, digest, fp32_cost, cost, accuracy, comparison,
-            sensitivity, budget, _budget_cost(config, host, fp32, subset, quantized) if budget else None,
-        )  # fmt: skip
+            version_uri=version.uri,
+            size_bytes=version.size_bytes,
+            quantize=quantized.result,
+            calibration_digest=digest,
+            fp32_cost=fp32_cost,
+            cost=cost,
+            accuracy=accuracy,
+            comparison=comparison,
+            sensitivity=sensitivity,
+            budget=budget,
+            budget_cost=_budget_cost(config, host, fp32, subset, quantized) if budget else None,
+        )
         _log_int8(fp32, version, evidence)
     return Int8(version, evidence)
+
+
+def warn_of_reduced_range(host: Host) -> None:
+    """Say so where the CPU's int8 products would saturate."""
+    if not host.has_int8_dot_product:
+        said = f"warning: {host.cpu} has no int8 dot product: {SATURATION}, so ranges are reduced by one bit"
+        say(f"{said} (activations; with engine onnx, weights)")
 
 
 def _calibration(config: Config, dataset: Dataset) -> tuple[Split, str]:
@@ -101,14 +114,25 @@ def _quantize(
     if options.max_top1_drop is None or sensitivity is None:
         return quantize_model(fp32.model, subset.images, options, reduce_range), None
     held_out = dataset.validation
-    fp32_top1 = measure_accuracy(fp32.logits["validation"], held_out.labels).top1_percent
 
     def drop_of(quantized: QuantizedModel) -> float:
         logits = predict_logits(quantized.module, held_out.images, label="int8 on validation images")
-        return fp32_top1 - measure_accuracy(logits, held_out.labels).top1_percent
+        return compare(fp32.logits["validation"], logits, held_out.labels).top1_drop_points
 
     order = most_sensitive_first(sensitivity)
     return quantize_within_budget(fp32.model, subset.images, options, reduce_range, order, drop_of)
+
+
+def _costs(config: Config, fp32: Fp32, quantized: QuantizedModel) -> tuple[Cost, Cost]:
+    """Of the fp32 model, and of the int8 model: they differ where a pool was folded away."""
+    sizes, image_size, layers = config.latency.batch_sizes, fp32.model.spec.image_size, quantized.result.int8_layers
+    fp32_cost = measure_cost(fp32.model, image_size, sizes, layers)
+    if not config.quantize.fold_pool:
+        return fp32_cost, fp32_cost
+    if not folded_layers(fp32.model, quantized.source):
+        say(f"fold_pool: {config.model} has no pool that only repeats a 1x1 map before a linear layer; nothing folded")
+        return fp32_cost, fp32_cost
+    return fp32_cost, measure_cost(quantized.source, image_size, sizes, layers)
 
 
 def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantized: QuantizedModel) -> BudgetCost | None:
@@ -120,7 +144,8 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
 
     def prepare(batch_size: int) -> dict[str, Run]:
         images = torch.rand(batch_size, 3, size, size)
-        return {"kept": lambda: quantized.module(images), "all": lambda: all_int8.module(images)}
+        kept, all_of_it = quantized.reloaded(), all_int8.reloaded()
+        return {"kept": lambda: kept(images), "all": lambda: all_of_it(images)}
 
     with torch.no_grad():
         rows = measure_latency(prepare, "kept", "all", config.latency)
@@ -128,13 +153,16 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
     return BudgetCost(all_int8.saved_bytes(), quantized.saved_bytes(), slowdown)
 
 
-def _facts(config: Config, quantized: QuantizedModel, digest: str) -> dict[str, Any]:
+def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]:
     """Tags that say how an int8 version was made."""
     result = quantized.result
     facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor, "observer": result.observer}
     facts |= {"backend": result.load_backend} if result.load_backend else {}
     facts |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range, "calibration_digest": digest}
-    facts |= {"calibration_samples": result.calibration_images, "fold_pool": config.quantize.fold_pool}
+    facts |= {"calibration_samples": result.calibration_images}
+    facts |= {"fold_pool": bool(folded_layers(fp32.model, quantized.source))}
+    if result.reduce_range:
+        facts["reduce_range_reason"] = f"no int8 dot product: {SATURATION}"
     return facts | {"float_layers": ",".join(result.float_layers) or "none"}
 
 

@@ -23,7 +23,7 @@ def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) 
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and (gpus := torch.cuda.device_count()) < options.processes:
-        here = f"here are {gpus} GPUs for {options.processes} processes" if gpus else "here is no GPU"
+        here = f"this machine has {gpus} GPUs for {options.processes} processes" if gpus else "this machine has no GPU"
         raise InputError(f"--device cuda: {here}; allowed: cpu")
     if options.batch_size < 2 * options.processes:
         raise InputError(

@@ -9,6 +9,7 @@ from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyE
 from qexp.models import load_classifier
 from qexp.quantizing import Int8
 from qexp.stages import SPLITS, Fp32, evaluate_splits
+from qexp.store import uri_of
 
 
 def config_of_version(config: Config, uri: str, kind: str) -> Config:
@@ -80,7 +81,7 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     fp32 = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
     latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
     source = registry.find_version(found.tags["fp32_uri"], "fp32")
-    own = f"models:/{found.name}/{found.version}"
+    own = uri_of(found)
     judged = []
     for timed in sorted(latency.contenders, key=lambda other: other != own):  # the one that was asked for comes first
         try:

@@ -17,14 +17,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from torch import Tensor
 
-from qexp.aliases import CHALLENGER, set_alias
+from qexp.bare_process import reloads_equal
 from qexp.errors import InputError, first_line
-from qexp.flavors import FORMATS, log_version, quiet
-from qexp.integrity import STORED, stored_digest
-from qexp.leftovers import whole_or_nothing
 from qexp.models import ModelSpec
-from qexp.store import again
-from qexp.verification import verify
+from qexp.store import again, all_pages, is_missing, registry_name, split_uri, uri_of
+from qexp.store.aliases import CHALLENGER, set_alias
+from qexp.store.flavors import FORMATS, log_version, quiet
+from qexp.store.integrity import STORED, stored_digest
+from qexp.store.leftovers import whole_or_nothing
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
@@ -66,21 +66,23 @@ def register(
         stored: what MLflow stores (a module, an ONNX model); None: `model` itself.
 
     Raises:
-        StageError: the model cannot be stored, for instance on a full disk; nothing of it is left in the store.
+        StageError: the model cannot be stored, for instance on a full disk. Nothing of it is left in the store,
+            whatever ends this; only a kill, or a store that is away, leaves a version without the tag `kind`.
     """
     flavor = tags.get("flavor", "pytorch")
     with whole_or_nothing():
         info = log_version(kind, model if stored is None else stored, name, spec, flavor)
-    number = str(info.registered_model_version)
-    uri = f"models:/{name}/{number}"
-    without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
-    verified = verify(uri, model, sample, child_environment(torch.get_num_threads()), without_pickle)
-    size_bytes = _stored_bytes(uri)
-    facts = {"kind": kind, "classes": json.dumps(spec.classes), "image_size": spec.image_size}
-    facts |= {"size_mb": size_bytes / 1e6, "verified": verified, "loads_without_pickle": verified and without_pickle}
-    facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": stored_digest(uri)}
-    tag_version(uri, facts | tags)
-    mlflow.MlflowClient().update_model_version(name, number, _description(kind, uri, spec, flavor))
+        number = str(info.registered_model_version)
+        uri = f"models:/{name}/{number}"
+        without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
+        environment = child_environment(torch.get_num_threads())
+        verified = reloads_equal(uri, model, sample, environment, without_pickle)
+        size_bytes = _stored_bytes(uri)
+        facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
+        facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
+        facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": stored_digest(uri)}
+        mlflow.MlflowClient().update_model_version(name, number, _description(kind, uri, spec, flavor))
+        tag_version(uri, facts | tags | {"kind": kind})  # kind comes last: with it, the version is complete
     if verified:
         set_alias(CHALLENGER, uri)
     return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
@@ -100,23 +102,23 @@ def child_environment(threads: int) -> dict[str, str]:
     return dict(os.environ) | own
 
 
-def find_version(uri: str, *kinds: str) -> ModelVersion:
-    """The version that `uri` names: models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS.
+def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVersion:
+    """The version that `uri` names, which was given as `option`: models:/NAME/VERSION, /latest or models:/NAME@ALIAS.
 
     Raises:
         InputError: the URI has another form, does not exist, or is not a version of `kinds` that qexp registered.
     """
-    found = look_up(uri)
-    if found.tags.get("kind") not in kinds:
-        raise InputError(f"--model-uri {uri}: must be a version of kind {' or '.join(kinds)} that qexp registered")
+    found = look_up(uri, option)
+    if found.tags.get("kind") not in kinds or "train_run_id" not in found.tags:
+        raise InputError(f"{option} {uri}: must be a version of kind {' or '.join(kinds)} that qexp registered")
     return found
 
 
-def look_up(uri: str) -> ModelVersion:
+def look_up(uri: str, option: str = "--model-uri") -> ModelVersion:
     """The version that `uri` names, of whatever kind; InputError if it does not exist."""
     parts = URI.fullmatch(uri)
     if parts is None:
-        raise InputError(f"--model-uri {uri}: must be models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
+        raise InputError(f"{option} {uri}: must be models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
     client = mlflow.MlflowClient()
     try:
         if parts["alias"]:
@@ -124,15 +126,15 @@ def look_up(uri: str) -> ModelVersion:
         number = newest_version(parts["name"]) if parts["version"] == "latest" else parts["version"]
         return client.get_model_version(parts["name"], number)
     except MlflowException as error:
-        raise InputError(
-            f"--model-uri {uri}: does not exist in {mlflow.get_registry_uri()} ({first_line(error)})"
-        ) from None
+        if not is_missing(error):
+            raise
+        raise InputError(f"{option} {uri}: does not exist in {registry_name()} ({first_line(error)})") from None
 
 
 def newest_version(name: str) -> str:
-    """The highest version number of a registered model, "0" when there is none."""
-    versions = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
-    return str(max((int(version.version) for version in versions), default=0))
+    """The highest version number of a registered model, "0" when there is none; one that is being made is none yet."""
+    versions = all_pages(partial(mlflow.MlflowClient().search_model_versions, f"name = '{name}'"))
+    return str(max((int(version.version) for version in versions if "kind" in version.tags), default=0))
 
 
 def newest_uri(name: str) -> str | None:
@@ -143,7 +145,7 @@ def newest_uri(name: str) -> str | None:
 
 def from_entity(found: ModelVersion) -> Registered:
     """A version of the registry as the stages use it."""
-    uri = f"models:/{found.name}/{found.version}"
+    uri = uri_of(found)
     verified = found.tags.get("verified") == "true"
     model_id = found.model_id or ""
     return Registered(found.name, str(found.version), model_id, found.run_id or "", _stored_bytes(uri), verified)
@@ -151,7 +153,7 @@ def from_entity(found: ModelVersion) -> Registered:
 
 def tag_version(uri: str, tags: dict[str, Any]) -> None:
     """Set tags on a version; truth values as `true` and `false`."""
-    name, number = uri.removeprefix("models:/").split("/")
+    name, number = split_uri(uri)
     client = mlflow.MlflowClient()
     for key, value in tags.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)

@@ -126,7 +126,7 @@ def _both(accuracy: Accuracy) -> tuple[float, float]:
 def _macs_table(evidence: Evidence) -> str:
     counted, cost = evidence.int8.fp32_cost, evidence.int8.cost
     rows = [[str(batch), f"{counted.macs[batch]:,}", f"{cost.int8_macs[batch]:,}"] for batch in counted.macs]
-    return table(["Batch size", "MACs a batch", "in int8, after quantization"], rows)
+    return table(["Batch size", "MACs per batch", "in int8, after quantization"], rows)
 
 
 def _p50_table(evidence: Evidence) -> str:
@@ -134,7 +134,7 @@ def _p50_table(evidence: Evidence) -> str:
     rows = [
         [str(row.batch_size), *(f"{row.stats[name].p50_ms:.3g}" for name in names)] for row in evidence.latency.rows
     ]
-    return "Median wall time (p50), ms a batch:\n\n" + table(["Batch size", *names], rows)
+    return "Median wall time (p50), ms per batch:\n\n" + table(["Batch size", *names], rows)
 
 
 def _speedup_table(evidence: Evidence) -> str:
@@ -191,7 +191,7 @@ def _sensitivity(evidence: Evidence) -> list[str]:
         ]
         for layer in found.layers
     ]
-    header = ["Layer", "SQNR of its output, dB", "top-1, only it in int8", "top-1, only it in fp32"]
+    header = ["Layer", "SQNR of its output, dB", "top-1, only this layer in int8", "top-1, only this layer in fp32"]
     sentences = [*advice.sensitivity(found), *advice.budget(evidence)]
     return ["## Layer sensitivity", table(header, rows), _pictures("sensitivity"), _bullets(sentences)]
 

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from qexp import leftovers, metrics, tracking
+from qexp import metrics, tracking
 from qexp.checkpoint import check_unlocked, checkpoint_exists, checkpoint_folder, load_checkpoint
 from qexp.config import HOW_TO_TRAIN, Config, parse_options
 from qexp.data import Dataset
 from qexp.distributed import read_group
 from qexp.errors import InputError
 from qexp.quantization.sensitivity import SensitivityResult
+from qexp.store import leftovers
 from qexp.tracking import Run
 
 # What may differ when a run goes on: where and how fast, not what comes out.
@@ -26,7 +27,7 @@ def config_of_run(overrides: dict[str, dict[str, Any]], run_id: str, command: st
             or the checkpoint of a training is not here.
     """
     run = tracking.find_run(run_id)
-    begun_as = _stage(run)
+    begun_as = tracking.stage_of(run)
     stage = {"run": "main"}.get(command, command)
     if begun_as != stage:
         right = {"main": "run", "train": "train"}.get(begun_as)
@@ -38,8 +39,9 @@ def config_of_run(overrides: dict[str, dict[str, Any]], run_id: str, command: st
         check_unlocked(checkpoint_folder(run_id), run_id)
     try:
         recorded = tracking.read_config(run_id)
-    except InputError:
-        raise InputError(f"--resume {run_id}: stopped before its configuration was recorded; start it anew") from None
+    except InputError as error:
+        why = f"its configuration cannot be read: {error}"
+        raise InputError(f"--resume {run_id}: {why}; if it stopped before it was recorded, start a new run") from None
     config = _with_free_options(recorded, parse_options(overrides), run_id)
     if stage == "train" and leads:
         check_checkpoint(run)
@@ -58,34 +60,35 @@ def _with_free_options(recorded: Config, given: dict[str, dict[str, Any]], run_i
 
 
 def check_data(run_id: str, dataset: Dataset) -> None:
-    """Raise InputError unless these are the training images that the run has begun with."""
+    """Raise InputError unless these are the images that the run has begun with."""
     inputs = tracking.find_run(run_id).inputs
-    digests = {given.dataset.name: given.dataset.digest for given in inputs.dataset_inputs} if inputs else {}
-    digest = dataset.train.digest
-    if digests.setdefault(f"{dataset.name}-train", digest) != digest:
-        raise InputError(f"--data-dir: {dataset.source} holds other images than run {run_id} was started with")
+    logged = inputs.dataset_inputs if inputs else []
+    digests = {tag.value: found.dataset.digest for found in logged for tag in found.tags}  # by what they are used for
+    for split in ("train", "validation", "test"):
+        own = getattr(dataset, split).digest
+        if digests.get(split, own) != own:
+            raise InputError(f"--data-dir: {dataset.source} holds other images than run {run_id} was started with")
 
 
 def has_trained(main_run_id: str) -> bool:
     """Whether the training of a run of `qexp run` has finished."""
-    return any(_stage(run) == "train" and run.info.status == "FINISHED" for run in tracking.children_of(main_run_id))
+    return bool(_finished(main_run_id, "train"))
 
 
 def quantized_below(main_run_id: str) -> list[str]:
     """The runs in which a run of `qexp run` has quantized its model, those that have finished."""
-    children = tracking.children_of(main_run_id)
-    return [run.info.run_id for run in children if _stage(run) == "quantize" and run.info.status == "FINISHED"]
+    return _finished(main_run_id, "quantize")
 
 
 def sensitivity_below(main_run_id: str) -> SensitivityResult | None:
     """What a run of `qexp run` has found out about each layer, if it has come so far."""
-    children = tracking.children_of(main_run_id)
-    done = [run.info.run_id for run in children if _stage(run) == "sensitivity" and run.info.status == "FINISHED"]
+    done = _finished(main_run_id, "sensitivity")
     return tracking.read_result(SensitivityResult, done[0], "sensitivity") if done else None
 
 
-def _stage(run: Run) -> str:
-    return run.data.tags.get("qexp.stage", "")
+def _finished(main_run_id: str, stage: str) -> list[str]:
+    ended = (run for run in tracking.children_of(main_run_id) if run.info.status == "FINISHED")
+    return [run.info.run_id for run in ended if tracking.stage_of(run) == stage]
 
 
 def training_below(main_run_id: str) -> Run | None:
@@ -95,11 +98,11 @@ def training_below(main_run_id: str) -> Run | None:
         InputError: its checkpoint is not here.
     """
     children = tracking.children_of(main_run_id)
-    unfinished = [run for run in children if _stage(run) != "train" and run.info.status != "FINISHED"]
+    unfinished = [run for run in children if tracking.stage_of(run) != "train" and run.info.status != "FINISHED"]
     for run in unfinished:
         leftovers.discard_versions(run.info.run_id)
     tracking.end_open_runs(unfinished, "KILLED")
-    training = next((run for run in children if _stage(run) == "train"), None)
+    training = next((run for run in children if tracking.stage_of(run) == "train"), None)
     if training and training.info.status != "FINISHED":
         check_unlocked(checkpoint_folder(training.info.run_id), training.info.run_id)
         check_checkpoint(training)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qexp import leftovers, metrics, registry, tracking
+from qexp import metrics, registry, tracking
 from qexp.checkpoint import checkpoint_folder, lock_of, remove_checkpoints
 from qexp.commit import read_commit
 from qexp.config import Config
@@ -27,6 +27,8 @@ from qexp.models import Classifier, ModelSpec, build_classifier, save_classifier
 from qexp.progress import say
 from qexp.registry import Registered
 from qexp.report import write_report
+from qexp.store import leftovers, quickly
+from qexp.store.outage import store_errors
 from qexp.trained import Trained, save_trained
 from qexp.training import EpochResult, train_model
 
@@ -75,12 +77,12 @@ def _curve_logger(run_id: str, logged: set[int]) -> Callable[[EpochResult], None
         away = bool(waiting)
         waiting.append(epoch)
         try:
-            with tracking.store_errors(), tracking.quickly() if away else nullcontext():
+            with store_errors(), quickly() if away else nullcontext():
                 log_curves(run_id, waiting, logged)
             waiting.clear()
         except StageError as error:
             if not away:
-                say(f"{error}; training goes on, and its curves are logged when that is mended")
+                say(f"{error}; training goes on, its curves will be logged once the store is back")
 
     return log
 

@@ -1,8 +1,9 @@
 """The latency sweep in a process of its own: `python -m qexp.sweep REQUEST.json RESULT.json`.
 
-It fixes the thread count, loads copies of all models as a user does, and does nothing else while it times them. Start-up and
-memory are measured first, in one more process a model. For every batch size the models are loaded anew: torch's int8
-convolutions keep one kernel, for the first shape that they see, as a service with that batch size would have it.
+It fixes the thread count, loads copies of all models as a user does, and does nothing else while it times them.
+Start-up and memory are measured first, in one more process per model. For every batch size the models are loaded anew:
+torch's int8 convolutions keep one kernel, for the first shape that they see, as a service with that batch size would
+have it.
 """
 
 import multiprocessing
@@ -12,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,16 @@ from typing import Any
 import torch
 
 from qexp.config import LatencyConfig
-from qexp.contenders import BASELINE, Contender, fetch, load, prepare_baselines
-from qexp.errors import InputError, StageError
+from qexp.contenders import BASELINE, Contender, fetch, load, prepare_baseline
+from qexp.errors import StageError, first_line
 from qexp.evidence import from_json, to_json
-from qexp.latency import LatencyResult, LatencyRow, Run, StartUp, measure_latency
+from qexp.latency import AGAIN, LatencyResult, LatencyRow, Run, StartUp, measure_latency
 from qexp.progress import say
 
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What the child process is asked: which models, the first int8 one twice, at so many threads, on such images."""
+    """What the child process is asked: which models, one of them (`repeated`) twice, on so many threads."""
 
     contenders: tuple[Contender, ...]
     repeated: str
@@ -61,23 +62,36 @@ def _main(question: Path, answer: Path) -> None:
     torch.set_num_threads(request.threads)
     torch.set_num_interop_threads(1)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        folder, fp32_uri = Path(name), request.contenders[0].uri
-        names = [contender.name for contender in request.contenders if contender.name in request.options.baselines]
-        # Before this process computes anything itself: OpenMP's threads do not survive a fork.
-        _in_fork(lambda: prepare_baselines(fp32_uri, names, request.image_size, folder))
-        contenders = fetch(request.contenders, folder)
+        # In forks, before this process computes anything itself: OpenMP's threads do not survive one.
+        contenders = fetch(_able(request, Path(name)), Path(name))
+        folder = Path(name)
         startups = tuple(_in_fork(lambda found=found: _start_up(found, request, folder)) for found in contenders)
-        prepare = _preparer(contenders, request.image_size, folder)
+        prepare = _preparer(contenders, request, folder)
         rows = measure_latency(prepare, BASELINE, request.repeated, request.options, on_row=_say_row)
     answer.write_text(to_json(LatencyResult(BASELINE, rows, startups, request.threads)))
 
 
-def _preparer(contenders: tuple[Contender, ...], image_size: int, folder: Path) -> Callable[[int], dict[str, Run]]:
+def _able(request: SweepRequest, folder: Path) -> list[Contender]:
+    """Those of the request without baselines that cannot be made of this model; files of the others are in `folder`."""
+    fp32_uri, able = request.contenders[0].uri, []
+    for contender in request.contenders:
+        try:
+            if contender.name in request.options.baselines:
+                _in_fork(lambda name=contender.name: prepare_baseline(fp32_uri, name, request.image_size, folder))
+            able.append(contender)
+        except StageError as error:
+            say(f"baseline {contender.name} is left out: {error}")
+    return able
+
+
+def _preparer(contenders: Sequence[Contender], request: SweepRequest, folder: Path) -> Callable[[int], dict[str, Run]]:
+    """What loads all models for a batch size, the repeated one twice: its second copy tells how much loading matters."""
     generator = torch.Generator().manual_seed(0)
+    again = [replace(found, name=AGAIN) for found in contenders if found.name == request.repeated]
 
     def prepare(batch_size: int) -> dict[str, Run]:
-        images = torch.rand((batch_size, 3, image_size, image_size), generator=generator)
-        models = {contender.name: load(contender, folder) for contender in contenders}
+        images = torch.rand((batch_size, 3, request.image_size, request.image_size), generator=generator)
+        models = {contender.name: load(contender, folder) for contender in [*contenders, *again]}
         return {name: lambda model=model: model(images) for name, model in models.items()}  # type: ignore[misc]
 
     return prepare
@@ -98,11 +112,18 @@ def _start_up(contender: Contender, request: SweepRequest, folder: Path) -> Star
 
 
 def _in_fork(work: Callable[..., Any]) -> Any:
-    """What `work` returns in a copy of this process."""
+    """What `work` returns in a copy of this process.
+
+    Raises:
+        StageError: it raised, or the copy was killed, for instance for its memory.
+    """
 
     def send(end: Connection) -> None:
-        with torch.no_grad():
-            end.send(work())
+        try:
+            with torch.no_grad():
+                end.send((work(), ""))
+        except Exception as error:  # of an exporter, of the store, of a model's file: any library's
+            end.send((None, first_line(error)))
 
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
@@ -110,12 +131,14 @@ def _in_fork(work: Callable[..., Any]) -> Any:
     child.start()
     theirs.close()
     try:
-        return ours.recv()
+        result, problem = ours.recv()
     except EOFError:
         child.join()
-        sys.exit(1)  # the child has shown why
-    finally:
-        child.join()
+        raise StageError(f"the process that loads it ended with exit code {child.exitcode}") from None
+    child.join()
+    if problem:
+        raise StageError(problem)
+    return result
 
 
 def _say_row(row: LatencyRow) -> None:
@@ -129,6 +152,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
     try:
         _main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except (InputError, StageError) as error:  # the store, as a rule
-        say(str(error))
+    except Exception as error:  # the store, a model's file, memory: any library's
+        say(first_line(error))
         sys.exit(1)

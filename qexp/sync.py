@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qexp import leftovers, metrics, tracking
+from qexp import metrics, tracking
 from qexp.checkpoint import TRAINED, check_unlocked, checkpoint_exists, load_checkpoint, locked
 from qexp.errors import InputError
 from qexp.evidence import Fp32Evidence
-from qexp.outage import noted_end
 from qexp.progress import say
 from qexp.stages import log_curves, publish_trained
+from qexp.store import leftovers, store_name, use_store
+from qexp.store.outage import noted_end, store_errors
 from qexp.tracking import Run
 from qexp.trained import load_trained
 from qexp.training import EpochResult
@@ -35,8 +36,8 @@ def sync_run(folder: Path) -> dict[str, Any]:
     run_id = folder.resolve().name
     if not RUN_ID.fullmatch(run_id):
         raise InputError(f"RUN_DIR {folder}: must be the folder of a run, such as checkpoints/{'0123456789abcdef' * 2}")
-    tracking.use_store()
-    with tracking.store_errors():
+    use_store()
+    with store_errors():
         run = tracking.find_run(run_id, "RUN_DIR")
         if not folder.is_dir() and run.info.status != "FINISHED":
             raise InputError(f"RUN_DIR {folder}: no such folder; give the command where the run was started")
@@ -47,7 +48,7 @@ def sync_run(folder: Path) -> dict[str, Any]:
 def _sync_job(job: Run, runs: list[Run], folders: Path) -> dict[str, Any]:
     for run in runs:
         check_unlocked(folders / run.info.run_id, run.info.run_id)
-    trainings = [run for run in runs if run.data.tags.get("qexp.stage") == "train" and run.info.status != "FINISHED"]
+    trainings = [run for run in runs if tracking.stage_of(run) == "train" and run.info.status != "FINISHED"]
     uris = [uri for run in trainings if (uri := _sync_training(run, folders / run.info.run_id))]
     otherwise = (noted_end(folders / job.info.run_id) or ("KILLED",))[0]
     for run in runs:
@@ -56,7 +57,7 @@ def _sync_job(job: Run, runs: list[Run], folders: Path) -> dict[str, Any]:
     status = tracking.find_run(job.info.run_id).info.status
     more: dict[str, Any] = {"fp32": uris[0]} if uris else {}
     if status == "FINISHED":
-        say(f"run {job.info.run_id} is complete in {tracking.store_name()}")
+        say(f"run {job.info.run_id} is complete in {store_name()}")
     else:
         more["next"] = _next(job, uris)
         say(f"what is left: {more['next']}")
@@ -65,7 +66,7 @@ def _sync_job(job: Run, runs: list[Run], folders: Path) -> dict[str, Any]:
 
 def _next(job: Run, uris: list[str]) -> str:
     """The command that goes on."""
-    stage = job.data.tags.get("qexp.stage", "")
+    stage = tracking.stage_of(job)
     if stage in ("main", "train"):
         return f"qexp {'run' if stage == 'main' else 'train'} --resume {job.info.run_id}"
     return f"qexp {stage} --model-uri {uris[0]}" if uris else f"qexp {stage} again"

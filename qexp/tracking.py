@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,18 +16,14 @@ from mlflow.entities import Run as Run
 from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
-from qexp import outage
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data import Dataset, Split
 from qexp.errors import InputError, first_line
 from qexp.evidence import from_json, to_json
 from qexp.host import Host
-from qexp.outage import store_errors as store_errors
 from qexp.progress import say
-from qexp.store import again
-from qexp.store import quickly as quickly
-from qexp.store import store_name as store_name
-from qexp.store import use_store as use_store
+from qexp.store import again, all_pages, is_missing, outage, store_name
+from qexp.store.outage import store_errors
 
 T = TypeVar("T")
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
@@ -36,13 +33,14 @@ EXPERIMENT_KIND = "mlflow.experimentKind"
 def use_experiment(dataset_name: str, resume: str | None = None) -> None:
     """One experiment a data set, unless MLflow was told another: by `mlflow run` or MLFLOW_EXPERIMENT_NAME or _ID.
 
-    A run that goes on stays in its own.
+    A run that goes on stays in its own. StoreError if it was deleted, or may not be used.
     """
-    if resume:
-        mlflow.set_experiment(experiment_id=mlflow.MlflowClient().get_run(resume).info.experiment_id)
-    elif not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
-        found = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", f"qexp-{dataset_name}"))
-        mlflow.set_experiment(experiment_id=found.experiment_id)  # of two that make it at once, MLflow sets one's only
+    with store_errors():  # one that was deleted, or that basic-auth refuses
+        if resume:
+            mlflow.set_experiment(experiment_id=mlflow.MlflowClient().get_run(resume).info.experiment_id)
+        elif not {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
+            found = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", f"qexp-{dataset_name}"))
+            mlflow.set_experiment(experiment_id=found.experiment_id)  # of two that make it at once, MLflow sets one's
 
 
 @contextmanager
@@ -79,9 +77,10 @@ def _begin(name: str, resume: str | None, tags: dict[str, str]) -> mlflow.Active
         return mlflow.start_run(run_name=name, nested=nested, tags=tags)
     run = mlflow.start_run(run_id=resume or given, nested=nested)
     mlflow.set_tags(tags)
-    mlflow.delete_tag("qexp.error") if "qexp.error" in run.data.tags else None
+    if "qexp.error" in run.data.tags:
+        mlflow.delete_tag("qexp.error")
     if given and resume and given != resume:
-        mlflow.MlflowClient().set_tag(given, "mlflow.note.content", f"Went on with run `{resume}`.")
+        mlflow.MlflowClient().set_tag(given, "mlflow.note.content", f"Resumed as run `{resume}`.")
     if GENERATED_NAME.fullmatch(run.info.run_name or ""):
         mlflow.set_tag("mlflow.runName", name)
     return run
@@ -103,6 +102,8 @@ def find_run(run_id: str, option: str = "--resume") -> Run:
     try:
         run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
+        if not is_missing(error):
+            raise
         where = "give the command in the folder where the run was started, or set MLFLOW_TRACKING_URI"
         raise InputError(f"{option} {run_id}: no such run in {store_name()} ({first_line(error)}); {where}") from None
     if run.info.lifecycle_stage != "active":
@@ -113,14 +114,21 @@ def find_run(run_id: str, option: str = "--resume") -> Run:
 def children_of(run_id: str) -> list[Run]:
     """The runs below a run, newest first."""
     experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
-    return list(mlflow.MlflowClient().search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'"))
+    below = f"tags.mlflow.parentRunId = '{run_id}'"
+    return list(all_pages(partial(mlflow.MlflowClient().search_runs, [experiment], below)))
+
+
+def stage_of(run: Run) -> str:
+    """The stage whose run this is: main, train, quantize, …; the empty text if it is not ours."""
+    return str(run.data.tags.get("qexp.stage", ""))
 
 
 def end_open_runs(runs: list[Run], status: str, error: str = "") -> None:
     """End the runs that a killed process has left in RUNNING."""
     for run in runs:
         if run.info.status == "RUNNING":
-            mlflow.MlflowClient().set_tag(run.info.run_id, "qexp.error", error) if error else None
+            if error:
+                mlflow.MlflowClient().set_tag(run.info.run_id, "qexp.error", error)
             mlflow.MlflowClient().set_terminated(run.info.run_id, status)
 
 
@@ -182,9 +190,14 @@ def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[
 
 
 def log_table(columns: dict[str, list[Any]], name: str) -> None:
-    """A table of the UI, from its columns by name."""
+    """A table of the UI, from its columns by name; it takes the place of one that is there."""
+    file = f"tables/{name}.json"
     with store_errors():
-        mlflow.log_table(columns, f"tables/{name}.json")
+        if file in [found.path for found in mlflow.MlflowClient().list_artifacts(_active_run().info.run_id, "tables")]:
+            rows = [list(row) for row in zip(*columns.values(), strict=True)]
+            mlflow.log_dict({"columns": list(columns), "data": rows}, file)  # to which MLflow would append
+        else:
+            mlflow.log_table(columns, file)
 
 
 def log_result(name: str, result: object) -> None:

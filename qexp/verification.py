@@ -1,52 +1,73 @@
-"""Whether a registered version gives the same bits in a bare process: one that knows only its URI."""
+"""A registered version loaded in a bare process, measured again, and held against what its tags say."""
 
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from math import ceil
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from qexp.evaluation import to_float
+from qexp import registered, registry
+from qexp.config import Config
+from qexp.data import Dataset, load_dataset
+from qexp.errors import StageError
+from qexp.evaluation import Accuracy, measure_accuracy
+from qexp.host import Host, read_host
 from qexp.progress import say
+from qexp.store import ModelVersion, uri_of, use_store
+from qexp.store.integrity import checked_copy
 
-# Runs with nothing of qexp imported: what a user's process sees.
-BARE_PROCESS = """
-import sys
-import mlflow, numpy
-uri, images, expected = sys.argv[1:]
-found = mlflow.pyfunc.load_model(uri).predict(numpy.load(images))
-logits = next(iter(found.values())) if isinstance(found, dict) else found  # ONNX has names for its outputs
-same = numpy.array_equal(logits, numpy.load(expected)) and "qexp" not in sys.modules
-sys.exit(0 if same else 3)
-"""
-DIFFERENT = 3
-WITHOUT_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+OTHER_CPU_SHARE = 0.002  # of the images: int8 kernels of other instructions round otherwise, which moves near ties
 
 
-def verify(
-    uri: str,
-    model: Callable[[Tensor], Tensor],
-    sample: Tensor,
-    environment: dict[str, str],
-    without_pickle: bool = False,
-) -> bool:
-    """Whether the version, loaded in a fresh process that imports only mlflow and numpy, gives the same logits, bit for
-    bit, as `model` in this one, for uint8 `sample` [N, 3, H, W]; `environment` names the store and the threads. With
-    `without_pickle`, that process tells MLflow to load nothing that a pickle may be in."""
-    environment = environment | (WITHOUT_PICKLE if without_pickle else {})
-    images = to_float(sample)
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        inputs, expected = Path(folder, "images.npy"), Path(folder, "logits.npy")
-        np.save(inputs, images.numpy())
-        np.save(expected, model(images).numpy())
-        command = [sys.executable, "-W", "ignore", "-c", BARE_PROCESS, uri, str(inputs), str(expected)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        reason = "other logits" if done.returncode == DIFFERENT else f"exit code {done.returncode}: {lines[-1:]}"
-        say(f"{uri} is not verified: in a fresh process it gave {reason}")
-    return done.returncode == 0
+def run_verify(config: Config, uri: str) -> dict[str, Any]:
+    """Load the version `uri` in a bare process, measure its accuracy on the test images again, and compare.
+
+    Raises:
+        InputError: the version does not exist or is not ours, or the data are not those that it was made with.
+        StageError: its files are gone or others, it does not load, or its accuracy is another.
+    """
+    use_store()
+    found = registry.find_version(uri, "fp32", "int8", option="URI")
+    uri = uri_of(found)
+    config = registered.config_of_version(config, uri, found.tags["kind"])
+    host = read_host(config.threads or int(found.tags.get("threads", 0)) or None)
+    dataset = load_dataset(config.data, config.seed)
+    registered.check_data(uri, dataset, found.tags["kind"])
+    with checked_copy(found) as copy:
+        say(f"{uri}: {len(dataset.test)} test images in a bare process, {host.threads} threads")
+        try:
+            logits = bare_logits(str(copy), dataset.test.images, registry.child_environment(host.threads))
+        except StageError as error:
+            raise StageError(f"{uri}: {error}") from None
+    accuracy = measure_accuracy(logits, dataset.test.labels)
+    allowed = _allowed(found, host, len(dataset.test))
+    recorded = _compare(found, accuracy, allowed)
+    measured = {"top1_percent": accuracy.top1_percent, "top3_percent": accuracy.top3_percent}
+    facts = {"test_images": accuracy.images, "same_cpu_features": allowed == 0}
+    return {"command": "verify", "uri": uri, "verified": True, **measured, **recorded, **facts}
+
+
+def _allowed(found: ModelVersion, host: Host, images: int) -> int:
+    """By how many test images the count may differ: none on a CPU with the same instructions."""
+    made_on, here = found.tags.get("cpu_features", ""), ",".join(host.features)
+    if made_on == here:
+        return 0
+    allowed = ceil(OTHER_CPU_SHARE * images)
+    say(
+        f"this CPU ({host.cpu}: {here or 'instructions unknown'}) differs from the recorded one "
+        f"({found.tags.get('cpu')}: {made_on or 'instructions unknown'}): {allowed} images may differ"
+    )
+    return allowed
+
+
+def _compare(found: ModelVersion, accuracy: Accuracy, allowed: int) -> dict[str, float]:
+    """What was recorded; StageError if something else was measured."""
+    recorded = {}
+    for name, percent in (("top1", accuracy.top1_percent), ("top3", accuracy.top3_percent)):
+        before = recorded[f"recorded_{name}_percent"] = float(found.tags[f"test_{name}_percent"])
+        now = round(percent * accuracy.images / 100)
+        then = int(found.tags.get(f"test_{name}_correct") or round(before * accuracy.images / 100))
+        if abs(now - then) > allowed:
+            raise StageError(
+                f"{uri_of(found)}: {name} is {percent:.2f} % now ({now} of {accuracy.images} test "
+                f"images) and was {before:.2f} % when it was registered ({then}): {abs(now - then)} images differ, "
+                f"allowed {'none' if allowed == 0 else allowed}"
+            )
+    return recorded

@@ -99,10 +99,10 @@ def test_other_kernels_of_int8_are_no_float_models(evidence: Evidence) -> None:
     [
         ({1: 2.0, 8: 2.0}, "slower at batch size 1, 8"),
         ({1: 0.5, 8: 0.5}, "faster at batch size 1, 8"),
-        ({1: 1.0}, "not to be told apart at batch size 1"),
+        ({1: 1.0}, "indistinguishable at batch size 1"),
         (
             {1: 2.0, 8: 0.5, 16: 1.0},
-            "slower at batch size 1; faster at batch size 8; not to be told apart at batch size 16",
+            "slower at batch size 1; faster at batch size 8; indistinguishable at batch size 16",
         ),
     ],
 )

@@ -8,8 +8,8 @@ import mlflow
 import pytest
 from conftest import Finished, environment_for, run_qexp
 
-from qexp.catalog import as_table, list_models
 from qexp.errors import InputError
+from qexp.store.catalog import as_table, list_models
 
 INT8_LINEAGE = {
     "fp32_uri", "dataset", "data_digest", "calibration_digest", "calibration_samples", "config_uri", "git_commit",
@@ -53,7 +53,7 @@ def test_names_and_patterns(finished: Finished) -> None:
 
 def test_list_is_made_without_torch(finished: Finished) -> None:
     code = (
-        "import sys, json\nfrom qexp.catalog import list_models\n"
+        "import sys, json\nfrom qexp.store.catalog import list_models\n"
         "print(json.dumps([len(list_models()), 'torch' in sys.modules]))"
     )
     done = subprocess.run(

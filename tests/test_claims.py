@@ -140,8 +140,8 @@ def test_drop_has_its_sign(evidence: Evidence, drop: float, words: str) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "meaning"),
     [
-        (0.1, 0.9, "so int8 is less accurate, beyond what chance"),
-        (-0.9, -0.1, "so int8 is more accurate, beyond what chance"),
+        (0.1, 0.9, "so int8 is less accurate, more than chance"),
+        (-0.9, -0.1, "so int8 is more accurate, more than chance"),
         (-0.1, 0.9, "which includes no change at all"),
         (0.0, 0.9, "which includes no change at all"),
     ],
@@ -229,7 +229,7 @@ def test_a_fold_that_saves_macs_is_told(evidence: Evidence) -> None:
 def test_faster_at_every_size(evidence: Evidence) -> None:
     first, saved, how = claims.latency(_with_speedups(evidence, {1: 2.0, 8: 4.0}))
     assert first == "int8 is faster than fp32 at every batch size: 2.00x to 4.00x faster."
-    assert saved == "The time saved a batch grows with every larger batch: 2.00 ms at 1, 24.00 ms at 8."
+    assert saved == "The time saved per batch grows with the batch size: 2.00 ms at 1, 24.00 ms at 8."
     assert "2 threads, all models in 20 short rounds in random order" in how
     assert "One int8 model against itself gave 0.99x to 1.01x" in how
     assert how.endswith("Models are loaded from the registry as `qexp.load(uri)` loads them.")
@@ -246,7 +246,7 @@ def test_mixed(evidence: Evidence) -> None:
     first = claims.latency(_with_speedups(evidence, {1: 0.5, 2: 1.0, 8: 2.0, 16: 3.0, 32: 1.005}))[0]
     assert first == (
         "int8 is faster than fp32 at batch size 8, 16; slower than fp32 at batch size 1; "
-        "not to be told apart from fp32 above the noise at batch size 2, 32."
+        "indistinguishable from fp32 within the noise at batch size 2, 32."
     )
 
 
@@ -255,7 +255,7 @@ def test_what_is_told_apart_depends_on_the_noise(evidence: Evidence) -> None:
     quiet = claims.latency(_with_speedups(evidence, speedups, noise_percent=1))[0]
     assert quiet == "int8 is faster than fp32 at batch size 8; slower than fp32 at batch size 1."
     noisy = claims.latency(_with_speedups(evidence, speedups, noise_percent=5))[0]
-    assert noisy == "int8 is not to be told apart from fp32 above the noise at batch size 1, 8."
+    assert noisy == "int8 is indistinguishable from fp32 within the noise at batch size 1, 8."
     assert "faster" not in noisy and "slower" not in noisy
 
 

@@ -114,7 +114,7 @@ quantization.ENGINES["onnx"] = refuse
     options = ["--model-uri", uri, *SWEEP, "--min-speedup", "1000", "--engine", "onnx,pt2e"]
     done = run_qexp(in_use.folder, "run", *options, before=broken)
     assert done.code == 0, done.stderr
-    assert "goes on without engine onnx: engine onnx cannot quantize this model" in done.stderr
+    assert "continuing without engine onnx: engine onnx cannot quantize this model" in done.stderr
     summary = done.summary
     assert summary["fp32"] == uri and summary["gate"] == "failed" and summary["engine"] == "pt2e"
     client = mlflow.MlflowClient(tracking_uri=in_use.uri)
@@ -141,7 +141,7 @@ def test_all_engines_that_fail_end_the_job(monkeypatch: pytest.MonkeyPatch, caps
     nothing: Any = None
     with pytest.raises(StageError, match=r"^no onnx$"):
         pipeline.quantize_all(config, nothing, nothing, nothing)
-    assert "goes on without engine fx: no fx" in capsys.readouterr().err
+    assert "continuing without engine fx: no fx" in capsys.readouterr().err
 
 
 def test_sensitivity_that_was_measured_before_a_stop_is_used(

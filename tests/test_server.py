@@ -15,10 +15,11 @@ import pytest
 from conftest import environment_for
 from postgres import installed
 
-from qexp import pipeline, tracking
+from qexp import pipeline
 from qexp.config import load_config
 from qexp.errors import InputError
 from qexp.postgres import free_port
+from qexp.store import use_store
 
 PASSWORD = "correct-horse-battery"
 
@@ -78,7 +79,7 @@ def test_server_keeps_its_runs_and_asks_who_you_are(reachable: Path, monkeypatch
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another-password")
         with pytest.raises(InputError, match="refuses MLFLOW_TRACKING_USERNAME"):
-            tracking.use_store()
+            use_store()
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/note.txt") == "kept"
         config = load_config(None, {"train": {"epochs": "1"}, "data": {"image_size": "8"}})

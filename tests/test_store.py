@@ -18,7 +18,8 @@ PROCESSES, ROUNDS = 4, 3
 WORKER = """
 import sys, time
 import mlflow, torch
-from qexp import aliases, tracking
+from qexp import store, tracking
+from qexp.store import aliases
 from qexp.data import Dataset, Split
 number, start, rounds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])  # those of no command of qexp
 split = Split(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
@@ -26,7 +27,7 @@ dataset = Dataset("race", "none", ("a",), split, split, split, "0" * 16)
 open(f"{start}.{number}", "w").close()
 while not __import__("os").path.exists(start):
     time.sleep(0.005)
-tracking.use_store()
+store.use_store()
 tracking.use_experiment("race")
 client = mlflow.MlflowClient()
 for at in range(rounds):

@@ -13,6 +13,7 @@ from qexp.config import Config, load_config
 from qexp.errors import InputError
 from qexp.evidence import Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.quantization.sensitivity import SensitivityResult
+from qexp.store import use_store
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.Mlflo
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    tracking.use_store()
+    use_store()
     tracking.use_experiment("test")
     return mlflow.MlflowClient()
 

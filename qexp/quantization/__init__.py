@@ -1,7 +1,7 @@
 """Post-training quantization: exact clean-up, then one of the engines, one file each, behind `quantize_model`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError, StageError
 from qexp.quantization import fx, onnx, pt2e
+from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
 from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
 
@@ -32,15 +33,14 @@ def quantize_model(
         reduce_range: leave one bit unused, for CPUs whose int8 products saturate.
 
     Raises:
-        InputError: `options.keep_fp32` names a layer that there is not.
+        InputError: `options.keep_fp32` names a layer that does not exist.
         StageError: the engine cannot quantize the model, or a Conv2d or Linear stayed fp32 that was not to, and
             `options.allow_float` is off; the message names them.
     """
     (engine,) = options.engine
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     kept = tuple(options.keep_fp32 or ())
-    if unknown := [name for name in kept if name not in layers]:
-        raise InputError(f"--keep-fp32 {','.join(unknown)}: not among the layers {', '.join(layers)}")
+    check_layer_names(model, kept)
     started = time.monotonic()
     with torch.no_grad():
         source = clean(model, calibration_images[:2].float() / 255, options.fold_pool)
@@ -62,6 +62,16 @@ def quantize_model(
     if not options.allow_float:
         _refuse_float_layers(result)
     return QuantizedModel(made.call, made.stored, made.flavor, source, result)
+
+
+def check_layer_names(network: nn.Module, kept: Sequence[str]) -> None:
+    """Raise InputError unless these are layers that can be kept in fp32: Conv2d, Linear, and the first projection of
+    attention, which is a linear layer of its own once the network has been cleaned up."""
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    blocks = [name for name, module in network.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    known = [*layers, *(f"{name}.{IN_PROJECTION}" for name in blocks)]
+    if unknown := [name for name in kept if name not in known]:
+        raise InputError(f"--keep-fp32 {','.join(unknown)}: not among the layers {', '.join(known)}")
 
 
 def _refuse_float_layers(result: QuantizeResult) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+IN_PROJECTION = "in_proj"  # name of the layer that the clean-up makes of the first projection
 PLAIN_OPTIONS = ("need_weights", "average_attn_weights")  # they change nothing but the weights, which nobody reads
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse, remove_dropout
 from torch.fx.passes.shape_prop import ShapeProp
 
+from qexp.errors import first_line
+from qexp.progress import say
 from qexp.quantization.attention import replace_attention
 
 FLATTENS = (torch.flatten, "flatten")
@@ -27,8 +29,6 @@ class ScaleAndShift(nn.Module):
         scale = gain * (norm.running_var + norm.eps).rsqrt()
         shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)
         shape = (-1, 1, 1) if isinstance(norm, nn.BatchNorm2d) else (-1,)
-        self.scale: Tensor
-        self.shift: Tensor
         self.register_buffer("scale", scale.detach().view(shape))
         self.register_buffer("shift", shift.detach().view(shape))
 
@@ -47,19 +47,30 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     Pools and flattening that only repeat or move values become operations that do just that, for which the engines have
     faster int8 kernels. A model that torch.fx cannot trace is copied as it is.
     """
-    copied = copy.deepcopy(model).eval()
     try:
-        traced: Any = remove_dropout(copied)
-    except Exception:  # tracing raises whatever the model's Python code does when it meets a symbol
-        return copied
+        return _cleaned(copy.deepcopy(model).eval(), example, fold_pool)
+    except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
+        say(f"the model is quantized without clean-up: {first_line(error)}")
+        return copy.deepcopy(model).eval()
+
+
+def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
+    traced: Any = remove_dropout(model)
     replace_attention(traced)
     _spare_shared_layers(traced)
     with torch.no_grad():
-        cleaned: Any = fuse(traced, inplace=True)
+        cleaned: Any = fuse(traced, inplace=True, no_trace=True)
     if fold_pool:
         _fold_repeating_pools(cleaned, example)
     _repeat_instead_of_averaging(cleaned, example)
     return cleaned.eval()
+
+
+def folded_layers(model: nn.Module, cleaned: nn.Module) -> list[str]:
+    """The linear layers of a model into which its clean-up has folded a pool: they take fewer inputs afterwards."""
+    before = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    after = {name: module.in_features for name, module in cleaned.named_modules() if isinstance(module, nn.Linear)}
+    return [name for name, count in after.items() if count < before.get(name, 0)]
 
 
 def _spare_shared_layers(model: fx.GraphModule) -> None:

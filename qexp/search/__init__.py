@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from qexp import pipeline, registered, tracking
+from qexp import pipeline, registered
 from qexp.config import Config
 from qexp.errors import InputError, StageError, hide_passwords
 from qexp.evaluation import measure_accuracy
@@ -17,6 +17,7 @@ from qexp.search.storage import open_place, storages_of
 from qexp.search.study import Study, failures, points_of
 from qexp.search.trials import Bench, options_for
 from qexp.search.worker import do_trials
+from qexp.store import use_store
 
 
 def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
             f"--processes {config.train.processes}: a search trains in one process; "
             "give it to `qexp train` first, and the search takes that version"
         )
-    tracking.use_store()
+    use_store()
     with (
         open_place(config.search) as place,
         storages_of(place, config.search.heartbeat_seconds) as open_storage,

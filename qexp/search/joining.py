@@ -7,17 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from qexp import pipeline, quantizing, registered, registry, stages, tracking
+from qexp import quantizing, registered, registry, stages, tracking
 from qexp.config import Config
 from qexp.data import Dataset, dataset_name
 from qexp.errors import InputError
 from qexp.host import Host
 from qexp.models import ModelSpec, outline
+from qexp.prepare import prepare, with_quantization_checked
 from qexp.quantization.sensitivity import most_sensitive_first
 from qexp.search import runs
 from qexp.search.storage import Place
 from qexp.search.study import Study, find_study, make_study, search_space
 from qexp.search.trials import Bench, time_against_fp32
+from qexp.store import uri_of
 
 # Options of quantization that the space varies, or that no trial looks at: they make no other study.
 OF_NO_TRIAL = {
@@ -46,7 +48,7 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
         open_storage: gives Optuna's storage for a study of a name, the same one each time.
 
     Raises:
-        InputError: the study is made for something else or its run is in another store; as `pipeline.prepare`.
+        InputError: the study is made for something else or its run is in another store; as `prepare`.
     """
     name = config.search.study
     study = find_study(open_storage(name), place, name, config, {}) if name else None
@@ -54,7 +56,8 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
     if study and not model_uri and isinstance(made_for := study.note("made_for"), dict):
         model_uri = made_for.get("model_uri")
     model_uri = model_uri or registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
-    config, host, dataset = pipeline.prepare(config, model_uri, given=("data",))
+    config, host, dataset = prepare(config, model_uri, given=("data",))
+    with_quantization_checked(config, dataset)
     _check_space(config, dataset)
     if model_uri:
         facts = _facts(config, host, model_uri)
@@ -69,6 +72,7 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
 def set_up(ready: Ready, place: Place, open_storage: Callable[[str], Any], run_id: str) -> tuple[Study, Bench]:
     """In the parent run: what the first worker makes and others find: model, study, order of layers, p50 of fp32."""
     config, host, dataset = ready.config, ready.host, ready.dataset
+    quantizing.warn_of_reduced_range(host)
     if ready.parent_run_id is None:
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, ("train", "validation"))
@@ -81,6 +85,7 @@ def set_up(ready: Ready, place: Place, open_storage: Callable[[str], Any], run_i
         study = make_study(open_storage(name), place, name, config, facts)
     if study.note("run_id") != run_id:
         study.remember("run_id", run_id)
+        study.remember("concluded", None)  # a new parent run lacks what was logged to the one before
     order, p50_ms = _layer_order(study, ready, fp32, run_id), None
     if config.search.objective == "top1+latency":
         p50_ms = study.note("fp32_p50_ms")
@@ -125,7 +130,7 @@ def _facts(config: Config, host: Host, model_uri: str) -> dict[str, Any]:
     found = registry.find_version(model_uri, "fp32")
     search = config.search
     facts: dict[str, Any] = {
-        "model_uri": f"models:/{found.name}/{found.version}",
+        "model_uri": uri_of(found),
         "train_run_id": found.tags["train_run_id"],  # another database counts its versions from 1 too
         "data_digest": found.tags["data_digest"],
         "seed": config.seed,

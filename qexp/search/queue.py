@@ -61,7 +61,7 @@ def suggest(study: Study, trial: optuna.Trial) -> Params:
 
 @contextmanager
 def alive(study: Study, trial: optuna.Trial) -> Iterator[None]:
-    """Give signs of life of a trial inside the block, so that no other worker takes it for cut off."""
+    """Send heartbeats of a trial inside the block, so that no other worker takes it for cut off."""
     if not study.place.shared:
         yield
         return
@@ -73,7 +73,7 @@ def alive(study: Study, trial: optuna.Trial) -> Iterator[None]:
             try:
                 _beat(study, trial)
             except Exception as error:  # of the database: the main thread will meet it, or it is over by then
-                say(f"trial {trial.number}: no sign of life could be given ({type(error).__name__})")
+                say(f"trial {trial.number}: heartbeat failed ({type(error).__name__})")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -85,7 +85,7 @@ def alive(study: Study, trial: optuna.Trial) -> Iterator[None]:
 
 
 def finish(study: Study, trial: optuna.Trial, point: SearchPoint) -> bool:
-    """Complete a trial; False where it was taken from this worker, which gave no sign of life for too long."""
+    """Complete a trial; False where it was taken from this worker, whose heartbeats were missing."""
     values = [point.top1_percent] + ([] if point.cost is None else [float(point.cost)])
     return _end(study, trial, {"point": to_json(point)}, values)
 

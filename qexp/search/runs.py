@@ -12,6 +12,7 @@ from qexp import tracking
 from qexp.errors import InputError, StageError, first_line
 from qexp.evidence import SearchPoint
 from qexp.progress import say
+from qexp.store import is_missing, store_name
 
 OF_SETUP = ("train", "sensitivity")  # stages below the parent that come before the first trial
 
@@ -27,16 +28,19 @@ def find_parent(run_id: str | None, study: str) -> str | None:
     try:
         run = mlflow.MlflowClient().get_run(run_id)
     except MlflowException as error:
+        if not is_missing(error):
+            raise
         raise InputError(
-            f"MLFLOW_TRACKING_URI {mlflow.get_tracking_uri()}: has no run {run_id}, to which study {study} belongs "
+            f"MLFLOW_TRACKING_URI {store_name()}: has no run {run_id}, to which study {study} belongs "
             f"({first_line(error)}); all its workers must use the same store"
         ) from None
     return run_id if run.info.lifecycle_stage == "active" else None
 
 
 @contextmanager
-def study_run(note: str, run_id: str | None, leave: Callable[[], bool]) -> Iterator[str]:
-    """The parent run, new without `run_id`. `leave` takes this worker off the study and says whether it was the last.
+def study_run(note: str, run_id: str | None, leave: Callable[[Callable[[], None]], bool]) -> Iterator[str]:
+    """The parent run, new without `run_id`. `leave` takes this worker off the study and says whether it was the last;
+    if not, it calls what it is given.
 
     Only the last one ends the run, as `tracking.start_run` does; before, it stays RUNNING whatever happens to a worker.
     """
@@ -44,13 +48,11 @@ def study_run(note: str, run_id: str | None, leave: Callable[[], bool]) -> Itera
     with tracking.start_run("search", note, run_id) as run_id:
         try:
             yield run_id
-            if not leave():
-                _leave_running()
+            leave(_leave_running)
         except BaseException as error:
-            if leave():
+            if leave(_leave_running):
                 raise
             problem = StageError(first_line(error)) if isinstance(error, MlflowException) else error
-            _leave_running()
     if problem:
         raise problem
 
@@ -97,5 +99,5 @@ def end_as_killed(run_id: str, reason: str) -> None:
 
 def end_left_open(run_id: str, stages: tuple[str, ...]) -> None:
     """End what killed workers have left RUNNING below the parent, of these stages."""
-    runs = [run for run in tracking.children_of(run_id) if run.data.tags.get("qexp.stage") in stages]
+    runs = [run for run in tracking.children_of(run_id) if tracking.stage_of(run) in stages]
     tracking.end_open_runs(runs, "KILLED")

@@ -66,13 +66,20 @@ class Place:
         finally:
             self._ask("pg_advisory_unlock", purpose)
 
-    def leave(self) -> bool:
-        """Take this worker off the study; whether it was the last. Who is the last keeps others out until it ends."""
+    def leave(self, unless_last: Callable[[], None]) -> bool:
+        """Take this worker off the study; whether it was the last, who keeps others out until it ends.
+
+        If it was not, `unless_last` is called, before any other worker can be the last.
+        """
         if self.connection is None:
             return True
         try:
-            self._ask("pg_advisory_unlock_shared", "present")
-            return self._ask("pg_try_advisory_lock", "present")
+            with self.exclusive("leave"):
+                self._ask("pg_advisory_unlock_shared", "present")
+                last = self._ask("pg_try_advisory_lock", "present")
+                if not last:
+                    unless_last()
+                return last
         except sqlalchemy.exc.SQLAlchemyError:  # the server has gone: nobody else is heard of
             return True
 

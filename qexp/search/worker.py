@@ -25,7 +25,7 @@ def do_trials(study: Study, bench: Bench) -> None:
             waiting = False
         elif left := queue.open_trials(study):
             if not waiting:
-                say(f"no trial waits; {left} at other workers, to be done here should one of these die")
+                say(f"no trial is waiting; {left} running on other workers (repeated here if one dies)")
             waiting = True
             time.sleep(WAIT_S)
         else:
@@ -34,7 +34,7 @@ def do_trials(study: Study, bench: Bench) -> None:
 
 def _do_trial(study: Study, bench: Bench, trial: optuna.Trial) -> None:
     """A trial that fails is failed, in MLflow and in the study, and that is all; what else happens ends the worker."""
-    failure: Exception | None = None
+    failed = False
     try:
         params = queue.suggest(study, trial)
         with (
@@ -45,12 +45,12 @@ def _do_trial(study: Study, bench: Bench, trial: optuna.Trial) -> None:
             with runs.logging_params(run_id, _params_of_run(bench, params)):
                 try:
                     point = known_point(study, params) or measure_point(bench, params)
-                except Exception as error:  # whatever a library raises: of this way to quantize, not of the study
-                    failure = error
+                except Exception:  # whatever a library raises: of this way to quantize, not of the study
+                    failed = True
                     raise
             runs.log_point(run_id, point, bench.config.seed)
     except BaseException as error:
-        if error is not failure:
+        if not failed or not isinstance(error, Exception):
             queue.give_back(study, trial)
             raise
         say(f"trial {trial.number}: {_in_words(params)} failed: {first_line(error)}")
@@ -59,8 +59,8 @@ def _do_trial(study: Study, bench: Bench, trial: optuna.Trial) -> None:
     if queue.finish(study, trial, point):
         say(f"trial {trial.number}: {_in_words(params)}: {_found(point)}")
     else:
-        runs.end_as_killed(run_id, "no sign of life for too long: the trial went to another worker")
-        say(f"trial {trial.number}: went to another worker, which had seen no sign of life of this one")
+        runs.end_as_killed(run_id, "missed heartbeats: the trial was given to another worker")
+        say(f"trial {trial.number}: was given to another worker after missed heartbeats")
 
 
 def _end_run_of(trial: optuna.trial.FrozenTrial) -> None:

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from qexp.errors import StageError, first_line
 from qexp.progress import say
+from qexp.store import uri_of
 
 STORED = (".pt2", ".pth", ".onnx")  # the model itself, beside MLflow's metadata
 
@@ -19,7 +20,7 @@ STORED = (".pt2", ".pth", ".onnx")  # the model itself, beside MLflow's metadata
 def stored_digest(uri: str) -> str:
     """SHA-256 of what the artifact store has of a version."""
     with tempfile.TemporaryDirectory() as folder:
-        return _digest_of(Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)))
+        return _digest_of(copy_files(uri, Path(folder)))
 
 
 @contextmanager
@@ -29,10 +30,10 @@ def checked_copy(found: ModelVersion) -> Iterator[Path]:
     Raises:
         StageError: files are gone, or others than those that were registered.
     """
-    uri, recorded = f"models:/{found.name}/{found.version}", found.tags.get("artifact_sha256")
+    uri, recorded = uri_of(found), found.tags.get("artifact_sha256")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            copy = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
+            copy = copy_files(uri, Path(folder))
         except (MlflowException, OSError) as error:
             raise StageError(f"{uri}: its files cannot be read ({first_line(error)})") from None
         if not any(file.suffix in STORED for file in copy.rglob("*")):
@@ -46,8 +47,14 @@ def checked_copy(found: ModelVersion) -> Iterator[Path]:
 
 
 def copy_files(uri: str, folder: Path) -> Path:
-    """Where a copy of a version's files is, in a new folder below `folder`."""
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(dir=folder)))
+    """Where a copy of a version's files is, in a new folder below `folder`.
+
+    MLflow's client repeats a request that nobody answers, but not a download that is cut off: this does, once.
+    """
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(dir=folder)))
+    except (MlflowException, OSError):
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(dir=folder)))
 
 
 def _digest_of(folder: Path) -> str:

@@ -5,6 +5,7 @@ that comes back in time is not noticed. What has been sent twice, because an ans
 """
 
 import json
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
 from qexp.checkpoint import TRAINED, checkpoint_folder
-from qexp.errors import StageError, first_line
+from qexp.errors import InputError, StageError, StoreError, first_line, hide_passwords
 from qexp.files import replacing
 from qexp.progress import say
 from qexp.store import quickly, store_name
@@ -22,9 +23,13 @@ from qexp.store import quickly, store_name
 ENDED = "ended.json"  # how a run has ended that the store could not be told of
 
 
+class AdvisedError(StoreError):
+    """One that already says where what was kept is, and how it is uploaded."""
+
+
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Raise StageError, in one line, for what MLflow, or the disk of its artifacts, has to say."""
+    """Raise StoreError, in one line, for what MLflow, or the disk of its artifacts, has to say."""
     try:
         yield
     except (MlflowException, OSError) as error:
@@ -37,36 +42,39 @@ def explain(error: Exception, run_id: str) -> Exception:
     if isinstance(error, MlflowException):
         error = _of_store(error)
     elif isinstance(error, OSError):
-        error = StageError(first_line(error))
+        error = _with_cause(StoreError(first_line(error)), error)
     folder = checkpoint_folder(run_id)
-    if not isinstance(error, StageError) or not folder.is_dir() or "qexp sync" in str(error):
+    if not isinstance(error, StageError) or isinstance(error, AdvisedError) or not folder.is_dir():
         return error
     if (folder / TRAINED).exists():
         kept = (
-            f"the trained model and its results are in {folder}; once that is mended, `qexp sync {folder}` uploads them"
+            f"the trained model and its results are in {folder}; once this is fixed, `qexp sync {folder}` uploads them"
         )
     elif isinstance(error.__cause__, MlflowException):
-        kept = f"what is done is in {folder}; once that is mended, `qexp sync {folder}` says what is left"
+        kept = f"what is done is in {folder}; once this is fixed, `qexp sync {folder}` says what is left"
     else:
         return error
-    advised = StageError(f"{error}; {kept}")
-    advised.__cause__ = error.__cause__
-    return advised
+    return _with_cause(AdvisedError(f"{error}; {kept}"), error.__cause__)
 
 
 def _of_store(error: Exception) -> StageError:
-    found = StageError(f"MLflow ({store_name()}): {first_line(error)}")
-    found.__cause__ = error
-    return found
+    return _with_cause(StoreError(f"MLflow ({store_name()}): {first_line(error)}"), error)
+
+
+def _with_cause(error: StageError, cause: BaseException | None) -> StageError:
+    error.__cause__ = cause
+    return error
 
 
 def end_run(run_id: str, status: int, error: Exception | None = None) -> None:
-    """End the run if it is the active one. A store that does not answer keeps nobody waiting: the run's folder, if it
-    has one, notes how it ended."""
+    """End the run. A store that does not answer keeps nobody waiting: the run's folder, if it has one, notes how it
+    ended. The traceback of an error that is not bad input is kept as an artifact."""
     word, said = RunStatus.to_string(status), f"{type(error).__name__}: {error}"[:500] if error else ""
-    steps: list[Callable[[], object]] = [lambda: mlflow.end_run(word)]
-    if (active := mlflow.active_run()) is None or active.info.run_id != run_id:
-        steps = []
+    active = mlflow.active_run()
+    ours = active is not None and active.info.run_id == run_id  # MLflow forgets a run before it has ended it
+    steps: list[Callable[[], object]] = [
+        (lambda: mlflow.end_run(word)) if ours else lambda: mlflow.MlflowClient().set_terminated(run_id, word)
+    ]
     if error:
         steps.insert(0, lambda: mlflow.MlflowClient().set_tag(run_id, "qexp.error", said))
     problem: Exception | None = None
@@ -76,6 +84,10 @@ def end_run(run_id: str, status: int, error: Exception | None = None) -> None:
                 step()
         except Exception as failed:  # a full disk, a server that has gone: any library's
             problem = failed
+    if error and not problem and not isinstance(error, InputError):
+        text = hide_passwords("".join(traceback.format_exception(error)))
+        with suppress(Exception), quickly():
+            mlflow.MlflowClient().log_text(run_id, text, "error.txt")
     if problem:
         folder = checkpoint_folder(run_id)
         later = f"; `qexp sync {folder}` does it later" if folder.is_dir() else ""

@@ -1,10 +1,10 @@
 """The aliases of registered models: `challenger` is a version that loads, `champion` the one to ship."""
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion as ModelVersion
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from qexp.store import again
+from qexp.store import again, is_missing, split_uri
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 
@@ -14,14 +14,14 @@ def version_with(alias: str, name: str) -> ModelVersion | None:
     try:
         return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
     except MlflowException as error:
-        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+        if is_missing(error):
             return None
         raise
 
 
 def set_alias(alias: str, uri: str) -> None:
     """Give the version `models:/NAME/VERSION` an alias of its model."""
-    name, number = uri.removeprefix("models:/").split("/")
+    name, number = split_uri(uri)
     again(lambda: mlflow.MlflowClient().set_registered_model_alias(name, alias, number))
 
 
@@ -32,7 +32,7 @@ def move_champion(int8_uri: str) -> None:
     has written what belongs to the int8 version that has the alias.
     """
     set_alias(CHAMPION, int8_uri)
-    name, _ = int8_uri.removeprefix("models:/").split("/")
+    name, _ = split_uri(int8_uri)
     written = None
     while (champion := version_with(CHAMPION, name)) and champion.tags["fp32_uri"] != written:
         written = champion.tags["fp32_uri"]

@@ -7,7 +7,7 @@ import mlflow
 import pytest
 from conftest import Finished, run_qexp
 
-from qexp.audit import run_verify
+from qexp.verification import run_verify
 from qexp.config import Config
 from qexp.errors import InputError, StageError
 
@@ -68,7 +68,7 @@ def test_another_accuracy_than_was_recorded(
     client.set_model_version_tag(NAME, uri[-1], "cpu_features", "SSE")
     found = run_verify(Config(), uri)
     assert found["verified"] and not found["same_cpu_features"]
-    assert "is not like the one that was recorded" in capsys.readouterr().err
+    assert "differs from the recorded one" in capsys.readouterr().err
 
 
 def test_what_is_no_version_of_ours(client: mlflow.MlflowClient) -> None:

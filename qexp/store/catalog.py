@@ -3,7 +3,6 @@
 Without torch, so that a list comes at once.
 """
 
-from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,7 +10,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from qexp.errors import InputError
-from qexp.store import use_store
+from qexp.store import all_pages, uri_of, use_store
 
 FIGURES = (
     "test_top1_percent", "test_top3_percent", "top1_drop_points", "top1_drop_low_points", "top1_drop_high_points",
@@ -37,8 +36,8 @@ def list_models(pattern: str | None = None) -> list[Row]:
     """
     use_store()
     client = mlflow.MlflowClient()
-    aliases = {model.name: model.aliases for model in _all_pages(client.search_registered_models)}
-    found = [one for one in _all_pages(client.search_model_versions) if "kind" in one.tags]
+    aliases = {model.name: model.aliases for model in all_pages(client.search_registered_models)}
+    found = [one for one in all_pages(client.search_model_versions) if "kind" in one.tags]
     if pattern is not None:
         names = sorted({one.name for one in found})
         found = [one for one in found if fnmatchcase(one.name, pattern)]
@@ -48,19 +47,10 @@ def list_models(pattern: str | None = None) -> list[Row]:
     return [_row(one, aliases.get(one.name, {})) for one in found]
 
 
-def _all_pages(search: Callable[..., Any]) -> Iterator[Any]:
-    token = None
-    while True:
-        page = search(page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
-
-
 def _row(version: ModelVersion, aliases: dict[str, Any]) -> Row:
     tags = version.tags
     row: Row = {"name": version.name, "version": int(version.version)}
-    row["uri"] = f"models:/{version.name}/{version.version}"
+    row["uri"] = uri_of(version)
     row["aliases"] = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
     row |= {name: tags.get(name) for name in WORDS} | {"verified": tags.get("verified") == "true"}
     row |= {name: _typed(tags.get(name)) for name in FIGURES}
@@ -69,8 +59,11 @@ def _row(version: ModelVersion, aliases: dict[str, Any]) -> Row:
 
 
 def _typed(tag: str | None) -> float | None:
-    """A tag's number."""
-    return None if tag is None else int(tag) if tag.isdecimal() else round(float(tag), 4)
+    """A tag's number; None if it is none."""
+    try:
+        return None if tag is None else int(tag) if tag.isdecimal() else round(float(tag), 4)
+    except ValueError:
+        return None
 
 
 def as_table(rows: list[Row]) -> str:
@@ -116,7 +109,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _drop(row: Row) -> str:
-    if row["top1_drop_low_points"] is None:
+    if None in (row["top1_drop_points"], row["top1_drop_low_points"], row["top1_drop_high_points"]):
         return "-"
     return "{top1_drop_points:.2f} ({top1_drop_low_points:.2f} to {top1_drop_high_points:.2f})".format(**row)
 

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
 
 import mlflow
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from qexp.environment import environment
@@ -25,6 +26,7 @@ from qexp.errors import InputError, first_line, hide_passwords
 T = TypeVar("T")
 SQLITE = "sqlite:///"
 TRIES = 6
+MISSING = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # MLflow's words for what is not there
 LOST_A_RACE = ("BAD_REQUEST", "TEMPORARILY_UNAVAILABLE")  # MLflow's words for a row that is there, a locked database
 
 for noisy in ("mlflow", "alembic"):
@@ -36,9 +38,40 @@ def quickly() -> AbstractContextManager[None]:
     return environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10")
 
 
+def is_missing(error: MlflowException) -> bool:
+    """Whether the store has answered that what it was asked for is not there."""
+    return error.error_code in MISSING
+
+
+def all_pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """Everything that one of MLflow's searches finds; `search` takes a `page_token`."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def uri_of(version: ModelVersion) -> str:
+    """`models:/NAME/VERSION`."""
+    return f"models:/{version.name}/{version.version}"
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Name and version of `models:/NAME/VERSION`."""
+    name, version = uri.removeprefix("models:/").split("/")
+    return name, version
+
+
 def store_name() -> str:
     """The tracking store's URI, as it may be shown."""
     return hide_passwords(mlflow.get_tracking_uri())
+
+
+def registry_name() -> str:
+    """The registry's URI, as it may be shown."""
+    return hide_passwords(mlflow.get_registry_uri())
 
 
 def use_store() -> None:
@@ -50,14 +83,19 @@ def use_store() -> None:
     """
     try:
         with quickly(), _alone(mlflow.get_tracking_uri(), mlflow.get_registry_uri()):
-            client = mlflow.MlflowClient()
-            client.search_experiments(max_results=1)
-            client.search_registered_models(max_results=1)
+            ask_store()
     except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
         raise InputError(
             f"MLFLOW_TRACKING_URI {store_name()}: the tracking store does not answer "
             f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
         ) from None
+
+
+def ask_store() -> None:
+    """Any library's error if tracking store or registry do not answer."""
+    client = mlflow.MlflowClient()
+    client.search_experiments(max_results=1)
+    client.search_registered_models(max_results=1)
 
 
 @contextmanager

@@ -1,0 +1,82 @@
+"""What comes before the first run of a command: options settled, and whatever can be refused refused."""
+
+import torch
+from torch import nn
+
+from qexp import launch, registered, registry, resumed, stages, tracking
+from qexp.config import Config
+from qexp.data import Dataset, calibration_count, load_dataset
+from qexp.distributed import read_group
+from qexp.host import Host, read_host
+from qexp.models import ModelSpec, check_model_name, outline
+from qexp.quantization import check_layer_names
+from qexp.recipe import settle_options
+from qexp.store import use_store
+
+
+def prepare(
+    config: Config, model_uri: str | None, given: tuple[str, ...] = (), resume: str | None = None
+) -> tuple[Config, Host, Dataset]:
+    """What can be refused is refused here, before there is a run: store, version, names, data, folders.
+
+    Args:
+        given: sections of which options, if given, must not differ from what `model_uri` was made with.
+        resume: run that goes on: it stays in its experiment.
+
+    Returns:
+        The configuration with every `auto` settled that a stage would settle.
+    """
+    if read_group().leads:  # processes that open a new database at once break it
+        use_store()
+    if model_uri:
+        if given:
+            registered.refuse_conflicts(config, model_uri, given)
+        config = registered.config_of_version(config, model_uri, "fp32")
+    check_model_name(config.model)
+    stages.check_output_dir(config)
+    if launch.is_worker():
+        train = config.train.model_copy(update={"processes": read_group().local_size})
+        config = config.model_copy(update={"train": train})
+    host = _use_threads(config)
+    dataset = load_dataset(config.data, config.seed)
+    if model_uri:
+        registered.check_data(model_uri, dataset)
+    if read_group().leads:
+        if resume:
+            resumed.check_data(resume, dataset)
+        tracking.use_experiment(dataset.name, resume)
+    config = config.model_copy(update={"threads": host.threads})
+    return config if model_uri else _settled(config, dataset), host, dataset
+
+
+def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
+    """`config` with the number of calibration images that it stands for.
+
+    Raises:
+        InputError: there are not so many, or `keep_fp32` names a layer that does not exist.
+    """
+    count, kept = calibration_count(config.quantize, dataset.train), config.quantize.keep_fp32
+    if kept:
+        network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
+        check_layer_names(nn.ModuleDict({"network": network}), kept)
+    return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
+
+
+def _settled(config: Config, dataset: Dataset) -> Config:
+    network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
+    return config.model_copy(update={"train": settle_options(config.train, dataset.name, network)})
+
+
+def prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
+    """The same for a command on the registered int8 version `model_uri`, which needs no images."""
+    use_store()
+    config = registered.config_of_version(config, model_uri, "int8")
+    stages.check_output_dir(config)
+    tracking.use_experiment(registry.find_version(model_uri, "int8").tags["dataset"])
+    return config, _use_threads(config)
+
+
+def _use_threads(config: Config) -> Host:
+    host = read_host(config.threads)
+    torch.set_num_threads(host.threads)
+    return host
