@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from limits import Limits, Operation, measure_limits, profile_pass
 from matplotlib.figure import Figure
 from peer_models import FOLDED, LOADERS, OURS, PEERS, make_all
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from qexp import registered, registry
+from qexp.claims import three_digits
 from qexp.config import Config, DataConfig, LatencyConfig
 from qexp.cost import measure_cost
-from qexp.data import calibration_count, calibration_subset, load_dataset
-from qexp.evaluation import compare, measure_accuracy, predict_logits
+from qexp.data import Dataset, calibration_count, calibration_subset, load_dataset
+from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
 from qexp.evidence import from_json, to_json
 from qexp.host import Host, read_host
-from qexp.latency import LatencyRow, Ratio, measure_latency
+from qexp.latency import AGAIN, LatencyRow, Ratio, measure_latency
 from qexp.report import table
 from qexp.store import use_store
 
@@ -43,7 +46,11 @@ BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
 
 @dataclass(frozen=True)
 class Entry:
-    """An int8 model: size of its file or files, accuracy on the test images, drop with its 95 % interval."""
+    """An int8 model: size of its file or files, accuracy on the test images, drop with its 95 % interval.
+
+    `below_peer_points`: of one of ours, how much less accurate it is than the most accurate peer on the same images,
+    with the ends of the 95 % interval.
+    """
 
     name: str
     size_bytes: int
@@ -52,6 +59,7 @@ class Entry:
     drop_low_points: float
     drop_high_points: float
     made_in_s: float
+    below_peer_points: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ def main() -> None:
     found = earlier + [_compare(uri, arguments.data_dir, arguments.rounds) for uri in arguments.model_uri]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(_render(peers) for peers in found)
-    arguments.output.with_suffix(".md").write_text(f"# int8 against the peers\n\n{text}\n")
+    picture = f"![Time over that of the best peer, by batch size]({arguments.output.name}.png)"
+    arguments.output.with_suffix(".md").write_text(f"# int8 against the peers\n\n{picture}\n\n{text}\n")
     arguments.output.with_suffix(".json").write_text("[" + ",\n".join(to_json(peers) for peers in found) + "]\n")
     _draw(found, arguments.output.with_suffix(".png"))
     print(text)
@@ -107,14 +116,7 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = make_all(fp32.model, images, folder, reduce_range=not host.has_int8_dot_product)
-        entries = []
-        for label, seconds in made.items():
-            logits = predict_logits(LOADERS[label](folder), dataset.test.images, label=label)
-            found = compare(fp32.logits["test"], logits, dataset.test.labels)
-            top1 = measure_accuracy(logits, dataset.test.labels).top1_percent
-            low, high = found.top1_drop_low_points, found.top1_drop_high_points
-            size = sum(file.stat().st_size for file in folder.glob(f"{label}.*"))
-            entries.append(Entry(label, size, top1, found.top1_drop_points, low, high, seconds))
+        entries = _entries(folder, made, fp32.logits["test"], dataset)
         command = [sys.executable, "-W", "ignore", __file__, "--time", name, "--rounds", str(rounds)]
         subprocess.run(command, env=registry.child_environment(host.threads), check=True)
         rows = from_json(tuple[LatencyRow, ...], (folder / "rows.json").read_text())
@@ -123,7 +125,27 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
     top1 = measure_accuracy(fp32.logits["test"], dataset.test.labels).top1_percent
     macs = measure_cost(fp32.model, fp32.model.spec.image_size, [1], ()).macs[1]
     weights = next(entry.size_bytes for entry in entries if entry.name == DEFAULT)
+    host = replace(
+        host, libraries=host.libraries | {name: version(name) for name in ("onnxscript", "openvino", "nncf")}
+    )
     return Peers(uri, top1, len(dataset.test), tuple(entries), rows, limits, macs, weights, host, profiles)
+
+
+def _entries(folder: Path, made: dict[str, float], fp32: Tensor, dataset: Dataset) -> list[Entry]:
+    labels, entries = dataset.test.labels, []
+    logits = {name: predict_logits(LOADERS[name](folder), dataset.test.images, label=name) for name in made}
+    top1 = {name: measure_accuracy(found, labels).top1_percent for name, found in logits.items()}
+    best = max((name for name in made if name in PEERS), key=lambda name: top1[name])
+    for name, seconds in made.items():
+        drop = _with_interval(compare(fp32, logits[name], labels))
+        below = _with_interval(compare(logits[best], logits[name], labels)) if name in OURS else None
+        size = sum(file.stat().st_size for file in folder.glob(f"{name}.*"))
+        entries.append(Entry(name, size, top1[name], *drop, seconds, below))
+    return entries
+
+
+def _with_interval(found: Comparison) -> tuple[float, float, float]:
+    return found.top1_drop_points, found.top1_drop_low_points, found.top1_drop_high_points
 
 
 def _time(folder: Path, rounds: int) -> None:
@@ -134,7 +156,7 @@ def _time(folder: Path, rounds: int) -> None:
 
     def prepare(batch_size: int) -> dict[str, Callable[[], object]]:
         images = torch.rand(batch_size, 3, size, size)
-        models = {name: LOADERS[name](folder) for name in names}
+        models = {name: LOADERS[name](folder) for name in names} | {AGAIN: LOADERS[DEFAULT](folder)}
         return {name: lambda model=model: model(images) for name, model in models.items()}  # type: ignore[misc]
 
     options = LatencyConfig(batch_sizes=BATCHES, min_repeats=rounds, min_seconds=2.0)
@@ -169,20 +191,21 @@ def ratio_to_best(row: LatencyRow, name: str) -> Ratio:
 
 
 def _render(peers: Peers) -> str:
-    head = ["int8 model", "size, MB", "test top-1", "drop, points (95 %)", "made in, s"]
+    head = ["int8 model", "size, MB", "test top-1", "drop, points (95 %)", "below the best peer", "made in, s"]
     accuracy = [
         [
             entry.name,
             f"{entry.size_bytes / 1e6:.3f}",
             f"{entry.top1_percent:.2f} %",
-            f"{entry.drop_points:+.2f} ({entry.drop_low_points:+.2f} to {entry.drop_high_points:+.2f})",
+            _points((entry.drop_points, entry.drop_low_points, entry.drop_high_points)),
+            _points(entry.below_peer_points) if entry.below_peer_points else "-",
             f"{entry.made_in_s:.1f}",
         ]
         for entry in peers.entries
     ]
     names = list(peers.rows[0].stats)
     batches = [f"{row.batch_size}" for row in peers.rows]
-    times = [[name, *(f"{row.stats[name].p50_ms:.3g}" for row in peers.rows)] for name in names]
+    times = [[name, *(three_digits(row.stats[name].p50_ms) for row in peers.rows)] for name in names]
     ours = [name for name in names if name in OURS]
     ratios = [[name, *(_ratio_text(row, name) for row in peers.rows)] for name in ours]
     ratios.append(["best peer", *(best_peer(row) for row in peers.rows)])
@@ -197,7 +220,8 @@ def _render(peers: Peers) -> str:
         table(head, accuracy),
         "p50 in ms by batch size:",
         table(["int8 model", *batches], times),
-        "Time over that of the best peer (below 1 is faster), with 95 % interval:",
+        "Time over that of the best peer (below 1 is faster), with 95 % interval; `?`: cannot be told apart above the "
+        "noise, the default engine against a second copy of itself:",
         table(["int8 model", *batches], ratios),
         _about_limits(peers),
         *(_profile_text(batch_size, found) for batch_size, found in peers.profiles.items()),
@@ -207,7 +231,12 @@ def _render(peers: Peers) -> str:
 
 def _ratio_text(row: LatencyRow, name: str) -> str:
     ratio = ratio_to_best(row, name)
-    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    text = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return text if row.compared(best_peer(row), name) else f"{text} ?"
+
+
+def _points(found: tuple[float, float, float]) -> str:
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
 
 
 def _about_limits(peers: Peers) -> str:

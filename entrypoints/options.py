@@ -31,9 +31,7 @@ FLAGS = ("--force", "--json")  # may stand alone, for true
 ModelUri = Annotated[
     str, typer.Option(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI")
 ]
-Resume = Annotated[
-    str, typer.Option(help="ID of a stopped run of this command, to resume it", metavar="RUN_ID")
-]
+Resume = Annotated[str, typer.Option(help="ID of a stopped run of this command, to resume it", metavar="RUN_ID")]
 Overrides = dict[str, dict[str, Any]]  # text of the options given, by section and key
 ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here, if it is there", metavar="FILE")]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qexp import claims
-from qexp.evidence import Evidence, Judged
+from qexp.evidence import Evidence, Int8Evidence, Judged
 from qexp.latency import LatencyRow
 from qexp.quantization.sensitivity import SensitivityResult
 
@@ -14,7 +14,7 @@ def recommendation(evidence: Evidence) -> list[str]:
     told = {row.batch_size: row.compared(fastest(row, floats), evidence.name) for row in evidence.latency.rows}
     faster = [size for size, sign in told.items() if sign > 0]
     unclear = not any(told.values())
-    kept = [_best_floats(evidence, floats)]
+    kept, drop = [_best_floats(evidence, floats)], evidence.int8.comparison["test"].top1_drop_points
     if not evidence.gate.passed:
         first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}."
     elif unclear:
@@ -30,12 +30,25 @@ def recommendation(evidence: Evidence) -> list[str]:
     else:
         where = "at every batch size" if len(faster) == len(told) else f"at batch size {_join(faster)}"
         first = (
-            f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}): it passes the gate and is faster than every "
-            f"model that is not int8 ({', '.join(floats)}) {where}."
+            f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}): it passes the gate (top-1 "
+            f"{claims.changed(drop)}, {evidence.size_ratio:.2f}x smaller) and is faster than every model that is not "
+            f"int8 ({', '.join(floats)}) {where}."
         )
-        if others := [size for size, sign in told.items() if sign <= 0]:
-            kept.append(f"int8 does not pay in time at batch size {_join(others)}.")
-    return [first, *kept, *(_about(evidence, judged) for judged in evidence.versions[1:])]
+        kept += _not_faster(evidence, floats, told)
+    failed = [f"Engine {engine} could not quantize it: {why}." for engine, why in evidence.failed_engines.items()]
+    return [first, *kept, *(_about(evidence, judged) for judged in evidence.versions[1:]), *failed]
+
+
+def _not_faster(evidence: Evidence, floats: Sequence[str], told: dict[int, int]) -> list[str]:
+    """The batch sizes at which int8 brings no speed-up, and what is faster there."""
+    sentences = []
+    if slower := [row for row in evidence.latency.rows if told[row.batch_size] < 0]:
+        better = ", ".join(dict.fromkeys(fastest(row, floats) for row in slower))
+        sizes = _join([row.batch_size for row in slower])
+        sentences.append(f"int8 does not pay in time at batch size {sizes}: {better} is faster there.")
+    if unclear := [size for size, sign in told.items() if sign == 0]:
+        sentences.append(f"At batch size {_join(unclear)} it is indistinguishable from the fastest of them.")
+    return sentences
 
 
 def float_models(evidence: Evidence) -> list[str]:
@@ -76,8 +89,8 @@ def sensitivity(result: SensitivityResult) -> list[str]:
     worst = min(result.layers, key=lambda layer: layer.top1_only_int8_percent)
     gain = max(result.layers, key=lambda layer: layer.top1_only_fp32_percent)
     alone = (
-        f"In int8 alone, `{worst.layer}` costs most ({worst.top1_only_int8_percent:.2f} %); left in fp32 alone, "
-        f"`{gain.layer}` gives most ({gain.top1_only_fp32_percent:.2f} %)."
+        f"Quantizing only `{worst.layer}` costs most (top-1 {worst.top1_only_int8_percent:.2f} %); keeping only "
+        f"`{gain.layer}` in fp32 helps most ({gain.top1_only_fp32_percent:.2f} %)."
     )
     if worst.top1_only_int8_percent >= result.fp32_top1_percent:
         alone = "No layer alone in int8 makes top-1 worse on these images."
@@ -104,11 +117,20 @@ def _noisiest(result: SensitivityResult) -> list[str]:
 
 
 def budget(evidence: Evidence) -> list[str]:
-    """Which layers went back to fp32, and what that cost."""
-    found, cost = evidence.int8.budget, evidence.int8.budget_cost
+    """Which layers went back to fp32, and what that cost, for each int8 version."""
+    several = len(evidence.versions) > 1
+    return [
+        f"Engine {judged.int8.quantize.engine}: {sentence}" if several else sentence
+        for judged in evidence.versions
+        for sentence in _budget_of(judged.int8)
+    ]
+
+
+def _budget_of(int8: Int8Evidence) -> list[str]:
+    found, cost = int8.budget, int8.budget_cost
     if found is None:
         return []
-    kept = evidence.int8.quantize.kept_layers
+    kept = int8.quantize.kept_layers
     met = "is met" if found.met else "**is not met**"
     tries = f"{len(found.tries)} {'try' if len(found.tries) == 1 else 'tries'}"
     first = (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from qexp.evidence import Evidence
+from qexp.evidence import Evidence, Int8Evidence
 from qexp.latency import FEWEST_PAIRS, LatencyRow, LatencyStats
 from qexp.quantization.result import QuantizeResult
 
@@ -13,11 +13,11 @@ SAME_SPEED = 0.05  # speed-ups within 5 % of 1 are called equal: the noise of a 
 
 def answer(evidence: Evidence) -> str:
     """The question's answer in one paragraph."""
-    drop = evidence.int8.comparison["test"].top1_drop_points
+    drop, speed = evidence.int8.comparison["test"].top1_drop_points, _faster_where(evidence, evidence.latency.baseline)
     verdict = "**Yes**: it passes" if evidence.gate.passed else "**No**: it does not pass"
     return (
-        f"{verdict} the gate of the configuration. As int8, top-1 on the test images {changed(drop)}, the "
-        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}, and inference is {_range(evidence.speedups)}."
+        f"{verdict} the gate of the configuration. As int8, top-1 on the test images {changed(drop)}, and the "
+        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}. {speed}"
     )
 
 
@@ -76,22 +76,30 @@ def macs(evidence: Evidence) -> list[str]:
         growth = "grow in proportion to the batch size" if exact else "do not grow in proportion to the batch size"
         totals = f"{_macs_text(cost.macs[first])} at {first}, {_macs_text(cost.macs[last])} at {last}"
         sentences.append(f"MACs {growth}: {totals}.")
-    left = evidence.int8.quantize.float_layers
     counted = evidence.int8.fp32_cost
-    names = f"; {len(left)} {_plural(len(left), 'layer')} stayed fp32: {', '.join(left)}" if left else ""
     first = next(iter(counted.macs))
     kept = (
         "leaves their number as it is"
         if cost.macs == counted.macs
         else (
-            f"follows a fold that leaves {_macs_text(cost.macs[first])} of {_macs_text(counted.macs[first])} at {first}"
+            f"runs after folding the pool, which cuts MACs from {_macs_text(counted.macs[first])} to "
+            f"{_macs_text(cost.macs[first])} at batch size {first}"
         )
     )
     sentences.append(
         f"Quantization {kept}; {cost.int8_percent:.1f} % of the MACs of convolution and linear layers run in int8 "
-        f"afterwards{names}."
+        f"afterwards{_left_fp32(evidence.int8)}."
     )
-    return sentences
+    return sentences + [
+        f"With engine {other.quantize.engine} it is {other.cost.int8_percent:.1f} %{_left_fp32(other)}."
+        for other in (judged.int8 for judged in evidence.versions[1:])
+        if other.quantize.float_layers != evidence.int8.quantize.float_layers
+    ]
+
+
+def _left_fp32(int8: Int8Evidence) -> str:
+    left = int8.quantize.float_layers
+    return f"; {len(left)} {_plural(len(left), 'layer')} stayed fp32: {', '.join(left)}" if left else ""
 
 
 def latency(evidence: Evidence) -> list[str]:
@@ -122,8 +130,8 @@ def _how_timed(evidence: Evidence) -> str:
     return (
         f"Wall time of one forward pass in a process of its own, {threads(evidence.latency.threads)}, all models in "
         f"{_span(rounds)} short rounds in random order; a speed-up is the median of the rounds' ratios, with "
-        f"{interval(rounds)}. One int8 model against itself gave {_noise(rows)}; where a difference is not beyond "
-        f"that, the table says so. {_loaded(evidence)}."
+        f"{interval(rounds)}. An int8 model against a second copy of itself gave {_noise(rows)}; the table marks "
+        f"differences within that range. {_loaded(evidence)}."
     )
 
 
@@ -195,6 +203,11 @@ def quantization(result: QuantizeResult) -> str:
     )
 
 
+def three_digits(value: float) -> str:
+    """Three significant digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _tail(stats: LatencyStats) -> float:
     return stats.p90_ms / stats.p50_ms
 
@@ -206,7 +219,7 @@ def _loaded(evidence: Evidence) -> str:
     mean = {name: evidence.latency.mean_speedup(name) for name in names}
     both = ", ".join(f"{name} {value:.2f}x" for name, value in mean.items())
     return (
-        f"Models are loaded from the registry; of the int8 kernels, {names[0]} were chosen (mean speed-up over fp32: "
+        f"Models are loaded from the registry; of the int8 kernels, those of {names[0]} won (mean speed-up over fp32: "
         f"{both}). `qexp.load(uri)` sets them; a plain `mlflow.pytorch.load_model` uses those of x86"
     )
 

@@ -118,11 +118,13 @@ def _about_kernels(result: LatencyResult, found: list[Contender]) -> str:
     )
 
 
-def gate_stage(config: Config, fp32: Fp32, int8s: Sequence[Int8], latency: LatencyEvidence) -> Evidence:
+def gate_stage(
+    config: Config, fp32: Fp32, int8s: Sequence[Int8], latency: LatencyEvidence, failed: dict[str, str]
+) -> Evidence:
     """Hold each int8 version against the gate and tag it with the decision; the pipeline acts on it.
 
     The version chosen is the fastest of those that passed, or of all if none did; of two that cannot be told apart,
-    that of the engine named first.
+    that of the engine named first. `failed` says why other engines could not quantize the model.
     """
     judged = []
     for int8 in int8s:
@@ -136,7 +138,7 @@ def gate_stage(config: Config, fp32: Fp32, int8s: Sequence[Int8], latency: Laten
     chosen = next(int8 for int8 in int8s if int8.evidence is judged[0].int8)
     if chosen.version.verified:
         set_alias(CHALLENGER, chosen.version.uri)
-    return Evidence(fp32.evidence, tuple(judged), latency, champion=judged[0].gate.passed)
+    return Evidence(fp32.evidence, tuple(judged), latency, judged[0].gate.passed, failed)
 
 
 def decide(

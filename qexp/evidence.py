@@ -1,6 +1,6 @@
 """What the stages found, put together: the only thing that figures, report and `metrics.json` are made from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pydantic import TypeAdapter
@@ -106,12 +106,14 @@ class Evidence:
     """Everything that answers the question: can this classifier ship as int8 on this CPU?
 
     `versions` are the int8 versions, the chosen one first. `champion` says whether that one has the alias.
+    `failed_engines` says of each engine that could not quantize the model why.
     """
 
     fp32: Fp32Evidence
     versions: tuple[Judged, ...]
     measured: LatencyEvidence
     champion: bool
+    failed_engines: dict[str, str] = field(default_factory=dict)
 
     @property
     def int8(self) -> Int8Evidence:

@@ -24,7 +24,7 @@ AGAIN = "again"  # name of the second measurement of one of the models
 
 @dataclass(frozen=True)
 class LatencyStats:
-    """Wall time of one forward pass of one batch. Images a second are those at the median."""
+    """Wall time of one forward pass of one batch. Images a second are those at the median; `repeats` counts passes."""
 
     p50_ms: float
     p90_ms: float

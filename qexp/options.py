@@ -194,7 +194,10 @@ class SearchConfig(BaseModel):
         None, description="database of a study with several workers, postgresql://USER@HOST/DATABASE; auto: study_dir"
     )
     heartbeat_seconds: int = Field(
-        5, ge=1, le=3600, description="seconds between heartbeats of a worker; after six missed ones its trial is repeated"
+        5,
+        ge=1,
+        le=3600,
+        description="seconds between heartbeats of a worker; after six missed ones its trial is redone",
     )
     register_best: bool = Field(False, description="quantize again with the winner, measure and register it")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qexp import claims, deciding, launch, quantizing, registered, registry, resumed, stages, tracking
+from qexp import claims, deciding, launch, promotion, quantizing, registered, registry, resumed, stages, tracking
 from qexp.checkpoint import LAUNCHER_LOCK, lock_of, remove_checkpoints
 from qexp.config import Config
 from qexp.data import Dataset
@@ -96,10 +96,12 @@ def quantize_to_report(
     """Everything that follows an fp32 model; the evidence and the URI of the report."""
     done = [registered.int8_of_run(run) for run in resumed.quantized_below(parent_run_id)] if parent_run_id else []
     sensitivity = resumed.sensitivity_below(parent_run_id) if parent_run_id else None
-    int8s = quantize_all(config, host, dataset, fp32, done, sensitivity)
+    int8s, failed = quantize_all(config, host, dataset, fp32, done, sensitivity)
     engines = {int8.version: int8.evidence.quantize.engine for int8 in int8s}
     latency = deciding.latency_stage(config, host, fp32.version, engines)
-    evidence = deciding.gate_stage(config, fp32, int8s, latency)
+    evidence = deciding.gate_stage(config, fp32, int8s, latency, failed)
+    if evidence.champion:
+        evidence = promotion.hold_against_champion(config, host, dataset, evidence)
     report_uri = stages.report_stage(config, host, evidence, parent_run_id)
     if evidence.champion:  # the last act: a job that fails on its way moves no alias
         move_champion(evidence.int8.version_uri)
@@ -113,15 +115,16 @@ def quantize_all(
     fp32: stages.Fp32,
     done: Sequence[Int8] = (),
     sensitivity: SensitivityResult | None = None,
-) -> list[Int8]:
-    """An int8 version with each engine of `config`, without those of `done`; of several engines, one may fail.
+) -> tuple[list[Int8], dict[str, str]]:
+    """An int8 version with each engine of `config`, those of `done` included, and why engines have failed, if others
+    have not.
 
     `sensitivity` is what was measured before this run was stopped.
 
     Raises:
         StageError: no engine could quantize the model.
     """
-    int8s = {int8.evidence.quantize.engine: int8 for int8 in done}
+    int8s, failed = {int8.evidence.quantize.engine: int8 for int8 in done}, dict[str, str]()
     left = [engine for engine in config.quantize.engine if engine not in int8s]
     if left and sensitivity is None:
         sensitivity = quantizing.sensitivity_stage(config, host, dataset, fp32)
@@ -135,7 +138,8 @@ def quantize_all(
             if engine == config.quantize.engine[-1] and not int8s:
                 raise
             say(f"continuing without engine {engine}: {error}")
-    return [int8s[engine] for engine in config.quantize.engine if engine in int8s]
+            failed[engine] = str(error)
+    return [int8s[engine] for engine in config.quantize.engine if engine in int8s], failed
 
 
 def run_train(config: Config, resume: str | None = None, overrides: Overrides | None = None) -> Summary | None:
@@ -157,9 +161,10 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     config, host, dataset = prepare(config, model_uri)
     config = with_quantization_checked(config, dataset)
     fp32 = registered.fp32_from_registry(model_uri, dataset)
-    int8s = quantize_all(config, host, dataset, fp32)
+    int8s, failed = quantize_all(config, host, dataset, fp32)
     found = [_figures_of(fp32, int8) for int8 in int8s]
-    more = {"versions": found} if len(found) > 1 else {}
+    more: Summary = {"versions": found} if len(found) > 1 else {}
+    more |= {"failed_engines": failed} if failed else {}
     return {"command": "quantize", "run_id": int8s[0].version.run_id, "fp32": fp32.version.uri, **found[0], **more}
 
 

@@ -111,7 +111,7 @@ def _macs(axes: Axes, evidence: Evidence) -> None:
     places = range(len(cost.macs))
     totals = [count / 1e9 for count in evidence.int8.fp32_cost.macs.values()]
     in_int8 = [count / 1e9 for count in cost.int8_macs.values()]
-    left = [total / 1e9 - int8 for total, int8 in zip(cost.macs.values(), in_int8, strict=True)]
+    left = [total / 1e9 - int8 for total, int8 in zip(cost.conv_linear_macs.values(), in_int8, strict=True)]
     axes.bar([place - 0.2 for place in places], totals, 0.38, color=FP32, label="fp32 model")
     axes.bar([place + 0.2 for place in places], in_int8, 0.38, color=INT8, label="int8 model, in int8")
     if evidence.int8.quantize.float_layers:
@@ -122,7 +122,7 @@ def _macs(axes: Axes, evidence: Evidence) -> None:
     axes.set_ylim(bottom=min(totals) / 3)
     axes.yaxis.set_minor_formatter(NullFormatter())  # over less than a decade, matplotlib labels every minor tick
     axes.set_xticks(list(places), [str(batch) for batch in cost.macs])
-    axes.set(title="Multiply-accumulates by batch size", xlabel="batch size", ylabel="10⁹ MACs a batch")
+    axes.set(title="Multiply-accumulates by batch size", xlabel="batch size", ylabel="10⁹ MACs per batch")
     axes.legend(fontsize=7)
 
 
@@ -161,10 +161,20 @@ def _sensitivity(axes: Axes, evidence: Evidence) -> None:
     axes.axhline(found.fp32_top1_percent, color=FP32, lw=0.8, label="all in fp32")
     axes.axhline(found.int8_top1_percent, color=INT8, lw=0.8, label="all in int8")
     axes.plot(
-        places, [layer.top1_only_int8_percent for layer in layers], "o", ms=3, color=INT8, label="only it in int8"
+        places,
+        [layer.top1_only_int8_percent for layer in layers],
+        "o",
+        ms=3,
+        color=INT8,
+        label="only this layer in int8",
     )
     axes.plot(
-        places, [layer.top1_only_fp32_percent for layer in layers], "s", ms=3, color=FP32, label="only it in fp32"
+        places,
+        [layer.top1_only_fp32_percent for layer in layers],
+        "s",
+        ms=3,
+        color=FP32,
+        label="only this layer in fp32",
     )
     step = max(1, len(layers) // 16)
     names = [layer.layer.removeprefix("network.") for layer in layers]

@@ -3,7 +3,9 @@
 All are measured in this session: the same test images, the same machine, one latency sweep.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +18,7 @@ from qexp.data import Dataset
 from qexp.deciding import latency_tags, time_versions
 from qexp.errors import InputError, StageError, first_line
 from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
-from qexp.evidence import LatencyEvidence
+from qexp.evidence import Evidence, LatencyEvidence
 from qexp.gate import GateResult, decide_gate, decide_succession
 from qexp.host import Host
 from qexp.latency import LatencyResult
@@ -66,10 +68,7 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     before = uri_of(champion) if champion else None
     other = champion if before != uri else None
     config, host, dataset = prepare(config, fp32_uri)
-    against = f" and `{uri_of(other)}`, the champion" if other else ""
-    with tracking.start_run(f"promote-{name}", f"`{uri}` against the gate{against}.") as run_id:
-        tracking.log_setup(config, host)
-        tracking.log_datasets(dataset, ("test",))
+    with _promotion_run(config, host, dataset, candidate, other) as run_id:
         found = _measure(config, host, dataset, candidate, other, run_id)
         word = "passed" if found.decision.passed else "forced" if force else "rejected"
         if word != "rejected":
@@ -82,6 +81,36 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     uris = {"int8": uri, "fp32": fp32_uri, "champion_before": before}
     facts = {"gate": found.gate.word, "reasons": list(found.decision.reasons), **_figures(found)}
     return {"command": "promote", "run_id": run_id, "decision": word, **uris, **facts}
+
+
+def hold_against_champion(config: Config, host: Host, dataset: Dataset, evidence: Evidence) -> Evidence:
+    """`evidence` with the decision on its version, which has passed the gate, against the present champion too.
+
+    Both are measured side by side in a run of its own, as for `run_promote`. Where there is no other champion, the
+    gate has decided.
+    """
+    candidate = registry.find_version(evidence.int8.version_uri, "int8")
+    champion = version_with(CHAMPION, candidate.name)
+    if champion is None or champion.version == candidate.version:
+        return evidence
+    with _promotion_run(config, host, dataset, candidate, champion) as run_id:
+        found = _measure(config, host, dataset, candidate, champion, run_id)
+        _record(found, "passed" if found.decision.passed else "rejected", run_id)
+    first, *others = evidence.versions
+    judged = replace(first, gate=found.decision)
+    return replace(evidence, versions=(judged, *others), champion=found.decision.passed)
+
+
+@contextmanager
+def _promotion_run(
+    config: Config, host: Host, dataset: Dataset, candidate: ModelVersion, champion: ModelVersion | None
+) -> Iterator[str]:
+    against = f" and `{uri_of(champion)}`, the champion" if champion else ""
+    note = f"`{uri_of(candidate)}` against the gate{against}."
+    with tracking.start_run(f"promote-{candidate.name}", note) as run_id:
+        tracking.log_setup(config, host)
+        tracking.log_datasets(dataset, ("test",))
+        yield run_id
 
 
 def _candidate(name: str, number: str | None) -> ModelVersion:

@@ -132,7 +132,8 @@ def _macs_table(evidence: Evidence) -> str:
 def _p50_table(evidence: Evidence) -> str:
     names = list(evidence.latency.rows[0].stats)
     rows = [
-        [str(row.batch_size), *(f"{row.stats[name].p50_ms:.3g}" for name in names)] for row in evidence.latency.rows
+        [str(row.batch_size), *(claims.three_digits(row.stats[name].p50_ms) for name in names)]
+        for row in evidence.latency.rows
     ]
     return "Median wall time (p50), ms per batch:\n\n" + table(["Batch size", *names], rows)
 
@@ -157,13 +158,18 @@ def _speedup(row: LatencyRow, base: str, name: str) -> str:
 
 def _latency_table(evidence: Evidence) -> str:
     names = (evidence.latency.baseline, evidence.name)
-    header = ["Batch size", *(f"{name} {what}" for name in names for what in ("p50, ms", "p90", "p99", "images/s"))]
+    columns = ("p50, ms", "p90", "p99", "images/s", "calls")
+    header = ["Batch size", *(f"{name} {what}" for name in names for what in columns)]
     rows = []
     for row in evidence.latency.rows:
         cells = [
             text
             for s in (row.stats[name] for name in names)
-            for text in (f"{s.p50_ms:.2f}", f"{s.p90_ms:.2f}", f"{s.p99_ms:.2f}", f"{s.images_per_second:,.0f}")
+            for text in (
+                *(f"{value:.2f}" for value in (s.p50_ms, s.p90_ms, s.p99_ms)),
+                f"{s.images_per_second:,.0f}",
+                f"{s.repeats:,}",
+            )
         ]
         rows.append([str(row.batch_size), *cells])
     return table(header, rows)
@@ -185,7 +191,7 @@ def _sensitivity(evidence: Evidence) -> list[str]:
     rows = [
         [
             f"`{layer.layer}`",
-            "no noise" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+            "not finite" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
             f"{layer.top1_only_int8_percent:.2f} %",
             f"{layer.top1_only_fp32_percent:.2f} %",
         ]

@@ -85,7 +85,7 @@ def _able(request: SweepRequest, folder: Path) -> list[Contender]:
 
 
 def _preparer(contenders: Sequence[Contender], request: SweepRequest, folder: Path) -> Callable[[int], dict[str, Run]]:
-    """What loads all models for a batch size, the repeated one twice: its second copy tells how much loading matters."""
+    """What loads all models for a batch size; the repeated one twice: its place in memory, too, makes some percent."""
     generator = torch.Generator().manual_seed(0)
     again = [replace(found, name=AGAIN) for found in contenders if found.name == request.repeated]
 

@@ -4,8 +4,9 @@ from math import ceil
 from typing import Any
 
 from qexp import registered, registry
+from qexp.bare_process import bare_logits
 from qexp.config import Config
-from qexp.data import Dataset, load_dataset
+from qexp.data import load_dataset
 from qexp.errors import StageError
 from qexp.evaluation import Accuracy, measure_accuracy
 from qexp.host import Host, read_host

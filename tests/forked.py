@@ -20,8 +20,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Nothing here computes when it is imported: threads do not survive a fork.
 IMPORTS = (
-    "qexp.pipeline", "qexp.search", "qexp.prediction", "qexp.promotion", "qexp.sync", "qexp.verification", "qexp.vision",
-    "matplotlib.figure", "mlflow.onnx", "mlflow.pytorch", "mlflow.store.model_registry.sqlalchemy_store",
+    "qexp.pipeline", "qexp.search", "qexp.prediction", "qexp.promotion", "qexp.sync", "qexp.verification",
+    "qexp.vision", "matplotlib.figure", "mlflow.onnx", "mlflow.pytorch", "mlflow.store.model_registry.sqlalchemy_store",
     "mlflow.store.tracking.sqlalchemy_store", "sklearn.datasets", "torch.export", "torchvision.models",
     "torch.distributed.elastic.multiprocessing",
 )  # fmt: skip

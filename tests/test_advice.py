@@ -76,9 +76,10 @@ def test_where_int8_does_not_pay_is_said(evidence: Evidence) -> None:
         16: {"bf16": 2.0, "int8_fx": 1.0},
         128: {"bf16": 0.5, "int8_fx": 1.0},
     }
-    first, against, not_here = advice.recommendation(_with_times(evidence, times))
+    first, against, slower, same = advice.recommendation(_with_times(evidence, times))
     assert first.endswith("model that is not int8 (fp32, bf16) at batch size 1, 16.")
-    assert not_here == "int8 does not pay in time at batch size 8, 128."
+    assert slower == "int8 does not pay in time at batch size 128: bf16 is faster there."
+    assert same == "At batch size 8 it is indistinguishable from the fastest of them."
     assert "int8 is 0.5" in against
 
 

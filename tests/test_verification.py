@@ -7,9 +7,9 @@ import mlflow
 import pytest
 from conftest import Finished, run_qexp
 
-from qexp.verification import run_verify
 from qexp.config import Config
 from qexp.errors import InputError, StageError
+from qexp.verification import run_verify
 
 NAME = "smallnet-digits-int8"
 

@@ -33,15 +33,16 @@ MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 OPSET = 20
 LAYER_TYPES = ("Conv", "Gemm", "MatMul")
 INT8_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+MOST_BYTES = 2_000_000_000  # of activations, all of which are there at once: ViT-B/16 has 0.4 GB of them per image
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class OnnxClassifier:
-    """Float images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on so many threads."""
+    """Float images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on as many threads as torch has."""
 
-    def __init__(self, model: onnx.ModelProto | Path, threads: int | None = None) -> None:
+    def __init__(self, model: onnx.ModelProto | Path) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         given = str(model) if isinstance(model, Path) else model.SerializeToString()
         self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
@@ -108,9 +109,11 @@ def _observe(graph: onnx.ModelProto, images: Tensor, options: QuantizeConfig) ->
     watched.graph.output.extend(value for value in floats if value.name in made - known)
     session = OnnxClassifier(watched).session
     names = [INPUT, *(output.name for output in session.get_outputs())]
+    of_one = sum(values.nbytes for values in session.run(None, {INPUT: (images[:1].float() / 255).numpy()}))
+    at_once = max(1, min(options.calibration_batch_size, MOST_BYTES // of_one))
     make = observer_class(observer, options)
     observers = {name: make(dtype=torch.quint8) for name in names}
-    for batch in images.split(options.calibration_batch_size):
+    for batch in images.split(at_once):
         inputs = (batch.float() / 255).numpy()
         for name, values in zip(names, [inputs, *session.run(None, {INPUT: inputs})], strict=True):
             observers[name](torch.from_numpy(values))
