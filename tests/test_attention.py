@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
+from qexp.errors import InputError
 from qexp.quantization import quantize_model
 from qexp.quantization.cleanup import clean
 
@@ -106,3 +107,14 @@ def test_attention_whose_weights_are_read_stays_and_is_named(images: Tensor, eng
     options = QuantizeConfig(engine=engine, observer="minmax", allow_float=True)
     result = quantize_model(_Attention(need_weights=True).eval(), images, options, False).result
     assert result.float_layers == ("attention.out_proj", "attention")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_first_projection_of_attention_can_stay_fp32(images: Tensor, engine: str) -> None:
+    """As the accuracy budget asks: it ranks the layers of the cleaned model."""
+    options = QuantizeConfig(engine=engine, observer="minmax", keep_fp32=["attention.in_proj"])
+    result = quantize_model(_Attention().eval(), images, options, False).result
+    assert result.float_layers == ("attention.in_proj",) == result.kept_layers
+    wrong = QuantizeConfig(engine=engine, keep_fp32=["last.in_proj"])
+    with pytest.raises(InputError, match=r"--keep-fp32 last.in_proj: not among the layers conv, .*attention.in_proj$"):
+        quantize_model(_Attention().eval(), images, wrong, False)

@@ -66,7 +66,7 @@ def test_versions_of_other_people_and_without_tags(tmp_path_factory: pytest.Temp
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('others')}/mlflow.db")
     assert list_models() == [] and as_table([]) == "no models are registered"
     client = mlflow.MlflowClient()
-    for name, tags in (("theirs", {}), ("old-fp32", {"kind": "fp32", "test_top1_percent": "90.0"})):
+    for name, tags in (("theirs", {}), ("old-fp32", {"kind": "fp32", "test_top1_percent": "90.0", "size_mb": "4,5"})):
         client.create_registered_model(name)
         for _ in range(11):
             client.create_model_version(name, "file:///nowhere", tags=tags)

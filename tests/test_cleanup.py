@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qexp.config import QuantizeConfig
 from qexp.models import Classifier, ModelSpec, build_classifier
 from qexp.quantization import quantize_model
-from qexp.quantization.cleanup import clean
+from qexp.quantization.cleanup import clean, folded_layers
 
 IMAGES = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 FIRST_LINEAR = "network.classifier.0"
@@ -154,3 +154,29 @@ def test_folded_vgg16_is_small_in_int8(tmp_path: Path) -> None:
     file = tmp_path / "int8.pt"
     torch.jit.save(int8.stored, str(file))
     assert 33e6 < file.stat().st_size < 35e6
+
+
+def test_layers_that_a_pool_was_folded_into_are_known(vgg: Classifier) -> None:
+    example = IMAGES[:2].float() / 255
+    assert folded_layers(vgg, clean(vgg, example, True)) == [FIRST_LINEAR]
+    assert folded_layers(vgg, clean(vgg, example, False)) == []
+    smallnet = _build("smallnet")
+    assert folded_layers(smallnet, clean(smallnet, example, True)) == []
+
+
+class _Branching(nn.Module):
+    """What torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1)) if images.sum() > 0 else images.flatten(1)[:, :2]
+
+
+def test_what_cannot_be_traced_is_copied_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = _Branching().eval()
+    cleaned = clean(model, torch.rand(2, 3, 2, 2), False)
+    assert type(cleaned) is _Branching and cleaned is not model and equal_weights(cleaned, model)
+    assert "the model is quantized without clean-up: " in capsys.readouterr().err

@@ -194,6 +194,18 @@ def test_the_noise_is_a_second_measurement_of_one_model_in_every_round() -> None
     assert all(row.noise == Ratio(1, 1, 1) and AGAIN not in row.stats | row.round_ms | row.speedups for row in rows)
 
 
+def test_the_noise_is_that_of_a_second_copy_if_there_is_one() -> None:
+    machine = Machine()
+
+    def prepare(batch_size: int) -> dict[str, Call]:
+        return {name: machine.make(name, ms) for name, ms in {"fp32": 1.0, "int8": 0.5, AGAIN: 0.25}.items()}
+
+    config = LatencyConfig(batch_sizes=[1], warmup=1, min_repeats=6, min_seconds=0)
+    (row,) = measure_latency(prepare, "fp32", "int8", config, machine.clock, machine.rest)
+    assert row.noise == Ratio(2, 2, 2) and list(row.stats) == ["fp32", "int8"]
+    assert row.compared("fp32", "int8") == 0  # no more than one copy over the other
+
+
 def test_a_slow_moment_of_the_machine_does_not_touch_the_speed_up() -> None:
     """It slows all models of a round: their p50 drift apart where a median of ratios does not."""
     slow = [1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0]
@@ -284,6 +296,11 @@ def test_noise_counts_to_either_side() -> None:
     noisy = LatencyRow(1, quiet.stats, quiet.round_ms, quiet.speedups, Ratio(0.95, 0.90, 0.99))
     assert [quiet.compared("a", name) for name in ("faster", "slower")] == [1, -1]
     assert [noisy.compared("a", name) for name in ("faster", "slower")] == [0, 0]
+
+
+def test_too_few_rounds_tell_nothing() -> None:
+    times = {"a": 1.0, "b": 0.1}
+    assert [latency_row(1, times, rounds=rounds).compared("a", "b") for rounds in (5, 6)] == [0, 1]
 
 
 def test_a_wide_interval_tells_nothing() -> None:

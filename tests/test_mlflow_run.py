@@ -121,7 +121,6 @@ def test_stopped_training_goes_on_through_mlflow_run_with_two_processes(server: 
     ("entry", "arguments", "expected"),
     [
         ("main", ["-P", "model=vgg17"], "--model vgg17"),
-        ("train", ["-P", "learning_rate=-1"], "--learning-rate -1"),
         ("quantize", ["-P", "model_uri=models:/nothing/1"], "--model-uri models:/nothing/1"),
     ],
 )

@@ -98,12 +98,11 @@ def test_options_change_the_model(int8: QuantizedModel, model: Classifier, digit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
-def test_torchvision_classifiers(name: str) -> None:
+def test_mobilenet() -> None:
     """Sums, clamps and activations after a layer are part of its kernel."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
-    model = build_classifier(ModelSpec(name, tuple("abcdefghij"), 64), images)
+    model = build_classifier(ModelSpec("mobilenet_v3_small", tuple("abcdefghij"), 64), images)
     model.train()
     with torch.no_grad():
         for _ in range(20):  # batch norm's statistics

@@ -12,7 +12,7 @@ from conftest import Finished
 
 from qexp import registry
 from qexp.data import Dataset
-from qexp.errors import InputError
+from qexp.errors import InputError, StageError
 from qexp.evaluation import to_float
 from qexp.models import Classifier, ModelSpec, load_classifier
 from qexp.training import TrainResult
@@ -150,3 +150,39 @@ def test_other_uris_are_refused(uri: str, client: mlflow.MlflowClient) -> None:
 def test_latest_is_the_newest_version(client: mlflow.MlflowClient) -> None:
     assert registry.find_version("models:/smallnet-digits-int8/latest", "int8").version == 1
     assert registry.newest_uri("no-such-model") is None
+
+
+def test_a_version_that_is_being_made_is_none_yet(client: mlflow.MlflowClient) -> None:
+    first = client.get_model_version("smallnet-digits-int8", "1")
+    made = client.create_model_version("smallnet-digits-int8", first.source, first.run_id)
+    try:
+        assert registry.newest_version("smallnet-digits-int8") == "1"
+        with pytest.raises(InputError, match="must be a version of kind int8"):
+            registry.find_version(f"models:/smallnet-digits-int8/{made.version}", "int8")
+    finally:
+        client.delete_model_version("smallnet-digits-int8", made.version)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"), KeyboardInterrupt()])
+def test_a_version_that_cannot_be_completed_is_removed(
+    error: BaseException,
+    tmp_path: Path,
+    trained: tuple[Classifier, TrainResult],
+    digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(uri: str) -> str:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(registry, "stored_digest", fail)  # after the version was made and verified
+    monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
+    model, _ = trained
+    expected = StageError if isinstance(error, Exception) else KeyboardInterrupt
+    with pytest.raises(expected), mlflow.start_run(experiment_id="0") as run:
+        registry.register("fp32", model, "unfinished", model.spec, digits.train.images[:8], {})
+    client = mlflow.MlflowClient()
+    assert client.search_model_versions("name = 'unfinished'") == []
+    assert client.search_logged_models(["0"]) == [] and not list(tmp_path.rglob("model.pt2"))
+    assert client.get_run(run.info.run_id).outputs.model_outputs  # it had been logged

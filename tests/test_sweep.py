@@ -1,5 +1,6 @@
 """The latency sweep as a process of its own, what it compares with, and what happens when it fails."""
 
+import os
 from pathlib import Path
 
 import mlflow
@@ -7,7 +8,7 @@ import pytest
 import torch
 from conftest import Finished
 
-from qexp import contenders, registry
+from qexp import contenders, registry, sweep
 from qexp.config import LatencyConfig
 from qexp.contenders import Contender, int8_contenders
 from qexp.data import Dataset
@@ -80,3 +81,20 @@ def test_a_version_is_loaded_with_the_kernels_of_its_contender(finished: Finishe
             assert torch.backends.quantized.engine == contender.backend
     finally:
         torch.backends.quantized.engine = "x86"
+
+
+def test_baselines_that_cannot_be_made_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(uri: str, name: str, *given: object) -> None:
+        if name == "fp32_onnx":
+            raise ValueError("no such operator")
+        if name == "bf16":
+            os._exit(9)  # as if it had been killed
+
+    monkeypatch.setattr(sweep, "prepare_baseline", refuse)
+    able = sweep._able(_request("models:/a/1", "models:/b/1"), tmp_path)
+    assert [one.name for one in able] == ["fp32", "fp32_traced", "int8_fx", "int8_fx_onednn"]
+    said = capsys.readouterr().err
+    assert "baseline fp32_onnx is left out: no such operator" in said
+    assert "baseline bf16 is left out: the process that loads it ended with exit code 9" in said

@@ -1,0 +1,161 @@
+"""What peers.py has found, and how it shows it: a table in Markdown and a figure."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from limits import Limits, Operation
+from matplotlib.figure import Figure
+from peer_models import FOLDED, OURS, PEERS
+
+from qexp.claims import three_digits
+from qexp.host import Host
+from qexp.latency import LatencyRow, Ratio
+from qexp.report import table
+
+DEFAULT = "fx"  # what `qexp run` does unless told otherwise, with the kernels that it chose by measuring
+PROFILED = "fx_onednn"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An int8 model: size of its file or files, accuracy on the test images, drop with its 95 % interval.
+
+    `below_peer_points`: of one of ours, how much less accurate it is than the most accurate peer on the same images,
+    with the ends of the 95 % interval.
+    """
+
+    name: str
+    size_bytes: int
+    top1_percent: float
+    drop_points: float
+    drop_low_points: float
+    drop_high_points: float
+    made_in_s: float
+    below_peer_points: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Peers:
+    """All int8 models of one registered fp32 model; `macs` and `weight_bytes` are those of the default engine's.
+
+    `profiles` has where the time of the default engine's pass goes, by batch size: the smallest and the largest.
+    """
+
+    model: str
+    fp32_top1_percent: float
+    test_images: int
+    entries: tuple[Entry, ...]
+    rows: tuple[LatencyRow, ...]
+    limits: Limits
+    macs_of_one_image: int
+    weight_bytes: int
+    host: Host
+    profiles: dict[int, tuple[Operation, ...]] = field(default_factory=dict)
+
+
+def best_peer(row: LatencyRow) -> str:
+    """The peer with the smallest p50 at a batch size."""
+    return min((name for name in PEERS if name in row.stats), key=lambda name: row.stats[name].p50_ms)
+
+
+def ratio_to_best(row: LatencyRow, name: str) -> Ratio:
+    """Time of one of our models over that of the best peer: below 1 is faster."""
+    return row.ratio(name, best_peer(row))
+
+
+def render(peers: Peers) -> str:
+    head = ["int8 model", "size, MB", "test top-1", "drop, points (95 %)", "below the best peer", "made in, s"]
+    accuracy = [
+        [
+            entry.name,
+            f"{entry.size_bytes / 1e6:.3f}",
+            f"{entry.top1_percent:.2f} %",
+            _points((entry.drop_points, entry.drop_low_points, entry.drop_high_points)),
+            _points(entry.below_peer_points) if entry.below_peer_points else "-",
+            f"{entry.made_in_s:.1f}",
+        ]
+        for entry in peers.entries
+    ]
+    names = list(peers.rows[0].stats)
+    batches = [f"{row.batch_size}" for row in peers.rows]
+    times = [[name, *(three_digits(row.stats[name].p50_ms) for row in peers.rows)] for name in names]
+    ours = [name for name in names if name in OURS]
+    ratios = [[name, *(_ratio_text(row, name) for row in peers.rows)] for name in ours]
+    ratios.append(["best peer", *(best_peer(row) for row in peers.rows)])
+    ratios.append(["noise", *(f"{row.noise.low:.2f} to {row.noise.high:.2f}" for row in peers.rows)])
+    rounds = [len(row.round_ms[DEFAULT]) for row in peers.rows]
+    host = peers.host
+    libraries = ", ".join(f"{name} {number}" for name, number in host.libraries.items())
+    parts = [
+        f"## {peers.model}",
+        f"{host.cpu} ({', '.join(host.features)}), {host.threads} threads, {libraries}; {min(rounds)} to {max(rounds)} "
+        f"rounds at each batch size. fp32: {peers.fp32_top1_percent:.2f} % of {peers.test_images:,} test images.",
+        table(head, accuracy),
+        "p50 in ms by batch size:",
+        table(["int8 model", *batches], times),
+        "Time over that of the best peer (below 1 is faster), with 95 % interval; `?`: cannot be told apart above the "
+        "noise, the default engine against a second copy of itself:",
+        table(["int8 model", *batches], ratios),
+        _about_limits(peers),
+        *(_profile_text(batch_size, found) for batch_size, found in peers.profiles.items()),
+    ]
+    return "\n\n".join(parts)
+
+
+def _ratio_text(row: LatencyRow, name: str) -> str:
+    ratio = ratio_to_best(row, name)
+    text = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return text if row.compared(best_peer(row), name) else f"{text} ?"
+
+
+def _points(found: tuple[float, float, float]) -> str:
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
+
+
+def _about_limits(peers: Peers) -> str:
+    first, last = peers.rows[0], peers.rows[-1]
+    same = [name for name in first.stats if name in OURS and name != FOLDED]  # as many multiply-accumulates as fp32
+    fast = {row.batch_size: min(row.stats[name].p50_ms for name in same) for row in (first, last)}
+    rate = last.batch_size * peers.macs_of_one_image / fast[last.batch_size] / 1e6
+    read = peers.weight_bytes * 1e-6 / fast[first.batch_size]
+    return (
+        f"The machine: {peers.limits.int8_gmacs_per_s:,.0f} G int8 multiply-accumulates a second in a matrix product "
+        f"(2048 x 4096 x 4096), {peers.limits.read_gb_per_s:.1f} GB/s read from memory. Our fastest int8 model that is "
+        f"not folded does {rate:,.0f} G of the model's multiply-accumulates a second at batch size {last.batch_size} "
+        f"({100 * rate / peers.limits.int8_gmacs_per_s:.0f} %); at batch size {first.batch_size} it goes through the "
+        f"default engine's {peers.weight_bytes / 1e6:.1f} MB of weights at {read:.1f} GB/s "
+        f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches). A call of torch's "
+        f"int8 convolution that has nothing to compute takes {peers.limits.call_us:.1f} µs."
+    )
+
+
+def _profile_text(batch_size: int, found: tuple[Operation, ...]) -> str:
+    head = ["operation", "input", "calls", "µs", "share"]
+    rows = [
+        [
+            f"`{one.name}`",
+            " x ".join(map(str, one.input_shape)) or "-",
+            str(one.calls),
+            f"{one.time_us:,.0f}",
+            f"{one.share_percent:.1f} %",
+        ]
+        for one in found
+    ]
+    title = f"Where a pass of `{PROFILED}` spends its time at batch size {batch_size}, by torch's profiler:"
+    return f"{title}\n\n{table(head, rows)}"
+
+
+def draw(found: list[Peers], file: Path) -> None:
+    figure = Figure(figsize=(4.6 * len(found), 3.4), dpi=160, layout="constrained")
+    for axes, peers in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        batches = [row.batch_size for row in peers.rows]
+        for name in peers.rows[0].stats:
+            style = "o-" if name in OURS else "s--"
+            axes.plot(batches, [ratio_to_best(row, name).median for row in peers.rows], style, ms=3, lw=1, label=name)
+        axes.axhline(1, color="grey", lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.set_title(peers.model, fontsize=9)
+        axes.set(xlabel="batch size", ylabel="time over that of the best peer", ylim=(0, 2.5))
+        axes.legend(fontsize=6)
+    figure.savefig(file)
