@@ -133,10 +133,11 @@ class _Branching(nn.Module):
         return images.mean((2, 3)) if images.mean() > 0 else images.amax((2, 3))
 
 
-def test_a_network_that_cannot_be_traced_is_copied() -> None:
+def test_a_network_that_cannot_be_traced_is_copied(capsys: pytest.CaptureFixture[str]) -> None:
     model = _Branching()
     cleaned = clean(model, IMAGES[:2].float() / 255, fold_pool=True)
     assert type(cleaned) is _Branching and cleaned is not model and _error(cleaned, model) == 0
+    assert "the model is quantized without clean-up: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", ["fx", "pt2e", "onnx"])
@@ -162,21 +163,3 @@ def test_layers_that_a_pool_was_folded_into_are_known(vgg: Classifier) -> None:
     assert folded_layers(vgg, clean(vgg, example, False)) == []
     smallnet = _build("smallnet")
     assert folded_layers(smallnet, clean(smallnet, example, True)) == []
-
-
-class _Branching(nn.Module):
-    """What torch.fx cannot trace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(12, 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layer(images.flatten(1)) if images.sum() > 0 else images.flatten(1)[:, :2]
-
-
-def test_what_cannot_be_traced_is_copied_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    model = _Branching().eval()
-    cleaned = clean(model, torch.rand(2, 3, 2, 2), False)
-    assert type(cleaned) is _Branching and cleaned is not model and equal_weights(cleaned, model)
-    assert "the model is quantized without clean-up: " in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from qexp.errors import first_line
 from qexp.progress import say
-from qexp.quantization.attention import replace_attention
+from qexp.quantization.attention import SelfAttention, replace_attention
 
 FLATTENS = (torch.flatten, "flatten")
 FOLDED = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
@@ -59,7 +59,9 @@ def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     replace_attention(traced)
     _spare_shared_layers(traced)
     with torch.no_grad():
-        cleaned: Any = fuse(traced, inplace=True, no_trace=True)
+        # Traced again only to go into attention: what a first trace leaves out as a whole, a second may not.
+        attention = any(isinstance(module, SelfAttention) for module in traced.modules())
+        cleaned: Any = fuse(traced, inplace=True, no_trace=not attention)
     if fold_pool:
         _fold_repeating_pools(cleaned, example)
     _repeat_instead_of_averaging(cleaned, example)

@@ -130,8 +130,8 @@ def _fp32_weights(node: fx.Node) -> str | None:
     if not (isinstance(node.target, torch._ops.OpOverload) and node.target._opname in LEFT_FP32):
         return None
     for factor in node.all_input_nodes:
-        while factor.op == "call_function" and len(factor.all_input_nodes) == 1:
-            (factor,) = factor.all_input_nodes
+        while factor.op == "call_method" or factor.op == "call_function" and len(factor.all_input_nodes) == 1:
+            factor = factor.all_input_nodes[0]  # of a method, such as `expand`, the tensor; then come its sizes
         if factor.op == "get_attr":
             return str(factor.target)
     return None
