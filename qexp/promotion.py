@@ -122,7 +122,10 @@ def _candidate(name: str, number: str | None) -> ModelVersion:
     if number is None and (challenger := version_with(CHALLENGER, name)):
         return challenger
     number = number or registry.newest_version(name)
-    return registry.find_version(f"models:/{name}/{number}", "int8", option="--version")
+    try:
+        return registry.find_version(f"models:/{name}/{number}", "int8")
+    except InputError as error:
+        raise InputError(f"--version {number}: {str(error).partition(': ')[2]}") from None
 
 
 def _measure(

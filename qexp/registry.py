@@ -109,7 +109,7 @@ def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVer
         InputError: the URI has another form, does not exist, or is not a version of `kinds` that qexp registered.
     """
     found = look_up(uri, option)
-    if found.tags.get("kind") not in kinds or "train_run_id" not in found.tags:
+    if found.tags.get("kind") not in kinds or "classes" not in found.tags:
         raise InputError(f"{option} {uri}: must be a version of kind {' or '.join(kinds)} that qexp registered")
     return found
 
@@ -166,11 +166,16 @@ def load_version(uri: str, backend: str | None = None) -> Predict:
     Raises:
         InputError: the URI has another form or does not exist.
     """
-    return load_files(uri, backend or look_up(uri).tags.get("backend"))
+    found = look_up(uri)
+    return load_files(uri_of(found), backend or found.tags.get("backend"))
 
 
 def load_files(place: str, backend: str | None) -> Predict:
-    """The model in a version's files, at a URI or in a folder, with the kernels `backend` (None: as they are)."""
+    """The model in a version's files, with the kernels `backend` (None: as they are).
+
+    Args:
+        place: models:/NAME/VERSION or a folder; MLflow finds no file below an alias.
+    """
     if "onnx" in Model.load(place).flavors:
         from qexp.quantization.onnx import OnnxClassifier
 

@@ -291,7 +291,7 @@ def test_the_whole_job_on_a_folder_of_pictures(picture_folder: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_another_torchvision_classifier(tmp_path: Path) -> None:
-    options = "--model resnet18 --epochs 1 --calibration-samples 16".split()
+    options = "--model resnet18 --epochs 1 --image-size 16 --calibration-samples 16".split()
     done = run_qexp(tmp_path, "run", *options, *SWEEP)
     assert done.code == 0, done.stderr
     assert done.summary["size_ratio"] > 3.5

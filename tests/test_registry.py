@@ -1,5 +1,6 @@
 """The registry, on a real SQLite store: what a version carries, verification, aliases, a bare process."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,15 +153,15 @@ def test_latest_is_the_newest_version(client: mlflow.MlflowClient) -> None:
     assert registry.newest_uri("no-such-model") is None
 
 
-def test_a_version_that_is_being_made_is_none_yet(client: mlflow.MlflowClient) -> None:
+def test_a_version_that_is_being_made_is_none_yet(finished: Finished, tmp_path: Path) -> None:
+    shutil.copy(finished.folder / "mlflow.db", tmp_path / "mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient()
     first = client.get_model_version("smallnet-digits-int8", "1")
     made = client.create_model_version("smallnet-digits-int8", first.source, first.run_id)
-    try:
-        assert registry.newest_version("smallnet-digits-int8") == "1"
-        with pytest.raises(InputError, match="must be a version of kind int8"):
-            registry.find_version(f"models:/smallnet-digits-int8/{made.version}", "int8")
-    finally:
-        client.delete_model_version("smallnet-digits-int8", made.version)
+    assert registry.newest_version("smallnet-digits-int8") == "1"
+    with pytest.raises(InputError, match="must be a version of kind int8"):
+        registry.find_version(f"models:/smallnet-digits-int8/{made.version}", "int8")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"), KeyboardInterrupt()])

@@ -1,13 +1,12 @@
 """Several processes on one store that is new to all of them: nothing is lost, nothing is broken."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import PLAIN, start_qexp
+from conftest import start_qexp
 from mlflow.exceptions import MlflowException
 from servers import start_server
 
@@ -57,35 +56,9 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_four_pipelines_at_once_on_a_new_database(tmp_path: Path) -> None:
-    """All of `qexp run`, several times, from the first use of SQLite on."""
-    options = "--epochs 1 --image-size 8 --batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1".split()
-    options += "--calibration-samples 16 --max-top1-drop 100 --min-speedup 0 --threads 1".split()
-    wait = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'start')!r}): time.sleep(0.002)"
-    seeds = range(PROCESSES)
-    jobs = [start_qexp(tmp_path, "run", *options, *PLAIN, "--seed", str(seed), before=wait) for seed in seeds]
-    (tmp_path / "start").touch()
-    codes = [job.wait() for job in jobs]
-    assert codes == [0] * PROCESSES, "\n".join(job.stderr for job in jobs)
-    found = [json.loads(job.stdout.splitlines()[-1]) for job in jobs]
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    for kind in ("fp32", "int8"):
-        name = f"smallnet-digits-{kind}"
-        versions = {one.version: one for one in client.search_model_versions(f"name = '{name}'")}
-        assert sorted(summary[kind] for summary in found) == sorted(f"models:/{name}/{number}" for number in versions)
-        assert sorted(versions) == list(range(1, PROCESSES + 1))
-        assert {one.tags["verified"] for one in versions.values()} == {"true"}
-    assert {client.get_run(summary["run_id"]).info.status for summary in found} == {"FINISHED"}
-    for summary in found:
-        int8 = client.get_model_version(*summary["int8"].removeprefix("models:/").split("/"))
-        assert int8.tags["fp32_uri"] == summary["fp32"]
-    champions = [client.get_model_version_by_alias(f"smallnet-digits-{kind}", "champion") for kind in ("int8", "fp32")]
-    assert champions[0].tags["fp32_uri"] == f"models:/smallnet-digits-fp32/{champions[1].version}"
-
-
-@pytest.mark.slow
-def test_processes_that_start_at_once_on_a_server_lose_nothing(tmp_path: Path, server: str) -> None:
-    uri = server
+@pytest.mark.parametrize("kind", ["sqlite", "server"])
+def test_processes_that_start_at_once_lose_nothing(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    uri = request.getfixturevalue("server") if kind == "server" else f"sqlite:///{tmp_path}/new folder/mlflow.db"
     start = tmp_path / "start"
     workers = [
         start_qexp(tmp_path, str(number), str(start), str(ROUNDS), uri=uri, before=WORKER)
