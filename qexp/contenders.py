@@ -59,7 +59,7 @@ def fetch(contenders: Sequence[Contender], folder: Path) -> tuple[Contender, ...
 
 
 def load(contender: Contender, folder: Path) -> Predict:
-    """The model, freshly loaded from what `fetch` and `prepare_baselines` have made ready in `folder`."""
+    """The model, freshly loaded from what `fetch` and `prepare_baseline` have made ready in `folder`."""
     if contender.name == "fp32_onnx":
         from qexp.quantization.onnx import OnnxClassifier
 
