@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qexp.config import QuantizeConfig
+from qexp.evaluation import to_float
 from qexp.models import Classifier
 from qexp.quantization import quantize_model
 from qexp.quantization.cleanup import folded_layers
@@ -43,7 +44,7 @@ def make_all(model: Classifier, images: Tensor, folder: Path, reduce_range: bool
         else:
             torch.jit.save(quantized.stored, str(folder / f"{name}.pt"))
         seconds[name] = time.monotonic() - started
-    export(model, images[:2].float() / 255, folder / "exported")
+    export(model, to_float(images[:2]), folder / "exported")
     for make in (_onnxruntime, _openvino):
         started = time.monotonic()
         made = make(images, folder)
@@ -58,7 +59,7 @@ def _onnxruntime(images: Tensor, folder: Path) -> tuple[str, ...]:
 
     class Images(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.batches = iter([{INPUT: (batch.float() / 255).numpy()} for batch in images.split(64)])
+            self.batches = iter([{INPUT: to_float(batch).numpy()} for batch in images.split(64)])
 
         def get_next(self) -> Any:
             return next(self.batches, None)
@@ -87,7 +88,7 @@ def _openvino(images: Tensor, folder: Path) -> tuple[str, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = openvino.convert_model(folder / "exported.onnx")
-        batches = [(image[None].float() / 255).numpy() for image in images]
+        batches = [to_float(image[None]).numpy() for image in images]
         quantized = nncf.quantize(converted, nncf.Dataset(batches), subset_size=len(batches))
     openvino.save_model(quantized, folder / "openvino.xml")
     return ("openvino",)

@@ -1,6 +1,5 @@
 """`qexp predict`: what a registered version sees in image files."""
 
-import os
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +17,6 @@ TopK = Annotated[int, typer.Option(help="classes shown of each image, at most", 
 @with_options("threads")
 def predict(config: Config, *, uri: Uri, images: Images, top_k: TopK = 3) -> dict[str, Any]:
     """Print the most likely classes of image files, and their probabilities, by a registered version, fp32 or int8."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: loading int8 weights warns of a deprecation
     from qexp.prediction import run_predict
 
     return run_predict(config, uri, images, top_k)

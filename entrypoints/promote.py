@@ -1,6 +1,5 @@
 """`qexp promote`."""
 
-import os
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +16,6 @@ Force = Annotated[str, typer.Option(help="move the alias even if rejected; recor
 def promote(config: Config, *, name: Name, version: Number = "auto", force: Force = "auto") -> dict[str, Any]:
     """Make an int8 version `champion` if it passes the gate and is not worse than the present one, measured side by
     side."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loading int8 weights warns of a deprecation
     from qexp.promotion import run_promote
 
     return run_promote(config, name, given_or_none(version), is_true("--force", force))

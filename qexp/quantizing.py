@@ -9,7 +9,7 @@ from qexp import metrics, registry, tracking
 from qexp.config import Config
 from qexp.cost import Cost, measure_cost
 from qexp.data import Dataset, Split, calibration_count, calibration_subset, stratified_sample
-from qexp.evaluation import Comparison, compare, predict_logits
+from qexp.evaluation import Comparison, compare, predict_logits, to_float
 from qexp.evidence import BudgetCost, Int8Evidence
 from qexp.host import Host
 from qexp.latency import Run, measure_latency
@@ -45,7 +45,7 @@ def sensitivity_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) 
         held_out = dataset.validation
         chosen = stratified_sample(held_out.labels, min(wanted, len(held_out)), config.seed)
         split = held_out.subset(chosen)
-        source = clean(fp32.model, calibration.images[:2].float() / 255, options.fold_pool)
+        source = clean(fp32.model, to_float(calibration.images[:2]), options.fold_pool)
         result = measure_sensitivity(
             source, calibration.images, split.images, split.labels, options, not host.has_int8_dot_product
         )

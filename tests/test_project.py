@@ -52,7 +52,7 @@ ALLOWED = {
     },
     "training": {"checkpoint", "config", "data", "distributed", "host", "interrupts", "loop", "models", "recipe"},
     "launch": {"config", "environment"},
-    "quantization": {"config", "quantization"},
+    "quantization": {"config", "evaluation", "quantization"},
     "evaluation": set(),
     "cost": set(),
     "latency": {"config"},

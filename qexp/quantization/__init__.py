@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError, StageError
+from qexp.evaluation import to_float
 from qexp.quantization import fx, onnx, pt2e
 from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
@@ -43,7 +44,7 @@ def quantize_model(
     check_layer_names(model, kept)
     started = time.monotonic()
     with torch.no_grad():
-        source = clean(model, calibration_images[:2].float() / 255, options.fold_pool)
+        source = clean(model, to_float(calibration_images[:2]), options.fold_pool)
     made = ENGINES[engine](source, calibration_images, options, reduce_range)
     missing = [name for name in layers if name not in made.int8_layers]
     result = QuantizeResult(

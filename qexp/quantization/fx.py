@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line
+from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
@@ -43,7 +44,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
         converted = _calibrate_and_convert(model, images, options, reduce_range)
-        module = _trace(converted, images[:2].float() / 255)
+        module = _trace(converted, to_float(images[:2]))
     int8, floats = _int8_layers(converted), _float_products(converted)
     return EngineResult(module, module, "pytorch", backend, int8, floats, load_backend=backend)
 
@@ -56,9 +57,9 @@ def _calibrate_and_convert(
         if normalizes_tokens(model):
             for operation in TOKEN_ARITHMETIC:
                 mapping.set_object_type(operation, None)
-        prepared = prepare_fx(model.eval(), mapping, (images[:2].float() / 255,))
+        prepared = prepare_fx(model.eval(), mapping, (to_float(images[:2]),))
         for batch in images.split(options.calibration_batch_size):
-            prepared(batch.float() / 255)
+            prepared(to_float(batch))
         return convert_fx(prepared)
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
         raise StageError(f"engine fx cannot quantize this model: {first_line(error)}") from error

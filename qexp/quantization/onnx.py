@@ -24,6 +24,7 @@ from torch.ao.quantization import observer
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line
+from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
@@ -78,7 +79,7 @@ def _quantize(
     exported, prepared, quantized, ranges = (
         folder / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx", "ranges.json")
     )
-    example = images[:2].float() / 255
+    example = to_float(images[:2])
     export(model, torch.cat([example, example]), exported)  # of one image alone, too, more than one
     quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
     graph = onnx.load(prepared)
@@ -109,12 +110,12 @@ def _observe(graph: onnx.ModelProto, images: Tensor, options: QuantizeConfig) ->
     watched.graph.output.extend(value for value in floats if value.name in made - known)
     session = OnnxClassifier(watched).session
     names = [INPUT, *(output.name for output in session.get_outputs())]
-    of_one = sum(values.nbytes for values in session.run(None, {INPUT: (images[:1].float() / 255).numpy()}))
+    of_one = sum(values.nbytes for values in session.run(None, {INPUT: to_float(images[:1]).numpy()}))
     at_once = max(1, min(options.calibration_batch_size, MOST_BYTES // of_one))
     make = observer_class(observer, options)
     observers = {name: make(dtype=torch.quint8) for name in names}
     for batch in images.split(at_once):
-        inputs = (batch.float() / 255).numpy()
+        inputs = to_float(batch).numpy()
         for name, values in zip(names, [inputs, *session.run(None, {INPUT: inputs})], strict=True):
             observers[name](torch.from_numpy(values))
     return TensorsData(CalibrationMethod.MinMax, {name: _range(found) for name, found in observers.items()})

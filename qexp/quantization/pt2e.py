@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line
+from qexp.evaluation import to_float
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
@@ -45,7 +46,7 @@ def _quantize(
 
     from qexp.quantization.lowering import lower
 
-    example = images[:2].float() / 255
+    example = to_float(images[:2])
     example = torch.cat(
         [example, example]
     )  # of one image alone, too, a batch that torch.export does not take for fixed
@@ -55,7 +56,7 @@ def _quantize(
     _hide_sums_with_numbers(program)
     prepared = quantize_pt2e.prepare_pt2e(program, _quantizer(options, reduce_range))
     for batch in images.split(options.calibration_batch_size):
-        prepared(batch.float() / 255)
+        prepared(to_float(batch))
     # Patterns of training with fake quantization, each an export of its own: there was none, and they take a minute.
     with mock.patch.object(quantize_pt2e, "_fold_conv_bn_qat", lambda trained: trained):
         converted = quantize_pt2e.convert_pt2e(prepared)
@@ -130,7 +131,7 @@ def _fp32_weights(node: fx.Node) -> str | None:
     if not (isinstance(node.target, torch._ops.OpOverload) and node.target._opname in LEFT_FP32):
         return None
     for factor in node.all_input_nodes:
-        while factor.op == "call_method" or factor.op == "call_function" and len(factor.all_input_nodes) == 1:
+        while factor.op == "call_method" or (factor.op == "call_function" and len(factor.all_input_nodes) == 1):
             factor = factor.all_input_nodes[0]  # of a method, such as `expand`, the tensor; then come its sizes
         if factor.op == "get_attr":
             return str(factor.target)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, observer
 
 from qexp.config import QuantizeConfig
+from qexp.evaluation import to_float
 from qexp.progress import track
 from qexp.quantization.observers import observer_class
 
@@ -151,7 +152,7 @@ def _simulated(
         for layer in layers.values():
             layer.module.forward = layer.observe
         for batch in images.split(options.calibration_batch_size):
-            model(batch.float() / 255)
+            model(to_float(batch))
         called = {name: layer for name, layer in layers.items() if layer.observer.min_val.isfinite().all()}
         for layer in called.values():
             scale, zero = layer.observer.calculate_qparams()
@@ -179,7 +180,7 @@ def _compare_outputs(model: nn.Module, images: Tensor, layers: dict[str, _Layer]
     for layer in layers.values():
         layer.module.forward = layer.compare
     for batch in images.split(BATCH_SIZE):
-        model(batch.float() / 255)
+        model(to_float(batch))
 
 
 def _top1(
@@ -188,7 +189,7 @@ def _top1(
     """Accuracy in percent with some layers quantized; logits with NaN count as wrong."""
     for name, layer in layers.items():
         layer.module.forward = layer.int8 if name in quantized else layer.fp32
-    logits = torch.cat([model(batch.float() / 255) for batch in images.split(BATCH_SIZE)])
+    logits = torch.cat([model(to_float(batch)) for batch in images.split(BATCH_SIZE)])
     return 100 * ((logits.argmax(1) == labels) & ~logits.isnan().any(1)).double().mean().item()
 
 
