@@ -137,9 +137,7 @@ def finish(action: Callable[[], dict[str, Any] | None]) -> None:
 
     2 for bad input, 1 for a stage that failed, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP.
     """
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # before torch: int8 weights that are loaded warn of a deprecation
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: loading int8 weights warns of a deprecation
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed; under nohup it stays ignored
         signal.signal(signal.SIGHUP, _terminated)

@@ -169,7 +169,7 @@ def flat_params(config: Config) -> dict[str, Any]:
     The dot keeps them apart from the parameters that `mlflow run` has logged already, as quoted text.
     """
     params: dict[str, Any] = {}
-    for key, value in yaml.load(to_yaml(config), _Yaml12Loader).items():
+    for key, value in _auto_named(config.model_dump(mode="json")).items():
         if isinstance(value, dict):
             params |= {f"{key}.{name}": inner for name, inner in value.items()}
         else:
