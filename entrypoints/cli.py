@@ -1,5 +1,7 @@
 """The console command `qexp`: the entry points as sub-commands."""
 
+from collections.abc import Callable
+
 import typer
 
 from entrypoints.latency import latency
@@ -20,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for name, command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "run": main,
     "train": train,
     "quantize": quantize,
@@ -32,7 +34,8 @@ for name, command in {
     "models": models,
     "verify": verify,
     "sync": sync,
-}.items():
+}
+for name, command in COMMANDS.items():
     app.command(name)(command)
 
 
