@@ -9,7 +9,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from qexp.errors import StageError, StoreError, first_line
 from qexp.progress import say
-from qexp.store import quickly
+from qexp.store import is_missing, quickly
 from qexp.store.outage import store_errors
 
 
@@ -19,7 +19,12 @@ def discard_versions(run_id: str) -> None:
     for found in client.search_model_versions(f"run_id = '{run_id}'"):
         client.delete_model_version(found.name, found.version)
     for model_id in _model_ids(client, run_id):
-        location = client.get_logged_model(model_id).artifact_location
+        try:
+            location = client.get_logged_model(model_id).artifact_location
+        except MlflowException as error:
+            if is_missing(error):  # it was removed before
+                continue
+            raise
         with suppress(MlflowException, OSError):  # first, since these may be what fills the disk of the database, too
             get_artifact_repository(location).delete_artifacts()
         client.delete_logged_model(model_id)
