@@ -17,6 +17,12 @@ def installed() -> bool:
     return any(PROGRAMS.glob("*/bin/initdb"))
 
 
+def skip_unless_installed() -> None:
+    """Skip the test that calls it, with a word on what is missing, where PostgreSQL is not there."""
+    if not installed():
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+
+
 @contextmanager
 def start_postgres(folder: Path) -> Iterator[str]:
     """The URL (postgresql://…) of a new database on a free port; the server is stopped and removed at the end.
@@ -25,8 +31,7 @@ def start_postgres(folder: Path) -> Iterator[str]:
     pytest's folders, and the cluster is in a temporary folder of the system. The test is skipped where PostgreSQL is
     not installed.
     """
-    if not installed():
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    skip_unless_installed()
     place = Path(tempfile.mkdtemp(prefix="qexp-postgres-", dir=None if os.geteuid() == 0 else folder))
     place.chmod(0o755)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import environment_for
-from postgres import installed
+from postgres import skip_unless_installed
 
 from qexp import pipeline
 from qexp.config import load_config
@@ -27,8 +27,7 @@ PASSWORD = "correct-horse-battery"
 @pytest.fixture
 def reachable() -> Iterator[Path]:
     """A folder that the user postgres can reach, as those of pytest are not for root."""
-    if not installed():
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    skip_unless_installed()
     folder = Path(tempfile.mkdtemp(prefix="qexp server "))
     folder.chmod(0o755)
     yield folder

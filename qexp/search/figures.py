@@ -1,12 +1,12 @@
 """The figures of a search, from its result alone."""
 
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from qexp.evidence import SearchPoint, SearchResult
-from qexp.plots import DPI, FP32, HEIGHT_IN, INT8, WIDTH_IN
+from qexp.plots import FP32, INT8, save_figure
 
 MARKERS = "os^Dvp*"  # by observer
 COLORS = ("#e07b39", "#3b7a57", "#7a4b9c")  # by engine
@@ -15,14 +15,7 @@ COLORS = ("#e07b39", "#3b7a57", "#7a4b9c")  # by engine
 def save_figures(result: SearchResult, folder: Path) -> None:
     """`search.png` for one objective, `pareto.png` for two."""
     draw, name = (_by_count, "search") if result.objective == "top1" else (_pareto, "pareto")
-    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    draw(axes, result)
-    axes.set_title(axes.get_title(), fontsize=10)
-    axes.legend(fontsize=6)
-    figure.savefig(folder / f"{name}.png")
+    save_figure(partial(draw, result=result), folder / f"{name}.png")
 
 
 def _by_count(axes: Axes, result: SearchResult) -> None:
@@ -43,6 +36,7 @@ def _by_count(axes: Axes, result: SearchResult) -> None:
     axes.minorticks_off()
     axes.set_title("Accuracy by calibration sample count")
     axes.set(xlabel="calibration images (bars: spread between seeds)", ylabel="validation top-1, %")
+    axes.legend(fontsize=6)
 
 
 def _kind(point: SearchPoint) -> str:
@@ -70,3 +64,4 @@ def _pareto(axes: Axes, result: SearchResult) -> None:
     axes.axhline(result.fp32_top1_percent, color=FP32, ls="--", lw=0.8, label=fp32)
     xlabel = f"p50 at batch size {result.latency_batch_size}, ms" if timed else "size on disk, MB (10⁶ bytes)"
     axes.set(title="Accuracy against " + ("latency" if timed else "size"), xlabel=xlabel, ylabel="validation top-1, %")
+    axes.legend(fontsize=6)
