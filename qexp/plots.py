@@ -1,8 +1,8 @@
 """The figures of a report, from `Evidence` alone; sized to be read at half the width of a page."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -16,21 +16,23 @@ WIDTH_IN, HEIGHT_IN, DPI = 4.2, 3.1, 180
 FP32, INT8, FLOAT_PART = "#5b6c8f", "#e07b39", "#c9ced9"
 TRAIN, VALIDATION = "#3b7a57", "#b0413e"
 
+Result = TypeVar("Result")
+
 
 def save_figures(evidence: Evidence, folder: Path) -> list[Path]:
     """Draw all as PNG files in `folder`, in the order of the report; that of the layers only where it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = FIGURES if evidence.int8.sensitivity else {k: v for k, v in FIGURES.items() if k != "sensitivity"}
-    return [save_figure(partial(draw, evidence=evidence), folder / f"{name}.png") for name, draw in figures.items()]
+    return [save_figure(draw, evidence, folder / f"{name}.png") for name, draw in figures.items()]
 
 
-def save_figure(draw: Callable[[Axes], None], file: Path) -> Path:
-    """Let `draw` fill the axes of a figure in the style of the report, and write it as `file` (PNG)."""
+def save_figure(draw: Callable[[Axes, Result], None], result: Result, file: Path) -> Path:
+    """Let `draw` put `result` on the axes of a figure in the style of the report, and write it as `file` (PNG)."""
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    draw(axes)
+    draw(axes, result)
     axes.set_title(axes.get_title(), fontsize=10)
     figure.savefig(file)
     return file

@@ -1,6 +1,5 @@
 """The figures of a search, from its result alone."""
 
-from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -15,7 +14,7 @@ COLORS = ("#e07b39", "#3b7a57", "#7a4b9c")  # by engine
 def save_figures(result: SearchResult, folder: Path) -> None:
     """`search.png` for one objective, `pareto.png` for two."""
     draw, name = (_by_count, "search") if result.objective == "top1" else (_pareto, "pareto")
-    save_figure(partial(draw, result=result), folder / f"{name}.png")
+    save_figure(draw, result, folder / f"{name}.png")
 
 
 def _by_count(axes: Axes, result: SearchResult) -> None:
