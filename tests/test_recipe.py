@@ -25,7 +25,7 @@ def test_settled_options_name_the_device(tiny: Dataset) -> None:
     assert settle_options(TrainConfig(), "p", model).device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert settle_options(TrainConfig(device="cpu"), "p", model).device == "cpu"
     gpus = torch.cuda.device_count()
-    with pytest.raises(InputError, match="--device cuda: here"):
+    with pytest.raises(InputError, match="--device cuda: this machine has"):
         settle_options(TrainConfig(device="cuda", processes=gpus + 1), "p", model)
 
 

@@ -155,10 +155,12 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
 
 def test_the_last_worker_to_leave_is_told(postgres: str) -> None:
     options = {"storage": postgres, "study": "leaving", "sample_counts": [4]}
+    called: list[str] = []
     with worker(**options) as one:
         with worker(**options) as two:
-            assert not two.place.leave()
-        assert one.place.leave()
+            assert not two.place.leave(lambda: called.append("two"))
+        assert one.place.leave(lambda: called.append("one"))
+    assert called == ["two"]
 
 
 def test_one_search_at_a_time_in_a_journal(tmp_path: Path) -> None:

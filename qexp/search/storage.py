@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy
@@ -28,6 +29,7 @@ STALE_LOCK_S = 10  # writing a line takes milliseconds
 CONNECT_S = 10
 # By the server: the locks of a machine that was switched off are free after a minute.
 KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
+TABLES = "tables"  # these are one for all studies of a database
 POLL_S = (0.02, 0.2)  # between two looks at a lock that another worker has: first and longest
 
 
@@ -85,7 +87,8 @@ class Place:
 
     def _ask(self, function: str, purpose: str) -> bool:
         assert self.connection is not None
-        key = hashlib.sha256(f"qexp/{self.study}/{purpose}".encode()).digest()[:8]
+        study = None if purpose == TABLES else self.study
+        key = hashlib.sha256(f"qexp/{study}/{purpose}".encode()).digest()[:8]
         number = int.from_bytes(key, "big", signed=True)
         return bool(self.connection.scalar(sqlalchemy.text(f"SELECT {function}(:key)"), {"key": number}))
 
@@ -171,23 +174,32 @@ def _storage(place: Place, study: str, heartbeat_seconds: int) -> Iterator[BaseS
         with _journal(Path(place.name), study) as storage:
             yield storage
         return
-    grace = MISSED_HEARTBEATS * heartbeat_seconds
     # Tables that two workers make at the same moment break one of them.
-    with place.exclusive("tables"), warnings.catch_warnings():
+    with place.exclusive(TABLES), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # heartbeats are called experimental
         try:
-            storage = RDBStorage(
-                place.url.render_as_string(hide_password=False),
-                engine_kwargs={"pool_pre_ping": True},
-                heartbeat_interval=heartbeat_seconds,
-                grace_period=grace,
-            )
+            storage = _made(place.url, heartbeat_seconds)
         except Exception as error:  # no right to make tables, tables of another version: any library's
             raise InputError(f"{place.name}: cannot hold a study ({_said(error)})") from None
     try:
         yield storage
     finally:
         storage.engine.dispose()
+
+
+def _made(url: sqlalchemy.URL, heartbeat_seconds: int) -> RDBStorage:
+    make = partial(
+        RDBStorage,
+        url.render_as_string(hide_password=False),
+        engine_kwargs={"pool_pre_ping": True},
+        heartbeat_interval=heartbeat_seconds,
+        grace_period=MISSED_HEARTBEATS * heartbeat_seconds,
+    )
+    try:
+        return make()
+    except sqlalchemy.exc.SQLAlchemyError:  # Optuna's dashboard, which knows none of our locks, may make the tables
+        time.sleep(POLL_S[1])
+        return make()
 
 
 @contextmanager
