@@ -27,7 +27,7 @@ from qexp.options import option_name
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 NOT_GIVEN = ("auto", "")
-FLAGS = ("--force", "--json")  # may stand alone, for true
+FLAGS = ("--force", "--json", "--register-best")  # may stand alone, for true
 ModelUri = Annotated[
     str, typer.Option(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI")
 ]

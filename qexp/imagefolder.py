@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qexp.errors import InputError
+from qexp.errors import InputError, first_line
 from qexp.host import available_cores
 from qexp.progress import say, track
 
@@ -79,15 +79,17 @@ def _decode(file: str, image_size: int, what: str) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             image = _with_8_bits(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{what} {file}: {error}") from None
+    except Exception as error:  # of a broken file, each of Pillow's decoders raises what it likes
+        raise InputError(f"{what} {file}: {first_line(error)}") from None
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
-    """Grey with 16 bits scaled to 8, which `convert` would clip."""
+    """Grey with 16 bits scaled to 8, which `convert` would clip; ValueError where there is no saying what white is."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # a PNG has 16 bits at most
+        raise ValueError("has 32 bits a pixel, whose range is not known; save it with 8 or 16 bits")
     return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I") else image
 
 

@@ -13,6 +13,7 @@ HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes")  # options of train
 DATASETS = ("digits", "cifar10", "imagefolder")
 Engine = Literal["fx", "pt2e", "onnx"]
 Observer = Literal["histogram", "minmax", "moving_average", "percentile"]
+Scale = Literal["channel", "layer"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
@@ -23,17 +24,17 @@ def _as_list(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-Engines = Annotated[
-    list[Engine],
-    Field(min_length=1),
-    BeforeValidator(_as_list),
-    AfterValidator(lambda names: list(dict.fromkeys(names))),
-]
+def _once(names: list[str]) -> list[str]:
+    """Each choice once, in the order given."""
+    return list(dict.fromkeys(names))
+
+
+Engines = Annotated[list[Engine], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 Baselines = Annotated[
     list[Literal["fp32_traced", "bf16", "fp32_onnx"]],
     BeforeValidator(lambda value: [] if value in ("none", ["none"]) else _as_list(value)),
-    AfterValidator(lambda names: list(dict.fromkeys(names))),
+    AfterValidator(_once),
 ]
 
 
@@ -173,11 +174,11 @@ class SearchConfig(BaseModel):
         "top1", description="validation top-1, alone or with p50 latency or size on disk as a second objective"
     )
     sample_counts: Counts = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
-    observers: list[Observer] | None = Field(
-        None, min_length=1, description="observers to try; auto: the one of quantize.observer"
+    observers: Annotated[list[Observer], Field(min_length=1), AfterValidator(_once)] | None = Field(
+        None, description="observers to try; auto: the one of quantize.observer"
     )
-    weight_scales: list[Literal["channel", "layer"]] | None = Field(
-        None, min_length=1, description="one weight scale a channel or a layer, to try; auto: quantize.per_channel"
+    weight_scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_once)] | None = Field(
+        None, description="one weight scale a channel or a layer, to try; auto: quantize.per_channel"
     )
     fp32_layer_counts: Annotated[
         list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))

@@ -17,7 +17,6 @@ from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.quantizing import Int8
 from qexp.store import use_store
-from qexp.store.aliases import move_champion
 from qexp.training import train_model
 
 Summary = dict[str, Any]
@@ -100,12 +99,13 @@ def quantize_to_report(
     engines = {int8.version: int8.evidence.quantize.engine for int8 in int8s}
     latency = deciding.latency_stage(config, host, fp32.version, engines)
     evidence = deciding.gate_stage(config, fp32, int8s, latency, failed)
-    if evidence.champion:
-        evidence = promotion.hold_against_champion(config, host, dataset, evidence)
-    report_uri = stages.report_stage(config, host, evidence, parent_run_id)
-    if evidence.champion:  # the last act: a job that fails on its way moves no alias
-        move_champion(evidence.int8.version_uri)
-    return evidence, report_uri
+    while True:
+        judged, champion = promotion.hold_against_champion(config, host, dataset, evidence)
+        report_uri = stages.report_stage(config, host, judged, parent_run_id)
+        # The alias moves last: a job that fails on its way moves none.
+        if not judged.champion or promotion.succeed(judged.int8.version_uri, champion):
+            return judged, report_uri
+        say("another version has become champion meanwhile: comparing with that one")
 
 
 def quantize_all(

@@ -7,9 +7,10 @@ from qexp import launch, registered, registry, resumed, stages, tracking
 from qexp.config import Config
 from qexp.data import Dataset, calibration_count, load_dataset
 from qexp.distributed import read_group
+from qexp.errors import InputError
 from qexp.host import Host, read_host
 from qexp.models import ModelSpec, check_model_name, outline
-from qexp.quantization import check_layer_names
+from qexp.quantization import LOADED_WITHOUT_PICKLE, check_layer_names
 from qexp.recipe import settle_options
 from qexp.store import use_store
 
@@ -53,8 +54,13 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
     """`config` with the number of calibration images that it stands for.
 
     Raises:
-        InputError: there are not so many, or `keep_fp32` names a layer that does not exist.
+        InputError: there are not so many, `keep_fp32` names a layer that does not exist, or MLflow would not load
+            what an engine makes.
     """
+    refused = [engine for engine in config.quantize.engine if engine not in LOADED_WITHOUT_PICKLE]
+    if refused and registry.refuses_pickle():
+        allowed = f"with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false it must be {', '.join(LOADED_WITHOUT_PICKLE)}"
+        raise InputError(f"--engine {','.join(refused)}: {allowed}; MLflow loads TorchScript as it does a pickle")
     count, kept = calibration_count(config.quantize, dataset.train), config.quantize.keep_fp32
     if kept:
         network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))

@@ -24,7 +24,7 @@ from qexp.host import Host
 from qexp.latency import LatencyResult
 from qexp.prepare import prepare
 from qexp.progress import say
-from qexp.store import ModelVersion, uri_of, use_store
+from qexp.store import ModelVersion, split_uri, uri_of, use_store
 from qexp.store.aliases import CHALLENGER, CHAMPION, move_champion, version_with
 from qexp.store.catalog import list_models
 from qexp.store.integrity import checked_copy
@@ -71,10 +71,11 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     with _promotion_run(config, host, dataset, candidate, other) as run_id:
         found = _measure(config, host, dataset, candidate, other, run_id)
         word = "passed" if found.decision.passed else "forced" if force else "rejected"
-        if word != "rejected":
-            _check_unmoved(name, champion, force)
-            move_champion(uri)
+        if word != "rejected" and not force and not _is_champion(name, champion):
+            raise StageError(f"{name}: the champion has changed meanwhile; run it again, to compare with that one")
         _record(found, word, run_id)
+        if word != "rejected":  # recorded first: no alias moves without a word on why
+            move_champion(uri)
     if word == "rejected":
         still = f"the champion is still {before}" if before else "there is still no champion"
         raise StageError(f"{uri} is not promoted: {'; '.join(found.decision.reasons)}; {still}")
@@ -83,22 +84,32 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     return {"command": "promote", "run_id": run_id, "decision": word, **uris, **facts}
 
 
-def hold_against_champion(config: Config, host: Host, dataset: Dataset, evidence: Evidence) -> Evidence:
-    """`evidence` with the decision on its version, which has passed the gate, against the present champion too.
+def hold_against_champion(
+    config: Config, host: Host, dataset: Dataset, evidence: Evidence
+) -> tuple[Evidence, ModelVersion | None]:
+    """`evidence` with the decision on its version against the present champion too, and that champion.
 
-    Both are measured side by side in a run of its own, as for `run_promote`. Where there is no other champion, the
-    gate has decided.
+    Both are measured side by side in a run of its own, as for `run_promote`. Where the version has failed the gate, or
+    there is no other champion, the gate has decided.
     """
     candidate = registry.find_version(evidence.int8.version_uri, "int8")
     champion = version_with(CHAMPION, candidate.name)
-    if champion is None or champion.version == candidate.version:
-        return evidence
+    if not evidence.champion or champion is None or champion.version == candidate.version:
+        return evidence, champion
     with _promotion_run(config, host, dataset, candidate, champion) as run_id:
         found = _measure(config, host, dataset, candidate, champion, run_id)
         _record(found, "passed" if found.decision.passed else "rejected", run_id)
     first, *others = evidence.versions
     judged = replace(first, gate=found.decision)
-    return replace(evidence, versions=(judged, *others), champion=found.decision.passed)
+    return replace(evidence, versions=(judged, *others), champion=found.decision.passed), champion
+
+
+def succeed(int8_uri: str, champion: ModelVersion | None) -> bool:
+    """Make a version `champion` if the one that it was compared with, or none, still is; whether that was so."""
+    unmoved = _is_champion(split_uri(int8_uri)[0], champion)
+    if unmoved:
+        move_champion(int8_uri)
+    return unmoved
 
 
 @contextmanager
@@ -117,10 +128,10 @@ def _candidate(name: str, number: str | None) -> ModelVersion:
     names = sorted({row["name"] for row in list_models() if row["kind"] == "int8"})
     if name not in names:
         raise InputError(f"NAME {name}: no registered int8 model; there are: {', '.join(names) or 'none'}")
-    if number is not None and not number.isdecimal():
+    if number is not None and not (number.isdecimal() and len(number) < 10):
         raise InputError(f"--version {number}: must be a version number of {name}")
-    if number is None and (challenger := version_with(CHALLENGER, name)):
-        return challenger
+    if number is None and version_with(CHALLENGER, name):
+        return registry.find_version(f"models:/{name}@{CHALLENGER}", "int8", option="NAME")
     number = number or registry.newest_version(name)
     try:
         return registry.find_version(f"models:/{name}/{number}", "int8")
@@ -131,14 +142,13 @@ def _candidate(name: str, number: str | None) -> ModelVersion:
 def _measure(
     config: Config, host: Host, dataset: Dataset, candidate: ModelVersion, champion: ModelVersion | None, run_id: str
 ) -> Promotion:
-    with checked_copy(candidate):
-        pass  # the files are those that were registered
     uri, fp32_uri = uri_of(candidate), candidate.tags["fp32_uri"]
-    fp32, int8 = (_logits(one, dataset) for one in (fp32_uri, uri))
+    fp32_version = registry.find_version(fp32_uri, "fp32")
+    fp32, int8 = (_logits(one, dataset) for one in (fp32_version, candidate))
     before, why_not = _logits_of_champion(champion, dataset)
     versions = {CANDIDATE: candidate} | ({CHAMPION: champion} if champion and before is not None else {})
     latency = _sweep(config, host, fp32_uri, versions, run_id)
-    source = registry.from_entity(registry.find_version(fp32_uri, "fp32"))
+    source = registry.from_entity(fp32_version)
     version = registry.from_entity(candidate)
     labels, ratio = dataset.test.labels, source.size_bytes / version.size_bytes
     accuracy, drop = measure_accuracy(int8, labels), compare(fp32, int8, labels)
@@ -154,12 +164,15 @@ def _measure(
     return Promotion(uri, champion_uri, gate, succession, drop, lost, latency)
 
 
-def _logits(uri: str, dataset: Dataset) -> Tensor:
-    try:
-        model = registry.load_version(uri)
-    except Exception as error:  # files that are gone, or of another version of a library: any library's
-        raise StageError(f"{uri}: cannot be loaded ({first_line(error)})") from None
-    return predict_logits(model, dataset.test.images, label=f"{uri} on test images")
+def _logits(version: ModelVersion, dataset: Dataset) -> Tensor:
+    """Of the test images, from files that are those that were registered."""
+    uri = uri_of(version)
+    with checked_copy(version) as files:
+        try:
+            model = registry.load_files(str(files), version.tags.get("backend"))
+        except Exception as error:  # files of another version of a library: any library's
+            raise StageError(f"{uri}: cannot be loaded ({first_line(error)})") from None
+        return predict_logits(model, dataset.test.images, label=f"{uri} on test images")
 
 
 def _logits_of_champion(champion: ModelVersion | None, dataset: Dataset) -> tuple[Tensor | None, str]:
@@ -170,7 +183,7 @@ def _logits_of_champion(champion: ModelVersion | None, dataset: Dataset) -> tupl
         was = champion.tags.get("data_digest")
         return None, f"the champion {uri_of(champion)} was made with other data (digest {was}, not {dataset.digest})"
     try:
-        return _logits(uri_of(champion), dataset), ""
+        return _logits(champion, dataset), ""
     except StageError as error:
         return None, f"the champion cannot be compared: {error}"
 
@@ -189,13 +202,10 @@ def _sweep(config: Config, host: Host, fp32_uri: str, versions: dict[str, ModelV
     return result
 
 
-def _check_unmoved(name: str, before: ModelVersion | None, force: bool) -> None:
-    """StageError if another process has moved the alias while this one measured."""
+def _is_champion(name: str, version: ModelVersion | None) -> bool:
+    """Whether this version, or for None no version, has the alias: another process may have moved it."""
     now = version_with(CHAMPION, name)
-    if not force and (now and now.version) != (before and before.version):
-        raise StageError(
-            f"{name}: the champion has changed meanwhile, to {uri_of(now) if now else 'none'}; run it again"
-        )
+    return (now and now.version) == (version and version.version)
 
 
 def _record(found: Promotion, word: str, run_id: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import torch
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from torch import Tensor
@@ -26,8 +27,9 @@ from qexp.store.flavors import FORMATS, log_version, quiet
 from qexp.store.integrity import STORED, stored_digest
 from qexp.store.leftovers import whole_or_nothing
 
-URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
+URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
+LONGEST_LIST = 1000  # characters of a description that class names may take; PostgreSQL has room for 5,000 in all
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -88,6 +90,11 @@ def register(
     return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
 
 
+def refuses_pickle() -> bool:
+    """Whether MLflow was told, by its environment variable, to load nothing that a pickle may be in."""
+    return not MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get()
+
+
 def child_environment(threads: int) -> dict[str, str]:
     """The environment of a child process that reads the same store with so many threads."""
     package_parent = str(Path(__file__).resolve().parent.parent)
@@ -112,6 +119,15 @@ def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVer
     if found.tags.get("kind") not in kinds or "classes" not in found.tags:
         raise InputError(f"{option} {uri}: must be a version of kind {' or '.join(kinds)} that qexp registered")
     return found
+
+
+def exists(uri: str) -> bool:
+    """Whether there is such a version."""
+    try:
+        look_up(uri)
+    except InputError:
+        return False
+    return True
 
 
 def look_up(uri: str, option: str = "--model-uri") -> ModelVersion:
@@ -204,13 +220,14 @@ def describe_kernels(uri: str, measured: str) -> None:
 
 def _description(kind: str, uri: str, spec: ModelSpec, flavor: str) -> str:
     """Markdown for the version's page: what it takes and gives, and how to load it."""
-    size = spec.image_size
+    size, names = spec.image_size, ", ".join(spec.classes)
+    order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
     load = {
         "pytorch": f"model = mlflow.pytorch.load_model({uri!r})",
         "onnx": f"model = mlflow.pyfunc.load_model({uri!r})  # predict(images)['logits']; images are a numpy array",
     }[flavor]
     return (
         f"{spec.architecture}, {kind}. Input: float32 RGB images in [0, 1], shape [N, 3, {size}, {size}]; "
-        f"normalisation is inside. Output: logits [N, {len(spec.classes)}] in the order {', '.join(spec.classes)}.\n\n"
+        f"normalisation is inside. Output: logits [N, {len(spec.classes)}] in the order {order}.\n\n"
         f"```python\n{load}\n```"
     )

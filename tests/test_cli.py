@@ -33,6 +33,10 @@ BAD_INPUT = {
     "force perhaps": ("promote nothing-int8 --force=perhaps", ["--force perhaps", "true or false"]),
     "no such model to list": ("models nothing", ["NAME nothing", "there are: none"]),
     "no version to verify": ("verify nothing", ["URI nothing", "models:/NAME/VERSION"]),
+    "a flag alone, then another option": (
+        "search --register-best --sample-counts 8,5000",
+        ["--sample-counts 5000", "1294"],
+    ),
     "too many search samples": ("search --sample-counts 8,5000", ["--sample-counts 5000", "1294"]),
     "output is a file": ("run --output-dir /dev/null", ["--output-dir /dev/null", "folder"]),
     "unknown option": ("run --modle vgg16", ["--modle", "--help"]),

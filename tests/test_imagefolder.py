@@ -77,6 +77,13 @@ def test_grey_with_16_bits_keeps_its_levels(tmp_path: Path) -> None:
     assert (decoded[0].int() - torch.from_numpy(levels.astype(np.int32)) // 257).abs().max() <= 1
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bits_a_pixel_are_refused(tmp_path: Path, kind: type[np.generic]) -> None:
+    """Nothing says what white is; read as 16 bits, an image of 0 to 255 would be black."""
+    with pytest.raises(InputError, match=r"a\.tiff: has 32 bits a pixel, .* save it with 8 or 16 bits"):
+        _decode(Image.fromarray(np.full((8, 8), 200, kind)), tmp_path / "a.tiff", 8)
+
+
 @pytest.mark.parametrize("opacity", [0, 128, 255])
 def test_opacity_is_left_out(tmp_path: Path, opacity: int) -> None:
     decoded = _decode(Image.new("RGBA", (8, 8), (*RED, opacity)), tmp_path / "a.png", 8)

@@ -14,11 +14,12 @@ from conftest import PLAIN, Finished, run_qexp
 from PIL import Image
 
 from qexp import pipeline, quantizing, registered, registry, resumed, tracking
-from qexp.config import Config, parse_yaml
+from qexp.config import Config, QuantizeConfig, parse_yaml
 from qexp.data import Dataset
-from qexp.errors import StageError
+from qexp.errors import InputError, StageError
 from qexp.evaluation import to_float
 from qexp.evidence import Evidence, from_json
+from qexp.prepare import with_quantization_checked
 
 TIMES = "--batch-sizes 1,4 --min-repeats 3 --min-seconds 0 --warmup 1".split()
 SWEEP = [*TIMES, *PLAIN]
@@ -311,3 +312,11 @@ def test_a_loss_that_is_no_number_fails_the_run_in_one_line(tmp_path: Path) -> N
     client = mlflow.MlflowClient(tracking_uri=done.uri)
     experiment = client.get_experiment_by_name("qexp-digits")
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FAILED"]
+
+
+def test_engines_that_mlflow_would_not_load_are_refused(monkeypatch: pytest.MonkeyPatch, digits: Dataset) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    config = Config(quantize=QuantizeConfig(engine=["fx", "onnx"]))
+    with pytest.raises(InputError, match=r"^--engine fx: with MLFLOW_ALLOW\w*=false it must be onnx;"):
+        with_quantization_checked(config, digits)
+    with_quantization_checked(Config(quantize=QuantizeConfig(engine=["onnx"])), digits)

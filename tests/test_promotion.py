@@ -10,7 +10,8 @@ from conftest import Finished, run_qexp
 
 from qexp.config import Config, GateConfig, LatencyConfig
 from qexp.errors import InputError, StageError
-from qexp.promotion import run_promote
+from qexp.promotion import run_promote, succeed
+from qexp.store import uri_of
 
 NAME = "smallnet-digits-int8"
 TIMES = LatencyConfig(batch_sizes=[1], min_repeats=6, min_seconds=0, warmup=1)
@@ -73,12 +74,33 @@ def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path:
     assert _champions(client) == ["1", "1"] and _tags(client, "1")["promotion"] == "passed"
 
 
+def test_another_champion_is_not_replaced_unseen(client: mlflow.MlflowClient) -> None:
+    """Of jobs that end at the same time, each must have been compared with the one before."""
+    first, second = (client.get_model_version(NAME, number) for number in "12")
+    before = _champions(client)
+    client.set_registered_model_alias(NAME, "champion", "1")
+    assert not succeed(uri_of(second), None) and not succeed(uri_of(first), second)
+    assert _champions(client)[0] == "1"
+    assert succeed(uri_of(second), first) and _champions(client) == ["2", "1"]
+    client.set_registered_model_alias(NAME, "champion", before[0])
+
+
+def test_a_challenger_of_somebody_else_is_bad_input(client: mlflow.MlflowClient) -> None:
+    first = client.get_model_version(NAME, "1")
+    number = client.create_model_version(NAME, first.source).version
+    client.set_registered_model_alias(NAME, "challenger", number)
+    with pytest.raises(InputError, match=f"^NAME models:/{NAME}@challenger: must be a version of kind int8"):
+        run_promote(Config(), NAME)
+    client.delete_model_version(NAME, number)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (("nothing",), "NAME nothing: no registered int8 model; there are: smallnet-digits-int8"),
         (("smallnet-digits-fp32",), "NAME smallnet-digits-fp32: no registered int8 model"),
         ((NAME, "9"), "--version 9: does not exist"),
+        ((NAME, "9" * 20), "--version 9+: must be a version number"),
         ((NAME, "newest"), "--version newest: must be a version number"),
     ],
 )

@@ -59,6 +59,15 @@ def test_version_has_signature_example_pins_classes_and_lineage(
         assert tags["per_channel"] == "true" and tags["fold_pool"] == "false" and tags["float_layers"] == "none"
 
 
+def test_descriptions_fit_into_a_database_with_any_number_of_classes() -> None:
+    """PostgreSQL takes 5,000 characters."""
+    spec = ModelSpec("resnet18", tuple(f"a class of birds {number}" for number in range(1000)), 32)
+    text = registry._description("int8", "models:/resnet18-birds-int8/1", spec, "pytorch")
+    assert len(text) < 1000 and "logits [N, 1000] in the order of the tag `classes`" in text
+    few = registry._description("int8", "models:/a-int8/1", ModelSpec("resnet18", ("cat", "dog"), 32), "onnx")
+    assert "logits [N, 2] in the order cat, dog." in few
+
+
 def test_both_versions_are_challenger_and_champion(client: mlflow.MlflowClient) -> None:
     for name in ("smallnet-digits-fp32", "smallnet-digits-int8"):
         for alias in ("challenger", "champion"):

@@ -69,9 +69,14 @@ def test_nothing_beats_a_point_of_the_front_and_something_beats_every_other() ->
             for other in points
         )
 
-    values = {(point.top1_percent, point.cost) for point in front}
-    assert len(values) == len(front) > 1
-    assert values == {(point.top1_percent, point.cost) for point in points if not beaten(point)}
+    assert len({(point.top1_percent, point.cost) for point in front}) > 1
+    assert {point.calibration_samples for point in front} == {p.calibration_samples for p in points if not beaten(p)}
+
+
+def test_of_equal_points_the_front_has_all() -> None:
+    points = [_point(8, 90.0, size=2), _point(16, 90.0, size=2), _point(32, 89.0, size=2), _point(64, 89.0, size=1)]
+    assert [point.calibration_samples for point in pareto_front(points)] == [64, 8, 16]
+    assert len(pareto_front([_point(8, 90.0), _point(16, 90.0)])) == 1  # of one objective there is no front
 
 
 def test_a_point_that_was_measured_twice_counts_once() -> None:

@@ -14,11 +14,12 @@ from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
 from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
 
-__all__ = ["KERNELS", "QuantizedModel", "quantize_model"]
+__all__ = ["KERNELS", "LOADED_WITHOUT_PICKLE", "QuantizedModel", "quantize_model"]
 
 Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], EngineResult]
 # What `torch.backends.quantized.engine` may be at load, that of a plain load first; None: it does not matter.
 KERNELS: dict[str, tuple[str | None, ...]] = {"fx": fx.KERNELS, "pt2e": (None,), "onnx": (None,)}
+LOADED_WITHOUT_PICKLE = ("onnx",)  # engines whose versions MLflow loads where it is told not to open pickles
 ENGINES: dict[str, Engine] = {"fx": fx.quantize, "pt2e": pt2e.quantize, "onnx": onnx.quantize}
 
 

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from qexp import pipeline, registered
+from qexp import pipeline, registered, registry
 from qexp.config import Config
 from qexp.errors import InputError, StageError, hide_passwords
 from qexp.evaluation import measure_accuracy
@@ -61,7 +61,8 @@ def _conclude(study: Study, bench: Bench, run_id: str) -> SearchResult:
     search, validation = bench.config.search, bench.dataset.validation
     points, failed = points_of(study), failures(study)
     if not points:
-        raise StageError(f"study {study.name}: all {len(failed)} trials failed, the first with {failed[0]}")
+        first = f"{failed[0]}; another --study begins anew"
+        raise StageError(f"study {study.name}: all {len(failed)} trials failed, the first with {first}")
     fp32_top1 = measure_accuracy(bench.fp32.logits["validation"], validation.labels).top1_percent
     result = conclude(study.name, search.objective, points, fp32_top1, len(validation))
     timed = search.objective == "top1+latency"
@@ -85,13 +86,15 @@ def _fp32_bytes(bench: Bench) -> float | None:
 def _register(study: Study, bench: Bench, result: SearchResult, run_id: str) -> dict[str, Any]:
     """Quantize with the winner, then measure, gate and report as `run` does; only now are test images looked at.
 
-    Once for a study: of several workers, the first does it, and the others take what it has found.
+    Once for a study and these options: of several workers, the first does it, and the others take what it has found.
     """
     winner = result.winner
+    made_with = bench.config.model_dump(mode="json", include={"gate", "latency", "output_dir", "quantize"})
     params = {name: getattr(winner, name) for name in study.space}
     with study.place.exclusive("register", "another worker registers the winner; waiting for it"):
-        if done := study.note("registered"):
-            return dict(done)
+        earlier = study.note("registered")
+        if earlier and earlier["made_with"] == made_with and registry.exists(earlier["done"]["int8"]):
+            return dict(earlier["done"])
         runs.end_left_open(run_id, ("sensitivity", "quantize", "latency", "report"))
         quantize = options_for(bench.config.quantize, bench.order, params)
         config = bench.config.model_copy(update={"quantize": quantize})
@@ -99,5 +102,5 @@ def _register(study: Study, bench: Bench, result: SearchResult, run_id: str) -> 
         evidence, report_uri = pipeline.quantize_to_report(config, bench.host, bench.dataset, fp32)
         gate = {"gate": evidence.gate.word, "gate_reason": evidence.gate.summary}
         done = {"int8": evidence.int8.version_uri, "report": report_uri, **gate, **evidence.headline}
-        study.remember("registered", done)
+        study.remember("registered", {"made_with": made_with, "done": done})
     return done

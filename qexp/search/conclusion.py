@@ -30,15 +30,21 @@ def conclude(
 
 
 def pareto_front(points: Sequence[SearchPoint]) -> tuple[SearchPoint, ...]:
-    """Points that no other one beats in one objective without losing in the other, the cheapest first.
+    """Points that no other one beats in one objective without losing in the other, the cheapest first; of equal
+    ones, all.
 
     Without a second objective: the best point alone. By what was measured; noise is not considered.
     """
     front: list[SearchPoint] = []
     for point in sorted(points, key=lambda point: (point.cost or 0.0, -point.top1_percent)):
-        if not front or point.top1_percent > front[-1].top1_percent:
+        last = front[-1] if front else None
+        if last is None or point.top1_percent > last.top1_percent or _as_good(point, last):
             front.append(point)
     return tuple(front)
+
+
+def _as_good(point: SearchPoint, other: SearchPoint) -> bool:
+    return point.cost is not None and (point.cost, point.top1_percent) == (other.cost, other.top1_percent)
 
 
 def _winner(near: Sequence[SearchPoint]) -> SearchPoint:
