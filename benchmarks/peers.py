@@ -31,10 +31,11 @@ from qexp import registered, registry
 from qexp.config import Config, DataConfig, LatencyConfig
 from qexp.cost import measure_cost
 from qexp.data import Dataset, calibration_count, calibration_subset, load_dataset
+from qexp.errors import InputError
 from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
 from qexp.evidence import from_json, to_json
 from qexp.host import read_host
-from qexp.latency import AGAIN, LatencyRow, measure_latency
+from qexp.latency import AGAIN, FEWEST_PAIRS, LatencyRow, measure_latency
 from qexp.store import use_store
 
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -51,9 +52,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.time:
         return _time(arguments.time, arguments.rounds)
+    if not arguments.model_uri and not arguments.earlier:
+        parser.error("give a --model-uri, or an --earlier result")
+    if arguments.rounds < FEWEST_PAIRS:
+        parser.error(f"--rounds {arguments.rounds}: must be at least {FEWEST_PAIRS}, for a 95 % interval")
     earlier = [peers for file in arguments.earlier for peers in from_json(tuple[Peers, ...], file.read_text())]
     use_store()
-    found = earlier + [_compare(uri, arguments.data_dir, arguments.rounds) for uri in arguments.model_uri]
+    try:
+        found = earlier + [_compare(uri, arguments.data_dir, arguments.rounds) for uri in arguments.model_uri]
+    except InputError as error:
+        parser.error(str(error))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(render(peers) for peers in found)
     picture = f"![Time over that of the best peer, by batch size]({arguments.output.name}.png)"

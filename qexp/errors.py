@@ -1,11 +1,17 @@
 """The two errors that a user can meet: each is one line, and the command line turns it into an exit code."""
 
 import re
+import traceback
+from pathlib import Path
 
 # As in postgresql://user:password@host, also one with an @ in it, and as in postgresql://host/name?password=…
 PASSWORD = re.compile(r"(://[^:/?#@\s]*:)\S*(@)|([?&]password=)[^&\s]*", re.IGNORECASE)
 NO_ANSWER = re.compile(r"API request to \S+ failed with (?:timeout )?exception")
 NOBODY = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out")  # nobody is there, as the system says it
+# Files that are no model's own: those of libraries and ours.
+LIBRARIES = re.compile(r"/site-packages/(torch/(?!nn/modules/(?!module\.py))|torchao|onnx)|^<")
+OURS = str(Path(__file__).parent)
+DYNAMOS = re.compile(r'File "(?:[^"]*/)?([^"]+)", line (\d+), in .*\n\s*(.+)')
 REFUSED = "failed with error code 401"
 
 
@@ -34,6 +40,24 @@ def first_line(error: BaseException) -> str:
     if REFUSED in lines[0]:
         return "401: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user that it knows"
     return hide_passwords(lines[0])[:300]
+
+
+def with_place(error: BaseException) -> str:
+    """`first_line`, with the line of the model's own code at which a library that traced it gave up, if it is known."""
+    found: BaseException | None = error
+    while found:
+        frames = [one for one in traceback.extract_tb(found.__traceback__) if _of_a_model(one.filename)]
+        told = DYNAMOS.findall(str(found).partition("from user code:")[2])
+        places = [(Path(frame.filename).name, frame.lineno, frame.line) for frame in frames] + told
+        if places:
+            file, number, code = places[-1]
+            return f"{first_line(error)} (at {file}:{number}: {code})"
+        found = found.__cause__
+    return first_line(error)
+
+
+def _of_a_model(file: str) -> bool:
+    return not LIBRARIES.search(file) and not file.startswith(OURS)
 
 
 def hide_passwords(text: str) -> str:

@@ -19,7 +19,8 @@ FEATURES = {
     "asimddp": "NEON-dotprod",
     "i8mm": "NEON-i8mm",
 }
-INT8_DOT_PRODUCTS = {"AVX512-VNNI", "AVX-VNNI", "AMX-int8", "NEON-dotprod"}
+# Without AVX-VNNI: torch's x86 kernels do not use it, those of AVX2 saturate.
+INT8_DOT_PRODUCTS = {"AVX512-VNNI", "AMX-int8", "NEON-dotprod"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
 LIBRARIES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "mlflow", "optuna", "torchinfo", "numpy")
 

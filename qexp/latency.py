@@ -152,16 +152,30 @@ def measure_latency(
     """
     rows = []
     for batch_size in options.batch_sizes:
-        runs = prepare(batch_size)
-        blocks = time_rounds({AGAIN: runs[repeated]} | runs, options, clock, rest)
-        round_ms = {name: tuple(1000 * statistics.median(block) for block in found) for name, found in blocks.items()}
-        again = round_ms.pop(AGAIN)
-        seconds = {name: [value for block in blocks[name] for value in block] for name in round_ms}
-        stats = {name: summarize(values, batch_size) for name, values in seconds.items()}
-        speedups = {name: paired_ratio(round_ms[baseline], found) for name, found in round_ms.items()}
-        rows.append(LatencyRow(batch_size, stats, round_ms, speedups, paired_ratio(round_ms[repeated], again)))
+        blocks = _time_batch_size(prepare(batch_size), repeated, options, clock, rest)
+        rows.append(_row(batch_size, blocks, baseline, repeated))
         on_row(rows[-1])
     return tuple(rows)
+
+
+def _time_batch_size(
+    runs: dict[str, Run],
+    repeated: str,
+    options: LatencyConfig,
+    clock: Callable[[], float],
+    rest: Callable[[], None],
+) -> dict[str, list[list[float]]]:
+    """As `time_rounds`; nothing holds the models afterwards, when those for the next batch size are loaded."""
+    return time_rounds({AGAIN: runs[repeated]} | runs, options, clock, rest)
+
+
+def _row(batch_size: int, blocks: dict[str, list[list[float]]], baseline: str, repeated: str) -> LatencyRow:
+    round_ms = {name: tuple(1000 * statistics.median(block) for block in found) for name, found in blocks.items()}
+    again = round_ms.pop(AGAIN)
+    seconds = {name: [value for block in blocks[name] for value in block] for name in round_ms}
+    stats = {name: summarize(values, batch_size) for name, values in seconds.items()}
+    speedups = {name: paired_ratio(round_ms[baseline], found) for name, found in round_ms.items()}
+    return LatencyRow(batch_size, stats, round_ms, speedups, paired_ratio(round_ms[repeated], again))
 
 
 def time_rounds(

@@ -6,7 +6,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes")  # options of training that do not change what comes out
@@ -30,7 +30,9 @@ def _once(names: list[str]) -> list[str]:
 
 
 Engines = Annotated[list[Engine], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once)]
-Names = Annotated[list[str], BeforeValidator(_as_list)]
+Names = Annotated[
+    list[Annotated[str, StringConstraints(strip_whitespace=True)]], BeforeValidator(_as_list), AfterValidator(_once)
+]
 Baselines = Annotated[
     list[Literal["fp32_traced", "bf16", "fp32_onnx"]],
     BeforeValidator(lambda value: [] if value in ("none", ["none"]) else _as_list(value)),

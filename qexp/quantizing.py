@@ -17,6 +17,7 @@ from qexp.progress import say
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.quantization.budget import BudgetResult, quantize_within_budget
 from qexp.quantization.cleanup import clean, folded_layers
+from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, measure_sensitivity, most_sensitive_first
 from qexp.registry import Registered
 from qexp.stages import SPLITS, Fp32, evaluate_splits, lineage, verification_images
@@ -66,6 +67,8 @@ def quantize_stage(
         tracking.log_dataset(subset, dataset, "calibration", digest)
         warn_of_reduced_range(host)
         quantized, budget = _quantize(config, host, dataset, fp32, subset, sensitivity)
+        if quantized.result.saturating_layers:
+            say(f"warning: {_reason_of(quantized.result)}: {SATURATION}, so ranges are reduced by one bit")
         logits, accuracy = evaluate_splits(quantized.module, dataset, f"int8 {engine}")
         comparison = {
             split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS
@@ -101,6 +104,13 @@ def warn_of_reduced_range(host: Host) -> None:
     if not host.has_int8_dot_product:
         said = f"warning: {host.cpu} has no int8 dot product: {SATURATION}, so ranges are reduced by one bit"
         say(f"{said} (activations; with engine onnx, weights)")
+
+
+def _reason_of(result: QuantizeResult) -> str:
+    """Why the ranges were reduced; on a CPU that asks for it anyway, an engine has no reason of its own."""
+    if not (layers := result.saturating_layers):
+        return "no int8 dot product"
+    return f"torch's x86 kernels for convolutions with many groups ({layers[0]} and {len(layers) - 1} more)"
 
 
 def _calibration(config: Config, dataset: Dataset) -> tuple[Split, str]:
@@ -162,7 +172,7 @@ def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]
     facts |= {"calibration_samples": result.calibration_images}
     facts |= {"fold_pool": bool(folded_layers(fp32.model, quantized.source))}
     if result.reduce_range:
-        facts["reduce_range_reason"] = f"no int8 dot product: {SATURATION}"
+        facts["reduce_range_reason"] = f"{_reason_of(result)}: {SATURATION}"
     return facts | {"float_layers": ",".join(result.float_layers) or "none"}
 
 

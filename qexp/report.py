@@ -11,7 +11,7 @@ import markdown
 from qexp import advice, claims
 from qexp.evaluation import Accuracy
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, to_json
-from qexp.latency import LatencyRow
+from qexp.latency import LatencyRow, LatencyStats
 from qexp.plots import save_figures
 
 STYLE = """
@@ -131,11 +131,12 @@ def _macs_table(evidence: Evidence) -> str:
 
 def _p50_table(evidence: Evidence) -> str:
     names = list(evidence.latency.rows[0].stats)
-    rows = [
-        [str(row.batch_size), *(claims.three_digits(row.stats[name].p50_ms) for name in names)]
-        for row in evidence.latency.rows
-    ]
-    return "Median wall time (p50), ms per batch:\n\n" + table(["Batch size", *names], rows)
+    rows = [[str(row.batch_size), *(_quantiles(row.stats[name]) for name in names)] for row in evidence.latency.rows]
+    return "Wall time, ms per batch, p50 / p90 / p99:\n\n" + table(["Batch size", *names], rows)
+
+
+def _quantiles(found: LatencyStats) -> str:
+    return " / ".join(claims.three_digits(value) for value in (found.p50_ms, found.p90_ms, found.p99_ms))
 
 
 def _speedup_table(evidence: Evidence) -> str:

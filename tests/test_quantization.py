@@ -1,6 +1,7 @@
 """Quantization with FX: all layers int8, the traced module, options, layers that stay fp32, odd calibration images."""
 
 import copy
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -177,6 +178,26 @@ def test_backends_give_equal_outputs(int8: QuantizedModel, model: Classifier, im
             assert torch.equal(onednn.module(inputs[:batch_size]), int8.module(inputs[:batch_size]))
 
 
+def test_many_groups_do_not_saturate(images: Tensor, inputs: Tensor) -> None:
+    """FBGEMM's kernels, which a plain load has for more than 100 groups, sum pairs of products in 16 bits."""
+    torch.manual_seed(0)
+    groups, found = 128, {}
+    layers = (nn.Conv2d(3, groups, 1), nn.ReLU(), nn.Conv2d(groups, groups, 3, groups=groups), nn.ReLU())
+    wide = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(groups, 10)).eval()
+    with torch.no_grad():
+        for parameter in wide[2].parameters():
+            parameter.abs_()  # whose sums are as large as they can be
+        for backend in ("x86", "onednn"):
+            int8 = _quantize(wide, images, backend=backend, observer="minmax")
+            assert int8.result.reduce_range and int8.result.saturating_layers == ("2",)
+            found[backend] = int8.reloaded()(inputs[:64])
+        expected = wide(inputs[:64])
+    assert torch.equal(found["x86"], found["onednn"])
+    noise = (expected - found["x86"]).square().mean() / expected.var()
+    assert -10 * noise.log10() > 25
+    assert _quantize(wide, images, keep_fp32=["2"]).result.saturating_layers == ()
+
+
 @pytest.mark.parametrize("backend", ["x86", "onednn"])
 def test_the_process_keeps_its_engine(model: Classifier, images: Tensor, backend: str) -> None:
     before = torch.backends.quantized.engine
@@ -273,6 +294,8 @@ def test_model_that_cannot_be_traced(kind: type[nn.Module], words: str, images: 
     with pytest.raises(StageError, match=f"engine fx cannot quantize this model: .*{words}") as failed:
         _quantize(kind(), images, allow_float=True)
     assert "\n" not in str(failed.value)
+    code = "images.mean() > 0" if kind is _Branching else "raise NotImplementedError"
+    assert re.search(rf"\(at test_quantization.py:\d+: .*{re.escape(code)}", str(failed.value))
 
 
 @pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average", "percentile"])

@@ -53,13 +53,14 @@ def quantize_model(
         backend=made.backend,
         observer=options.observer,
         per_channel=options.per_channel,
-        reduce_range=reduce_range,
+        reduce_range=reduce_range or bool(made.saturating_layers),
         calibration_images=len(calibration_images),
         int8_layers=tuple(name for name in layers if name in made.int8_layers),
         float_layers=tuple(dict.fromkeys([*missing, *made.float_layers])),
         duration_s=time.monotonic() - started,
         load_backend=made.load_backend,
         kept_layers=kept,
+        saturating_layers=made.saturating_layers,
     )
     if not options.allow_float:
         _refuse_float_layers(result)

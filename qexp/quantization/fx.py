@@ -24,13 +24,14 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.nn import functional as F
 
 from qexp.config import QuantizeConfig
-from qexp.errors import StageError, first_line
+from qexp.errors import StageError, first_line, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
 KERNELS = ("x86", "onednn")  # what a process uses that sets none, then the other
+MOST_GROUPS = 100  # of a convolution that torch's x86 leaves to oneDNN (should_use_onednn_quant in aten)
 PRODUCTS = (
     F.linear, F.conv2d, torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum
 )  # fmt: skip
@@ -40,13 +41,20 @@ TOKEN_ARITHMETIC = (nn.LayerNorm, F.layer_norm, operator.add, operator.iadd, tor
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
-    backend = options.backend or KERNELS[0]
+    backend, saturating = options.backend or KERNELS[0], _saturating_layers(model, options)
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
-        converted = _calibrate_and_convert(model, images, options, reduce_range)
+        converted = _calibrate_and_convert(model, images, options, reduce_range or bool(saturating))
         module = _trace(converted, to_float(images[:2]))
     int8, floats = _int8_layers(converted), _float_products(converted)
-    return EngineResult(module, module, "pytorch", backend, int8, floats, load_backend=backend)
+    return EngineResult(module, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating)
+
+
+def _saturating_layers(model: nn.Module, options: QuantizeConfig) -> tuple[str, ...]:
+    """Convolutions whose kernels of a plain load, FBGEMM's, sum pairs of products in 16 bits on any CPU."""
+    kept = options.keep_fp32 or ()
+    convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return tuple(name for name, module in convolutions if module.groups > MOST_GROUPS and name not in kept)
 
 
 def _calibrate_and_convert(
@@ -62,7 +70,7 @@ def _calibrate_and_convert(
             prepared(to_float(batch))
         return convert_fx(prepared)
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
-        raise StageError(f"engine fx cannot quantize this model: {first_line(error)}") from error
+        raise StageError(f"engine fx cannot quantize this model: {with_place(error)}") from error
 
 
 def _trace(converted: fx.GraphModule, example: Tensor) -> torch.jit.ScriptModule:

@@ -4,7 +4,9 @@ Torch's Inductor finds the patterns and puts its int8 operations in place. What 
 integers through pools and reshapes, quantize and dequantize become torch's own kernels, and weights can be saved.
 """
 
+import io
 import operator
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from qexp.quantization.packed import pack
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
 QUANTIZE, DEQUANTIZE = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
+CONV_WITH_SUM, ADDEND = "onednn::qconv2d_pointwise.binary", 6  # with the place of what is added
 INT8_CALLS = (
     "onednn::qconv_pointwise",
-    "onednn::qconv2d_pointwise.binary",
+    CONV_WITH_SUM,
     "onednn::qlinear_pointwise",
     "onednn::qlinear_pointwise.binary",
 )
@@ -41,7 +44,9 @@ def lower(converted: fx.GraphModule, example: Tensor, dynamic_shapes: Any) -> fx
     freezing_passes(program, (example,))
     for node, target in hidden.items():
         node.target = target
-    ShapeProp(program).propagate(example)
+    _lay_out_sums(program)
+    with redirect_stderr(io.StringIO()):  # what it raises it prints as well
+        ShapeProp(program).propagate(example)
     _pack_weights(program)
     _stay_integer(program)
     _use_native_kernels(program)
@@ -81,6 +86,15 @@ def _hide_fp32_products(program: fx.GraphModule) -> dict[fx.Node, Any]:
                 hidden[node] = node.target
                 node.target = _under_another_name(node.target)
     return hidden
+
+
+def _lay_out_sums(program: fx.GraphModule) -> None:
+    """What a convolution adds to its output must be channels-last, which a layer that stays fp32 does not give."""
+    for node in list(program.graph.nodes):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.name() == CONV_WITH_SUM:
+            with program.graph.inserting_before(node):
+                given, layout = (node.args[ADDEND],), {"memory_format": torch.channels_last}
+                node.update_arg(ADDEND, program.graph.call_function(aten.contiguous.default, given, layout))
 
 
 def _under_another_name(operation: Any) -> Any:

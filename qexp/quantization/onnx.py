@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import observer
 
 from qexp.config import QuantizeConfig
-from qexp.errors import StageError, first_line
+from qexp.errors import StageError, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.observers import observer_class
@@ -70,7 +70,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
         with tempfile.TemporaryDirectory() as folder:
             return _quantize(model, images, options, reduce_range, Path(folder))
     except Exception as error:  # the exporter raises whatever the model's Python code does when it meets a symbol
-        raise StageError(f"engine onnx cannot quantize this model: {first_line(error)}") from error
+        raise StageError(f"engine onnx cannot quantize this model: {with_place(error)}") from error
 
 
 def _quantize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qexp.config import QuantizeConfig
-from qexp.errors import StageError, first_line
+from qexp.errors import StageError, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
@@ -35,7 +35,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
         try:
             module, int8_layers, float_layers = _quantize(model.eval(), images, options, reduce_range)
         except Exception as error:  # export raises whatever the model's Python code does when it meets a symbol
-            raise StageError(f"engine pt2e cannot quantize this model: {first_line(error)}") from error
+            raise StageError(f"engine pt2e cannot quantize this model: {with_place(error)}") from error
     return EngineResult(module, module, "pytorch", "onednn", int8_layers, float_layers)
 
 

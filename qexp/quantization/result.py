@@ -18,7 +18,7 @@ class EngineResult:
     `call` takes float images [N, 3, H, W] in [0, 1] and gives float logits [N, classes]. `stored` is what the MLflow
     flavour of the name `flavor` logs, and what a reloaded version computes with. Layers are the qualified names of
     Conv2d and Linear modules. `load_backend` is what `torch.backends.quantized.engine` must be at load for the speed
-    of `backend`; None: any.
+    of `backend`; None: any. For `saturating_layers` the ranges were reduced, whatever the CPU.
     """
 
     call: Callable[[Tensor], Tensor]
@@ -28,13 +28,15 @@ class EngineResult:
     int8_layers: tuple[str, ...]
     float_layers: tuple[str, ...]
     load_backend: str | None = None
+    saturating_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
     """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules.
 
-    `kept_layers` are those of `float_layers` that were asked to stay fp32. `load_backend` is as in `EngineResult`.
+    `kept_layers` are those of `float_layers` that were asked to stay fp32. `load_backend` and `saturating_layers` are
+    as in `EngineResult`.
     """
 
     engine: str
@@ -48,6 +50,7 @@ class QuantizeResult:
     duration_s: float
     load_backend: str | None = None
     kept_layers: tuple[str, ...] = ()
+    saturating_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
