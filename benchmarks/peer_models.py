@@ -117,7 +117,7 @@ def _load_openvino(folder: Path) -> Predict:
             model.reshape(list(shape))
             compiled[shape] = core.compile_model(model, "CPU", hints).create_infer_request()
         found = compiled[shape].infer({0: images.numpy()}, share_inputs=True, share_outputs=True)
-        return torch.from_numpy(found[0])
+        return torch.from_numpy(found[0].copy())  # the next call writes where this one has
 
     return predict
 
