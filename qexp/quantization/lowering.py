@@ -93,7 +93,8 @@ def _lay_out_sums(program: fx.GraphModule) -> None:
     for node in list(program.graph.nodes):
         if isinstance(node.target, torch._ops.OpOverload) and node.target.name() == CONV_WITH_SUM:
             with program.graph.inserting_before(node):
-                given, layout = (node.args[ADDEND],), {"memory_format": torch.channels_last}
+                given = (node.args[ADDEND],)
+                layout: dict[str, Any] = {"memory_format": torch.channels_last}
                 node.update_arg(ADDEND, program.graph.call_function(aten.contiguous.default, given, layout))
 
 
