@@ -146,12 +146,14 @@ def _profile_text(batch_size: int, found: tuple[Operation, ...]) -> str:
 
 
 def draw(found: list[Peers], file: Path) -> None:
+    colors = {name: f"C{number}" for number, name in enumerate([*OURS, *PEERS])}  # the same for each network
     figure = Figure(figsize=(4.6 * len(found), 3.4), dpi=160, layout="constrained")
     for axes, peers in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         batches = [row.batch_size for row in peers.rows]
         for name in peers.rows[0].stats:
             style = "o-" if name in OURS else "s--"
-            axes.plot(batches, [ratio_to_best(row, name).median for row in peers.rows], style, ms=3, lw=1, label=name)
+            ratios = [ratio_to_best(row, name).median for row in peers.rows]
+            axes.plot(batches, ratios, style, ms=3, lw=1, color=colors[name], label=name)
         axes.axhline(1, color="grey", lw=0.8)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
