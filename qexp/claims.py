@@ -216,11 +216,12 @@ def _loaded(evidence: Evidence) -> str:
     names = evidence.measured.contenders[evidence.int8.version_uri]
     if len(names) == 1:
         return "Models are loaded from the registry as `qexp.load(uri)` loads them"
-    mean = {name: evidence.latency.mean_speedup(name) for name in names}
-    both = ", ".join(f"{name} {value:.2f}x" for name, value in mean.items())
+    both = ", ".join(f"{name} {evidence.latency.mean_speedup(name):.2f}x" for name in names)
+    ahead = all(sum(row.compared(names[0], other) for row in evidence.latency.rows) < 0 for other in names[1:])
+    word = "won" if ahead else "are used: no others are faster beyond the noise"
     return (
-        f"Models are loaded from the registry; of the int8 kernels, those of {names[0]} won (mean speed-up over fp32: "
-        f"{both}). `qexp.load(uri)` sets them; a plain `mlflow.pytorch.load_model` uses those of x86"
+        f"Models are loaded from the registry; of int8 kernels, those of {names[0]} {word} (mean over fp32: {both}). "
+        "`qexp.load(uri)` sets them; a plain `mlflow.pytorch.load_model` uses those of x86"
     )
 
 

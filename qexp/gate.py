@@ -46,7 +46,7 @@ def decide_gate(
     checks = [
         _at_most(f"top-1 drop {drop.top1_drop_points:.4g} points, upper end {high:.4g}", high, limits.max_top1_drop),
         _at_least(f"size ratio {size_ratio:.4g}", size_ratio, limits.min_size_ratio),
-        _at_least(f"speed-up at its lowest {speedup.median:.4g}, lower end {low:.4g}", low, limits.min_speedup),
+        _at_least(f"speed-up's lower end {low:.4g}, of {speedup.median:.4g}", low, limits.min_speedup),
     ]
     if limits.min_top1 is not None:
         least, _ = share_interval(accuracy.top1_percent, accuracy.images)

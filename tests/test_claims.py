@@ -306,7 +306,7 @@ def test_of_several_kernels_the_chosen_ones_are_named(evidence: Evidence) -> Non
     several = with_rows(replace(evidence, versions=(chosen,), measured=measured), *rows)
     first, *_, how = claims.latency(several)
     assert first.startswith("int8 is faster than fp32 at every batch size: ")
-    assert "of the int8 kernels, those of int8_fx_onednn won (mean speed-up over fp32: int8_fx_onednn " in how
+    assert "of int8 kernels, those of int8_fx_onednn won (mean over fp32: int8_fx_onednn " in how
     assert "a plain `mlflow.pytorch.load_model` uses those of x86" in how
 
 
