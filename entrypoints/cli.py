@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Can this image classifier ship as int8 on this CPU? Every command ends with one line of JSON.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its table cuts long names of options off
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": main,
@@ -36,7 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sync": sync,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, short_help=(command.__doc__ or "").partition("\n\n")[0])(command)  # in full
 
 
 def main_program() -> None:

@@ -180,7 +180,7 @@ def run_app(app: typer.Typer) -> None:
 
 def run_alone(command: Callable[..., None]) -> None:
     """Run one command by itself, as MLproject does."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command)
     run_app(app)
 

@@ -7,7 +7,7 @@ import typer
 
 from entrypoints.options import finish, given_or_none, run_app
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
