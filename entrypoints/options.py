@@ -108,7 +108,8 @@ def _overrides(values: dict[str, str], fields: dict[str, tuple[str, FieldInfo, s
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = "auto" if field.default is None else field.default
     shown = ",".join(map(str, default)) if isinstance(default, list) else str(default)
-    option = typer.Option(help=field.description, metavar=type_name(field), show_default=shown)
+    text = f"{field.description} [default: {shown}]"  # which Typer would put in brackets of its own
+    option = typer.Option(help=text, metavar=type_name(field), show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=Annotated[str, option])
 
 

@@ -6,20 +6,23 @@ import typer
 
 from entrypoints.options import run_alone, with_options
 from qexp.config import Config
+from qexp.errors import InputError
 
 Uri = Annotated[
     str, typer.Argument(help="version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI", show_default=False)
 ]
 Images = Annotated[list[str], typer.Argument(help="image files of any size", metavar="IMAGE...", show_default=False)]
-TopK = Annotated[int, typer.Option(help="classes shown of each image, at most", min=1)]
+TopK = Annotated[str, typer.Option(help="classes shown of each image, at most", metavar="int")]
 
 
 @with_options("threads")
-def predict(config: Config, *, uri: Uri, images: Images, top_k: TopK = 3) -> dict[str, Any]:
+def predict(config: Config, *, uri: Uri, images: Images, top_k: TopK = "3") -> dict[str, Any]:
     """Print the most likely classes of image files, and their probabilities, by a registered version, fp32 or int8."""
     from qexp.prediction import run_predict
 
-    return run_predict(config, uri, images, top_k)
+    if not (top_k.isdecimal() and int(top_k)):
+        raise InputError(f"--top-k {top_k}: must be a whole number, at least 1")
+    return run_predict(config, uri, images, int(top_k))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def recommendation(evidence: Evidence) -> list[str]:
     unclear = not any(told.values())
     kept, drop = [_best_floats(evidence, floats)], evidence.int8.comparison["test"].top1_drop_points
     if not evidence.gate.passed:
-        first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}."
+        first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}. {_until_then(evidence)}"
     elif unclear:
         first = (
             "**Measure again on a quiet machine**: the noise is too high to tell int8 from the fastest model that "
@@ -25,7 +25,7 @@ def recommendation(evidence: Evidence) -> list[str]:
     elif not faster:
         first = (
             "**int8 does not pay in time here**: at no batch size is it faster than the fastest model that is not "
-            f"int8, beyond the noise. It saves size alone ({evidence.size_ratio:.2f}x)."
+            f"int8, beyond the noise. It saves size alone ({evidence.size_ratio:.2f}x). {_until_then(evidence)}"
         )
     else:
         where = "at every batch size" if len(faster) == len(told) else f"at batch size {_join(faster)}"
@@ -37,6 +37,11 @@ def recommendation(evidence: Evidence) -> list[str]:
         kept += _not_faster(evidence, floats, told)
     failed = [f"Engine {engine} could not quantize it: {why}." for engine, why in evidence.failed_engines.items()]
     return [first, *kept, *(_about(evidence, judged) for judged in evidence.versions[1:]), *failed]
+
+
+def _until_then(evidence: Evidence) -> str:
+    """What to ship instead of int8: the baselines have the same weights, but their accuracy is not measured."""
+    return f"Ship the fp32 version, `{evidence.fp32.version_uri}`."
 
 
 def _not_faster(evidence: Evidence, floats: Sequence[str], told: dict[int, int]) -> list[str]:

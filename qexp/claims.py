@@ -1,23 +1,17 @@
 """Sentences of the report: each is computed from the measured values and says the opposite where that was measured."""
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 from qexp.evidence import Evidence, Int8Evidence
-from qexp.latency import FEWEST_PAIRS, LatencyRow, LatencyStats
 from qexp.quantization.result import QuantizeResult
-
-NOISY_TAIL = 1.5  # p90 over p50; 1.0 to 1.2 on a quiet machine
-SAME_SPEED = 0.05  # speed-ups within 5 % of 1 are called equal: the noise of a quiet machine
+from qexp.speed import busy, faster_where
 
 
 def answer(evidence: Evidence) -> str:
     """The question's answer in one paragraph."""
-    drop, speed = evidence.int8.comparison["test"].top1_drop_points, _faster_where(evidence, evidence.latency.baseline)
+    drop, speed = evidence.int8.comparison["test"].top1_drop_points, faster_where(evidence, evidence.latency.baseline)
     verdict = "**Yes**: it passes" if evidence.gate.passed else "**No**: it does not pass"
     return (
         f"{verdict} the gate of the configuration. As int8, top-1 on the test images {changed(drop)}, and the "
-        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}. {speed}"
+        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}. {' '.join([speed, *busy(evidence)])}"
     )
 
 
@@ -32,7 +26,7 @@ def training(evidence: Evidence) -> list[str]:
     return [
         f"Training took {last} {_plural(last, 'epoch')} and {train.duration_s:.0f} s; {end}.",
         f"The weights of epoch {train.best_epoch} were kept, for the best validation top-1 "
-        f"during training ({best.validation_top1_percent:.2f} %).",
+        f"during training ({best.validation_top1_percent:.2f} %); of equal ones, the lowest loss decides.",
         f"fp32 top-1 on the training images is {abs(gap):.2f} points {fit} that on the test images.",
     ]
 
@@ -79,7 +73,7 @@ def macs(evidence: Evidence) -> list[str]:
     counted = evidence.int8.fp32_cost
     first = next(iter(counted.macs))
     kept = (
-        "leaves their number as it is"
+        "leaves convolutions and linear layers as they are"
         if cost.macs == counted.macs
         else (
             f"runs after folding the pool, which cuts MACs from {_macs_text(counted.macs[first])} to "
@@ -102,72 +96,6 @@ def _left_fp32(int8: Int8Evidence) -> str:
     return f"; {len(left)} {_plural(len(left), 'layer')} stayed fp32: {', '.join(left)}" if left else ""
 
 
-def latency(evidence: Evidence) -> list[str]:
-    """Where int8 is faster than the registered fp32 model, how that changes with the batch, and how it was timed."""
-    name, result = evidence.name, evidence.latency
-    rows = sorted(result.rows, key=lambda row: row.batch_size)
-    sentences = [_faster_where(evidence, result.baseline)]
-    if len(rows) > 1:
-        gaps = [row.stats[result.baseline].p50_ms - row.stats[name].p50_ms for row in rows]
-        grows = all(later > max(0.0, earlier) * (1 + SAME_SPEED) for earlier, later in pairwise(gaps))
-        change = "grows with the batch size" if grows else "does not grow with every larger batch"
-        ends = f"{gaps[0]:.2f} ms at {rows[0].batch_size}, {gaps[-1]:.2f} ms at {rows[-1].batch_size}"
-        sentences.append(f"The time saved per batch {change}: {ends}.")
-    pair = (result.baseline, name)
-    noisy = [row.batch_size for row in rows if max(_tail(row.stats[one]) for one in pair) > NOISY_TAIL]
-    if noisy:
-        worst = max(_tail(row.stats[one]) for row in rows for one in pair)
-        sentences.append(
-            f"**The machine was busy**: at batch size {', '.join(map(str, noisy))} p90 is up to {worst:.1f} times p50. "
-            "Measure again on a quiet machine before deciding on these speed-ups."
-        )
-    return [*sentences, _how_timed(evidence)]
-
-
-def _how_timed(evidence: Evidence) -> str:
-    rows = evidence.latency.rows
-    rounds = [len(row.round_ms[evidence.name]) for row in rows]
-    return (
-        f"Wall time of one forward pass in a process of its own, {threads(evidence.latency.threads)}, all models in "
-        f"{_span(rounds)} short rounds in random order; a speed-up is the median of the rounds' ratios, with "
-        f"{interval(rounds)}. An int8 model against a second copy of itself gave {_noise(rows)}; the table marks "
-        f"differences within that range. {_loaded(evidence)}."
-    )
-
-
-def _faster_where(evidence: Evidence, other: str) -> str:
-    """Where the chosen int8 model is faster than another, slower, or cannot be told apart from it."""
-    rows = sorted(evidence.latency.rows, key=lambda row: row.batch_size)
-    told = {row.batch_size: row.compared(other, evidence.name) for row in rows}
-    ratios = [row.ratio(other, evidence.name).median for row in rows]
-    for word, sign in (("faster", 1), ("slower", -1)):
-        if all(found == sign for found in told.values()):
-            return f"int8 is {word} than {other} at every batch size: {_range(ratios)}."
-    groups = ((1, "faster than {}"), (-1, "slower than {}"), (0, "indistinguishable from {} within the noise"))
-    named = [
-        f"{words.format(other)} at batch size {', '.join(str(size) for size, found in told.items() if found == sign)}"
-        for sign, words in groups
-        if sign in told.values()
-    ]
-    return f"int8 is {'; '.join(named)}."
-
-
-def interval(rounds: Sequence[int]) -> str:
-    """What the two values beside a speed-up are, after so many rounds at each batch size."""
-    if min(rounds) < FEWEST_PAIRS:
-        return f"the smallest and the largest ({FEWEST_PAIRS} rounds make a 95 % interval)"
-    return "its 95 % interval"
-
-
-def _noise(rows: Sequence[LatencyRow]) -> str:
-    low, high = min(row.noise.low for row in rows), max(row.noise.high for row in rows)
-    return f"{low:.2f}x to {high:.2f}x"
-
-
-def _span(counts: Sequence[int]) -> str:
-    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-
-
 def gate(evidence: Evidence) -> str:
     """The gate's decision and what follows from it."""
     follows = {
@@ -177,11 +105,6 @@ def gate(evidence: Evidence) -> str:
         (False, False): "`champion` stays where it was",
     }
     return f"Gate {evidence.gate.summary}; {follows[evidence.gate.passed, evidence.champion]}."
-
-
-def threads(count: int) -> str:
-    """`1 thread`, `2 threads`."""
-    return f"{count} {_plural(count, 'thread')}"
 
 
 def training_pace(evidence: Evidence) -> str:
@@ -203,28 +126,6 @@ def quantization(result: QuantizeResult) -> str:
     )
 
 
-def three_digits(value: float) -> str:
-    """Three significant digits, and all of those before the point."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _tail(stats: LatencyStats) -> float:
-    return stats.p90_ms / stats.p50_ms
-
-
-def _loaded(evidence: Evidence) -> str:
-    names = evidence.measured.contenders[evidence.int8.version_uri]
-    if len(names) == 1:
-        return "Models are loaded from the registry as `qexp.load(uri)` loads them"
-    both = ", ".join(f"{name} {evidence.latency.mean_speedup(name):.2f}x" for name in names)
-    ahead = all(sum(row.compared(names[0], other) for row in evidence.latency.rows) < 0 for other in names[1:])
-    word = "won" if ahead else "are used: no others are faster beyond the noise"
-    return (
-        f"Models are loaded from the registry; of int8 kernels, those of {names[0]} {word} (mean over fp32: {both}). "
-        "`qexp.load(uri)` sets them; a plain `mlflow.pytorch.load_model` uses those of x86"
-    )
-
-
 def changed(drop_points: float) -> str:
     if abs(drop_points) < 0.005:
         return "does not change"
@@ -235,21 +136,6 @@ def _times(ratio: float, above: str, below: str) -> str:
     if abs(ratio - 1) < 0.005:
         return f"not {above}"
     return f"{ratio:.2f}x {above}" if ratio > 1 else f"{1 / ratio:.2f}x {below}"
-
-
-def _range(speedups: Sequence[float]) -> str:
-    """How fast int8 is over all batch sizes, in the words of `latency`: within 5 % is as fast."""
-    low, high = min(speedups), max(speedups)
-    if low > 1 + SAME_SPEED:
-        return f"{_from_to(low, high)} faster"
-    if high < 1 - SAME_SPEED:
-        return f"{_from_to(1 / high, 1 / low)} slower"
-    return f"{_from_to(low, high)} as fast as fp32"
-
-
-def _from_to(low: float, high: float) -> str:
-    ends = [f"{low:.2f}x", f"{high:.2f}x"]
-    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def _plural(count: int, noun: str) -> str:

@@ -93,7 +93,7 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
             tags["backend_speedups"] = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}" for one in found)
             registry.describe_kernels(version.uri, _about_kernels(result, found))
         registry.tag_version(version.uri, tags)
-    registry.tag_version(fp32.uri, latency_tags(result, BASELINE))
+    registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | latency_tags(result, BASELINE))
     least = result.smallest_speedup(fastest)
     tracking.set_note(f"Smallest speed-up of {fastest} over `{fp32.uri}`: **{least:.2f}x**.")
 

@@ -9,7 +9,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from qexp import claims
+from qexp import speed
 from qexp.evidence import Evidence
 
 WIDTH_IN, HEIGHT_IN, DPI = 4.2, 3.1, 180
@@ -146,7 +146,7 @@ def _inference_time(axes: Axes, evidence: Evidence) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
-    title = f"Inference time by batch size, {claims.threads(evidence.latency.threads)}"
+    title = f"Inference time by batch size, {speed.threads(evidence.latency.threads)}"
     axes.set(title=title, xlabel="batch size", ylabel="ms a batch")
     axes.legend(fontsize=6)
 
@@ -168,7 +168,7 @@ def _sensitivity(axes: Axes, evidence: Evidence) -> None:
         places,
         [layer.top1_only_int8_percent for layer in layers],
         "o",
-        ms=3,
+        ms=2.5,
         color=INT8,
         label="only this layer in int8",
     )
@@ -176,15 +176,18 @@ def _sensitivity(axes: Axes, evidence: Evidence) -> None:
         places,
         [layer.top1_only_fp32_percent for layer in layers],
         "s",
-        ms=3,
+        ms=5,
+        mfc="none",  # where layers are level, the others show inside
         color=FP32,
         label="only this layer in fp32",
     )
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0.0, min(low, high - 1)), min(high, 100.2))
     step = max(1, len(layers) // 16)
     names = [layer.layer.removeprefix("network.") for layer in layers]
     axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=6)
     axes.set(title="Top-1 by layer, simulated", xlabel="layer", ylabel="validation top-1, %")
-    axes.legend(fontsize=6)
+    axes.figure.legend(*axes.get_legend_handles_labels(), fontsize=6, ncols=4, loc="outside lower center")
 
 
 def _is_wide(values: list[float]) -> bool:

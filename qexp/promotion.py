@@ -47,10 +47,13 @@ class Promotion:
 
     @property
     def decision(self) -> GateResult:
-        """Both together."""
-        found = [self.gate, self.succession] if self.succession else [self.gate]
-        failed = tuple(reason for one in found if not one.passed for reason in one.reasons)
-        return GateResult(not failed, failed or tuple(reason for one in found for reason in one.reasons))
+        """Both together; it says what was found in a sweep with the champion."""
+        if self.succession is None:
+            return self.gate
+        first, *others = self.succession.reasons
+        beside = GateResult(self.succession.passed, (f"beside {self.champion_uri}: {first}", *others))
+        failed = tuple(reason for one in (self.gate, beside) if not one.passed for reason in one.reasons)
+        return GateResult(not failed, failed or self.gate.reasons + beside.reasons)
 
 
 def run_promote(config: Config, name: str, version: str | None = None, force: bool = False) -> dict[str, Any]:
@@ -89,15 +92,15 @@ def hold_against_champion(
 ) -> tuple[Evidence, ModelVersion | None]:
     """`evidence` with the decision on its version against the present champion too, and that champion.
 
-    Both are measured side by side in a run of its own, as for `run_promote`. Where the version has failed the gate, or
-    there is no other champion, the gate has decided.
+    Both are measured side by side in a run of its own, as for `run_promote`; the gate's own decision stands. Where the
+    version has failed the gate, or there is no other champion, that is all.
     """
     candidate = registry.find_version(evidence.int8.version_uri, "int8")
     champion = version_with(CHAMPION, candidate.name)
     if not evidence.champion or champion is None or champion.version == candidate.version:
         return evidence, champion
     with _promotion_run(config, host, dataset, candidate, champion) as run_id:
-        found = _measure(config, host, dataset, candidate, champion, run_id)
+        found = replace(_measure(config, host, dataset, candidate, champion, run_id), gate=evidence.gate)
         _record(found, "passed" if found.decision.passed else "rejected", run_id)
     first, *others = evidence.versions
     judged = replace(first, gate=found.decision)

@@ -1,4 +1,4 @@
-"""One page from `Evidence`: report.md, report.html (pictures inside), metrics.json. Sentences: see claims.py."""
+"""One page from `Evidence`: report.md, report.html (pictures inside), metrics.json. Sentences: claims.py, speed.py."""
 
 import base64
 import html
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import markdown
 
-from qexp import advice, claims
+from qexp import advice, claims, speed
 from qexp.evaluation import Accuracy
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, to_json
 from qexp.latency import LatencyRow, LatencyStats
@@ -76,7 +76,7 @@ def render_markdown(evidence: Evidence) -> str:
         _speedup_table(evidence),
         _latency_table(evidence),
         _pictures("inference_time"),
-        _bullets(claims.latency(evidence)),
+        _bullets(speed.latency(evidence)),
         _startup_table(evidence),
         "## What to ship",
         _bullets(advice.recommendation(evidence)),
@@ -136,7 +136,7 @@ def _p50_table(evidence: Evidence) -> str:
 
 
 def _quantiles(found: LatencyStats) -> str:
-    return " / ".join(claims.three_digits(value) for value in (found.p50_ms, found.p90_ms, found.p99_ms))
+    return " / ".join(speed.three_digits(value) for value in (found.p50_ms, found.p90_ms, found.p99_ms))
 
 
 def _speedup_table(evidence: Evidence) -> str:
@@ -146,7 +146,7 @@ def _speedup_table(evidence: Evidence) -> str:
     rows = [[str(row.batch_size), *(_speedup(row, base, name) for name in names)] for row in evidence.latency.rows]
     noise = [f"{row.noise.median:.2f} ({row.noise.low:.2f} to {row.noise.high:.2f})" for row in evidence.latency.rows]
     body = [[*cells, found] for cells, found in zip(rows, noise, strict=True)]
-    interval = claims.interval([len(row.round_ms[base]) for row in evidence.latency.rows])
+    interval = speed.interval([len(row.round_ms[base]) for row in evidence.latency.rows])
     head = f"Times as fast as {base}, with {interval}; last, the noise, an int8 model against itself:\n\n"
     return head + table(["Batch size", *names, "noise"], body)
 
@@ -207,7 +207,7 @@ def _environment_table(evidence: Evidence) -> str:
     host, int8, data = evidence.measured.host, evidence.int8, evidence.fp32.data
     quantize = int8.quantize
     rows = [
-        ["CPU", f"{host.cpu}, {host.cores} cores, {claims.threads(evidence.latency.threads)}, {host.memory_gb:g} GB"],
+        ["CPU", f"{host.cpu}, {host.cores} cores, {speed.threads(evidence.latency.threads)}, {host.memory_gb:g} GB"],
         ["Instructions", ", ".join(host.features) or "unknown"],
         ["System", f"{host.system}, Python {host.python}"],
         ["Libraries", ", ".join(f"{name} {number}" for name, number in host.libraries.items())],

@@ -63,24 +63,25 @@ def _main(question: Path, answer: Path) -> None:
     torch.set_num_interop_threads(1)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         # In forks, before this process computes anything itself: OpenMP's threads do not survive one.
-        contenders = fetch(_able(request, Path(name)), Path(name))
-        folder = Path(name)
-        startups = tuple(_in_fork(lambda found=found: _start_up(found, request, folder)) for found in contenders)
-        prepare = _preparer(contenders, request, folder)
+        startups = _start_all(request, Path(name))
+        prepare = _preparer(list(startups), request, Path(name))
         rows = measure_latency(prepare, BASELINE, request.repeated, request.options, on_row=_say_row)
-    answer.write_text(to_json(LatencyResult(BASELINE, rows, startups, request.threads)))
+    answer.write_text(to_json(LatencyResult(BASELINE, rows, tuple(startups.values()), request.threads)))
 
 
-def _able(request: SweepRequest, folder: Path) -> list[Contender]:
-    """Those of the request without baselines that cannot be made of this model; files of the others are in `folder`."""
-    fp32_uri, able = request.contenders[0].uri, []
-    for contender in request.contenders:
+def _start_all(request: SweepRequest, folder: Path) -> dict[Contender, StartUp]:
+    """How each model starts up, without baselines that cannot be made of this one or do not run; files in `folder`."""
+    fp32_uri, able = request.contenders[0].uri, dict[Contender, StartUp]()
+    for contender in fetch(request.contenders, folder):
+        name, is_baseline = contender.name, contender.name in request.options.baselines
         try:
-            if contender.name in request.options.baselines:
-                _in_fork(lambda name=contender.name: prepare_baseline(fp32_uri, name, request.image_size, folder))
-            able.append(contender)
+            if is_baseline:
+                _in_fork(lambda name=name: prepare_baseline(fp32_uri, name, request.image_size, folder))
+            able[contender] = _in_fork(lambda one=contender: _start_up(one, request, folder))
         except StageError as error:
-            say(f"baseline {contender.name} is left out: {error}")
+            if not is_baseline:
+                raise StageError(f"{name}: {error}") from None
+            say(f"baseline {name} is left out: {error}")
     return able
 
 

@@ -140,7 +140,7 @@ def test_a_version_that_cannot_be_loaded_is_one_line(
     ("arguments", "said"),
     [
         (f"{INT8} nowhere.png", "IMAGE nowhere.png: no such file"),
-        (f"{INT8} 1.jpg --top-k 0", "--top-k"),
+        (f"{INT8} 1.jpg --top-k 0", "--top-k 0: must be a whole number, at least 1"),
         (f"{INT8} 1.jpg --threads 0", "--threads 0"),
         (INT8, "IMAGE"),
     ],

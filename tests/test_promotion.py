@@ -71,6 +71,7 @@ def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path:
     assert found["decision"] == "passed" and found["top1_below_champion_points"] == 0
     assert any("below the champion's" in reason for reason in found["reasons"])
     assert any("as fast as the champion" in reason for reason in found["reasons"])
+    assert any(reason.startswith(f"beside models:/{NAME}/2: top-1") for reason in found["reasons"])
     assert _champions(client) == ["1", "1"] and _tags(client, "1")["promotion"] == "passed"
 
 

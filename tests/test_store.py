@@ -1,6 +1,8 @@
 """Several processes on one store that is new to all of them: nothing is lost, nothing is broken."""
 
+import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from qexp.errors import InputError
 from qexp.store import again, use_store
 
 PROCESSES, ROUNDS = 4, 3
+PIPELINE = (  # a gate that nothing passes: else each would be compared with every champion before it
+    "run --epochs 1 --image-size 16 --calibration-samples 8 --sensitivity-images 0 --batch-sizes 1 --baselines none "
+    "--min-repeats 2 --min-seconds 0 --warmup 1 --threads 1 --min-size-ratio 99"
+).split()
 # What a pipeline does to a store, but for the model: all at the same moment, several times.
 WORKER = """
 import sys, time
@@ -57,9 +63,36 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "server"])
-def test_processes_that_start_at_once_lose_nothing(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_pipelines_that_start_at_once_register_all_their_versions(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     uri = request.getfixturevalue("server") if kind == "server" else f"sqlite:///{tmp_path}/new folder/mlflow.db"
-    start = tmp_path / "start"
+    pipelines = [start_qexp(tmp_path, *PIPELINE, uri=uri) for _ in range(PROCESSES)]
+    codes = [pipeline.wait() for pipeline in pipelines]
+    assert codes == [0] * PROCESSES, "\n".join(pipeline.stderr for pipeline in pipelines)
+    summaries = [json.loads(pipeline.stdout) for pipeline in pipelines]
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    numbers = {str(number) for number in range(1, PROCESSES + 1)}
+    for kind in ("fp32", "int8"):
+        name = f"smallnet-digits-{kind}"
+        assert {summary[kind] for summary in summaries} == {f"models:/{name}/{number}" for number in numbers}
+        versions = client.search_model_versions(f"name = '{name}'")
+        assert {str(version.version) for version in versions} == numbers
+        assert {version.tags["verified"] for version in versions} == {"true"}
+        if kind == "int8":
+            sources = {f"models:/{name}/{version.version}": version.tags["fp32_uri"] for version in versions}
+            assert sources == {summary["int8"]: summary["fp32"] for summary in summaries}
+    experiment = client.get_experiment_by_name("qexp-digits")
+    runs = client.search_runs([experiment.experiment_id])
+    names = Counter(run.info.run_name for run in runs)
+    assert {run.info.status for run in runs} == {"FINISHED"} and names["main"] == PROCESSES
+    assert set(names.values()) == {PROCESSES}
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_lose_nothing(tmp_path: Path) -> None:
+    """With many more writes at the same moment than pipelines make."""
+    uri, start = f"sqlite:///{tmp_path}/new folder/mlflow.db", tmp_path / "start"
     workers = [
         start_qexp(tmp_path, str(number), str(start), str(ROUNDS), uri=uri, before=WORKER)
         for number in range(PROCESSES)

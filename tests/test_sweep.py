@@ -14,6 +14,7 @@ from qexp.contenders import Contender, int8_contenders
 from qexp.data import Dataset
 from qexp.errors import StageError
 from qexp.evaluation import to_float
+from qexp.latency import StartUp
 from qexp.sweep import SweepRequest, run_sweep
 
 BASELINES = ["bf16", "fp32_traced", "fp32_onnx"]
@@ -92,9 +93,22 @@ def test_baselines_that_cannot_be_made_are_left_out(
         if name == "bf16":
             os._exit(9)  # as if it had been killed
 
+    def start(contender: Contender, *given: object) -> StartUp:
+        if contender.name == broken:
+            raise ValueError("no such instruction")
+        return StartUp(contender.name, 1.0, 1.0, 1.0)
+
+    broken = "fp32_traced"
     monkeypatch.setattr(sweep, "prepare_baseline", refuse)
-    able = sweep._able(_request("models:/a/1", "models:/b/1"), tmp_path)
-    assert [one.name for one in able] == ["fp32", "fp32_traced", "int8_fx", "int8_fx_onednn"]
+    monkeypatch.setattr(sweep, "fetch", lambda contenders, folder: contenders)
+    monkeypatch.setattr(sweep, "_start_up", start)
+    able = sweep._start_all(_request("models:/a/1", "models:/b/1"), tmp_path)
+    assert [one.name for one in able] == ["fp32", "int8_fx", "int8_fx_onednn"]
+    assert [found.model for found in able.values()] == ["fp32", "int8_fx", "int8_fx_onednn"]
     said = capsys.readouterr().err
+    assert "baseline fp32_traced is left out: no such instruction" in said
     assert "baseline fp32_onnx is left out: no such operator" in said
     assert "baseline bf16 is left out: the process that loads it ended with exit code 9" in said
+    broken = "int8_fx"
+    with pytest.raises(StageError, match="int8_fx: no such instruction"):
+        sweep._start_all(_request("models:/a/1", "models:/b/1"), tmp_path)

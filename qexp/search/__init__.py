@@ -9,6 +9,7 @@ from qexp.config import Config
 from qexp.errors import InputError, StageError, hide_passwords
 from qexp.evaluation import measure_accuracy
 from qexp.evidence import SearchResult
+from qexp.progress import say
 from qexp.search import runs
 from qexp.search.conclusion import conclude
 from qexp.search.findings import log_findings, summary
@@ -63,6 +64,7 @@ def _conclude(study: Study, bench: Bench, run_id: str) -> SearchResult:
     if not points:
         first = f"{failed[0]}; another --study begins anew"
         raise StageError(f"study {study.name}: all {len(failed)} trials failed, the first with {first}")
+    say(f"study {study.name}: all trials are done, {len(points)} completed, {len(failed)} failed")
     fp32_top1 = measure_accuracy(bench.fp32.logits["validation"], validation.labels).top1_percent
     result = conclude(study.name, search.objective, points, fp32_top1, len(validation))
     timed = search.objective == "top1+latency"

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from qexp import quantizing, registered, registry, stages, tracking
-from qexp.config import Config
+from qexp.config import Config, given_otherwise
 from qexp.data import Dataset, dataset_name
 from qexp.errors import InputError
 from qexp.host import Host
 from qexp.models import ModelSpec, outline
 from qexp.prepare import prepare, with_quantization_checked
+from qexp.progress import say
 from qexp.quantization.sensitivity import most_sensitive_first
 from qexp.search import runs
 from qexp.search.storage import Place
@@ -55,7 +56,7 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
     parent = runs.find_parent(study.note("run_id"), study.name) if study else None
     if study and not model_uri and isinstance(made_for := study.note("made_for"), dict):
         model_uri = made_for.get("model_uri")
-    model_uri = model_uri or registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
+    model_uri = model_uri or _newest(config)
     config, host, dataset = prepare(config, model_uri, given=("data",))
     with_quantization_checked(config, dataset)
     _check_space(config, dataset)
@@ -67,6 +68,17 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
     if parent:
         tracking.use_experiment(dataset.name, parent)
     return Ready(config, host, dataset, model_uri, study, parent)
+
+
+def _newest(config: Config) -> str | None:
+    """The newest version of this model and data set, if there is one; says so, and which options do not count then."""
+    uri = registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
+    if uri:
+        asked = given_otherwise(config, registered.config_of_version(config, uri, "fp32"))
+        unused = [name.removeprefix("train.").replace("_", "-") for name, *_ in asked if name.startswith("train.")]
+        without = f", without {', '.join(f'--{name}' for name in unused)}: it is trained already" if unused else ""
+        say(f"searching with {uri}, the newest one{without} (--model-uri: another)")
+    return uri
 
 
 def set_up(ready: Ready, place: Place, open_storage: Callable[[str], Any], run_id: str) -> tuple[Study, Bench]:

@@ -71,7 +71,7 @@ def as_table(rows: list[Row]) -> str:
     if not rows:
         return "no models are registered"
     header = (
-        "NAME", "VERSION", "ALIASES", "ENGINE", "TOP-1 %", "DROP (95 %)", "MB", "P50 MS", "SPEED-UP", "GATE",
+        "NAME", "VERSION", "ALIASES", "ENGINE", "TOP-1 %", "DROP (95 %)", "MB", "P50 MS", "LEAST SPEED-UP", "GATE",
         "FROM", "DATA", "CALIBRATION", "COMMIT", "HOST",
     )  # fmt: skip
     cells = [header, *(_cells(row) for row in rows)]
@@ -83,8 +83,6 @@ def as_table(rows: list[Row]) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     lineage = row["lineage"]
     source = (lineage["fp32_uri"] or "").removeprefix("models:/").replace("-fp32/", "-fp32 v")
-    count = lineage["threads"]
-    threads = f" ({count} thread{'' if count == 1 else 's'})" if count else ""
     return (
         row["name"],
         str(row["version"]),
@@ -93,19 +91,27 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row["test_top1_percent"], ".2f"),
         _drop(row),
         _number(row["size_mb"], ".3f"),
-        _number(row["p50_ms"], ".3g") + (f" at {row['p50_batch_size']}" if row["p50_batch_size"] else ""),
+        _p50(row),
         _number(row["smallest_speedup"], ".2f") + ("x" if row["smallest_speedup"] else ""),
         row["gate"] or "-",
         source or "-",
         (lineage["data_digest"] or "-")[:8],
         (lineage["calibration_digest"] or "-")[:8],
         _commit(lineage["git_commit"]),
-        (lineage["cpu"] or "-") + threads,
+        lineage["cpu"] or "-",
     )
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _p50(row: Row) -> str:
+    """`0.34 at 1, 2 threads`: batch size and thread count of its latest sweep."""
+    if None in (row["p50_ms"], row["p50_batch_size"], row["p50_threads"]):
+        return "-"
+    plural = "" if row["p50_threads"] == 1 else "s"
+    return "{p50_ms:.3g} at {p50_batch_size}, {p50_threads} thread{0}".format(plural, **row)
 
 
 def _drop(row: Row) -> str:
