@@ -73,7 +73,7 @@ def macs(evidence: Evidence) -> list[str]:
     counted = evidence.int8.fp32_cost
     first = next(iter(counted.macs))
     kept = (
-        "leaves convolutions and linear layers as they are"
+        "leaves those of each layer as they are"
         if cost.macs == counted.macs
         else (
             f"runs after folding the pool, which cuts MACs from {_macs_text(counted.macs[first])} to "

@@ -204,7 +204,7 @@ def test_layers_that_stayed_fp32_are_named(evidence: Evidence) -> None:
 
 
 def test_a_fold_that_saves_macs_is_told(evidence: Evidence) -> None:
-    assert "Quantization leaves convolutions and linear layers as they are; " in claims.macs(evidence)[-1]
+    assert "Quantization leaves those of each layer as they are; " in claims.macs(evidence)[-1]
     folded = replace(evidence.int8.cost, macs={1: 15_000_000, 8: 120_000_000})
     before = replace(evidence.int8.fp32_cost, macs={1: 120_000_000, 8: 960_000_000})
     growth, share = claims.macs(with_int8(evidence, cost=folded, fp32_cost=before))
