@@ -43,7 +43,7 @@ def measure_limits() -> Limits:
     ones, zeros = torch.full((width,), 0.01), torch.zeros(width, dtype=torch.int32)
     weight = torch.randint(-127, 127, (width, width), dtype=torch.int8).t()
     packed = torch.ops.onednn.qlinear_prepack(weight, [rows, width])
-    arguments = (x, 0.01, 0, packed, ones, zeros, None, 0.01, 0, torch.uint8, "none", [], "")
+    arguments: tuple[Any, ...] = (x, 0.01, 0, packed, ones, zeros, None, 0.01, 0, torch.uint8, "none", [], "")
     product = _fastest_s(lambda: torch.ops.onednn.qlinear_pointwise(*arguments))
     memory = torch.ones(2**28)
     read = _fastest_s(lambda: memory.sum())

@@ -57,7 +57,7 @@ def _onnxruntime(images: Tensor, folder: Path) -> tuple[str, ...]:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Images(CalibrationDataReader):  # type: ignore[misc]
+    class Images(CalibrationDataReader):
         def __init__(self) -> None:
             self.batches = iter([{INPUT: to_float(batch).numpy()} for batch in images.split(64)])
 

@@ -7,10 +7,10 @@ from limits import Limits, Operation
 from matplotlib.figure import Figure
 from peer_models import FOLDED, OURS, PEERS
 
-from qexp.claims import three_digits
 from qexp.host import Host
 from qexp.latency import LatencyRow, Ratio
 from qexp.report import table
+from qexp.speed import three_digits
 
 DEFAULT = "fx"  # what `qexp run` does unless told otherwise, with the kernels that it chose by measuring
 PROFILED = "fx_onednn"

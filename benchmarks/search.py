@@ -15,7 +15,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qexp.config import Config, load_config
 from qexp.search import queue, runs, worker
@@ -53,9 +55,11 @@ def compare(study: Study, bench: Bench) -> list[tuple[float, float]]:
     bare(bench, grid_of(study.space)[0])
     trial(study, bench)
     for params in grid_of(study.space)[1:]:
-        works = {"bare": lambda params=params: bare(bench, params), "trial": lambda: trial(study, bench)}
-        names = order.sample(list(works), 2)
-        times = {name: seconds(works[name]) for name in names}  # type: ignore[arg-type]
+        works: dict[str, Callable[[], None]] = {
+            "bare": partial(bare, bench, params),
+            "trial": partial(trial, study, bench),
+        }
+        times = {name: seconds(works[name]) for name in order.sample(list(works), 2)}
         found.append((times["bare"], times["trial"]))
         print(f"{params}: bare {times['bare']:.3f} s, trial {times['trial']:.3f} s", flush=True)
     return found
@@ -84,7 +88,7 @@ def main() -> None:
     counts = [str(8 * number) for number in range(1, given.points // 2 + 2)]
     search = {"sample_counts": counts, "observers": ["minmax", "histogram"], "study": f"benchmark-{time.time_ns()}"}
     search |= {"seeds_per_point": str(given.seeds_per_point)} | ({"storage": given.storage} if given.storage else {})
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "search": search,
         "train": {"epochs": "1"},
         "": {} if given.threads == "auto" else {"threads": given.threads},

@@ -122,7 +122,7 @@ def load(port: int, body: bytes, clients: int, seconds: float) -> tuple[list[flo
     start = threading.Barrier(clients + 1, timeout=60)
 
     def client() -> list[float]:
-        connection, own = http.client.HTTPConnection("127.0.0.1", port, timeout=60), []
+        connection, own = http.client.HTTPConnection("127.0.0.1", port, timeout=60), list[float]()
         connection.connect()
         start.wait()
         end = time.perf_counter() + seconds

@@ -46,10 +46,8 @@ def _quantize(
 
     from qexp.quantization.lowering import lower
 
-    example = to_float(images[:2])
-    example = torch.cat(
-        [example, example]
-    )  # of one image alone, too, a batch that torch.export does not take for fixed
+    two = to_float(images[:2])
+    example = torch.cat([two, two])  # of one image alone, too, a batch that torch.export does not take for fixed
     sizes = ({0: torch.export.Dim("images", min=1, max=MOST_IMAGES)},)
     # Strict: the quantizer looks for the source of each operation, which the other mode does not record.
     program = torch.export.export(model, (example,), dynamic_shapes=sizes, strict=True).module()
