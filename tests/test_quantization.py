@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -156,11 +157,17 @@ def test_one_scale_a_layer_is_coarser(int8: QuantizedModel, model: Classifier, i
         assert (per_layer.argmax(1) == fp32.argmax(1)).double().mean() > 0.9
 
 
-def test_reduced_range_changes_the_model(model: Classifier, images: Tensor, inputs: Tensor) -> None:
+@pytest.mark.parametrize("engine", ["fx", "pt2e", "onnx"])
+def test_reduced_range_changes_the_model(engine: str, model: Classifier, images: Tensor, inputs: Tensor) -> None:
+    whole, reduced = (_quantize(model, images, reduce_range, engine=engine) for reduce_range in (False, True))
+    assert (whole.result.reduce_range, reduced.result.reduce_range) == (False, True)
     with torch.no_grad():
-        whole, reduced = (_quantize(model, images, reduce_range).module(inputs) for reduce_range in (False, True))
-        assert not torch.equal(whole, reduced)
-        assert (reduced.argmax(1) == model(inputs).argmax(1)).double().mean() > 0.9
+        assert not torch.equal(whole.module(inputs), reduced.module(inputs))
+        assert (reduced.module(inputs).argmax(1) == model(inputs).argmax(1)).double().mean() > 0.9
+    if engine == "onnx":  # of which the weights have 7 bits
+        tensors = [onnx.numpy_helper.to_array(one) for one in reduced.stored.graph.initializer]
+        weights = [one for one in tensors if one.dtype.name == "int8" and one.ndim > 1]
+        assert len(weights) == len(LAYERS) and max(int(abs(one).max()) for one in weights) <= 64
 
 
 def test_calibration_images_set_the_ranges(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import optuna
@@ -111,12 +112,15 @@ def test_samplers_have_a_fixed_number_of_trials_for_all_workers(sampler: str, po
 
 def test_workers_that_race_for_trials_get_each_once(postgres: str) -> None:
     options = {"storage": postgres, "study": "race", "sample_counts": list(range(1, 17))}
+    all_are_there = Barrier(3)
 
     def work(_: int) -> list[int]:
         with worker(**options) as study:
+            all_are_there.wait(60)
             found = []
             while trial := _take(study):
                 found.append(_do(study, trial)["calibration_samples"])
+                time.sleep(0.2)  # as a trial takes; without, the first one is always there again before others look
         return found
 
     with ThreadPoolExecutor(3) as pool:
