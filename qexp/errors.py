@@ -9,9 +9,12 @@ PASSWORD = re.compile(r"(://[^:/?#@\s]*:)\S*(@)|([?&]password=)[^&\s]*", re.IGNO
 NO_ANSWER = re.compile(r"API request to \S+ failed with (?:timeout )?exception")
 NOBODY = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out")  # nobody is there, as the system says it
 # Files that are no model's own: those of libraries and ours.
-LIBRARIES = re.compile(r"/site-packages/(torch/(?!nn/modules/(?!module\.py))|torchao|onnx)|^<")
+LIBRARIES = re.compile(r"/site-packages/(torch/(?!nn/modules/(?!module\.py))|torchao|onnx|typing_extensions)|^<")
 OURS = str(Path(__file__).parent)
 DYNAMOS = re.compile(r'File "(?:[^"]*/)?([^"]+)", line (\d+), in .*\n\s*(.+)')
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# First lines that say nothing: of torch.onnx, whose reason is the cause, and of TorchScript, whose reason comes last.
+EMPTY_WORDS = ("Failed to export the model with", "The following operation failed in the TorchScript")
 REFUSED = "failed with error code 401"
 
 
@@ -29,9 +32,11 @@ class StoreError(StageError):
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as part of one line; its type where it says nothing. No passwords."""
-    lines = str(error).strip().splitlines()
+    lines = COLOURS.sub("", str(error)).strip().splitlines()
     if not lines:
         return type(error).__name__
+    if lines[0].startswith(EMPTY_WORDS):
+        return first_line(error.__cause__) if error.__cause__ else lines[-1].strip()[:300]
     if NO_ANSWER.match(lines[0]):  # the reason is at the end of what urllib3 says about its tries
         why = NOBODY.findall(lines[0]) or re.findall(r"(?<=\(')too many \d+ error|Connection \w+", lines[0])
         return (

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse, remove_dropout
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qexp.errors import first_line
+from qexp.errors import StageError, first_line
 from qexp.progress import say
 from qexp.quantization.attention import SelfAttention, replace_attention
 
@@ -48,10 +48,27 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     faster int8 kernels. A model that torch.fx cannot trace is copied as it is.
     """
     try:
-        return _cleaned(copy.deepcopy(model).eval(), example, fold_pool)
+        return _cleaned(_copied(model), example, fold_pool)
+    except StageError:
+        raise
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
         say(f"the model is quantized without clean-up: {first_line(error)}")
-        return copy.deepcopy(model).eval()
+        return _copied(model)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """With layers of the user's own classes as the layers that they are, if they compute as these do."""
+    try:
+        copied = copy.deepcopy(model).eval()
+    except Exception as error:  # weights that are no parameters, as those of the old weight_norm
+        raise StageError(f"this model cannot be copied: {first_line(error)}") from error
+    for module in copied.modules():
+        for kind in (nn.Conv2d, nn.Linear):
+            own: Any = type(module)
+            same = isinstance(module, kind) and own.forward is kind.forward and own.__call__ is kind.__call__
+            if same and getattr(own, "_conv_forward", None) is getattr(kind, "_conv_forward", None):
+                module.__class__ = kind
+    return copied
 
 
 def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:

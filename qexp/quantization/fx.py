@@ -5,7 +5,7 @@ Method: https://docs.pytorch.org/docs/2.13/quantization.html (post-training stat
 
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,27 +20,49 @@ from torch.ao.quantization import (
     get_default_qconfig_mapping,
     observer,
 )
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
+from qexp.quantization.kept import between_kept
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
 KERNELS = ("x86", "onednn")  # what a process uses that sets none, then the other
 MOST_GROUPS = 100  # of a convolution that torch's x86 leaves to oneDNN (should_use_onednn_quant in aten)
-PRODUCTS = (
-    F.linear, F.conv2d, torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum
+PRODUCTS = (  # functions, and methods by name
+    F.linear, F.conv2d, F.conv_transpose2d, F.bilinear, torch.matmul, operator.matmul, torch.mm, torch.mv, torch.bmm,
+    torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot, "matmul", "mm", "mv", "bmm", "addmm", "baddbmm",
 )  # fmt: skip
 # Where layer norm is, sums run through all layers and take the rounding of each: fp32 costs little there.
+CALLS: dict[str, Callable[[Any, dict[str, nn.Module]], Callable[..., Tensor]]] = {  # what a node of a graph calls
+    "call_function": lambda function, modules: function,
+    "call_method": lambda name, modules: lambda values, *more, **options: getattr(values, name)(*more, **options),
+    "call_module": lambda name, modules: modules[name],
+}
 TOKEN_ARITHMETIC = (nn.LayerNorm, F.layer_norm, operator.add, operator.iadd, torch.add, operator.mul, torch.mul)
+
+
+class Float(nn.Module):
+    """An operation that torch.ao does not know, and leaves in fp32 for that."""
+
+    def __init__(self, operation: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        return self.operation(*arguments, **options)
 
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
+    if isinstance(model, fx.GraphModule) and options.keep_fp32:
+        _keep_between(model, to_float(images[:2]), options.keep_fp32)
     backend, saturating = options.backend or KERNELS[0], _saturating_layers(model, options)
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
@@ -57,6 +79,22 @@ def _saturating_layers(model: nn.Module, options: QuantizeConfig) -> tuple[str, 
     return tuple(name for name, module in convolutions if module.groups > MOST_GROUPS and name not in kept)
 
 
+def _keep_between(model: fx.GraphModule, example: Tensor, kept: Sequence[str]) -> None:
+    """Hide what lies between kept layers alone from torch.ao."""
+    ShapeProp(model).propagate(example)
+    modules = dict(model.named_modules())
+
+    def is_kept(node: fx.Node) -> bool | None:
+        layer = node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)
+        return str(node.target) in kept if layer else None
+
+    for node in between_kept((node, node.all_input_nodes, is_kept(node)) for node in model.graph.nodes):
+        if isinstance(node.meta.get("tensor_meta"), TensorMetadata) and node.op in CALLS:  # not a size, not a tuple
+            model.add_submodule(f"{node.name}_fp32", Float(CALLS[node.op](node.target, modules)))
+            node.op, node.target = "call_module", f"{node.name}_fp32"
+    model.recompile()
+
+
 def _calibrate_and_convert(
     model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool
 ) -> fx.GraphModule:
@@ -65,7 +103,8 @@ def _calibrate_and_convert(
         if normalizes_tokens(model):
             for operation in TOKEN_ARITHMETIC:
                 mapping.set_object_type(operation, None)
-        prepared = prepare_fx(model.eval(), mapping, (to_float(images[:2]),))
+        whole = PrepareCustomConfig().set_non_traceable_module_classes([Float])
+        prepared = prepare_fx(model.eval(), mapping, (to_float(images[:2]),), whole)
         for batch in images.split(options.calibration_batch_size):
             prepared(to_float(batch))
         return convert_fx(prepared)
@@ -132,7 +171,14 @@ def _float_products(converted: fx.GraphModule) -> tuple[str, ...]:
         module = modules[str(node.target)] if node.op == "call_module" else None
         if module and not isinstance(module, nn.LayerNorm) and any(weight.dim() > 1 for weight in module.parameters()):
             names.append(str(node.target))
-        elif node.op == "call_function" and node.target in PRODUCTS:
-            weights = [arg for arg in node.all_input_nodes if arg.op == "get_attr" and arg.target in matrices]
+        elif node.target in PRODUCTS:
+            weights = [source for arg in node.all_input_nodes if (source := _source(arg)).target in matrices]
             names += [str(weight.target).rpartition(".")[0] or str(weight.target) for weight in weights]
     return tuple(names)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a tensor is made of by operations on it alone, such as transposing it."""
+    while node.op in ("call_method", "call_function") and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node

@@ -175,9 +175,19 @@ def _use_native_kernels(program: fx.GraphModule) -> None:
 
 
 def _takes_batch_size(node: fx.Node) -> bool:
+    """Of a tensor's method that is given sizes, of which one is that of the batch."""
     sizes = [size for argument in node.args if isinstance(argument, list | tuple) for size in argument]
-    return isinstance(node.target, torch._ops.OpOverload) and any(
+    return _is_method(node) and any(
         isinstance(size, fx.Node) and not isinstance(size.meta.get("val"), Tensor) for size in sizes
+    )
+
+
+def _is_method(node: fx.Node) -> bool:
+    target: Any = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and hasattr(Tensor, target._opname)
+        and bool(node.args and isinstance(node.args[0], fx.Node))
     )
 
 

@@ -26,6 +26,7 @@ from qexp.config import QuantizeConfig
 from qexp.errors import StageError, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
+from qexp.quantization.kept import between_kept
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
@@ -33,6 +34,8 @@ INPUT, OUTPUT = "images", "logits"
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 OPSET = 20
 LAYER_TYPES = ("Conv", "Gemm", "MatMul")
+# With these, all that multiply by weights: what is not quantized is told.
+PRODUCT_TYPES = (*LAYER_TYPES, "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
 INT8_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 MOST_BYTES = 2_000_000_000  # of activations, all of which are there at once: ViT-B/16 has 0.4 GB of them per image
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -86,6 +89,7 @@ def _quantize(
     products = _products(graph, {node.name: _layer_of(node) for node in onnx.load(exported).graph.node})
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
+    kept |= _between(graph, products, kept)
     quantize_static(
         str(prepared), str(quantized), calibration_cache_path=ranges, per_channel=options.per_channel,
         reduce_range=reduce_range, op_types_to_quantize=list(LAYER_TYPES) if normalizes_tokens(model) else None,
@@ -133,8 +137,21 @@ def _products(graph: onnx.ModelProto, layers: dict[str, str]) -> dict[str, str]:
     Of what ONNX Runtime fuses, the name of the first node stays, with a suffix at most.
     """
     constants = {tensor.name for tensor in graph.graph.initializer}
-    found = [node.name for node in graph.graph.node if node.op_type in LAYER_TYPES and constants & set(node.input)]
+    found = [node.name for node in graph.graph.node if node.op_type in PRODUCT_TYPES and constants & set(node.input)]
     return {name: layers.get(name.split("/")[0], name) for name in found}
+
+
+def _between(graph: onnx.ModelProto, products: dict[str, str], kept: set[str]) -> set[str]:
+    nodes = graph.graph.node
+    makers = {output: node.name for node in nodes for output in node.output}
+    return between_kept(
+        (
+            node.name,
+            [makers[name] for name in node.input if name in makers],
+            node.name in kept if node.name in products else None,
+        )
+        for node in nodes
+    )
 
 
 def _shield(graph: onnx.GraphProto, kept: set[str]) -> None:

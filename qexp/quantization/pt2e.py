@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, with_place
 from qexp.evaluation import to_float
+from qexp.quantization.kept import between_kept
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
 
@@ -23,7 +24,10 @@ MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 # Torch's own for observers. The 2**-12 of torchao's quantizer is coarser than int8 for weights below 0.03.
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
-LEFT_FP32 = ("conv2d", "convolution", "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum")
+LEFT_FP32 = (
+    "conv2d", "conv_transpose2d", "convolution", "linear", "addmm", "mm", "mv", "bmm", "baddbmm", "matmul", "einsum",
+    "tensordot", "bilinear", "_trilinear", "lstm", "gru",
+)  # fmt: skip
 
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
@@ -101,12 +105,18 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
 
         def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
             annotated = super().annotate(model)
-            for node in annotated.graph.nodes:
-                if node.target in LAYERS and _module_of(node) in (options.keep_fp32 or ()):
-                    node.meta.pop("quantization_annotation", None)
+            layers = {node: _is_kept(node, options) for node in annotated.graph.nodes}
+            between = between_kept((node, node.all_input_nodes, kept) for node, kept in layers.items())
+            for node in [*between, *(node for node, kept in layers.items() if kept)]:
+                node.meta.pop("quantization_annotation", None)
             return annotated
 
     return KeepingQuantizer().set_global(QuantizationConfig(activation, activation, weight, None))
+
+
+def _is_kept(node: fx.Node, options: QuantizeConfig) -> bool | None:
+    """Whether a layer is to stay fp32; None for what is no layer."""
+    return _module_of(node) in (options.keep_fp32 or ()) if node.target in LAYERS else None
 
 
 def _hide_sums_with_numbers(program: fx.GraphModule) -> None:
@@ -121,7 +131,8 @@ def _module_of(node: fx.Node) -> str:
     """The qualified name of the module that an operation comes from; empty: of none but the whole."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     # Of a module that torch.fx has traced it is Python: getattr(L['self'].network, '0')
-    return re.sub(r"getattr\(|L\['self'\]\.?|['\")]", "", str(stack[-1][0])).replace(", ", ".") if stack else ""
+    path = re.sub(r"getattr\(|L\['self'\]\.?|['\")]", "", str(stack[-1][0])) if stack else ""
+    return path.replace(", ", ".").strip(".")
 
 
 def _fp32_weights(node: fx.Node) -> str | None:

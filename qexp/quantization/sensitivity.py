@@ -33,7 +33,8 @@ class LayerSensitivity:
             fp32 inputs, over all images; higher is better. None where there is no finite ratio: no error, as in a
             layer that only gives zeros, or no signal.
         top1_only_int8_percent: accuracy with this layer quantized and all others in fp32.
-        top1_only_fp32_percent: accuracy with this layer in fp32 and all others quantized.
+        top1_only_fp32_percent: accuracy with this layer in fp32 and all others quantized: its input still comes in
+            int8 from the layer before, unless it is the first.
     """
 
     layer: str
@@ -82,7 +83,8 @@ def measure_sensitivity(
         found = []
         for name, layer in track(layers.items(), "sensitivity", len(layers)):
             only_int8 = _top1(source, images, labels, layers, (name,))
-            only_fp32 = _top1(source, images, labels, layers, [other for other in layers if other != name])
+            others = [other for other in layers if other != name]
+            only_fp32 = _top1(source, images, labels, layers, others, [] if layer.is_first else [name])
             found.append(LayerSensitivity(name, _decibels(layer.signal, layer.noise), only_int8, only_fp32))
     return SensitivityResult(tuple(found), fp32, int8, len(images), options.observer, options.per_channel)
 
@@ -108,11 +110,18 @@ class _Layer:
     fp32_weight: Any  # a parameter, as the next one
     int8_weight: nn.Parameter
     observer: Any
+    calls: list["_Layer"]  # of all layers, in their order
     range: tuple[Tensor, Tensor] | None = None  # scale and zero point of the input
     signal: float = 0.0
     noise: float = 0.0
 
+    @property
+    def is_first(self) -> bool:
+        """Whether its input comes from no other layer."""
+        return self.calls[0] is self
+
     def observe(self, input: Tensor) -> Tensor:
+        self.calls.append(self)
         self.observer(input)
         return self.forward(input)
 
@@ -121,11 +130,18 @@ class _Layer:
         return self.forward(input)
 
     def int8(self, input: Tensor) -> Tensor:
+        self.module.weight = self.int8_weight
+        return self.forward(self._rounded(input))
+
+    def kept(self, input: Tensor) -> Tensor:
+        """In fp32, after a layer in int8."""
+        return self.fp32(self._rounded(input))
+
+    def _rounded(self, input: Tensor) -> Tensor:
         assert self.range is not None
         scale, zero = self.range
-        self.module.weight = self.int8_weight
         lowest, highest = self.observer.quant_min, self.observer.quant_max
-        return self.forward(torch.fake_quantize_per_tensor_affine(input, scale, zero, lowest, highest))
+        return torch.fake_quantize_per_tensor_affine(input, scale, zero, lowest, highest)
 
     def compare(self, input: Tensor) -> Tensor:
         quantized, output = self.int8(input), self.fp32(input)
@@ -143,9 +159,10 @@ def _simulated(
     Weights are exchanged as whole parameters, so that afterwards the model has the very ones that it had.
     """
     make: Any = observer_class(observer, options)
+    calls: list[_Layer] = []
     layers = {
         name: _Layer(module, module.forward, module.weight, _int8_weight(module.weight, options.per_channel),
-                     make(dtype=torch.quint8, reduce_range=reduce_range))
+                     make(dtype=torch.quint8, reduce_range=reduce_range), calls)
         for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
     }  # fmt: skip
     try:
@@ -184,11 +201,16 @@ def _compare_outputs(model: nn.Module, images: Tensor, layers: dict[str, _Layer]
 
 
 def _top1(
-    model: nn.Module, images: Tensor, labels: Tensor, layers: dict[str, _Layer], quantized: Sequence[str]
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    layers: dict[str, _Layer],
+    quantized: Sequence[str],
+    kept: Sequence[str] = (),
 ) -> float:
-    """Accuracy in percent with some layers quantized; logits with NaN count as wrong."""
+    """Accuracy in percent with some layers quantized, some `kept` between these; logits with NaN count as wrong."""
     for name, layer in layers.items():
-        layer.module.forward = layer.int8 if name in quantized else layer.fp32
+        layer.module.forward = layer.int8 if name in quantized else layer.kept if name in kept else layer.fp32
     logits = torch.cat([model(to_float(batch)) for batch in images.split(BATCH_SIZE)])
     return 100 * ((logits.argmax(1) == labels) & ~logits.isnan().any(1)).double().mean().item()
 
