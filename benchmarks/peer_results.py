@@ -38,7 +38,7 @@ class Entry:
 class Peers:
     """All int8 models of one registered fp32 model; `macs` and `weight_bytes` are those of the default engine's.
 
-    `profiles` has where the time of the default engine's pass goes, by batch size: the smallest and the largest.
+    `profiles` has where the time of a pass of PROFILED goes, by batch size: the smallest and the largest.
     """
 
     model: str
@@ -94,10 +94,11 @@ def render(peers: Peers) -> str:
         "p50 in ms by batch size:",
         table(["int8 model", *batches], times),
         "Time over that of the best peer (below 1 is faster), with 95 % interval; `?`: cannot be told apart above the "
-        "noise, the default engine against a second copy of itself:",
+        "noise, the default engine against a second copy of itself. `fx` has the kernels of a plain load (`x86`), "
+        f"`{PROFILED}` and `{FOLDED}` those of oneDNN:",
         table(["int8 model", *batches], ratios),
         _about_limits(peers),
-        *(_profile_text(batch_size, found) for batch_size, found in peers.profiles.items()),
+        *(_profile_text(row, peers.profiles[row.batch_size]) for row in peers.rows if row.batch_size in peers.profiles),
     ]
     return "\n\n".join(parts)
 
@@ -129,7 +130,7 @@ def _about_limits(peers: Peers) -> str:
     )
 
 
-def _profile_text(batch_size: int, found: tuple[Operation, ...]) -> str:
+def _profile_text(row: LatencyRow, found: tuple[Operation, ...]) -> str:
     head = ["operation", "input", "calls", "µs", "share"]
     rows = [
         [
@@ -141,7 +142,11 @@ def _profile_text(batch_size: int, found: tuple[Operation, ...]) -> str:
         ]
         for one in found
     ]
-    title = f"Where a pass of `{PROFILED}` spends its time at batch size {batch_size}, by torch's profiler:"
+    whole, alone = sum(one.time_us for one in found), 1000 * row.stats[PROFILED].p50_ms
+    title = (
+        f"Where a pass of `{PROFILED}` spends its time at batch size {row.batch_size}, by torch's profiler, which adds "
+        f"its own to each operation ({whole:,.0f} µs in all; {alone:,.0f} µs without it):"
+    )
     return f"{title}\n\n{table(head, rows)}"
 
 

@@ -69,9 +69,9 @@ def fastest(row: LatencyRow, names: Sequence[str]) -> str:
 
 def _best_floats(evidence: Evidence, floats: Sequence[str]) -> str:
     ratios = [row.ratio(fastest(row, floats), evidence.name).median for row in evidence.latency.rows]
-    low, high = (f"{value:.2f}x" for value in (min(ratios), max(ratios)))
+    ends = dict.fromkeys(f"{value:.2f}x" for value in (min(ratios), max(ratios)))
     best = ", ".join(dict.fromkeys(fastest(row, floats) for row in evidence.latency.rows))
-    return f"Against the fastest model that is not int8 ({best}), int8 is {low} to {high} as fast."
+    return f"Against the fastest model that is not int8 ({best}), int8 is {' to '.join(ends)} as fast."
 
 
 def _about(evidence: Evidence, other: Judged) -> str:
@@ -148,10 +148,15 @@ def _budget_of(int8: Int8Evidence) -> list[str]:
         return [first, f"With all {others} in int8, top-1 {claims.changed(drop)} there."]
     slower = ", ".join(
         f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f}) at batch size {batch}"
+        + ("" if batch in cost.told_apart else " (cannot tell apart)")
         for batch, ratio in cost.slowdown.items()
     )
     grown = (cost.size_bytes - cost.all_int8_bytes) / 1e6
-    return [first, f"That costs {grown:.3f} MB, and time: {slower} as long as with all layers in int8."]
+    return [
+        first,
+        f"That costs {grown:.3f} MB, and time: {slower} as long as with all layers in int8 (both timed in turns in the "
+        "process that quantized them).",
+    ]
 
 
 def _join(sizes: Sequence[int]) -> str:

@@ -1,7 +1,8 @@
 """Every model that a latency sweep times, and how each is loaded: as a user would load it.
 
-fp32 is the registered version. The fair baselines are made from its weights: traced and frozen by TorchScript, the
-same in bf16, and exported to ONNX for ONNX Runtime. int8 are registered versions, each with one choice of kernels.
+fp32 is the registered version, an exported program. The fair baselines are made from its weights: the Python module
+(eager), traced and frozen by TorchScript, the same in bf16, and exported to ONNX for ONNX Runtime. int8 are registered
+versions, each with one choice of kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from qexp.store.integrity import copy_files
 
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
+EAGER = "fp32_eager"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def prepare_baseline(fp32_uri: str, name: str, image_size: int, folder: Path) ->
         from qexp.quantization.onnx import export
 
         return export(model, example, folder / f"{name}.onnx")
+    if name == EAGER:
+        return torch.save(model, folder / f"{name}.pt")
     kind = torch.bfloat16 if name == "bf16" else torch.float32
     with torch.no_grad():
         traced = torch.jit.trace(model.to(kind), example.to(kind), check_trace=False)
@@ -64,6 +68,8 @@ def load(contender: Contender, folder: Path) -> Predict:
         from qexp.quantization.onnx import OnnxClassifier
 
         return OnnxClassifier(folder / "fp32_onnx.onnx")
+    if contender.name == EAGER:
+        return torch.load(folder / f"{EAGER}.pt", weights_only=False)  # a whole module, that this process has written
     if contender.name in ("fp32_traced", "bf16"):
         module = torch.jit.load(str(folder / f"{contender.name}.pt"))
         return (lambda images: module(images.bfloat16()).float()) if contender.name == "bf16" else module

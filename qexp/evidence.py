@@ -47,11 +47,15 @@ class Fp32Evidence:
 
 @dataclass(frozen=True)
 class BudgetCost:
-    """What layers that went back to fp32 cost: bytes as saved, and time over that with all layers in int8, by batch."""
+    """What layers that went back to fp32 cost: bytes as saved, and time over that with all layers in int8, by batch.
+
+    `told_apart` has the batch sizes at which the two differ beyond the noise.
+    """
 
     all_int8_bytes: int
     size_bytes: int
     slowdown: dict[int, Ratio]
+    told_apart: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

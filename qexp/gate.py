@@ -6,7 +6,7 @@ from statistics import geometric_mean
 
 from qexp.config import GateConfig
 from qexp.evaluation import Accuracy, Comparison, share_interval
-from qexp.latency import LatencyResult, Ratio
+from qexp.latency import FEWEST_PAIRS, LatencyResult, Ratio
 
 SLOWER_AT_ONE_SIZE = 1.05  # loaded anew, the same model may differ by some percent: where its memory lies
 
@@ -84,10 +84,13 @@ def decide_succession(drop: Comparison, latency: LatencyResult, champion: str, c
     ratios = {row.batch_size: row.ratio(champion, candidate) for row in latency.rows}
     mean, best = (geometric_mean(getattr(ratio, end) for ratio in ratios.values()) for end in ("median", "high"))
     edge = geometric_mean(row.noise_edge for row in latency.rows)
-    speed = f"{mean:.2f}x as fast as the champion (geometric mean; at best {best:.2f}x, noise {edge:.2f}x)"
+    few = min(len(row.round_ms[candidate]) for row in latency.rows) < FEWEST_PAIRS
+    limits = f"fewer than {FEWEST_PAIRS} rounds tell no more" if few else f"at best {best:.2f}x, noise {edge:.2f}x"
+    speed = f"{mean:.2f}x as fast as the champion (geometric mean; {limits})"
+    level = few or best >= 1 / edge
     checks = [
         (low <= 0, lost if low <= 0 else f"{lost}: worse by at least {low:.2g} points"),
-        (best >= 1 / edge, speed if best >= 1 / edge else f"{speed}: slower beyond the noise"),
+        (level, speed if level else f"{speed}: slower beyond the noise"),
     ]
     for row in latency.rows:
         ratio = ratios[row.batch_size]

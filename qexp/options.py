@@ -34,7 +34,7 @@ Names = Annotated[
     list[Annotated[str, StringConstraints(strip_whitespace=True)]], BeforeValidator(_as_list), AfterValidator(_once)
 ]
 Baselines = Annotated[
-    list[Literal["fp32_traced", "bf16", "fp32_onnx"]],
+    list[Literal["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"]],
     BeforeValidator(lambda value: [] if value in ("none", ["none"]) else _as_list(value)),
     AfterValidator(_once),
 ]
@@ -115,8 +115,8 @@ class LatencyConfig(BaseModel):
     model_config = STRICT
     batch_sizes: Counts = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
     baselines: Baselines = Field(
-        ["fp32_traced", "bf16", "fp32_onnx"],
-        description="what is timed beside fp32 and int8, or none: fp32_traced, bf16 (if the CPU has it), fp32_onnx",
+        ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"],
+        description="timed beside fp32 and int8, or none: fp32_eager, fp32_traced, bf16 (if the CPU has it), fp32_onnx",
     )
     warmup: int = Field(5, ge=1, description="untimed passes of each model at each batch size")
     min_repeats: int = Field(20, ge=2, description="rounds at each batch size, at least; each times every model")

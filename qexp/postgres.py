@@ -57,7 +57,7 @@ def running_cluster(folder: Path, port: int | None = None, durable: bool = True)
     command = [str(programs / "postgres"), "-D", str(folder), "-h", "127.0.0.1", "-p", str(port), "-k", ""]
     command += [] if durable else ["-c", "fsync=off", "-c", "full_page_writes=off"]
     log = folder.with_name(f"{folder.name}.log")
-    with log.open("w") as lines:
+    with log.open("a") as lines:
         server = subprocess.Popen(
             command, stdout=lines, stderr=lines, start_new_session=True, preexec_fn=_end_with_parent, **_unprivileged()
         )
@@ -95,7 +95,10 @@ def _make_cluster(programs: Path, folder: Path) -> None:
         shutil.chown(folder, SERVICE_USER, SERVICE_USER)
     folder.chmod(0o700)
     if subprocess.run(["ls", str(folder)], capture_output=True, **_unprivileged()).returncode:
-        raise InputError(f"{folder}: the user {SERVICE_USER}, who runs PostgreSQL for root, cannot reach this folder")
+        raise InputError(
+            f"{folder}: the user {SERVICE_USER}, who runs PostgreSQL for root, cannot reach this folder; set "
+            "POSTGRES_DIR to one that it can"
+        )
     password = folder.with_name(f".{folder.name}.password")
     options = ["--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale", "--no-sync", "-U", SERVICE_USER]
     try:

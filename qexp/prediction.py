@@ -62,6 +62,8 @@ def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list
     classes, image_size = json.loads(found.tags["classes"]), int(found.tags["image_size"])
     try:
         model = registry.load_version(own)
+    except StageError:
+        raise
     except Exception as error:  # files that are gone, a missing package, a format that MLflow was told to refuse
         raise StageError(f"{own} cannot be loaded: {first_line(error)}") from error
     predictions: list[Prediction] = []

@@ -57,6 +57,11 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
         InputError: there are not so many, `keep_fp32` names a layer that does not exist, or MLflow would not load
             what an engine makes.
     """
+    if config.quantize.backend and "fx" not in config.quantize.engine:
+        engines = ",".join(config.quantize.engine)
+        raise InputError(
+            f"--backend {config.quantize.backend}: must be auto with --engine {engines}: it is for engine fx"
+        )
     refused = [engine for engine in config.quantize.engine if engine not in LOADED_WITHOUT_PICKLE]
     if refused and registry.refuses_pickle():
         allowed = f"with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false it must be {', '.join(LOADED_WITHOUT_PICKLE)}"

@@ -67,6 +67,8 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     use_store()
     candidate = _candidate(name, version)
     uri, fp32_uri = uri_of(candidate), candidate.tags["fp32_uri"]
+    if not registry.exists(fp32_uri):
+        raise InputError(f"NAME {name}: {uri} was made from {fp32_uri}, which is no longer there")
     champion = version_with(CHAMPION, name)
     before = uri_of(champion) if champion else None
     other = champion if before != uri else None
@@ -170,6 +172,7 @@ def _measure(
 def _logits(version: ModelVersion, dataset: Dataset) -> Tensor:
     """Of the test images, from files that are those that were registered."""
     uri = uri_of(version)
+    registry.refuse_pickled(version)
     with checked_copy(version) as files:
         try:
             model = registry.load_files(str(files), version.tags.get("backend"))

@@ -160,7 +160,8 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
     with torch.no_grad():
         rows = measure_latency(prepare, "kept", "all", config.latency)
     slowdown = {row.batch_size: row.ratio("kept", "all") for row in rows}
-    return BudgetCost(all_int8.saved_bytes(), quantized.saved_bytes(), slowdown)
+    told_apart = tuple(row.batch_size for row in rows if row.compared("kept", "all"))
+    return BudgetCost(all_int8.saved_bytes(), quantized.saved_bytes(), slowdown, told_apart)
 
 
 def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mlflow.models import Model
 from torch import Tensor
 
 from qexp.bare_process import reloads_equal
-from qexp.errors import InputError, first_line
+from qexp.errors import InputError, StageError, first_line
 from qexp.models import ModelSpec
 from qexp.store import again, all_pages, is_missing, registry_name, split_uri, uri_of
 from qexp.store.aliases import CHALLENGER, set_alias
@@ -93,6 +93,13 @@ def register(
 def refuses_pickle() -> bool:
     """Whether MLflow was told, by its environment variable, to load nothing that a pickle may be in."""
     return not MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get()
+
+
+def refuse_pickled(found: ModelVersion) -> None:
+    """Raise StageError where MLflow was told to load nothing like this version."""
+    if refuses_pickle() and found.tags.get("loads_without_pickle") == "false":
+        why = "MLflow loads TorchScript as it does a pickle; take a version of engine onnx, or set it to true"
+        raise StageError(f"{uri_of(found)} does not load with {MLFLOW_ALLOW_PICKLE_DESERIALIZATION.name}=false: {why}")
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -181,8 +188,10 @@ def load_version(uri: str, backend: str | None = None) -> Predict:
 
     Raises:
         InputError: the URI has another form or does not exist.
+        StageError: MLflow was told to load nothing like it.
     """
     found = look_up(uri)
+    refuse_pickled(found)
     return load_files(uri_of(found), backend or found.tags.get("backend"))
 
 

@@ -30,7 +30,7 @@ def config_of_run(overrides: dict[str, dict[str, Any]], run_id: str, command: st
     begun_as = tracking.stage_of(run)
     stage = {"run": "main"}.get(command, command)
     if begun_as != stage:
-        right = tracking.RESUMABLE.get(begun_as)
+        right = {"main": "run", "train": "train"}.get(begun_as)
         hint = f"use `qexp {right} --resume {run_id}`" if right else "only runs of `qexp train` and `qexp run` go on"
         raise InputError(f"--resume {run_id}: not a run of `qexp {command}`; {hint}")
     if run.info.status == "FINISHED":

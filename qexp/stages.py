@@ -147,6 +147,13 @@ def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: 
     return f"runs:/{run_id}/report/report.html"
 
 
+def copy_report(config: Config, report_uri: str) -> None:
+    """Copy a report that is logged already to `output_dir`, if it is set."""
+    if config.output_dir:
+        with tracking.downloaded(report_uri.rpartition("/")[0]) as folder:
+            shutil.copytree(folder, config.output_dir, dirs_exist_ok=True)
+
+
 def evaluate_splits(
     model: Callable[[Tensor], Tensor], dataset: Dataset, label: str, splits: tuple[str, ...] = SPLITS
 ) -> tuple[dict[str, Tensor], dict[str, Accuracy]]:

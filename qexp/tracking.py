@@ -27,7 +27,11 @@ from qexp.store.outage import store_errors
 
 T = TypeVar("T")
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
-RESUMABLE = {"main": "run", "train": "train"}  # the stage of a run that can go on, and its command
+GOING_ON = {  # how a run of a stage that was stopped goes on
+    "main": "`qexp run --resume {}` goes on",
+    "train": "`qexp train --resume {}` goes on",
+    "search": "the same command goes on",
+}
 EXPERIMENT_KIND = "mlflow.experimentKind"
 
 
@@ -64,8 +68,8 @@ def start_run(name: str, note: str, resume: str | None = None) -> Iterator[str]:
         mlflow.end_run()
     except (KeyboardInterrupt, SystemExit):
         outage.end_run(run.info.run_id, RunStatus.KILLED)
-        if not told and (command := RESUMABLE.get(name.split("-")[0])):
-            say(f"stopped; `qexp {command} --resume {run.info.run_id}` goes on")
+        if not told and (hint := GOING_ON.get(name.split("-")[0])):
+            say(f"stopped; {hint.format(run.info.run_id)}")
         raise
     except Exception as error:
         error = outage.explain(error, run.info.run_id)

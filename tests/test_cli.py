@@ -19,7 +19,10 @@ BAD_INPUT = {
     "unknown engine": ("run --engine best", ["--engine best", "fx, pt2e or onnx"]),
     "one unknown engine of two": ("quantize --engine fx,best --model-uri models:/a/1", ["--engine best", "onnx"]),
     "negative budget": ("run --quantize-max-top1-drop -1", ["--quantize-max-top1-drop -1", "greater than or equal"]),
-    "unknown baseline": ("run --baselines nothing", ["--baselines nothing", "fp32_traced, bf16 or fp32_onnx"]),
+    "unknown baseline": (
+        "run --baselines nothing",
+        ["--baselines nothing", "fp32_eager, fp32_traced, bf16 or fp32_onnx"],
+    ),
     "none and a baseline": ("latency --baselines none,bf16 --model-uri models:/a/1", ["--baselines none", "bf16"]),
     "unknown observer": ("run --observer best", ["--observer best", "histogram", "minmax"]),
     "no folder given": ("run --dataset imagefolder", ["--data-dir", "must be given"]),

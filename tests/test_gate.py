@@ -176,6 +176,13 @@ def test_a_little_slower_everywhere_is_slower() -> None:
     assert not result.passed and reason.startswith("0.96x as fast") and reason.endswith("slower beyond the noise")
 
 
+def test_too_few_rounds_are_not_held_against_a_candidate() -> None:
+    few, enough = (
+        decide_succession(DROP, _latency({1: 1.5, 8: 1.5}, rounds=rounds), "champion", "candidate") for rounds in (5, 6)
+    )
+    assert few.passed and "fewer than 6 rounds tell no more" in few.reasons[1] and not enough.passed
+
+
 def test_what_the_noise_hides_is_not_held_against_a_candidate() -> None:
     noisy = _latency({1: 1.2, 8: 1.2}, noise_percent=30)
     assert decide_succession(DROP, noisy, "champion", "candidate").passed

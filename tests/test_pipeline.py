@@ -215,7 +215,7 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     assert evidence.int8.version_uri == side_by_side.summary["int8"] and all(f"`{uri}`" in text for uri in uris)
     (header,) = [line for line in text.splitlines() if line.startswith("| Batch size | fp32 | ")]
     bf16 = ["bf16"] if evidence.measured.host.has_bf16 else []
-    names = ["fp32", "fp32_traced", *bf16, "fp32_onnx", "int8_fx", "int8_fx_onednn", "int8_onnx"]
+    names = ["fp32", "fp32_eager", "fp32_traced", *bf16, "fp32_onnx", "int8_fx", "int8_fx_onednn", "int8_onnx"]
     assert header.strip("| ").split(" | ")[1:] == names
     assert [found.model for found in evidence.latency.startups] == names
     assert f"**Ship `{evidence.int8.version_uri}`**" in text or "## What to ship\n\n- **" in text

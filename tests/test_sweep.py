@@ -17,7 +17,7 @@ from qexp.evaluation import to_float
 from qexp.latency import StartUp
 from qexp.sweep import SweepRequest, run_sweep
 
-BASELINES = ["bf16", "fp32_traced", "fp32_onnx"]
+BASELINES = ["bf16", "fp32_traced", "fp32_onnx", "fp32_eager"]
 OPTIONS = LatencyConfig(batch_sizes=[1, 4], baselines=BASELINES, warmup=1, min_repeats=3, min_seconds=0.0)
 
 
@@ -61,7 +61,7 @@ def test_baselines_compute_what_the_registered_fp32_version_computes(
     with torch.no_grad():
         expected = contenders.load(Contender("fp32", fp32), tmp_path)(images)
         found = {name: contenders.load(Contender(name, fp32), tmp_path)(images) for name in BASELINES}
-    for name in ("fp32_traced", "fp32_onnx"):
+    for name in ("fp32_traced", "fp32_onnx", "fp32_eager"):
         assert torch.allclose(found[name], expected, atol=1e-4), name
     assert found["bf16"].dtype == torch.float32 and not torch.equal(found["bf16"], expected)
     assert torch.allclose(found["bf16"], expected, atol=0.3)
@@ -103,8 +103,8 @@ def test_baselines_that_cannot_be_made_are_left_out(
     monkeypatch.setattr(sweep, "fetch", lambda contenders, folder: contenders)
     monkeypatch.setattr(sweep, "_start_up", start)
     able = sweep._start_all(_request("models:/a/1", "models:/b/1"), tmp_path)
-    assert [one.name for one in able] == ["fp32", "int8_fx", "int8_fx_onednn"]
-    assert [found.model for found in able.values()] == ["fp32", "int8_fx", "int8_fx_onednn"]
+    assert [one.name for one in able] == ["fp32", "fp32_eager", "int8_fx", "int8_fx_onednn"]
+    assert [found.model for found in able.values()] == ["fp32", "fp32_eager", "int8_fx", "int8_fx_onednn"]
     said = capsys.readouterr().err
     assert "baseline fp32_traced is left out: no such instruction" in said
     assert "baseline fp32_onnx is left out: no such operator" in said

@@ -97,5 +97,6 @@ def _say(tries: list[BudgetTry], budget: float, most_tries: int) -> None:
     names = ", ".join(kept[:NAMES_IN_A_LINE]) + (", ..." if len(kept) > NAMES_IN_A_LINE else "")
     say(
         f"accuracy budget, try {len(tries)} of {most_tries}: validation top-1 drop {drop:.2f} points "
-        f"(at most {budget:g}) with {len(kept)} layers kept in fp32" + (f": {names}" if names else "")
+        f"(at most {budget:g}) with {len(kept)} {'layer' if len(kept) == 1 else 'layers'} kept in fp32"
+        + (f": {names}" if names else "")
     )

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from qexp import pipeline, registered, registry
+from qexp import pipeline, registered, registry, stages
 from qexp.config import Config
 from qexp.errors import InputError, StageError, hide_passwords
 from qexp.evaluation import measure_accuracy
@@ -91,11 +91,12 @@ def _register(study: Study, bench: Bench, result: SearchResult, run_id: str) -> 
     Once for a study and these options: of several workers, the first does it, and the others take what it has found.
     """
     winner = result.winner
-    made_with = bench.config.model_dump(mode="json", include={"gate", "latency", "output_dir", "quantize"})
+    made_with = bench.config.model_dump(mode="json", include={"gate", "latency", "quantize"})
     params = {name: getattr(winner, name) for name in study.space}
     with study.place.exclusive("register", "another worker registers the winner; waiting for it"):
         earlier = study.note("registered")
         if earlier and earlier["made_with"] == made_with and registry.exists(earlier["done"]["int8"]):
+            stages.copy_report(bench.config, earlier["done"]["report"])
             return dict(earlier["done"])
         runs.end_left_open(run_id, ("sensitivity", "quantize", "latency", "report"))
         quantize = options_for(bench.config.quantize, bench.order, params)
