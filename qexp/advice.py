@@ -93,17 +93,17 @@ def sensitivity(result: SensitivityResult) -> list[str]:
     """Which layer costs most in int8."""
     worst = min(result.layers, key=lambda layer: layer.top1_only_int8_percent)
     gain = max(result.layers, key=lambda layer: layer.top1_only_fp32_percent)
-    alone = (
-        f"Quantizing only `{worst.layer}` costs most (top-1 {worst.top1_only_int8_percent:.2f} %); keeping only "
-        f"`{gain.layer}` in fp32 helps most ({gain.top1_only_fp32_percent:.2f} %)."
-    )
+    alone = f"Quantizing only `{worst.layer}` costs most (top-1 {worst.top1_only_int8_percent:.2f} %)"
     if worst.top1_only_int8_percent >= result.fp32_top1_percent:
-        alone = "No layer alone in int8 makes top-1 worse on these images."
+        alone = "No layer alone in int8 makes top-1 worse on these images"
+    helps = f"keeping only `{gain.layer}` in fp32 helps most ({gain.top1_only_fp32_percent:.2f} %)"
+    if gain.top1_only_fp32_percent <= result.int8_top1_percent:
+        helps = "none alone in fp32 makes it better"
     return [
         f"On {result.images:,} validation images, top-1 is {result.fp32_top1_percent:.2f} % in fp32 and "
         f"{result.int8_top1_percent:.2f} % with all layers in int8 (simulated: {result.observer} ranges, weights "
         f"{'per channel' if result.per_channel else 'per layer'}).",
-        alone,
+        f"{alone}; {helps}.",
         *_noisiest(result),
     ]
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from conftest import REPOSITORY, latency_row
 
-from qexp.evidence import from_json
+from qexp.evidence import Evidence, from_json
 from qexp.latency import LatencyRow
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -79,6 +79,28 @@ def _cell(row: LatencyRow, peer: str, model: str) -> str:
     """As README writes it: in brackets where the noise does not let tell."""
     text = f"{row.ratio(model, peer).median:.2f}"
     return text if row.compared(peer, model) else f"({text})"
+
+
+@pytest.mark.parametrize("name", ["vgg16-cifar10", "smallnet-cifar10"])
+def test_readme_shows_the_figures_of_the_real_runs(name: str) -> None:
+    found = from_json(Evidence, (COMMITTED.parent / name / "metrics.json").read_text())
+    drop, (first, *_, last) = found.int8.comparison["test"], found.latency.rows
+    accuracy = [model.accuracy["test"] for model in (found.fp32, found.int8)]
+    low, high = min(found.speedups), max(found.speedups)
+    cells = [
+        *(f"{one.top1_percent:.2f} / {one.top3_percent:.2f}" for one in accuracy),
+        f"{drop.top1_drop_points:.2f} ({drop.top1_drop_low_points:+.2f} to {drop.top1_drop_high_points:+.2f})",
+        f"{found.fp32.size_bytes / 1e6:.2f}",
+        f"{found.int8.size_bytes / 1e6:.2f} ({found.size_ratio:.2f}x smaller)",
+        *(f"{row.stats['fp32'].p50_ms:.2f}" for row in (first, last)),
+        *(
+            f"{row.stats[found.name].p50_ms:.2f} ({row.speedups[found.name].median:.2f}x faster)"
+            for row in (first, last)
+        ),
+        f"{low:.2f}x to {high:.2f}x",
+    ]
+    shown = (REPOSITORY / "README.md").read_text()
+    assert [cell for cell in cells if f"| {cell} |" not in shown] == []
 
 
 def test_a_ratio_below_one_is_faster_than_the_best_peer(results: ModuleType) -> None:
