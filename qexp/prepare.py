@@ -10,7 +10,7 @@ from qexp.distributed import read_group
 from qexp.errors import InputError
 from qexp.host import Host, read_host
 from qexp.models import ModelSpec, check_model_name, outline
-from qexp.quantization import LOADED_WITHOUT_PICKLE, check_layer_names
+from qexp.quantization import KERNELS, LOADED_WITHOUT_PICKLE, check_layer_names
 from qexp.recipe import settle_options
 from qexp.store import use_store
 
@@ -54,14 +54,12 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
     """`config` with the number of calibration images that it stands for.
 
     Raises:
-        InputError: there are not so many, `keep_fp32` names a layer that does not exist, or MLflow would not load
-            what an engine makes.
+        InputError: there are not so many, `keep_fp32` names a layer that does not exist, no engine has a choice of
+            kernels for `backend`, or MLflow would not load what an engine makes.
     """
-    if config.quantize.backend and "fx" not in config.quantize.engine:
+    if config.quantize.backend and all(len(KERNELS[engine]) == 1 for engine in config.quantize.engine):
         engines = ",".join(config.quantize.engine)
-        raise InputError(
-            f"--backend {config.quantize.backend}: must be auto with --engine {engines}: it is for engine fx"
-        )
+        raise InputError(f"--backend {config.quantize.backend}: must be auto with --engine {engines}, without a choice")
     refused = [engine for engine in config.quantize.engine if engine not in LOADED_WITHOUT_PICKLE]
     if refused and registry.refuses_pickle():
         allowed = f"with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false it must be {', '.join(LOADED_WITHOUT_PICKLE)}"

@@ -324,3 +324,8 @@ def test_engines_that_mlflow_would_not_load_are_refused(monkeypatch: pytest.Monk
     with pytest.raises(InputError, match=r"^--engine fx: with MLFLOW_ALLOW\w*=false it must be onnx;"):
         with_quantization_checked(config, digits)
     with_quantization_checked(Config(quantize=QuantizeConfig(engine=["onnx"])), digits)
+
+
+def test_kernels_of_an_engine_without_a_choice_are_refused(digits: Dataset) -> None:
+    with pytest.raises(InputError, match=r"^--backend onednn: must be auto with --engine pt2e,onnx, "):
+        with_quantization_checked(Config(quantize=QuantizeConfig(engine=["pt2e", "onnx"], backend="onednn")), digits)
