@@ -39,12 +39,12 @@ PRODUCTS = (  # functions, and methods by name
     F.linear, F.conv2d, F.conv_transpose2d, F.bilinear, torch.matmul, operator.matmul, torch.mm, torch.mv, torch.bmm,
     torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot, "matmul", "mm", "mv", "bmm", "addmm", "baddbmm",
 )  # fmt: skip
-# Where layer norm is, sums run through all layers and take the rounding of each: fp32 costs little there.
 CALLS: dict[str, Callable[[Any, dict[str, nn.Module]], Callable[..., Tensor]]] = {  # what a node of a graph calls
     "call_function": lambda function, modules: function,
     "call_method": lambda name, modules: lambda values, *more, **options: getattr(values, name)(*more, **options),
     "call_module": lambda name, modules: modules[name],
 }
+# Where layer norm is, sums run through all layers and take the rounding of each: fp32 costs little there.
 TOKEN_ARITHMETIC = (nn.LayerNorm, F.layer_norm, operator.add, operator.iadd, torch.add, operator.mul, torch.mul)
 
 
