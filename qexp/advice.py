@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qexp import claims
+from qexp import claims, speed
 from qexp.evidence import Evidence, Int8Evidence, Judged
 from qexp.latency import LatencyRow
 from qexp.quantization.sensitivity import SensitivityResult
@@ -15,8 +15,12 @@ def recommendation(evidence: Evidence) -> list[str]:
     faster = [size for size, sign in told.items() if sign > 0]
     unclear = not any(told.values())
     kept, drop = [_best_floats(evidence, floats)], evidence.int8.comparison["test"].top1_drop_points
-    if not evidence.gate.passed:
-        first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}. {_until_then(evidence)}"
+    if evidence.is_worse and evidence.succession:
+        why = "; ".join(evidence.succession.reasons)
+        first = f"**Keep the champion, `{evidence.before_uri}`**: this version passes the gate, but {why}."
+    elif not evidence.gate.passed:
+        again = "".join(f" {sentence}" for sentence in speed.busy(evidence))
+        first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}. {_until_then(evidence)}{again}"
     elif unclear:
         first = (
             "**Measure again on a quiet machine**: the noise is too high to tell int8 from the fastest model that "
@@ -80,12 +84,13 @@ def _about(evidence: Evidence, other: Judged) -> str:
     signs = [row.compared(other.name, evidence.name) for row in rows]
     words = {1: "slower", -1: "faster", 0: "indistinguishable"}
     sizes = {sign: [row.batch_size for row, found in zip(rows, signs, strict=True) if found == sign] for sign in words}
-    speed = "; ".join(f"{word} at batch size {_join(sizes[sign])}" for sign, word in words.items() if sizes[sign])
+    times = "; ".join(f"{word} at batch size {_join(sizes[sign])}" for sign, word in words.items() if sizes[sign])
     drop = other.int8.comparison["test"].top1_drop_points
     gate = "passes" if other.gate.passed else "does not pass"
+    compared = " (it was not compared with the champion)" if evidence.succession else ""
     return (
         f"`{other.int8.version_uri}` ({other.name}): top-1 {claims.changed(drop)}, "
-        f"{other.int8.size_bytes / 1e6:.3f} MB, {gate} the gate; compared with {evidence.name} it is {speed}."
+        f"{other.int8.size_bytes / 1e6:.3f} MB, {gate} the gate{compared}; compared with {evidence.name} it is {times}."
     )
 
 

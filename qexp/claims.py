@@ -7,12 +7,23 @@ from qexp.speed import busy, faster_where
 
 def answer(evidence: Evidence) -> str:
     """The question's answer in one paragraph."""
-    drop, speed = evidence.int8.comparison["test"].top1_drop_points, faster_where(evidence, evidence.latency.baseline)
+    drop = evidence.int8.comparison["test"].top1_drop_points
     verdict = "**Yes**: it passes" if evidence.gate.passed else "**No**: it does not pass"
+    but = f", but is worse than the champion, `{evidence.before_uri}`" if evidence.is_worse else ""
+    if evidence.is_worse:
+        verdict = "**No**: it passes"
+    speed = " ".join([faster_where(evidence, evidence.latency.baseline), *_busy_if_that_counts(evidence)])
     return (
-        f"{verdict} the gate of the configuration. As int8, top-1 on the test images {changed(drop)}, and the "
-        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}. {' '.join([speed, *busy(evidence)])}"
+        f"{verdict} the gate of the configuration{but}. As int8, top-1 on the test images {changed(drop)}, and the "
+        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}. {speed}"
     )
+
+
+def _busy_if_that_counts(evidence: Evidence) -> list[str]:
+    """A warning of stalls that may have decided: the gate has failed, or int8 is not clearly faster everywhere."""
+    base = evidence.latency.baseline
+    clear = all(row.compared(base, evidence.name) > 0 for row in evidence.latency.rows)
+    return [] if clear and evidence.gate.passed else busy(evidence)
 
 
 def training(evidence: Evidence) -> list[str]:
@@ -97,14 +108,17 @@ def _left_fp32(int8: Int8Evidence) -> str:
 
 
 def gate(evidence: Evidence) -> str:
-    """The gate's decision and what follows from it."""
+    """The gate's decision, that against the champion, and what follows from them."""
     follows = {
         (True, True): "the int8 version is `champion`",
         (True, False): "the int8 version is not `champion`: `qexp promote` moves that alias",
         (False, True): "the int8 version is `champion` all the same, by an earlier decision",
         (False, False): "`champion` stays where it was",
     }
-    return f"Gate {evidence.gate.summary}; {follows[evidence.gate.passed, evidence.champion]}."
+    if evidence.is_worse:
+        follows[True, False] = "it does not take the champion's place"
+    against = f". Against the champion {evidence.succession.summary}" if evidence.succession else ""
+    return f"Gate {evidence.gate.summary}{against}; {follows[evidence.gate.passed, evidence.champion]}."
 
 
 def training_pace(evidence: Evidence) -> str:

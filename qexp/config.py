@@ -140,6 +140,7 @@ def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> s
         fields = _fields_of(path[:-1])
         return f"{prefix}{key}: unknown key; allowed here: {', '.join(fields)}"
     message = error["msg"].replace("Input should be", "must be").replace("'", "")
+    message = message.partition(", unable to parse")[0].partition(" or instance of")[0]
     message = "must be a valid boolean, true or false" if error["type"].startswith("bool") else message
     return f"{prefix}{key}{equals}{error['input']}: {message}"
 

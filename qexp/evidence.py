@@ -1,7 +1,7 @@
 """What the stages found, put together: the only thing that figures, report and `metrics.json` are made from."""
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -110,7 +110,8 @@ class Evidence:
     """Everything that answers the question: can this classifier ship as int8 on this CPU?
 
     `versions` are the int8 versions, the chosen one first. `champion` says whether that one has the alias.
-    `failed_engines` says of each engine that could not quantize the model why.
+    `failed_engines` says of each engine that could not quantize the model why. `succession` is the decision against
+    the champion of before, `before_uri`, where there was another one.
     """
 
     fp32: Fp32Evidence
@@ -118,6 +119,19 @@ class Evidence:
     measured: LatencyEvidence
     champion: bool
     failed_engines: dict[str, str] = field(default_factory=dict)
+    succession: GateResult | None = None
+    before_uri: str | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the present champion keeps its alias, although the version chosen passes the gate."""
+        return self.succession is not None and not self.succession.passed
+
+    @property
+    def decision(self) -> dict[str, Any]:
+        """Gate and succession, as a summary line shows them."""
+        found: dict[str, Any] = {"gate": self.gate.word, "gate_reason": self.gate.summary, "champion": self.champion}
+        return found | ({"against_champion": self.succession.summary} if self.succession else {})
 
     @property
     def int8(self) -> Int8Evidence:

@@ -30,7 +30,12 @@ class GateResult:
 
 
 def decide_gate(
-    limits: GateConfig, accuracy: Accuracy, drop: Comparison, size_ratio: float, speedup: Ratio, verified: bool
+    limits: GateConfig,
+    accuracy: Accuracy,
+    drop: Comparison,
+    size_ratio: float,
+    speedup: tuple[int, Ratio],
+    verified: bool,
 ) -> GateResult:
     """Hold an int8 model against the limits; a value exactly on its limit passes. Unverified versions never pass.
 
@@ -39,14 +44,15 @@ def decide_gate(
         accuracy: of the int8 model on the test images.
         drop: int8 against fp32 on the test images; the upper end of its 95 % interval counts.
         size_ratio: fp32 over int8, in bytes as stored.
-        speedup: at the batch size where its interval reaches lowest; that lower end counts.
+        speedup: the batch size at which its interval reaches lowest, and that interval, of which the lower end counts.
         verified: whether both versions gave the same bits in a bare process.
     """
-    high, low = drop.top1_drop_high_points, speedup.low
+    high, (batch_size, ratio) = drop.top1_drop_high_points, speedup
+    faster = f"speed-up {ratio.median:.4g} at batch size {batch_size}, lower end {ratio.low:.4g}"
     checks = [
         _at_most(f"top-1 drop {drop.top1_drop_points:.4g} points, upper end {high:.4g}", high, limits.max_top1_drop),
         _at_least(f"size ratio {size_ratio:.4g}", size_ratio, limits.min_size_ratio),
-        _at_least(f"speed-up's lower end {low:.4g}, of {speedup.median:.4g}", low, limits.min_speedup),
+        _at_least(faster, ratio.low, limits.min_speedup),
     ]
     if limits.min_top1 is not None:
         least, _ = share_interval(accuracy.top1_percent, accuracy.images)

@@ -107,9 +107,10 @@ class LatencyResult:
         """The speed-up of a model at the batch size where it is smallest."""
         return min(row.speedups[name].median for row in self.rows)
 
-    def least_speedup(self, name: str) -> Ratio:
-        """The speed-up of a model at the batch size where its interval reaches lowest."""
-        return min((row.speedups[name] for row in self.rows), key=lambda ratio: ratio.low)
+    def least_speedup(self, name: str) -> tuple[int, Ratio]:
+        """The batch size at which the interval of a model's speed-up reaches lowest, and that speed-up."""
+        row = min(self.rows, key=lambda row: row.speedups[name].low)
+        return row.batch_size, row.speedups[name]
 
     def mean_speedup(self, name: str) -> float:
         """The geometric mean of a model's speed-ups over all batch sizes."""

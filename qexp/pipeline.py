@@ -200,7 +200,6 @@ def run_report(config: Config, model_uri: str) -> Summary:
 
 
 def _summary(command: str, run_id: str, evidence: Evidence, report_uri: str) -> Summary:
-    gate = {"gate": evidence.gate.word, "gate_reason": evidence.gate.summary}
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": report_uri}
     engine = {"engine": evidence.int8.quantize.engine}
-    return {"command": command, "run_id": run_id, **uris, **engine, **gate, **evidence.headline}
+    return {"command": command, "run_id": run_id, **uris, **engine, **evidence.decision, **evidence.headline}

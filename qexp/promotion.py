@@ -47,13 +47,10 @@ class Promotion:
 
     @property
     def decision(self) -> GateResult:
-        """Both together; it says what was found in a sweep with the champion."""
-        if self.succession is None:
-            return self.gate
-        first, *others = self.succession.reasons
-        beside = GateResult(self.succession.passed, (f"beside {self.champion_uri}: {first}", *others))
-        failed = tuple(reason for one in (self.gate, beside) if not one.passed for reason in one.reasons)
-        return GateResult(not failed, failed or self.gate.reasons + beside.reasons)
+        """Both together."""
+        found = [self.gate, self.succession] if self.succession else [self.gate]
+        failed = tuple(reason for one in found if not one.passed for reason in one.reasons)
+        return GateResult(not failed, failed or tuple(reason for one in found for reason in one.reasons))
 
 
 def run_promote(config: Config, name: str, version: str | None = None, force: bool = False) -> dict[str, Any]:
@@ -104,9 +101,8 @@ def hold_against_champion(
     with _promotion_run(config, host, dataset, candidate, champion) as run_id:
         found = replace(_measure(config, host, dataset, candidate, champion, run_id), gate=evidence.gate)
         _record(found, "passed" if found.decision.passed else "rejected", run_id)
-    first, *others = evidence.versions
-    judged = replace(first, gate=found.decision)
-    return replace(evidence, versions=(judged, *others), champion=found.decision.passed), champion
+    passed = found.decision.passed
+    return replace(evidence, champion=passed, succession=found.succession, before_uri=uri_of(champion)), champion
 
 
 def succeed(int8_uri: str, champion: ModelVersion | None) -> bool:
@@ -162,10 +158,12 @@ def _measure(
     gate = decide_gate(limits, accuracy, drop, ratio, latency.least_speedup(CANDIDATE), verified)
     champion_uri = uri_of(champion) if champion else None
     if before is None:
-        succession = GateResult(False, (why_not,)) if why_not else None
+        succession = GateResult(False, (f"beside {champion_uri}: {why_not}",)) if why_not else None
         return Promotion(uri, champion_uri, gate, succession, drop, None, latency)
     lost = compare(before, int8, labels)
     succession = decide_succession(lost, latency, CHAMPION, CANDIDATE)
+    first, *others = succession.reasons
+    succession = replace(succession, reasons=(f"beside {champion_uri}: {first}", *others))
     return Promotion(uri, champion_uri, gate, succession, drop, lost, latency)
 
 
@@ -219,11 +217,19 @@ def _record(found: Promotion, word: str, run_id: str) -> None:
     summary = f"{word}: {'; '.join(found.decision.reasons)}"
     run_tags = tracking.find_run(run_id).data.tags
     by, at = run_tags.get("mlflow.user", "unknown"), datetime.now(UTC).isoformat(timespec="seconds")
-    tags = {"gate": found.gate.word, "gate_reason": found.gate.summary, "promotion": word}
-    tags |= {"promotion_reason": summary, "promotion_run_id": run_id, "promotion_by": by, "promotion_at": at}
+    version = registry.look_up(found.uri)
+    tags = {"gate": found.gate.word, "gate_reason": found.gate.summary}
+    if "gate" in version.tags:  # by the limits of its own job, which those of this one need not be
+        tags = {}
+    tags |= {
+        "promotion": word,
+        "promotion_reason": summary,
+        "promotion_run_id": run_id,
+        "promotion_by": by,
+        "promotion_at": at,
+    }
     if word == "forced":
         tags |= {"forced_reason": "; ".join(found.decision.reasons), "forced_by": by, "forced_at": at}
-    version = registry.look_up(found.uri)
     if "latency_run_id" not in version.tags:  # it has not been timed before
         tags |= {"latency_run_id": run_id, "smallest_speedup": f"{found.latency.smallest_speedup(CANDIDATE):.3f}"}
         tags |= latency_tags(found.latency, CANDIDATE)

@@ -74,4 +74,4 @@ def test_versions_of_other_people_and_without_tags(tmp_path_factory: pytest.Temp
             client.create_model_version(name, "file:///nowhere", tags=tags)
     rows = list_models()
     assert [(row["name"], row["version"]) for row in rows] == [("old-fp32", number) for number in range(11, 0, -1)]
-    assert as_table(rows).splitlines()[1].split() == ["old-fp32", "11", "-", "fp32", "90.00", *["-"] * 10]
+    assert as_table(rows).splitlines()[1].split() == ["old-fp32", "11", "-", "fp32", "90.00", *["-"] * 11]

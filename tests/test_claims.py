@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from conftest import with_gate, with_int8, with_speedups
 
-from qexp import claims
+from qexp import advice, claims
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import Evidence
 from qexp.gate import GateResult
@@ -230,6 +230,22 @@ def test_gate_that_failed(evidence: Evidence) -> None:
     earlier = claims.gate(with_gate(evidence, reasons, champion=True))
     assert earlier.endswith("the int8 version is `champion` all the same, by an earlier decision.")
     assert "`qexp promote` moves that alias" in claims.gate(with_gate(evidence, evidence.gate, champion=False))
+
+
+def test_a_version_worse_than_the_champion_is_not_called_shippable(evidence: Evidence) -> None:
+    before, worse = "models:/smallnet-digits-int8/7", GateResult(False, ("beside it: top-1 3.00 points below",))
+    found = replace(evidence, champion=False, succession=worse, before_uri=before)
+    assert claims.answer(found).startswith(
+        f"**No**: it passes the gate of the configuration, but is worse than the champion, `{before}`. As int8"
+    )
+    text = claims.gate(found)
+    assert text.startswith("Gate passed: ") and "; it does not take the champion's place." in text
+    assert "Against the champion failed: beside it: top-1 3.00 points below" in text
+    first, *_ = advice.recommendation(found)
+    assert first.startswith(f"**Keep the champion, `{before}`**: this version passes the gate, but beside it: top-1")
+    assert found.decision["gate"] == "passed" and not found.decision["champion"]
+    equal = replace(found, champion=True, succession=GateResult(True, ("beside it: top-1 0.00 points below",)))
+    assert claims.answer(equal).startswith("**Yes**: it passes") and "Against the champion passed" in claims.gate(equal)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def _decide(
     top1: float = 90.0,
 ) -> GateResult:
     drop = replace(DROP, top1_drop_high_points=high)
-    return decide_gate(limits, Accuracy(top1, 99.0, 10_000), drop, size_ratio, Ratio(2.5, low, 2.75), verified)
+    return decide_gate(limits, Accuracy(top1, 99.0, 10_000), drop, size_ratio, (8, Ratio(2.5, low, 2.75)), verified)
 
 
 def test_all_limits_kept() -> None:
@@ -34,7 +34,7 @@ def test_all_limits_kept() -> None:
     assert result.reasons == (
         "top-1 drop 0.25 points, upper end 0.75 (at most 1)",
         "size ratio 3.9 (at least 3)",
-        "speed-up's lower end 2.25, of 2.5 (at least 1.5)",
+        "speed-up 2.5 at batch size 8, lower end 2.25 (at least 1.5)",
     )
     assert result.summary == "passed: " + "; ".join(result.reasons)
 
@@ -46,7 +46,7 @@ def test_all_limits_kept() -> None:
         ({"size_ratio": 2.5}, "size ratio 2.5 (too low by 0.5) is not at least 3"),
         (
             {"low": 1.4},
-            "speed-up's lower end 1.4, of 2.5 (too low by 0.1) is not at least 1.5",
+            "speed-up 2.5 at batch size 8, lower end 1.4 (too low by 0.1) is not at least 1.5",
         ),
         ({"verified": False}, "a version does not reload bit for bit"),
     ],

@@ -62,7 +62,7 @@ ALLOWED = {
     "speed": {"evidence", "latency"},
     "claims": {"evidence", "quantization", "speed"},
     "search.conclusion": {"evidence"},
-    "advice": {"claims", "evidence", "latency", "quantization"},
+    "advice": {"claims", "evidence", "latency", "quantization", "speed"},
     "plots": {"evidence", "speed"},
     "search.figures": {"evidence", "plots"},
     "report": {"advice", "claims", "evaluation", "evidence", "latency", "plots", "speed"},

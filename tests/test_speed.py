@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from conftest import latency_row, with_rows, with_speedups
+from conftest import latency_row, with_gate, with_rows, with_speedups
 
-from qexp import claims, speed
+from qexp import advice, claims, speed
 from qexp.evidence import Evidence
+from qexp.gate import GateResult
 
 
 def test_faster_at_every_size(evidence: Evidence) -> None:
@@ -20,7 +21,7 @@ def test_faster_at_every_size(evidence: Evidence) -> None:
 def test_slower_at_every_size(evidence: Evidence) -> None:
     first, saved, _ = speed.latency(with_speedups(evidence, {1: 0.8, 8: 0.5}))
     assert first == "int8 is slower than fp32 at every batch size: 1.25x to 2.00x slower."
-    assert "does not grow with every larger batch: -1.00 ms at 1, -32.00 ms at 8" in saved
+    assert "does not grow with the batch size: -1.00 ms at 1, -32.00 ms at 8" in saved
     assert "faster" not in first
 
 
@@ -58,7 +59,7 @@ def test_too_few_rounds_for_an_interval_are_admitted(evidence: Evidence) -> None
 
 def test_time_saved_that_shrinks(evidence: Evidence) -> None:
     saved = speed.latency(with_speedups(evidence, {1: 4.0, 8: 1.06}))[1]
-    assert "does not grow with every larger batch: 3.00 ms at 1, 1.81 ms at 8" in saved
+    assert "does not grow with the batch size: 3.00 ms at 1, 1.81 ms at 8" in saved
 
 
 def test_larger_batches_are_larger_whatever_their_order(evidence: Evidence) -> None:
@@ -93,7 +94,9 @@ def test_a_busy_machine_is_named(evidence: Evidence) -> None:
     row = evidence.latency.rows[1]
     noisy = replace(row, stats=row.stats | {"int8_fx": replace(row.stats["int8_fx"], p90_ms=7 * 0.8)})
     busy = with_rows(evidence, evidence.latency.rows[0], noisy, evidence.latency.rows[2])
-    for sentences in (speed.latency(busy), [claims.answer(busy)]):
+    assert "busy" not in claims.answer(busy)  # clearly faster all the same
+    failed = with_gate(busy, GateResult(False, ("speed-up 2 at batch size 8, lower end 0.5",)))
+    for sentences in (speed.latency(busy), [claims.answer(failed)], advice.recommendation(failed)):
         assert [sentence for sentence in sentences if "busy**: at batch size 8 p90 is up to 7.0 times" in sentence]
     other = replace(row, stats=row.stats | {"bf16": replace(row.stats["bf16"], p90_ms=7 * 1.6)})
     assert "busy" not in str(speed.latency(with_rows(evidence, other)))  # the answer does not rest on it

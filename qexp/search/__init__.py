@@ -103,7 +103,7 @@ def _register(study: Study, bench: Bench, result: SearchResult, run_id: str) -> 
         config = bench.config.model_copy(update={"quantize": quantize})
         fp32 = registered.fp32_from_registry(bench.fp32.version.uri, bench.dataset)
         evidence, report_uri = pipeline.quantize_to_report(config, bench.host, bench.dataset, fp32)
-        gate = {"gate": evidence.gate.word, "gate_reason": evidence.gate.summary}
-        done = {"int8": evidence.int8.version_uri, "report": report_uri, **gate, **evidence.headline}
+        uris = {"int8": evidence.int8.version_uri, "report": report_uri}
+        done = uris | evidence.decision | evidence.headline
         study.remember("registered", {"made_with": made_with, "done": done})
     return done

@@ -72,7 +72,7 @@ def as_table(rows: list[Row]) -> str:
         return "no models are registered"
     header = (
         "NAME", "VERSION", "ALIASES", "ENGINE", "TOP-1 %", "DROP (95 %)", "MB", "P50 MS", "LEAST SPEED-UP", "GATE",
-        "FROM", "DATA", "CALIBRATION", "COMMIT", "HOST",
+        "PROMOTION", "FROM", "DATA", "CALIBRATION", "COMMIT", "HOST",
     )  # fmt: skip
     cells = [header, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
@@ -94,6 +94,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _p50(row),
         _number(row["smallest_speedup"], ".2f") + ("x" if row["smallest_speedup"] else ""),
         row["gate"] or "-",
+        row["promotion"] or "-",
         source or "-",
         (lineage["data_digest"] or "-")[:8],
         (lineage["calibration_digest"] or "-")[:8],
