@@ -228,6 +228,8 @@ def _record(found: Promotion, word: str, run_id: str) -> None:
         "promotion_by": by,
         "promotion_at": at,
     }
+    worse = found.succession is not None and not found.succession.passed
+    tags["worse_than"] = found.champion_uri if worse and found.champion_uri else "none"
     if word == "forced":
         tags |= {"forced_reason": "; ".join(found.decision.reasons), "forced_by": by, "forced_at": at}
     if "latency_run_id" not in version.tags:  # it has not been timed before

@@ -6,6 +6,7 @@ from qexp.data import Dataset
 from qexp.deciding import decide
 from qexp.errors import InputError
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
+from qexp.gate import GateResult
 from qexp.models import load_classifier
 from qexp.quantizing import Int8
 from qexp.stages import SPLITS, Fp32, evaluate_splits
@@ -92,4 +93,8 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
         verified = all(one.tags["verified"] == "true" for one in (source, version))
         gate = decide(config, fp32, int8, latency, verified)
         judged.append(Judged(int8, latency.name_of(timed), gate))
-    return Evidence(fp32, tuple(judged), latency, champion="champion" in found.aliases)
+    champion, before = "champion" in found.aliases, found.tags.get("worse_than", "none")
+    if champion or before == "none":
+        return Evidence(fp32, tuple(judged), latency, champion)
+    succession = GateResult(False, (found.tags["promotion_reason"].removeprefix("rejected: "),))
+    return Evidence(fp32, tuple(judged), latency, champion, succession=succession, before_uri=before)

@@ -8,9 +8,11 @@ import mlflow
 import pytest
 from conftest import Finished, run_qexp
 
+from qexp import claims
 from qexp.config import Config, GateConfig, LatencyConfig
 from qexp.errors import InputError, StageError
 from qexp.promotion import run_promote, succeed
+from qexp.registered import evidence_of_version
 from qexp.store import uri_of
 
 NAME = "smallnet-digits-int8"
@@ -56,6 +58,10 @@ def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path:
     tags = _tags(client, "2")
     assert tags["promotion"] == "rejected" and "is not at least 99" in tags["promotion_reason"]
     assert tags["gate"] == "passed" and "forced_by" not in tags  # that of its own job stays
+    assert tags["worse_than"] == f"models:/{NAME}/1"
+    again = evidence_of_version(Config(gate=LOOSE), f"models:/{NAME}/2")
+    assert again.gate.passed and again.is_worse and again.before_uri == f"models:/{NAME}/1"
+    assert claims.answer(again).startswith("**No**: it passes the gate of the configuration, but is worse than")
     run = client.get_run(tags["promotion_run_id"])
     assert run.info.run_name == f"promote-{NAME}" and run.info.status == "FINISHED"
 
@@ -73,6 +79,7 @@ def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path:
     assert any("as fast as the champion" in reason for reason in found["reasons"])
     assert any(reason.startswith(f"beside models:/{NAME}/2: top-1") for reason in found["reasons"])
     assert _champions(client) == ["1", "1"] and _tags(client, "1")["promotion"] == "passed"
+    assert _tags(client, "1")["worse_than"] == "none"
 
 
 def test_another_champion_is_not_replaced_unseen(client: mlflow.MlflowClient) -> None:
