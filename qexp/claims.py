@@ -8,10 +8,9 @@ from qexp.speed import busy, faster_where
 def answer(evidence: Evidence) -> str:
     """The question's answer in one paragraph."""
     drop = evidence.int8.comparison["test"].top1_drop_points
-    verdict = "**Yes**: it passes" if evidence.gate.passed else "**No**: it does not pass"
+    yes = evidence.gate.passed and not evidence.is_worse
+    verdict = f"**{'Yes' if yes else 'No'}**: it {'passes' if evidence.gate.passed else 'does not pass'}"
     but = f", but is worse than the champion, `{evidence.before_uri}`" if evidence.is_worse else ""
-    if evidence.is_worse:
-        verdict = "**No**: it passes"
     speed = " ".join([faster_where(evidence, evidence.latency.baseline), *_busy_if_that_counts(evidence)])
     return (
         f"{verdict} the gate of the configuration{but}. As int8, top-1 on the test images {changed(drop)}, and the "

@@ -157,13 +157,12 @@ def _measure(
     limits = config.gate.of(candidate.name)
     gate = decide_gate(limits, accuracy, drop, ratio, latency.least_speedup(CANDIDATE), verified)
     champion_uri = uri_of(champion) if champion else None
-    if before is None:
-        succession = GateResult(False, (f"beside {champion_uri}: {why_not}",)) if why_not else None
-        return Promotion(uri, champion_uri, gate, succession, drop, None, latency)
-    lost = compare(before, int8, labels)
-    succession = decide_succession(lost, latency, CHAMPION, CANDIDATE)
-    first, *others = succession.reasons
-    succession = replace(succession, reasons=(f"beside {champion_uri}: {first}", *others))
+    if champion is None:
+        return Promotion(uri, None, gate, None, drop, None, latency)
+    lost = compare(before, int8, labels) if before is not None else None
+    found = decide_succession(lost, latency, CHAMPION, CANDIDATE) if lost else GateResult(False, (why_not,))
+    first, *others = found.reasons
+    succession = replace(found, reasons=(f"beside {champion_uri}: {first}", *others))
     return Promotion(uri, champion_uri, gate, succession, drop, lost, latency)
 
 
@@ -218,18 +217,17 @@ def _record(found: Promotion, word: str, run_id: str) -> None:
     run_tags = tracking.find_run(run_id).data.tags
     by, at = run_tags.get("mlflow.user", "unknown"), datetime.now(UTC).isoformat(timespec="seconds")
     version = registry.look_up(found.uri)
-    tags = {"gate": found.gate.word, "gate_reason": found.gate.summary}
-    if "gate" in version.tags:  # by the limits of its own job, which those of this one need not be
-        tags = {}
-    tags |= {
+    worse = found.succession is not None and not found.succession.passed
+    tags = {
         "promotion": word,
         "promotion_reason": summary,
         "promotion_run_id": run_id,
         "promotion_by": by,
         "promotion_at": at,
+        "worse_than": str(found.champion_uri) if worse else "none",
     }
-    worse = found.succession is not None and not found.succession.passed
-    tags["worse_than"] = found.champion_uri if worse and found.champion_uri else "none"
+    if "gate" not in version.tags:  # else by the limits of its own job, which those of this one need not be
+        tags |= {"gate": found.gate.word, "gate_reason": found.gate.summary}
     if word == "forced":
         tags |= {"forced_reason": "; ".join(found.decision.reasons), "forced_by": by, "forced_at": at}
     if "latency_run_id" not in version.tags:  # it has not been timed before

@@ -99,7 +99,7 @@ STAGES = ("stages", "quantizing", "deciding")  # each may import those before it
 ONLY_IN = {
     "mlflow": {"store", "tracking", "registry", "search.runs"},
     "optuna": {"search.storage", "search.study", "search.queue", "search.worker"},
-    "matplotlib": {"plots", "search.figures"},
+    "matplotlib": {"plots"},
     "sqlalchemy": {"search.storage"},
     "torchinfo": {"cost"},
     "typer": set(),

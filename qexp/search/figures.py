@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
-
 from qexp.evidence import SearchPoint, SearchResult
-from qexp.plots import FP32, INT8, save_figure
+from qexp.plots import FP32, INT8, Axes, save_figure
 
 MARKERS = "os^Dvp*"  # by observer
 COLORS = ("#e07b39", "#3b7a57", "#7a4b9c")  # by engine
