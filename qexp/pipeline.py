@@ -50,6 +50,9 @@ def run_main(
         fp32 = _fp32_of_main(config, host, dataset, model_uri, run_id)
         evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
         tracking.log_metrics({f"headline/{name}": value for name, value in evidence.headline.items()})
+        found = {"gate": evidence.gate.word, "fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
+        for name, value in found.items():
+            tracking.set_tag(f"qexp.{name}", value)
         tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
     remove_checkpoints(run_id)
     return _summary("run", run_id, evidence, report_uri)

@@ -34,6 +34,10 @@ def test_metrics_json_is_what_the_summary_and_the_tags_say(finished: Finished) -
     assert float(tags["test_top1_percent"]) == pytest.approx(evidence.int8.accuracy["test"].top1_percent, abs=1e-3)
     assert evidence.int8.quantize.float_layers == () and evidence.int8.cost.int8_percent == 100
     assert evidence.gate.passed == (tags["gate"] == "passed") == evidence.champion
+    main = mlflow.MlflowClient().get_run(finished.summary["run_id"]).data.tags
+    assert [main[f"qexp.{name}"] for name in ("gate", "fp32", "int8")] == [
+        finished.summary[name] for name in ("gate", "fp32", "int8")
+    ]
     assert finished.summary["engine"] == "fx" and tags["smallest_speedup"] == f"{min(evidence.speedups):.3f}"
 
 
