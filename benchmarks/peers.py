@@ -57,8 +57,9 @@ def main() -> None:
     if arguments.rounds < FEWEST_PAIRS:
         parser.error(f"--rounds {arguments.rounds}: must be at least {FEWEST_PAIRS}, for a 95 % interval")
     earlier = [peers for file in arguments.earlier for peers in from_json(tuple[Peers, ...], file.read_text())]
-    use_store()
     try:
+        if arguments.model_uri:
+            use_store()
         found = earlier + [_compare(uri, arguments.data_dir, arguments.rounds) for uri in arguments.model_uri]
     except InputError as error:
         parser.error(str(error))

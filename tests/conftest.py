@@ -5,14 +5,17 @@ import json
 import os
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 from forked import REPOSITORY, Forked, start_forked
+from stores import new_store
 from torch import nn
 
 from qexp.config import DataConfig, TrainConfig
@@ -81,7 +84,7 @@ def start_qexp(
 
     `before` is Python that the process runs first; `variables` are added to its environment.
     """
-    environment = environment_for(uri or f"sqlite:///{folder}/mlflow.db") | (variables or {})
+    environment = environment_for(uri or new_store(folder)) | (variables or {})
     return start_forked(folder, arguments, environment, before)
 
 
@@ -91,7 +94,28 @@ def run_qexp(
     """The same, to its end."""
     process = start_qexp(folder, *arguments, uri=uri, before=before)
     code = process.wait(timeout_s)
-    return Finished(folder, uri or f"sqlite:///{folder}/mlflow.db", code, process.stdout, process.stderr)
+    return Finished(folder, uri or new_store(folder), code, process.stdout, process.stderr)
+
+
+@contextmanager
+def _store_put_back() -> Iterator[None]:
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    yield
+    mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: as at the start
+
+
+@pytest.fixture(autouse=True)
+def _store_of_the_test() -> Iterator[None]:
+    """What one test sets as MLflow's store is not that of the next."""
+    with _store_put_back():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _store_of_the_module() -> Iterator[None]:
+    """The same for what fixtures of a module set."""
+    with _store_put_back():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +141,8 @@ def in_use(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def _run_once(folder: Path, *more: str) -> Finished:
-    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report", *more)
+    uri = f"sqlite:///{folder}/mlflow.db"  # not there: the first use of a store is part of it
+    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report", *more, uri=uri)
     assert done.code == 0, done.stderr
     return done
 

@@ -28,7 +28,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # None of these computes when it is imported: threads do not survive a fork.
 BARE = (
     "mlflow.pyfunc", "mlflow.pytorch", "mlflow.onnx", "mlflow.store.tracking.sqlalchemy_store",
-    "mlflow.store.model_registry.sqlalchemy_store", "onnxruntime", "torch.export",
+    "mlflow.store.model_registry.sqlalchemy_store", "onnxruntime", "torch.export.pt2_archive", "torch.export._trace",
+    "sqlalchemy.dialects.sqlite",
 )  # fmt: skip
 WITH_QEXP = (
     *BARE, "qexp.pipeline", "qexp.search", "qexp.prediction", "qexp.promotion", "qexp.sync", "qexp.verification",

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stores import new_store
+
 from qexp.postgres import free_port
 from qexp.server import running_server
 
@@ -29,7 +31,7 @@ class Server:
     def start(self, stack: ExitStack) -> None:
         """Start it, or start it again; it ends with `stack`."""
         log = stack.enter_context((self.folder / "server.log").open("a"))
-        store = self.store or f"sqlite:///{self.folder}/mlflow.db"
+        store = self.store or new_store(self.folder)
         artifacts = str(self.artifacts or self.folder / "artifacts")
         running = running_server(store, artifacts, self.port, ["--workers", "1", *self.options], log)
         self.pid = stack.enter_context(running)[1].pid

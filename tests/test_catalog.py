@@ -7,6 +7,7 @@ import sys
 import mlflow
 import pytest
 from conftest import Finished, environment_for, run_qexp
+from stores import new_store
 
 from qexp.errors import InputError
 from qexp.store.catalog import as_table, list_models
@@ -65,7 +66,7 @@ def test_list_is_made_without_torch(finished: Finished) -> None:
 
 
 def test_versions_of_other_people_and_without_tags(tmp_path_factory: pytest.TempPathFactory) -> None:
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('others')}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path_factory.mktemp("others")))
     assert list_models() == [] and as_table([]) == "no models are registered"
     client = mlflow.MlflowClient()
     for name, tags in (("theirs", {}), ("old-fp32", {"kind": "fp32", "test_top1_percent": "90.0", "size_mb": "4,5"})):

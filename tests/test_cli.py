@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import REPOSITORY, Finished, run_qexp
+from stores import new_store
 
 BAD_INPUT = {
     "unknown model": ("run --model vgg17", ["--model vgg17", "vgg16"]),
@@ -71,9 +72,7 @@ def _statuses(uri: str) -> list[str]:
 @pytest.fixture(scope="module")
 def store(folder: Path) -> str:
     """A store that exists, so that its first creation writes no lines."""
-    uri = f"sqlite:///{folder}/mlflow.db"
-    mlflow.MlflowClient(tracking_uri=uri).search_experiments()
-    return uri
+    return new_store(folder)
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

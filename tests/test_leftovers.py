@@ -11,6 +11,7 @@ import pytest
 from conftest import run_qexp
 from mlflow.entities import LoggedModelStatus
 from servers import start_server
+from stores import new_store
 
 from qexp import registry, tracking
 from qexp.data import Dataset
@@ -46,7 +47,7 @@ def _bytes_below(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_full_disk_leaves_no_model_and_sync_finishes_the_run(tmp_path: Path, small_disk: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     mlflow.set_tracking_uri(uri)
     mlflow.create_experiment("qexp-digits", artifact_location=str(small_disk))
     done = run_qexp(tmp_path, "train", "--epochs", "1", "--image-size", "8", uri=uri)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import Finished, run_qexp
 from PIL import Image
+from stores import new_store
 
 from qexp import prediction
 from qexp.data import Dataset
@@ -117,7 +118,7 @@ def test_a_version_that_qexp_did_not_register_is_refused(
 ) -> None:
     place = tmp_path_factory.mktemp("other")
     monkeypatch.chdir(place)
-    mlflow.set_tracking_uri(f"sqlite:///{place}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(place))
     client = mlflow.MlflowClient()
     client.create_registered_model("other")
     client.create_model_version("other", str(place))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished
+from stores import new_store
 
 from qexp import registry
 from qexp.data import Dataset
@@ -109,7 +110,7 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
     tmp_path: Path, trained: tuple[Classifier, TrainResult], digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     model, _ = trained
     sample = digits.train.images[:8]
     spec = ModelSpec("smallnet", digits.classes, 16)
@@ -164,7 +165,7 @@ def test_latest_is_the_newest_version(client: mlflow.MlflowClient) -> None:
 
 def test_a_version_that_is_being_made_is_none_yet(finished: Finished, tmp_path: Path) -> None:
     shutil.copy(finished.folder / "mlflow.db", tmp_path / "mlflow.db")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     client = mlflow.MlflowClient()
     first = client.get_model_version("smallnet-digits-int8", "1")
     made = client.create_model_version("smallnet-digits-int8", first.source, first.run_id)
@@ -185,7 +186,7 @@ def test_a_version_that_cannot_be_completed_is_removed(
         raise error
 
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     monkeypatch.setattr(registry, "stored_digest", fail)  # after the version was made and verified
     monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
     model, _ = trained

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import time
 from dataclasses import replace
@@ -52,22 +51,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(reference: Finished, tmp_path: Path) -> None:
-    """Four kills up to two seconds after training has begun or gone on; most are inside an epoch."""
+    """Three kills or more, each up to two epochs and a moment after it has begun or gone on; one is inside an epoch."""
     moments = random.Random()  # other moments in every run of the tests
-    run_id, steps = "", []
-    for _ in range(4):
+    run_id, steps = "", list[int]()
+    while len(steps) < 3 or not any(steps):
         process = start_qexp(tmp_path, "train", *(["--resume", run_id] if run_id else OPTIONS))
         line = process.wait_for_line("going on" if run_id else "epoch 1/")
         steps.append(int(line.split()[-1]) if run_id else 0)
-        time.sleep(moments.uniform(0, 2))
+        for _ in range(moments.randrange(3)):
+            process.wait_for_line("epoch ")
+        time.sleep(moments.uniform(0, 0.2))
         assert process.poll() is None, "training was over before the kill: too few epochs for this machine"
         process.kill()
         run_id = _run_id(tmp_path)
         assert _run(tmp_path, run_id).info.status == "RUNNING"
     done = run_qexp(tmp_path, "train", "--resume", run_id)
     assert done.code == 0 and done.summary["run_id"] == run_id, done.stderr
-    steps.append(int(re.findall(r"going on in epoch \d+ after step (\d+)", done.stderr)[0]))
-    assert any(steps), steps
     assert _run(tmp_path, run_id).info.status == "FINISHED"
     assert _weights(tmp_path, run_id) == _weights(reference.folder, reference.summary["run_id"])
     assert {name: _steps(tmp_path, run_id, name) for name in CURVES} == {name: EPOCHS for name in CURVES}

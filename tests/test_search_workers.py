@@ -1,5 +1,6 @@
 """Several workers on one study in a real PostgreSQL: one is killed, and the others do what it has left."""
 
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import run_qexp, start_qexp
 from forked import Forked
 from optuna.trial import TrialState
 from postgres import start_postgres
+from stores import new_store
 
 OPTIONS = (
     "--study shared --epochs 1 --heartbeat-seconds 1 --sample-counts 4,8,12 --seeds-per-point 2 "
@@ -22,37 +24,52 @@ def _start(folder: Path, uri: str, url: str) -> Forked:
     return start_qexp(folder, "search", "--storage", url, *OPTIONS, uri=uri)
 
 
-def _wait_for_its_trial(study_url: str, worker: Forked) -> int:
-    """The number of a trial that this worker is at."""
-    for _ in range(400):
-        time.sleep(0.3)
-        try:
-            trials = optuna.load_study(study_name="shared", storage=study_url).trials
-        except Exception:  # the first worker has not made it yet
-            continue
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and trial.user_attrs.get("worker", "").endswith(f":{worker.pid}"):
-                if "run_id" in trial.user_attrs:
-                    return trial.number
-    raise AssertionError("no trial")
+def _trial_of(study_url: str, worker: Forked) -> int | None:
+    """The number of the trial that this worker is at, which has a run."""
+    try:
+        trials = optuna.load_study(study_name="shared", storage=study_url).trials
+    except Exception:  # no worker has made the study yet
+        return None
+    for trial in trials:
+        if trial.state == TrialState.RUNNING and trial.user_attrs.get("worker", "").endswith(f":{worker.pid}"):
+            return trial.number if "run_id" in trial.user_attrs else None
+    return None
+
+
+def _kill_in_a_trial(study_url: str, workers: list[Forked]) -> tuple[Forked, int]:
+    """Kill the first worker that is seen at a trial: the one that is left, and the number of the trial.
+
+    It is stopped while one looks again: a trial takes a second, and may have ended in between.
+    """
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        for worker in workers:
+            if _trial_of(study_url, worker) is None:
+                continue
+            worker.send_signal(signal.SIGSTOP)
+            cut_off = _trial_of(study_url, worker)
+            if cut_off is not None:
+                worker.kill()
+                return next(other for other in workers if other is not worker), cut_off
+            worker.send_signal(signal.SIGCONT)
+        time.sleep(0.05)
+    raise AssertionError(f"no trial: {[worker.stderr for worker in workers]}")
 
 
 @pytest.mark.slow
 def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None:
     """In an empty store: one of the two trains, the other waits for it."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     client = mlflow.MlflowClient(tracking_uri=uri)
-    client.search_experiments()  # makes the database
     with start_postgres(tmp_path) as url:
         study_url = url.replace("postgresql:", "postgresql+psycopg:")
-        first, second = _start(tmp_path, uri, url), _start(tmp_path, uri, url)
-        cut_off = _wait_for_its_trial(study_url, second)
-        second.kill()
-        assert first.wait() == 0, first.stderr
+        workers = [_start(tmp_path, uri, url), _start(tmp_path, uri, url)]
+        other, cut_off = _kill_in_a_trial(study_url, workers)
+        assert other.wait() == 0, other.stderr
         again = run_qexp(tmp_path, "search", "--storage", url, *OPTIONS)
         study = optuna.load_study(study_name="shared", storage=study_url)
         trials, remembered = study.trials, study.user_attrs
-    assert f"trial {cut_off}: its worker" in first.stderr
+    assert f"trial {cut_off}: its worker" in other.stderr
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len({tuple(trial.params.values()) for trial in complete}) == len(complete) == 6
     assert [trial.user_attrs["retry_of"] for trial in complete if "retry_of" in trial.user_attrs] == [cut_off]
@@ -74,7 +91,7 @@ def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None
     logged = [str(run.to_dictionary()) for run in [parent, *runs]]
     assert [
         text
-        for text in [*logged, Path(config).read_text(), first.stdout, first.stderr, again.stderr]
+        for text in [*logged, Path(config).read_text(), other.stdout, other.stderr, again.stderr]
         if password in text
     ] == []
     assert parent.data.params["search.storage"] == url.replace(password, "***")

@@ -7,6 +7,7 @@ import mlflow
 import pytest
 from conftest import Finished
 from mlflow.entities import Run
+from stores import new_store
 
 from qexp import tracking
 from qexp.config import Config, load_config
@@ -134,7 +135,7 @@ def empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.Mlflo
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     use_store()
     tracking.use_experiment("test")
     return mlflow.MlflowClient()
