@@ -14,7 +14,7 @@ def recommendation(evidence: Evidence) -> list[str]:
     told = {row.batch_size: row.compared(fastest(row, floats), evidence.name) for row in evidence.latency.rows}
     faster = [size for size, sign in told.items() if sign > 0]
     unclear = not any(told.values())
-    kept, drop = [_best_floats(evidence, floats)], evidence.int8.comparison["test"].top1_drop_points
+    kept, drop = [_best_floats(evidence, floats), *_bf16(evidence)], evidence.int8.comparison["test"].top1_drop_points
     if evidence.is_worse and evidence.succession:
         why = "; ".join(evidence.succession.reasons)
         first = f"**Keep the champion, `{evidence.before_uri}`**: this version passes the gate, but {why}."
@@ -44,7 +44,7 @@ def recommendation(evidence: Evidence) -> list[str]:
 
 
 def _until_then(evidence: Evidence) -> str:
-    """What to ship instead of int8: the baselines have the same weights, but their accuracy is not measured."""
+    """What to ship instead of int8: the baselines are no registered versions."""
     return f"Ship the fp32 version, `{evidence.fp32.version_uri}`."
 
 
@@ -76,6 +76,17 @@ def _best_floats(evidence: Evidence, floats: Sequence[str]) -> str:
     ends = dict.fromkeys(f"{value:.2f}x" for value in (min(ratios), max(ratios)))
     best = ", ".join(dict.fromkeys(fastest(row, floats) for row in evidence.latency.rows))
     return f"Against the fastest model that is not int8 ({best}), int8 is {' to '.join(ends)} as fast."
+
+
+def _bf16(evidence: Evidence) -> list[str]:
+    """What the fastest model that is not int8 often costs in accuracy: the others compute what fp32 does."""
+    if not (found := evidence.measured.bf16):
+        return []
+    low, high = found.comparison.top1_drop_low_points, found.comparison.top1_drop_high_points
+    return [
+        f"In bf16, top-1 on the test images {claims.changed(found.comparison.top1_drop_points)} (95 % interval of the "
+        f"drop {low:+.2f} to {high:+.2f} points), and the file has {found.size_bytes / 1e6:.3f} MB."
+    ]
 
 
 def _about(evidence: Evidence, other: Judged) -> str:

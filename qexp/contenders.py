@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qexp import registry, tracking
 from qexp.models import load_classifier
@@ -19,6 +19,7 @@ from qexp.store.integrity import copy_files
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
 EAGER = "fp32_eager"
+BF16 = "bf16"
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,19 @@ def prepare_baseline(fp32_uri: str, name: str, image_size: int, folder: Path) ->
         return export(model, example, folder / f"{name}.onnx")
     if name == EAGER:
         return torch.save(model, folder / f"{name}.pt")
-    kind = torch.bfloat16 if name == "bf16" else torch.float32
+    torch.jit.save(freeze(model, image_size, torch.bfloat16 if name == BF16 else torch.float32), folder / f"{name}.pt")
+
+
+def freeze(model: nn.Module, image_size: int, kind: torch.dtype) -> torch.jit.ScriptModule:
+    """The model traced and frozen by TorchScript with weights of this kind, which `model` has afterwards too."""
+    example = torch.zeros(2, 3, image_size, image_size, dtype=kind)
     with torch.no_grad():
-        traced = torch.jit.trace(model.to(kind), example.to(kind), check_trace=False)
-        torch.jit.save(torch.jit.freeze(traced.eval()), str(folder / f"{name}.pt"))
+        return torch.jit.freeze(torch.jit.trace(model.to(kind), example, check_trace=False).eval())
+
+
+def in_bf16(module: torch.jit.ScriptModule) -> Callable[[Tensor], Tensor]:
+    """A module of bf16 as a model of float images and float logits."""
+    return lambda images: module(images.bfloat16()).float()
 
 
 def fetch(contenders: Sequence[Contender], folder: Path) -> tuple[Contender, ...]:
@@ -70,7 +80,7 @@ def load(contender: Contender, folder: Path) -> Predict:
         return OnnxClassifier(folder / "fp32_onnx.onnx")
     if contender.name == EAGER:
         return torch.load(folder / f"{EAGER}.pt", weights_only=False)  # a whole module, that this process has written
-    if contender.name in ("fp32_traced", "bf16"):
-        module = torch.jit.load(str(folder / f"{contender.name}.pt"))
-        return (lambda images: module(images.bfloat16()).float()) if contender.name == "bf16" else module
+    if contender.name in ("fp32_traced", BF16):
+        module = torch.jit.load(folder / f"{contender.name}.pt")
+        return in_bf16(module) if contender.name == BF16 else module
     return registry.load_files(contender.uri, contender.backend)

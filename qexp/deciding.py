@@ -1,12 +1,18 @@
 """The stages that end a job: all models timed side by side, and each int8 version held against the gate."""
 
+import copy
+import io
 from collections.abc import Sequence
+
+import torch
 
 from qexp import metrics, registry, tracking
 from qexp.config import Config
-from qexp.contenders import BASELINE, Contender, int8_contenders
-from qexp.errors import StageError
-from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
+from qexp.contenders import BASELINE, BF16, Contender, freeze, in_bf16, int8_contenders
+from qexp.data import Dataset
+from qexp.errors import StageError, first_line
+from qexp.evaluation import compare, measure_accuracy, predict_logits
+from qexp.evidence import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 from qexp.gate import GateResult, decide_gate
 from qexp.host import Host
 from qexp.latency import LatencyResult
@@ -21,16 +27,19 @@ from qexp.store.outage import store_errors
 from qexp.sweep import SweepRequest, run_sweep
 
 
-def latency_stage(config: Config, host: Host, fp32: Registered, int8s: dict[Registered, str]) -> LatencyEvidence:
+def latency_stage(
+    config: Config, host: Host, fp32: Registered, int8s: dict[Registered, str], bf16: Bf16Evidence | None = None
+) -> LatencyEvidence:
     """Time registered versions in a process of its own; log it to the run, to the models and as tags.
 
     Args:
         int8s: the engine of each int8 version.
+        bf16: what `measure_bf16` has found, to be logged with the times.
     """
     uris = ", ".join(f"`{version.uri}`" for version in (fp32, *int8s))
     with tracking.start_run(f"latency-{config.model}", f"Latency of {uris}.") as run_id:
         tracking.log_setup(config, host)
-        baselines = [name for name in config.latency.baselines if name != "bf16" or host.has_bf16]
+        baselines = [name for name in config.latency.baselines if name != BF16 or host.has_bf16]
         if len(baselines) < len(config.latency.baselines):
             say(f"baseline bf16 is left out: {host.cpu} has no bf16 instructions")
         timed = {version: _int8_contenders(config, version.uri, engine) for version, engine in int8s.items()}
@@ -41,9 +50,25 @@ def latency_stage(config: Config, host: Host, fp32: Registered, int8s: dict[Regi
         result = time_versions(request)
         ranked = {version: _fastest_first(config, result, found) for version, found in timed.items()}
         names = {version.uri: tuple(contender.name for contender in found) for version, found in ranked.items()}
-        evidence = LatencyEvidence(fp32.uri, names, result, host, run_id)
+        evidence = LatencyEvidence(fp32.uri, names, result, host, run_id, bf16)
         _log_latency(evidence, fp32, ranked)
     return evidence
+
+
+def measure_bf16(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> Bf16Evidence | None:
+    """Size and accuracy of the baseline bf16 on the test images; None where it is not timed, or does not run."""
+    if BF16 not in config.latency.baselines or not host.has_bf16:
+        return None
+    test, saved = dataset.test, io.BytesIO()
+    try:
+        module = freeze(copy.deepcopy(fp32.model), config.data.image_size, torch.bfloat16)
+        torch.jit.save(module, saved)
+        logits = predict_logits(in_bf16(module), test.images, label="bf16 on test images")
+    except Exception as error:  # whatever an operation without bf16 raises
+        say(f"the accuracy of bf16 is not measured: {first_line(error)}")
+        return None
+    compared = compare(fp32.logits["test"], logits, test.labels)
+    return Bf16Evidence(saved.tell(), measure_accuracy(logits, test.labels), compared)
 
 
 def time_versions(request: SweepRequest) -> LatencyResult:
@@ -82,6 +107,8 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
     for whose, step, values in metrics.of_latency(result, fastest):
         if whose is None or whose in owners:
             tracking.log_metrics(values, step, owners[whose] if whose else None)
+    if evidence.bf16:
+        tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.comparison))
     tracking.log_table(metrics.latency_table(result), "latency")
     tracking.log_result("latency", evidence)
     for version, found in ranked.items():

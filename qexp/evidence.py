@@ -79,10 +79,21 @@ class Int8Evidence:
 
 
 @dataclass(frozen=True)
+class Bf16Evidence:
+    """The baseline bf16, the only one that rounds: bytes as saved by TorchScript, accuracy on the test images, and its
+    comparison with fp32 there, which has bf16 in the place of int8."""
+
+    size_bytes: int
+    accuracy: Accuracy
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
 class LatencyEvidence:
     """The latency sweep of registered versions and the machine that it ran on.
 
-    `contenders` has the names under which each int8 version was timed, by its URI: the fastest kernels first.
+    `contenders` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
+    there where that baseline was timed by a job that had the test images.
     """
 
     fp32_uri: str
@@ -90,6 +101,7 @@ class LatencyEvidence:
     latency: LatencyResult
     host: Host
     run_id: str
+    bf16: Bf16Evidence | None = None
 
     def name_of(self, uri: str) -> str:
         """The model of the table that stands for an int8 version: with the kernels that `qexp.load` gives."""

@@ -100,7 +100,8 @@ def quantize_to_report(
     sensitivity = resumed.sensitivity_below(parent_run_id) if parent_run_id else None
     int8s, failed = quantize_all(config, host, dataset, fp32, done, sensitivity)
     engines = {int8.version: int8.evidence.quantize.engine for int8 in int8s}
-    latency = deciding.latency_stage(config, host, fp32.version, engines)
+    bf16 = deciding.measure_bf16(config, host, dataset, fp32)
+    latency = deciding.latency_stage(config, host, fp32.version, engines, bf16)
     evidence = deciding.gate_stage(config, fp32, int8s, latency, failed)
     while True:
         judged, champion = promotion.hold_against_champion(config, host, dataset, evidence)

@@ -116,6 +116,10 @@ def _accuracy_table(evidence: Evidence) -> str:
     for name, parameters, model in models:
         shares = [f"{value:.2f} %" for split in ("train", "test") for value in _both(model.accuracy[split])]
         rows.append([f"{evidence.fp32.model} {name}", f"{parameters:,}", f"{model.size_bytes / 1e6:.3f}", *shares])
+    if bf16 := evidence.measured.bf16:
+        shares = ["not measured"] * 2 + [f"{value:.2f} %" for value in _both(bf16.accuracy)]
+        parameters = evidence.int8.fp32_cost.parameters
+        rows.append([f"{evidence.fp32.model} bf16", f"{parameters:,}", f"{bf16.size_bytes / 1e6:.3f}", *shares])
     return table(header, rows)
 
 

@@ -6,7 +6,8 @@ import pytest
 from conftest import latency_row, with_gate, with_int8, with_rows
 
 from qexp import advice
-from qexp.evidence import BudgetCost, Evidence, Judged
+from qexp.evaluation import Accuracy, Comparison
+from qexp.evidence import Bf16Evidence, BudgetCost, Evidence, Judged
 from qexp.gate import GateResult
 from qexp.latency import Ratio
 from qexp.quantization.budget import BudgetResult, BudgetTry
@@ -42,6 +43,17 @@ def test_ship_what_passed_and_is_faster_than_everything_else(evidence: Evidence)
     )
     assert against.startswith("Against the fastest model that is not int8 (fp32_onnx, bf16), int8 is ")
     assert against.endswith(" as fast.") and "2.0" in against  # 0.5 / 0.25 ms, 1.6 / 0.8, 30 / 10
+
+
+def test_what_bf16_costs_in_accuracy(evidence: Evidence) -> None:
+    bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), Comparison(0.1, -0.2, 0.4, 0.0, 99.5, 2, 1, 359))
+    measured = replace(evidence, measured=replace(evidence.measured, bf16=bf16))
+    before, (*_, said) = advice.recommendation(evidence), advice.recommendation(measured)
+    assert said == (
+        "In bf16, top-1 on the test images falls by 0.10 points (95 % interval of the drop -0.20 to +0.40 points), and "
+        "the file has 0.900 MB."
+    )
+    assert advice.recommendation(measured)[:-1] == before
 
 
 def test_a_gate_that_failed_comes_before_all_speed(evidence: Evidence) -> None:

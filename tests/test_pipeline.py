@@ -222,6 +222,7 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     names = ["fp32", "fp32_eager", "fp32_traced", *bf16, "fp32_onnx", "int8_fx", "int8_fx_onednn", "int8_onnx"]
     assert header.strip("| ").split(" | ")[1:] == names
     assert [found.model for found in evidence.latency.startups] == names
+    assert bool(evidence.measured.bf16) == evidence.measured.host.has_bf16 == ("| smallnet bf16 |" in text)
     assert f"**Ship `{evidence.int8.version_uri}`**" in text or "## What to ship\n\n- **" in text
     assert "## Layer sensitivity" not in text
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from qexp import plots
-from qexp.evaluation import Accuracy
-from qexp.evidence import Evidence, Judged, from_json, to_json
+from qexp.evaluation import Accuracy, Comparison
+from qexp.evidence import Bf16Evidence, Evidence, Judged, from_json, to_json
 from qexp.report import render_markdown, table, write_report
 
 FIGURES = [
@@ -249,6 +249,14 @@ def test_accuracy_table(evidence: Evidence) -> None:
     text = render_markdown(evidence)
     assert _row(text, "smallnet fp32")[1:] == ["427,178", "1.800", "97.00 %", "99.50 %", "94.00 %", "98.50 %"]
     assert _row(text, "smallnet int8")[1:] == ["427,178", "0.450", "96.50 %", "99.40 %", "93.50 %", "98.25 %"]
+
+
+def test_accuracy_table_has_bf16_where_it_was_measured(evidence: Evidence) -> None:
+    assert "| smallnet bf16 |" not in render_markdown(evidence)
+    bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), Comparison(0.1, -0.2, 0.4, 0.0, 99.5, 2, 1, 359))
+    text = render_markdown(replace(evidence, measured=replace(evidence.measured, bf16=bf16)))
+    unknown = "not measured"
+    assert _row(text, "smallnet bf16")[1:] == ["427,178", "0.900", unknown, unknown, "93.90 %", "98.50 %"]
 
 
 def test_accuracy_table_of_several_versions(evidence: Evidence) -> None:
