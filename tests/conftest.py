@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from forked import REPOSITORY, Forked, start_forked
+from forked import REPOSITORY, Forked, children_are_forks, start_forked
 from stores import new_store
 from torch import nn
 
@@ -57,6 +57,7 @@ class Finished:
 
 def pytest_configure() -> None:
     """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait."""
+    children_are_forks()
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if number and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]

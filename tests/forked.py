@@ -138,10 +138,18 @@ def _number(connection: socket.socket) -> int:
     return int(line) if line else -signal.SIGKILL
 
 
-def run(command: list[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
-    """In a fork that runs qexp: stands for `subprocess.run` of a Python program, which then is a fork as well."""
+def children_are_forks() -> None:
+    """What qexp starts from this process, for sweeps and verifications, is a fork as well."""
+    ours = SimpleNamespace(run=_run_forked, DEVNULL=subprocess.DEVNULL)
+    for module in ("qexp.sweep", "qexp.bare_process"):
+        importlib.import_module(module).subprocess = ours  # type: ignore[attr-defined]
+
+
+def _run_forked(command: list[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Stands for `subprocess.run` of a Python program."""
     words = command[3:]  # without the interpreter, which is told to give no warnings
-    server = os.environ["QEXP_SERVER" if words[0] == "-m" else "BARE_SERVER"]
+    name = "QEXP_SERVER" if words[0] == "-m" else "BARE_SERVER"
+    server = os.environ.get(name) or _started()[name]
     with tempfile.TemporaryDirectory() as name:
         ours = f"/proc/{os.getpid()}/fd/2"
         out, err = (f"{name}/out", f"{name}/err") if options.get("capture_output") else (ours, ours)
@@ -173,9 +181,7 @@ def _run(request: dict[str, Any], made: dict[str, str]) -> int:
     try:
         _become(request, made)
         if "qexp.sweep" in sys.modules:
-            ours = SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL)
-            for module in ("qexp.sweep", "qexp.bare_process"):
-                sys.modules[module].subprocess = ours  # type: ignore[attr-defined]
+            children_are_forks()
         exec(request["before"], {"__name__": "before"})
         kind, what, *_ = request["command"]
         if what in sys.modules:
