@@ -23,6 +23,7 @@ from qexp.quantization.result import EngineResult
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 # Torch's own for observers. The 2**-12 of torchao's quantizer is coarser than int8 for weights below 0.03.
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
+NAME = "qexp_name"  # of a constant: the key of its name in the model, in a node's `meta`
 LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 LEFT_FP32 = (
     "conv2d", "conv_transpose2d", "convolution", "linear", "addmm", "mm", "mv", "bmm", "baddbmm", "matmul", "einsum",
@@ -63,7 +64,7 @@ def _quantize(
     with mock.patch.object(quantize_pt2e, "_fold_conv_bn_qat", lambda trained: trained):
         converted = quantize_pt2e.convert_pt2e(prepared)
     layers = [_module_of(node) for node in converted.graph.nodes if node.target in LAYERS]
-    lowered = lower(converted, example, sizes)
+    lowered = lower(converted, example)
     stayed = {_module_of(node) or name for node in lowered.graph.nodes if (name := _fp32_weights(node))}
     module = torch.jit.trace(lowered, example, check_trace=False).eval()
     return module, tuple(name for name in layers if name not in stayed), tuple(sorted(stayed))
@@ -143,5 +144,5 @@ def _fp32_weights(node: fx.Node) -> str | None:
         while factor.op == "call_method" or (factor.op == "call_function" and len(factor.all_input_nodes) == 1):
             factor = factor.all_input_nodes[0]  # of a method, such as `expand`, the tensor; then come its sizes
         if factor.op == "get_attr":
-            return str(factor.target)
+            return str(factor.meta.get(NAME, factor.target))
     return None
