@@ -10,9 +10,9 @@ from peer_models import FOLDED, OURS, PEERS
 from qexp.host import Host
 from qexp.latency import LatencyRow, Ratio
 from qexp.report import table
-from qexp.speed import three_digits
+from qexp.speed import span, three_digits
 
-DEFAULT = "fx"  # what `qexp run` does unless told otherwise, with the kernels that it chose by measuring
+DEFAULT = "fx"  # what `qexp run` does unless told otherwise, as a plain load runs it
 PROFILED = "fx_onednn"
 
 
@@ -88,7 +88,7 @@ def render(peers: Peers) -> str:
     libraries = ", ".join(f"{name} {number}" for name, number in host.libraries.items())
     parts = [
         f"## {peers.model}",
-        f"{host.cpu} ({', '.join(host.features)}), {host.threads} threads, {libraries}; {min(rounds)} to {max(rounds)} "
+        f"{host.cpu} ({', '.join(host.features)}), {host.threads} threads, {libraries}; {span(rounds)} "
         f"rounds at each batch size. fp32: {peers.fp32_top1_percent:.2f} % of {peers.test_images:,} test images.",
         table(head, accuracy),
         "p50 in ms by batch size:",

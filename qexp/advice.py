@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from qexp import claims, speed
 from qexp.evidence import Evidence, Int8Evidence, Judged
-from qexp.latency import LatencyRow
+from qexp.latency import FEWEST_PAIRS, LatencyRow
 from qexp.quantization.sensitivity import SensitivityResult
 
 
@@ -12,35 +12,78 @@ def recommendation(evidence: Evidence) -> list[str]:
     """Which model to ship, and where int8 does not pay."""
     floats = float_models(evidence)
     told = {row.batch_size: row.compared(fastest(row, floats), evidence.name) for row in evidence.latency.rows}
-    faster = [size for size, sign in told.items() if sign > 0]
-    unclear = not any(told.values())
-    kept, drop = [_best_floats(evidence, floats), *_bf16(evidence)], evidence.int8.comparison["test"].top1_drop_points
+    kept = [_best_floats(evidence, floats)]
     if evidence.is_worse and evidence.succession:
         why = "; ".join(evidence.succession.reasons)
         first = f"**Keep the champion, `{evidence.before_uri}`**: this version passes the gate, but {why}."
     elif not evidence.gate.passed:
         again = "".join(f" {sentence}" for sentence in speed.busy(evidence))
         first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}. {_until_then(evidence)}{again}"
-    elif unclear:
+    elif better := _better_one(evidence):
+        first = (
+            f"**Ship `{better.int8.version_uri}`** ({better.name}) **rather than this version**: it passes the gate "
+            f"too, and is faster than {evidence.name}, beyond the noise, at more batch sizes than slower."
+        )
+    elif speed.too_few(evidence):
+        first = (
+            f"**Measure with `--min-repeats {FEWEST_PAIRS}` or more**: fewer rounds tell no two models apart. int8 is "
+            f"{evidence.size_ratio:.2f}x smaller."
+        )
+    elif not any(told.values()) and not _is_level(evidence, floats):
         first = (
             "**Measure again on a quiet machine**: the noise is too high to tell int8 from the fastest model that "
             f"is not int8 at any batch size. It is {evidence.size_ratio:.2f}x smaller."
         )
-    elif not faster:
-        first = (
+    elif not any(sign > 0 for sign in told.values()):
+        first = _not_for_time_alone(evidence, floats)
+    else:
+        first = _ship(evidence, floats, told)
+        kept += _not_faster(evidence, floats, told)
+    failed = [f"Engine {engine} could not quantize it: {why}." for engine, why in evidence.failed_engines.items()]
+    others = [_about(evidence, judged) for judged in evidence.versions[1:]]
+    return [first, *kept, *_bf16(evidence), *others, *failed]
+
+
+def _better_one(evidence: Evidence) -> Judged | None:
+    """A version timed beside the one that was asked for, which `qexp run` would have chosen instead."""
+    passed = {judged.name: judged for judged in evidence.versions if judged.gate.passed}
+    best = passed[evidence.latency.winner(list(passed))]
+    return None if best.name == evidence.name else best
+
+
+def _is_level(evidence: Evidence, floats: Sequence[str]) -> bool:
+    """Whether int8 and the fastest model that is not int8 were shown to be equally fast, as far as that goes."""
+    ratios = [row.ratio(fastest(row, floats), evidence.name) for row in evidence.latency.rows]
+    within = all(1 - speed.SAME_SPEED <= ratio.low and ratio.high <= 1 + speed.SAME_SPEED for ratio in ratios)
+    return within and all(row.noise_edge <= 1 + speed.SAME_SPEED for row in evidence.latency.rows)
+
+
+def _ship(evidence: Evidence, floats: Sequence[str], told: dict[int, int]) -> str:
+    faster = [size for size, sign in told.items() if sign > 0]
+    where = "at every batch size" if len(faster) == len(told) else f"at batch size {_join(faster)}"
+    return (
+        f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}): it passes the gate (top-1 "
+        f"{claims.changed(evidence.int8.comparison['test'].top1_drop_points)}, {evidence.size_ratio:.2f}x smaller) and "
+        f"is faster than every model that is not int8 ({', '.join(floats)}) {where}."
+    )
+
+
+def _not_for_time_alone(evidence: Evidence, floats: Sequence[str]) -> str:
+    """The fastest model that is not int8 is as fast or faster: it may be no version that anybody can load."""
+    base = evidence.latency.baseline
+    signs = [row.compared(base, evidence.name) for row in evidence.latency.rows]
+    if min(signs) < 0 or not any(signs):
+        return (
             "**int8 does not pay in time here**: at no batch size is it faster than the fastest model that is not "
             f"int8, beyond the noise. It saves size alone ({evidence.size_ratio:.2f}x). {_until_then(evidence)}"
         )
-    else:
-        where = "at every batch size" if len(faster) == len(told) else f"at batch size {_join(faster)}"
-        first = (
-            f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}): it passes the gate (top-1 "
-            f"{claims.changed(drop)}, {evidence.size_ratio:.2f}x smaller) and is faster than every model that is not "
-            f"int8 ({', '.join(floats)}) {where}."
-        )
-        kept += _not_faster(evidence, floats, told)
-    failed = [f"Engine {engine} could not quantize it: {why}." for engine, why in evidence.failed_engines.items()]
-    return [first, *kept, *(_about(evidence, judged) for judged in evidence.versions[1:]), *failed]
+    best = ", ".join(dict.fromkeys(fastest(row, floats) for row in evidence.latency.rows))
+    return (
+        f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}) **for its size**: it passes the gate, is "
+        f"{evidence.size_ratio:.2f}x smaller than the fp32 version, and {speed.faster_where(evidence, base)} Yet "
+        f"{best} of the same weights, which is no registered version, is as fast or faster at every batch size: if you "
+        "can serve that, int8 does not pay in time."
+    )
 
 
 def _until_then(evidence: Evidence) -> str:
@@ -56,7 +99,7 @@ def _not_faster(evidence: Evidence, floats: Sequence[str], told: dict[int, int])
         sizes = _join([row.batch_size for row in slower])
         sentences.append(f"int8 does not pay in time at batch size {sizes}: {better} is faster there.")
     if unclear := [size for size, sign in told.items() if sign == 0]:
-        sentences.append(f"At batch size {_join(unclear)} it is indistinguishable from the fastest of them.")
+        sentences.append(f"At batch size {_join(unclear)} int8 is indistinguishable from the fastest of them.")
     return sentences
 
 
@@ -82,10 +125,10 @@ def _bf16(evidence: Evidence) -> list[str]:
     """What the fastest model that is not int8 often costs in accuracy: the others compute what fp32 does."""
     if not (found := evidence.measured.bf16):
         return []
-    low, high = found.comparison.top1_drop_low_points, found.comparison.top1_drop_high_points
+    low, high = found.top1_drop_low_points, found.top1_drop_high_points
     return [
-        f"In bf16, top-1 on the test images {claims.changed(found.comparison.top1_drop_points)} (95 % interval of the "
-        f"drop {low:+.2f} to {high:+.2f} points), and the file has {found.size_bytes / 1e6:.3f} MB."
+        f"In bf16, top-1 on the test images {claims.changed(found.top1_drop_points)} (95 % interval of the drop "
+        f"{low:+.2f} to {high:+.2f} points), and the file has {found.size_bytes / 1e6:.3f} MB."
     ]
 
 
@@ -117,7 +160,7 @@ def sensitivity(result: SensitivityResult) -> list[str]:
         helps = "none alone in fp32 makes it better"
     return [
         f"On {result.images:,} validation images, top-1 is {result.fp32_top1_percent:.2f} % in fp32 and "
-        f"{result.int8_top1_percent:.2f} % with all layers in int8 (simulated: {result.observer} ranges, weights "
+        f"{result.int8_top1_percent:.2f} % with all layers in int8 (simulated: {claims.ranges(result)} ranges, weights "
         f"{'per channel' if result.per_channel else 'per layer'}).",
         f"{alone}; {helps}.",
         *_noisiest(result),

@@ -2,6 +2,7 @@
 
 from qexp.evidence import Evidence, Int8Evidence
 from qexp.quantization.result import QuantizeResult
+from qexp.quantization.sensitivity import SensitivityResult
 from qexp.speed import busy, faster_where
 
 
@@ -134,9 +135,14 @@ def training_pace(evidence: Evidence) -> str:
 def quantization(result: QuantizeResult) -> str:
     """Observer, granularity and range of a quantization."""
     granularity = "per channel" if result.per_channel else "per layer"
-    return f"{result.observer} observer, weights {granularity}" + (
+    return f"{ranges(result)} observer, weights {granularity}" + (
         ", range reduced by one bit" if result.reduce_range else ""
     )
+
+
+def ranges(result: QuantizeResult | SensitivityResult) -> str:
+    """The observer that has set the ranges, with its percentile if it is the one that has one."""
+    return result.observer + (f" ({result.percentile:g} %)" if result.percentile is not None else "")
 
 
 def changed(drop_points: float) -> str:

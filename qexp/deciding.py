@@ -67,8 +67,9 @@ def measure_bf16(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> Bf
     except Exception as error:  # whatever an operation without bf16 raises
         say(f"the accuracy of bf16 is not measured: {first_line(error)}")
         return None
-    compared = compare(fp32.logits["test"], logits, test.labels)
-    return Bf16Evidence(saved.tell(), measure_accuracy(logits, test.labels), compared)
+    found = compare(fp32.logits["test"], logits, test.labels)
+    drop = found.top1_drop_points, found.top1_drop_low_points, found.top1_drop_high_points
+    return Bf16Evidence(saved.tell(), measure_accuracy(logits, test.labels), *drop)
 
 
 def time_versions(request: SweepRequest) -> LatencyResult:
@@ -108,7 +109,7 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
         if whose is None or whose in owners:
             tracking.log_metrics(values, step, owners[whose] if whose else None)
     if evidence.bf16:
-        tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.comparison))
+        tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.top1_drop_points))
     tracking.log_table(metrics.latency_table(result), "latency")
     tracking.log_result("latency", evidence)
     for version, found in ranked.items():
@@ -150,8 +151,9 @@ def gate_stage(
 ) -> Evidence:
     """Hold each int8 version against the gate and tag it with the decision; the pipeline acts on it.
 
-    The version chosen is the fastest of those that passed, or of all if none did; of two that cannot be told apart,
-    that of the engine named first. `failed` says why other engines could not quantize the model.
+    The version chosen is the fastest of those that passed, or, if none did, of those that are accurate enough; of two
+    that cannot be told apart, that of the engine named first. `failed` says why other engines could not quantize the
+    model.
     """
     judged = []
     for int8 in int8s:
@@ -159,13 +161,21 @@ def gate_stage(
         gate = decide(config, fp32.evidence, int8.evidence, latency, verified)
         registry.tag_version(int8.version.uri, {"gate": gate.word, "gate_reason": gate.summary})
         judged.append(Judged(int8.evidence, latency.name_of(int8.version.uri), gate))
-    able = [one.name for one in judged if one.gate.passed] or [one.name for one in judged]
-    best = latency.latency.winner(able)
+    best = latency.latency.winner([one.name for one in _able(config, judged)])
     judged.sort(key=lambda one: one.name != best)
     chosen = next(int8 for int8 in int8s if int8.evidence is judged[0].int8)
     if chosen.version.verified:
         set_alias(CHALLENGER, chosen.version.uri)
     return Evidence(fp32.evidence, tuple(judged), latency, judged[0].gate.passed, failed)
+
+
+def _able(config: Config, judged: Sequence[Judged]) -> Sequence[Judged]:
+    """Those that passed the gate, or else lose no more accuracy than it allows, or else the one that loses least."""
+    drops = {one.name: one.int8.comparison["test"] for one in judged}
+    limits = {one.name: config.gate.of(split_uri(one.int8.version_uri)[0]).max_top1_drop for one in judged}
+    passed = [one for one in judged if one.gate.passed]
+    accurate = [one for one in judged if drops[one.name].top1_drop_high_points <= limits[one.name]]
+    return passed or accurate or [min(judged, key=lambda one: drops[one.name].top1_drop_points)]
 
 
 def decide(

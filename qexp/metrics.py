@@ -49,9 +49,9 @@ def of_comparison(comparison: Comparison, int8_macs_percent: float) -> dict[str,
     }
 
 
-def of_bf16(accuracy: Accuracy, comparison: Comparison) -> dict[str, float]:
+def of_bf16(accuracy: Accuracy, drop_points: float) -> dict[str, float]:
     """The baseline bf16 on the test images."""
-    return {"test/bf16_top1": accuracy.top1_percent, "test/bf16_top1_drop": comparison.top1_drop_points}
+    return {"test/bf16_top1": accuracy.top1_percent, "test/bf16_top1_drop": drop_points}
 
 
 def of_latency(result: LatencyResult, chosen: str) -> Iterator[tuple[str | None, int | None, dict[str, float]]]:

@@ -106,6 +106,11 @@ class QuantizeConfig(BaseModel):
         256, ge=0, description="validation images on which each layer's sensitivity is measured; 0: not measured"
     )
 
+    @property
+    def percentile_used(self) -> float | None:
+        """The percentile, where the observer has one."""
+        return self.percentile if self.observer == "percentile" else None
+
     def only(self, engine: str) -> "QuantizeConfig":
         """These options with one engine."""
         return self.model_copy(update={"engine": [engine]})

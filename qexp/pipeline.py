@@ -188,7 +188,8 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     int8 = registry.find_version(model_uri, "int8")
     fp32 = registry.find_version(int8.tags["fp32_uri"], "fp32")
     version = registry.from_entity(int8)
-    evidence = deciding.latency_stage(config, host, registry.from_entity(fp32), {version: int8.tags["engine"]})
+    bf16 = registered.bf16_of(int8.tags)  # timing does not change its accuracy
+    evidence = deciding.latency_stage(config, host, registry.from_entity(fp32), {version: int8.tags["engine"]}, bf16)
     name = evidence.name_of(version.uri)
     speedups = {str(row.batch_size): row.speedups[name].median for row in evidence.latency.rows}
     uris = {"fp32": evidence.fp32_uri, "int8": version.uri}

@@ -168,6 +168,7 @@ def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]
     """Tags that say how an int8 version was made."""
     result = quantized.result
     facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor, "observer": result.observer}
+    facts |= {"percentile": result.percentile} if result.percentile is not None else {}
     facts |= {"backend": result.load_backend} if result.load_backend else {}
     facts |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range, "calibration_digest": digest}
     facts |= {"calibration_samples": result.calibration_images}

@@ -5,7 +5,7 @@ from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.data import Dataset
 from qexp.deciding import decide
 from qexp.errors import InputError
-from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
+from qexp.evidence import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 from qexp.gate import GateResult
 from qexp.models import load_classifier
 from qexp.quantizing import Int8
@@ -68,6 +68,12 @@ def int8_of_run(run_id: str) -> Int8:
     """The version that a run of the quantization stage has registered."""
     evidence = tracking.read_result(Int8Evidence, run_id, "int8")
     return Int8(registry.from_entity(registry.find_version(evidence.version_uri, "int8")), evidence)
+
+
+def bf16_of(tags: dict[str, str]) -> Bf16Evidence | None:
+    """What is known of the baseline bf16 from the last sweep of a version with these tags."""
+    run_id = tags.get("latency_run_id")
+    return tracking.read_result(LatencyEvidence, run_id, "latency").bf16 if run_id else None
 
 
 def evidence_of_version(config: Config, uri: str) -> Evidence:

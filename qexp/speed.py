@@ -43,9 +43,9 @@ def _how_timed(evidence: Evidence) -> str:
     rounds = [len(row.round_ms[evidence.name]) for row in rows]
     return (
         f"Wall time of one forward pass in a process of its own, {threads(evidence.latency.threads)}, all models in "
-        f"{_span(rounds)} short rounds in random order; a speed-up is the median of the rounds' ratios, with "
+        f"{span(rounds)} short rounds in random order; a speed-up is the median of the rounds' ratios, with "
         f"{interval(rounds)}. An int8 model against a second copy of itself gave {_noise(rows)}; the table marks "
-        f"differences within that range. {_loaded(evidence)}."
+        f"differences that are no larger, either way. {_loaded(evidence)}."
     )
 
 
@@ -57,13 +57,20 @@ def faster_where(evidence: Evidence, other: str) -> str:
     for word, sign in (("faster", 1), ("slower", -1)):
         if all(found == sign for found in told.values()):
             return f"int8 is {word} than {other} at every batch size: {_range(ratios)}."
-    groups = ((1, "faster than {}"), (-1, "slower than {}"), (0, "indistinguishable from {} within the noise"))
+    few = f"not told apart from {{}} by fewer than {FEWEST_PAIRS} rounds (`--min-repeats`)"
+    neither = few if too_few(evidence) else "indistinguishable from {} within the noise"
+    groups = ((1, "faster than {}"), (-1, "slower than {}"), (0, neither))
     named = [
         f"{words.format(other)} at batch size {', '.join(str(size) for size, found in told.items() if found == sign)}"
         for sign, words in groups
         if sign in told.values()
     ]
     return f"int8 is {'; '.join(named)}."
+
+
+def too_few(evidence: Evidence) -> bool:
+    """Whether some batch size has fewer rounds than it takes to tell two models apart."""
+    return min(len(row.round_ms[evidence.name]) for row in evidence.latency.rows) < FEWEST_PAIRS
 
 
 def interval(rounds: Sequence[int]) -> str:
@@ -78,7 +85,8 @@ def _noise(rows: Sequence[LatencyRow]) -> str:
     return f"{low:.2f}x to {high:.2f}x"
 
 
-def _span(counts: Sequence[int]) -> str:
+def span(counts: Sequence[int]) -> str:
+    """`20`, or `20 to 35`."""
     return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import latency_row, with_gate, with_int8, with_rows
 
 from qexp import advice
-from qexp.evaluation import Accuracy, Comparison
+from qexp.evaluation import Accuracy
 from qexp.evidence import Bf16Evidence, BudgetCost, Evidence, Judged
 from qexp.gate import GateResult
 from qexp.latency import Ratio
@@ -46,7 +46,7 @@ def test_ship_what_passed_and_is_faster_than_everything_else(evidence: Evidence)
 
 
 def test_what_bf16_costs_in_accuracy(evidence: Evidence) -> None:
-    bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), Comparison(0.1, -0.2, 0.4, 0.0, 99.5, 2, 1, 359))
+    bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), 0.1, -0.2, 0.4)
     measured = replace(evidence, measured=replace(evidence.measured, bf16=bf16))
     before, (*_, said) = advice.recommendation(evidence), advice.recommendation(measured)
     assert said == (
@@ -63,15 +63,51 @@ def test_a_gate_that_failed_comes_before_all_speed(evidence: Evidence) -> None:
     assert "as fast" in against
 
 
-def test_faster_than_fp32_is_not_enough(evidence: Evidence) -> None:
-    """bf16 takes as long as int8 or less: int8 saves size alone."""
+def test_faster_than_fp32_alone_pays_in_size(evidence: Evidence) -> None:
+    """bf16 takes as long as int8 or less, but is no version that could be loaded: int8 is the better one of two."""
     level = {1: {"bf16": 0.9, "int8_fx": 1.0}, 8: {"bf16": 1.0, "int8_fx": 1.0}}
     first, against = advice.recommendation(_with_times(evidence, level))
-    assert first == (
+    assert first.startswith(
+        "**Ship `models:/smallnet-digits-int8/1`** (int8_fx) **for its size**: it passes the gate, is"
+    )
+    assert "is 4.00x smaller than the fp32 version, and int8 is faster than fp32 at every batch size: 3.9" in first
+    assert first.endswith(
+        "Yet bf16 of the same weights, which is no registered version, is as fast or faster at every batch size: if you "
+        "can serve that, int8 does not pay in time."
+    )
+    assert "(bf16), int8 is 0.9" in against
+
+
+def test_as_slow_as_fp32_does_not_pay(evidence: Evidence) -> None:
+    level = {1: {"bf16": 0.9, "int8_fx": 4.0}, 8: {"bf16": 1.0, "int8_fx": 4.0}}
+    assert advice.recommendation(_with_times(evidence, level))[0] == (
         "**int8 does not pay in time here**: at no batch size is it faster than the fastest model that is not int8, "
         f"beyond the noise. It saves size alone (4.00x). Ship the fp32 version, `{evidence.fp32.version_uri}`."
     )
-    assert "(bf16), int8 is 0.9" in against
+
+
+def test_as_fast_as_bf16_is_no_noise(evidence: Evidence) -> None:
+    level = {1: {"bf16": 1.0, "int8_fx": 1.0}, 8: {"bf16": 1.0, "int8_fx": 1.0}}
+    assert "** (int8_fx) **for its size**: " in advice.recommendation(_with_times(evidence, level))[0]
+
+
+def test_few_rounds_are_no_noise(evidence: Evidence) -> None:
+    few = with_rows(evidence, latency_row(1, {"fp32": 4.0, "int8_fx": 1.0}, rounds=5))
+    assert advice.recommendation(few)[0] == (
+        "**Measure with `--min-repeats 6` or more**: fewer rounds tell no two models apart. int8 is 4.00x smaller."
+    )
+
+
+def test_a_better_version_beside_the_one_asked_for(evidence: Evidence) -> None:
+    passed = evidence.gate
+    asked = _with_other(evidence, {1: 0.5, 8: 0.5}, passed, 0.0)
+    first, *_ = advice.recommendation(asked)
+    assert first == (
+        f"**Ship `{OTHER}`** (int8_onnx) **rather than this version**: it passes the gate too, and is faster than "
+        "int8_fx, beyond the noise, at more batch sizes than slower."
+    )
+    assert advice.recommendation(_with_other(evidence, {1: 1.0}, passed, 0.0))[0].startswith("**Ship `models:/smal")
+    assert advice.recommendation(with_gate(asked, FAILED))[0].startswith("**Do not ship int8 yet**")
 
 
 def test_noise_too_high_to_tell(evidence: Evidence) -> None:
@@ -93,7 +129,7 @@ def test_where_int8_does_not_pay_is_said(evidence: Evidence) -> None:
     first, against, slower, same = advice.recommendation(_with_times(evidence, times))
     assert first.endswith("model that is not int8 (fp32, bf16) at batch size 1, 16.")
     assert slower == "int8 does not pay in time at batch size 128: bf16 is faster there."
-    assert same == "At batch size 8 it is indistinguishable from the fastest of them."
+    assert same == "At batch size 8 int8 is indistinguishable from the fastest of them."
     assert "int8 is 0.5" in against
 
 

@@ -248,6 +248,11 @@ def test_a_version_worse_than_the_champion_is_not_called_shippable(evidence: Evi
     assert claims.answer(equal).startswith("**Yes**: it passes") and "Against the champion passed" in claims.gate(equal)
 
 
+def test_a_percentile_is_said(evidence: Evidence) -> None:
+    result = replace(evidence.int8.quantize, observer="percentile", percentile=99.9)
+    assert claims.quantization(result) == "percentile (99.9 %) observer, weights per channel"
+
+
 @pytest.mark.parametrize(
     ("per_channel", "reduce_range", "text"),
     [

@@ -223,6 +223,8 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     assert header.strip("| ").split(" | ")[1:] == names
     assert [found.model for found in evidence.latency.startups] == names
     assert bool(evidence.measured.bf16) == evidence.measured.host.has_bf16 == ("| smallnet bf16 |" in text)
+    mlflow.set_tracking_uri(side_by_side.uri)
+    assert all(registered.bf16_of(one.tags) == evidence.measured.bf16 for one in _versions_of(side_by_side).values())
     assert f"**Ship `{evidence.int8.version_uri}`**" in text or "## What to ship\n\n- **" in text
     assert "## Layer sensitivity" not in text
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from qexp import plots
-from qexp.evaluation import Accuracy, Comparison
+from qexp.evaluation import Accuracy
 from qexp.evidence import Bf16Evidence, Evidence, Judged, from_json, to_json
 from qexp.report import render_markdown, table, write_report
 
@@ -253,7 +253,7 @@ def test_accuracy_table(evidence: Evidence) -> None:
 
 def test_accuracy_table_has_bf16_where_it_was_measured(evidence: Evidence) -> None:
     assert "| smallnet bf16 |" not in render_markdown(evidence)
-    bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), Comparison(0.1, -0.2, 0.4, 0.0, 99.5, 2, 1, 359))
+    bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), 0.1, -0.2, 0.4)
     text = render_markdown(replace(evidence, measured=replace(evidence.measured, bf16=bf16)))
     unknown = "not measured"
     assert _row(text, "smallnet bf16")[1:] == ["427,178", "0.900", unknown, unknown, "93.90 %", "98.50 %"]

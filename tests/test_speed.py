@@ -57,6 +57,12 @@ def test_too_few_rounds_for_an_interval_are_admitted(evidence: Evidence) -> None
     assert "with the smallest and the largest (6 rounds make a 95 % interval)." in few
 
 
+def test_few_rounds_are_not_called_noise(evidence: Evidence) -> None:
+    few = with_speedups(evidence, {1: 4.0, 8: 4.0}, rounds=5)
+    said = "int8 is not told apart from fp32 by fewer than 6 rounds (`--min-repeats`) at batch size 1, 8."
+    assert speed.latency(few)[0] == said
+
+
 def test_time_saved_that_shrinks(evidence: Evidence) -> None:
     saved = speed.latency(with_speedups(evidence, {1: 4.0, 8: 1.06}))[1]
     assert "does not grow with the batch size: 3.00 ms at 1, 1.81 ms at 8" in saved

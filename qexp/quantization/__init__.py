@@ -62,6 +62,7 @@ def quantize_model(
         load_backend=made.load_backend,
         kept_layers=kept,
         saturating_layers=made.saturating_layers,
+        percentile=options.percentile_used,
     )
     if not options.allow_float:
         _refuse_float_layers(result)

@@ -36,7 +36,7 @@ class QuantizeResult:
     """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules.
 
     `kept_layers` are those of `float_layers` that were asked to stay fp32. `load_backend` and `saturating_layers` are
-    as in `EngineResult`.
+    as in `EngineResult`. `percentile` is that of the observer of this name, None with others.
     """
 
     engine: str
@@ -51,6 +51,7 @@ class QuantizeResult:
     load_backend: str | None = None
     kept_layers: tuple[str, ...] = ()
     saturating_layers: tuple[str, ...] = ()
+    percentile: float | None = None
 
 
 @dataclass(frozen=True)

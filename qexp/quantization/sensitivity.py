@@ -53,6 +53,7 @@ class SensitivityResult:
     images: int
     observer: str
     per_channel: bool
+    percentile: float | None = None
 
 
 def measure_sensitivity(
@@ -86,7 +87,8 @@ def measure_sensitivity(
             others = [other for other in layers if other != name]
             only_fp32 = _top1(source, images, labels, layers, others, [] if layer.is_first else [name])
             found.append(LayerSensitivity(name, _decibels(layer.signal, layer.noise), only_int8, only_fp32))
-    return SensitivityResult(tuple(found), fp32, int8, len(images), options.observer, options.per_channel)
+    observed = options.observer, options.per_channel, options.percentile_used
+    return SensitivityResult(tuple(found), fp32, int8, len(images), *observed)
 
 
 def most_sensitive_first(result: SensitivityResult) -> tuple[str, ...]:
