@@ -13,12 +13,12 @@ def recommendation(evidence: Evidence) -> list[str]:
     floats = float_models(evidence)
     told = {row.batch_size: row.compared(fastest(row, floats), evidence.name) for row in evidence.latency.rows}
     kept = [_best_floats(evidence, floats)]
-    if evidence.is_worse and evidence.succession:
-        why = "; ".join(evidence.succession.reasons)
-        first = f"**Keep the champion, `{evidence.before_uri}`**: this version passes the gate, but {why}."
-    elif not evidence.gate.passed:
+    if not evidence.gate.passed:
         again = "".join(f" {sentence}" for sentence in speed.busy(evidence))
         first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}. {_until_then(evidence)}{again}"
+    elif evidence.is_worse and evidence.succession:
+        why = "; ".join(evidence.succession.reasons)
+        first = f"**Keep the champion, `{evidence.before_uri}`**: this version passes the gate, but {why}."
     elif better := _better_one(evidence):
         first = (
             f"**Ship `{better.int8.version_uri}`** ({better.name}) **rather than this version**: it passes the gate "
@@ -87,7 +87,9 @@ def _not_for_time_alone(evidence: Evidence, floats: Sequence[str]) -> str:
 
 
 def _until_then(evidence: Evidence) -> str:
-    """What to ship instead of int8: the baselines are no registered versions."""
+    """What to ship instead of int8: the champion that beat it, or fp32; the baselines are no registered versions."""
+    if evidence.is_worse:
+        return f"Keep the champion, `{evidence.before_uri}`."
     return f"Ship the fp32 version, `{evidence.fp32.version_uri}`."
 
 

@@ -11,7 +11,8 @@ def answer(evidence: Evidence) -> str:
     drop = evidence.int8.comparison["test"].top1_drop_points
     yes = evidence.gate.passed and not evidence.is_worse
     verdict = f"**{'Yes' if yes else 'No'}**: it {'passes' if evidence.gate.passed else 'does not pass'}"
-    but = f", but is worse than the champion, `{evidence.before_uri}`" if evidence.is_worse else ""
+    word = "but" if evidence.gate.passed else "and"
+    but = f", {word} is worse than the champion, `{evidence.before_uri}`" if evidence.is_worse else ""
     speed = " ".join([faster_where(evidence, evidence.latency.baseline), *_busy_if_that_counts(evidence)])
     return (
         f"{verdict} the gate of the configuration{but}. As int8, top-1 on the test images {changed(drop)}, and the "

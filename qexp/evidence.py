@@ -138,7 +138,7 @@ class Evidence:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the present champion keeps its alias, although the version chosen passes the gate."""
+        """Whether the version chosen was shown to be worse than the present champion."""
         return self.succession is not None and not self.succession.passed
 
     @property

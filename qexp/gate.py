@@ -66,13 +66,17 @@ def decide_gate(
 def _at_most(text: str, value: float, limit: float) -> tuple[bool, str]:
     if value <= limit:
         return True, f"{text} (at most {limit:g})"
-    return False, f"{text} (too high by {value - limit:.2g}) is not at most {limit:g}"
+    return False, f"{text} (too high by {_amount(value - limit)}) is not at most {limit:g}"
 
 
 def _at_least(text: str, value: float, limit: float) -> tuple[bool, str]:
     if value >= limit:
         return True, f"{text} (at least {limit:g})"
-    return False, f"{text} (too low by {limit - value:.2g}) is not at least {limit:g}"
+    return False, f"{text} (too low by {_amount(limit - value)}) is not at least {limit:g}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
 def decide_succession(drop: Comparison, latency: LatencyResult, champion: str, candidate: str) -> GateResult:

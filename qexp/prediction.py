@@ -18,6 +18,7 @@ from qexp.host import read_host
 from qexp.imagefolder import decode_files
 from qexp.progress import say
 from qexp.store import uri_of, use_store
+from qexp.store.integrity import checked_copy
 
 BATCH_SIZE = 128
 
@@ -60,8 +61,10 @@ def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list
         _check(file)
     own = uri_of(found)
     classes, image_size = json.loads(found.tags["classes"]), int(found.tags["image_size"])
+    registry.refuse_pickled(found)
     try:
-        model = registry.load_version(own)
+        with checked_copy(found) as files_of_model:
+            model = registry.load_files(str(files_of_model), found.tags.get("backend"))
     except StageError:
         raise
     except Exception as error:  # files that are gone, a missing package, a format that MLflow was told to refuse

@@ -31,6 +31,7 @@ from qexp.store.integrity import checked_copy
 from qexp.sweep import SweepRequest
 
 CANDIDATE = "candidate"
+CHANGED = "another version has become champion meanwhile"
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,13 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     with _promotion_run(config, host, dataset, candidate, other) as run_id:
         found = _measure(config, host, dataset, candidate, other, run_id)
         word = "passed" if found.decision.passed else "forced" if force else "rejected"
-        if word != "rejected" and not force and not _is_champion(name, champion):
-            raise StageError(f"{name}: the champion has changed meanwhile; run it again, to compare with that one")
-        _record(found, word, run_id)
-        if word != "rejected":  # recorded first: no alias moves without a word on why
+        _record(found, word, run_id)  # first: no alias moves without a word on why
+        if word == "forced":
             move_champion(uri)
+        elif word == "passed" and not succeed(uri, champion):
+            tags = {"promotion": "rejected", "promotion_reason": f"rejected: {CHANGED}"}
+            registry.tag_version(uri, tags)
+            raise StageError(f"{uri} is not promoted: {CHANGED}; run it again, to compare with that one")
     if word == "rejected":
         still = f"the champion is still {before}" if before else "there is still no champion"
         raise StageError(f"{uri} is not promoted: {'; '.join(found.decision.reasons)}; {still}")
@@ -225,12 +228,16 @@ def _record(found: Promotion, word: str, run_id: str) -> None:
         "promotion_by": by,
         "promotion_at": at,
         "worse_than": str(found.champion_uri) if worse else "none",
+        "worse_reason": "; ".join(found.succession.reasons) if worse and found.succession else "none",
     }
-    if "gate" not in version.tags:  # else by the limits of its own job, which those of this one need not be
+    # What its own job has found stays, by limits that those of this one need not be, unless this is better news.
+    outdated = word == "passed" and version.tags.get("gate") == "failed"
+    if outdated or "gate" not in version.tags:
         tags |= {"gate": found.gate.word, "gate_reason": found.gate.summary}
     if word == "forced":
         tags |= {"forced_reason": "; ".join(found.decision.reasons), "forced_by": by, "forced_at": at}
-    if "latency_run_id" not in version.tags:  # it has not been timed before
+    timed = version.tags.get("latency_run_id")
+    if outdated or timed in (None, version.tags.get("promotion_run_id")):  # by no job, or by a promotion before
         tags |= {"latency_run_id": run_id, "smallest_speedup": f"{found.latency.smallest_speedup(CANDIDATE):.3f}"}
         tags |= latency_tags(found.latency, CANDIDATE)
     tracking.log_result("promotion", found)

@@ -11,6 +11,7 @@ from qexp.models import load_classifier
 from qexp.quantizing import Int8
 from qexp.stages import SPLITS, Fp32, evaluate_splits
 from qexp.store import uri_of
+from qexp.store.aliases import CHAMPION, version_with
 
 
 def config_of_version(config: Config, uri: str, kind: str) -> Config:
@@ -20,7 +21,7 @@ def config_of_version(config: Config, uri: str, kind: str) -> Config:
         InputError: the version does not exist or is not one of ours.
     """
     found = registry.find_version(uri, kind)
-    recorded = tracking.read_config(found.tags["train_run_id"])
+    recorded = tracking.read_config(registry.tag_of(found, "train_run_id"))
     data = recorded.data.model_copy(update={"data_dir": config.data.data_dir or recorded.data.data_dir})
     train = recorded.train.model_copy(update={name: getattr(config.train, name) for name in HOW_TO_TRAIN})
     made_with = {"model": recorded.model, "seed": recorded.seed, "data": data, "train": train}
@@ -41,7 +42,7 @@ def refuse_conflicts(config: Config, uri: str, sections: tuple[str, ...]) -> Non
 
 def check_data(uri: str, dataset: Dataset, kind: str = "fp32") -> None:
     """Raise InputError unless the version was made with this data: its test images might be among others."""
-    digest = registry.find_version(uri, kind).tags["data_digest"]
+    digest = registry.tag_of(registry.find_version(uri, kind), "data_digest")
     if digest != dataset.digest:
         raise InputError(
             f"--data-dir: {dataset.source} (digest {dataset.digest}) is not what {uri} was trained on (digest {digest})"
@@ -99,8 +100,9 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
         verified = all(one.tags["verified"] == "true" for one in (source, version))
         gate = decide(config, fp32, int8, latency, verified)
         judged.append(Judged(int8, latency.name_of(timed), gate))
-    champion, before = "champion" in found.aliases, found.tags.get("worse_than", "none")
-    if champion or before == "none":
-        return Evidence(fp32, tuple(judged), latency, champion)
-    succession = GateResult(False, (found.tags["promotion_reason"].removeprefix("rejected: "),))
-    return Evidence(fp32, tuple(judged), latency, champion, succession=succession, before_uri=before)
+    champion = version_with(CHAMPION, found.name)
+    before = uri_of(champion) if champion else None
+    if before == own or before != found.tags.get("worse_than"):  # it was not held against the present champion
+        return Evidence(fp32, tuple(judged), latency, before == own)
+    succession = GateResult(False, (found.tags.get("worse_reason", found.tags["promotion_reason"]),))
+    return Evidence(fp32, tuple(judged), latency, False, succession=succession, before_uri=before)

@@ -128,6 +128,22 @@ def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVer
     return found
 
 
+def tag_of(found: ModelVersion, name: str) -> str:
+    """A tag that every version of ours has; InputError if it is gone."""
+    if name not in found.tags:
+        raise InputError(f"{uri_of(found)}: has no tag {name}, which qexp gives to every version")
+    return str(found.tags[name])
+
+
+def number_of(found: ModelVersion, name: str) -> float:
+    """The same for a number; InputError if it is none."""
+    text = tag_of(found, name)
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{uri_of(found)}: its tag {name} is {text}, which is no number") from None
+
+
 def exists(uri: str) -> bool:
     """Whether there is such a version."""
     try:
@@ -156,7 +172,8 @@ def look_up(uri: str, option: str = "--model-uri") -> ModelVersion:
 
 def newest_version(name: str) -> str:
     """The highest version number of a registered model, "0" when there is none; one that is being made is none yet."""
-    versions = all_pages(partial(mlflow.MlflowClient().search_model_versions, f"name = '{name}'"))
+    quote = '"' if "'" in name else "'"
+    versions = all_pages(partial(mlflow.MlflowClient().search_model_versions, f"name = {quote}{name}{quote}"))
     return str(max((int(version.version) for version in versions if "kind" in version.tags), default=0))
 
 
@@ -170,7 +187,7 @@ def from_entity(found: ModelVersion) -> Registered:
     """A version of the registry as the stages use it."""
     uri = uri_of(found)
     verified = found.tags.get("verified") == "true"
-    model_id = found.model_id or ""
+    model_id = found.model_id or str(found.source).removeprefix("models:/")  # MLflow keeps it in one of the two
     return Registered(found.name, str(found.version), model_id, found.run_id or "", _stored_bytes(uri), verified)
 
 

@@ -28,7 +28,8 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     found = registry.find_version(uri, "fp32", "int8", option="URI")
     uri = uri_of(found)
     config = registered.config_of_version(config, uri, found.tags["kind"])
-    host = read_host(config.threads or int(found.tags.get("threads", 0)) or None)
+    registry.refuse_pickled(found)
+    host = read_host(config.threads or int(registry.number_of(found, "threads")))
     dataset = load_dataset(config.data, config.seed)
     registered.check_data(uri, dataset, found.tags["kind"])
     with checked_copy(found) as copy:
@@ -62,9 +63,8 @@ def _compare(found: ModelVersion, accuracy: Accuracy, allowed: int) -> dict[str,
     """What was recorded; StageError if something else was measured."""
     recorded = {}
     for name, percent in (("top1", accuracy.top1_percent), ("top3", accuracy.top3_percent)):
-        before = recorded[f"recorded_{name}_percent"] = float(found.tags[f"test_{name}_percent"])
-        now = round(percent * accuracy.images / 100)
-        then = int(found.tags.get(f"test_{name}_correct") or round(before * accuracy.images / 100))
+        before = recorded[f"recorded_{name}_percent"] = registry.number_of(found, f"test_{name}_percent")
+        now, then = round(percent * accuracy.images / 100), int(registry.number_of(found, f"test_{name}_correct"))
         if abs(now - then) > allowed:
             raise StageError(
                 f"{uri_of(found)}: {name} is {percent:.2f} % now ({now} of {accuracy.images} test "

@@ -67,13 +67,11 @@ def test_faster_than_fp32_alone_pays_in_size(evidence: Evidence) -> None:
     """bf16 takes as long as int8 or less, but is no version that could be loaded: int8 is the better one of two."""
     level = {1: {"bf16": 0.9, "int8_fx": 1.0}, 8: {"bf16": 1.0, "int8_fx": 1.0}}
     first, against = advice.recommendation(_with_times(evidence, level))
-    assert first.startswith(
-        "**Ship `models:/smallnet-digits-int8/1`** (int8_fx) **for its size**: it passes the gate, is"
-    )
+    assert first.startswith("**Ship `models:/smallnet-digits-int8/1`** (int8_fx) **for its size**: it passes the gate")
     assert "is 4.00x smaller than the fp32 version, and int8 is faster than fp32 at every batch size: 3.9" in first
     assert first.endswith(
-        "Yet bf16 of the same weights, which is no registered version, is as fast or faster at every batch size: if you "
-        "can serve that, int8 does not pay in time."
+        "Yet bf16 of the same weights, which is no registered version, is as fast or faster at every batch size: if "
+        "you can serve that, int8 does not pay in time."
     )
     assert "(bf16), int8 is 0.9" in against
 

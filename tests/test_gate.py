@@ -48,6 +48,7 @@ def test_all_limits_kept() -> None:
             {"low": 1.4},
             "speed-up 2.5 at batch size 8, lower end 1.4 (too low by 0.1) is not at least 1.5",
         ),
+        ({"high": 70.25}, "top-1 drop 0.25 points, upper end 70.25 (too high by 69) is not at most 1"),
         ({"verified": False}, "a version does not reload bit for bit"),
     ],
 )

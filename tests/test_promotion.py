@@ -8,7 +8,7 @@ import mlflow
 import pytest
 from conftest import Finished, run_qexp
 
-from qexp import claims
+from qexp import advice, claims, promotion
 from qexp.config import Config, GateConfig, LatencyConfig
 from qexp.errors import InputError, StageError
 from qexp.promotion import run_promote, succeed
@@ -62,6 +62,12 @@ def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path:
     again = evidence_of_version(Config(gate=LOOSE), f"models:/{NAME}/2")
     assert again.gate.passed and again.is_worse and again.before_uri == f"models:/{NAME}/1"
     assert claims.answer(again).startswith("**No**: it passes the gate of the configuration, but is worse than")
+    assert advice.recommendation(again)[0].startswith(f"**Keep the champion, `models:/{NAME}/1`**: this version passes")
+    assert again.succession and not any("size ratio" in reason for reason in again.succession.reasons)
+    again = evidence_of_version(Config(gate=LOOSE.model_copy(update={"models": own})), f"models:/{NAME}/2")
+    assert claims.answer(again).startswith("**No**: it does not pass the gate of the configuration, and is worse than")
+    (first, *_) = advice.recommendation(again)
+    assert first.startswith("**Do not ship int8 yet**: ") and f" Keep the champion, `models:/{NAME}/1`." in first
     run = client.get_run(tags["promotion_run_id"])
     assert run.info.run_name == f"promote-{NAME}" and run.info.status == "FINISHED"
 
@@ -73,13 +79,29 @@ def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path:
     tags = _tags(client, "2")
     assert "is not at least 99" in tags["forced_reason"] and tags["forced_by"] and tags["forced_at"].startswith("20")
 
+    assert not evidence_of_version(Config(gate=LOOSE), f"models:/{NAME}/2").is_worse  # than itself
+
+    client.set_model_version_tag(NAME, "1", "gate", "failed")  # as if the machine had been busy
     found = run_promote(Config(latency=TIMES, gate=LOOSE), NAME, "1")
     assert found["decision"] == "passed" and found["top1_below_champion_points"] == 0
     assert any("below the champion's" in reason for reason in found["reasons"])
     assert any("as fast as the champion" in reason for reason in found["reasons"])
     assert any(reason.startswith(f"beside models:/{NAME}/2: top-1") for reason in found["reasons"])
     assert _champions(client) == ["1", "1"] and _tags(client, "1")["promotion"] == "passed"
-    assert _tags(client, "1")["worse_than"] == "none"
+    tags = _tags(client, "1")
+    assert tags["worse_than"] == "none" and tags["gate"] == "passed"
+    assert tags["latency_run_id"] == tags["promotion_run_id"]  # what was decided on
+
+
+def test_a_champion_that_moves_while_one_is_compared_with_it(
+    client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, tags = _champions(client), _tags(client, "2")
+    monkeypatch.setattr(promotion, "succeed", lambda uri, champion: False)
+    with pytest.raises(StageError, match="/2 is not promoted: another version has become champion meanwhile; run it"):
+        run_promote(Config(latency=TIMES, gate=LOOSE), NAME, "2")
+    assert _champions(client) == before and _tags(client, "2")["promotion"] == "rejected"
+    assert tags["promotion"] == "forced"
 
 
 def test_another_champion_is_not_replaced_unseen(client: mlflow.MlflowClient) -> None:

@@ -160,7 +160,13 @@ def test_other_uris_are_refused(uri: str, client: mlflow.MlflowClient) -> None:
 
 def test_latest_is_the_newest_version(client: mlflow.MlflowClient) -> None:
     assert registry.find_version("models:/smallnet-digits-int8/latest", "int8").version == 1
-    assert registry.newest_uri("no-such-model") is None
+    assert registry.newest_uri("no-such-model") is None and registry.newest_uri("no'such") is None
+
+
+def test_a_version_looked_up_knows_its_logged_model(client: mlflow.MlflowClient) -> None:
+    for kind in ("fp32", "int8"):
+        found = registry.from_entity(client.get_model_version(f"smallnet-digits-{kind}", "1"))
+        assert client.get_logged_model(found.model_id).name == f"smallnet-{kind}"
 
 
 def test_a_version_that_is_being_made_is_none_yet(finished: Finished, tmp_path: Path) -> None:

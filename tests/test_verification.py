@@ -6,9 +6,11 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import Finished, run_qexp
+from PIL import Image
 
 from qexp.config import Config
 from qexp.errors import InputError, StageError
+from qexp.prediction import predict_files
 from qexp.verification import run_verify
 
 NAME = "smallnet-digits-int8"
@@ -47,6 +49,10 @@ def test_files_that_were_changed_or_are_gone(client: mlflow.MlflowClient, tmp_pa
     file.write_bytes(content)
     with pytest.raises(StageError, match=rf"^{uri}: its files are not those that were registered: SHA-256 "):
         run_verify(Config(), uri)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (16, 16)).save(image)
+    with pytest.raises(StageError, match=rf"^{uri}: its files are not those"):
+        predict_files(uri, [str(image)], 1)
     file.unlink()
     with pytest.raises(StageError, match=rf"^{uri}: the model's file is gone"):
         run_verify(Config(), uri)
@@ -69,6 +75,29 @@ def test_another_accuracy_than_was_recorded(
     found = run_verify(Config(), uri)
     assert found["verified"] and not found["same_cpu_features"]
     assert "differs from the recorded one" in capsys.readouterr().err
+
+
+def test_tags_that_were_changed_are_one_line(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    uri = _copied_version(client, tmp_path / "copy")
+    number = uri.split("/")[-1]
+    for name, value in (("threads", "x"), ("test_top1_correct", "abc")):
+        kept = client.get_model_version(NAME, number).tags[name]
+        client.set_model_version_tag(NAME, number, name, value)
+        with pytest.raises(InputError, match=f"^{uri}: its tag {name} is {value}, which is no number$"):
+            run_verify(Config(), uri)
+        client.set_model_version_tag(NAME, number, name, kept)
+    for name in ("test_top3_percent", "data_digest", "train_run_id"):
+        kept = client.get_model_version(NAME, number).tags[name]
+        client.delete_model_version_tag(NAME, number, name)
+        with pytest.raises(InputError, match=f"^{uri}: has no tag {name}, which qexp gives to every version$"):
+            run_verify(Config(), uri)
+        client.set_model_version_tag(NAME, number, name, kept)
+
+
+def test_pickle_that_is_forbidden_is_said(client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    with pytest.raises(StageError, match="does not load with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false: MLflow loads"):
+        run_verify(Config(), f"models:/{NAME}/1")
 
 
 def test_what_is_no_version_of_ours(client: mlflow.MlflowClient) -> None:

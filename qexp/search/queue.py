@@ -40,7 +40,7 @@ def take_trial(study: Study, on_cut_off: Callable[[FrozenTrial], None]) -> optun
         trial = study.optuna.ask()
         if study.place.shared:
             _beat(study, trial)
-            trial.set_user_attr("worker", worker_name())
+        trial.set_user_attr("worker", worker_name())
     return trial
 
 
