@@ -34,7 +34,7 @@ def latency_stage(
 
     Args:
         int8s: the engine of each int8 version.
-        bf16: what `measure_bf16` has found, to be logged with the times.
+        bf16: what `measure_bf16` has found, to be logged with the times if that baseline is timed.
     """
     uris = ", ".join(f"`{version.uri}`" for version in (fp32, *int8s))
     with tracking.start_run(f"latency-{config.model}", f"Latency of {uris}.") as run_id:
@@ -50,7 +50,7 @@ def latency_stage(
         result = time_versions(request)
         ranked = {version: _fastest_first(config, result, found) for version, found in timed.items()}
         names = {version.uri: tuple(contender.name for contender in found) for version, found in ranked.items()}
-        evidence = LatencyEvidence(fp32.uri, names, result, host, run_id, bf16)
+        evidence = LatencyEvidence(fp32.uri, names, result, host, run_id, bf16 if BF16 in baselines else None)
         _log_latency(evidence, fp32, ranked)
     return evidence
 
