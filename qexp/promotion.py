@@ -75,7 +75,7 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
         found = _measure(config, host, dataset, candidate, other, run_id)
         word = "passed" if found.decision.passed else "forced" if force else "rejected"
         _record(found, word, run_id)  # first: no alias moves without a word on why
-        if word == "forced":
+        if force:
             move_champion(uri)
         elif word == "passed" and not succeed(uri, champion):
             tags = {"promotion": "rejected", "promotion_reason": f"rejected: {CHANGED}"}
