@@ -18,7 +18,7 @@ def recommendation(evidence: Evidence) -> list[str]:
         first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}. {_until_then(evidence)}{again}"
     elif evidence.is_worse and evidence.succession:
         why = "; ".join(evidence.succession.reasons)
-        first = f"**Keep the champion, `{evidence.before_uri}`**: this version passes the gate, but {why}."
+        first = f"**Keep the champion, `{_champion(evidence)}`**: this version passes the gate, but {why}."
     elif better := _better_one(evidence):
         first = (
             f"**Ship `{better.int8.version_uri}`** ({better.name}) **rather than this version**: it passes the gate "
@@ -86,10 +86,14 @@ def _not_for_time_alone(evidence: Evidence, floats: Sequence[str]) -> str:
     )
 
 
+def _champion(evidence: Evidence) -> str | None:
+    return evidence.now_uri or evidence.before_uri
+
+
 def _until_then(evidence: Evidence) -> str:
     """What to ship instead of int8: the champion that beat it, or fp32; the baselines are no registered versions."""
     if evidence.is_worse:
-        return f"Keep the champion, `{evidence.before_uri}`."
+        return f"Keep the champion, `{_champion(evidence)}`."
     return f"Ship the fp32 version, `{evidence.fp32.version_uri}`."
 
 

@@ -11,8 +11,8 @@ def answer(evidence: Evidence) -> str:
     drop = evidence.int8.comparison["test"].top1_drop_points
     yes = evidence.gate.passed and not evidence.is_worse
     verdict = f"**{'Yes' if yes else 'No'}**: it {'passes' if evidence.gate.passed else 'does not pass'}"
-    word = "but" if evidence.gate.passed else "and"
-    but = f", {word} is worse than the champion, `{evidence.before_uri}`" if evidence.is_worse else ""
+    word, then = "but" if evidence.gate.passed else "and", " of then" if evidence.now_uri else ""
+    but = f", {word} does not replace the champion{then}, `{evidence.before_uri}`" if evidence.is_worse else ""
     speed = " ".join([faster_where(evidence, evidence.latency.baseline), *_busy_if_that_counts(evidence)])
     return (
         f"{verdict} the gate of the configuration{but}. As int8, top-1 on the test images {changed(drop)}, and the "
@@ -112,7 +112,7 @@ def gate(evidence: Evidence) -> str:
     """The gate's decision, that against the champion, and what follows from them."""
     follows = {
         (True, True): "the int8 version is `champion`",
-        (True, False): "the int8 version is not `champion`: `qexp promote` moves that alias",
+        (True, False): "the int8 version is not `champion`: `qexp promote` decides on that",
         (False, True): "the int8 version is `champion` all the same, by an earlier decision",
         (False, False): "`champion` stays where it was",
     }

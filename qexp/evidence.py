@@ -125,7 +125,7 @@ class Evidence:
 
     `versions` are the int8 versions, the chosen one first. `champion` says whether that one has the alias.
     `failed_engines` says of each engine that could not quantize the model why. `succession` is the decision against
-    the champion of before, `before_uri`, where there was another one.
+    the champion of before, `before_uri`, where there was another one; `now_uri` is what has become champion since.
     """
 
     fp32: Fp32Evidence
@@ -135,10 +135,11 @@ class Evidence:
     failed_engines: dict[str, str] = field(default_factory=dict)
     succession: GateResult | None = None
     before_uri: str | None = None
+    now_uri: str | None = None
 
     @property
     def is_worse(self) -> bool:
-        """Whether the version chosen was shown to be worse than the present champion."""
+        """Whether the version chosen does not take the place of the champion that it was held against."""
         return self.succession is not None and not self.succession.passed
 
     @property

@@ -187,11 +187,11 @@ def _logits_of_champion(champion: ModelVersion | None, dataset: Dataset) -> tupl
         return None, ""
     if champion.tags.get("data_digest") != dataset.digest:
         was = champion.tags.get("data_digest")
-        return None, f"the champion {uri_of(champion)} was made with other data (digest {was}, not {dataset.digest})"
+        return None, f"it was made with other data or another image size (digest {was}, not {dataset.digest})"
     try:
         return _logits(champion, dataset), ""
     except StageError as error:
-        return None, f"the champion cannot be compared: {error}"
+        return None, f"it cannot be compared: {error}"
 
 
 def _sweep(config: Config, host: Host, fp32_uri: str, versions: dict[str, ModelVersion], run_id: str) -> LatencyResult:

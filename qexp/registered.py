@@ -101,8 +101,9 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
         gate = decide(config, fp32, int8, latency, verified)
         judged.append(Judged(int8, latency.name_of(timed), gate))
     champion = version_with(CHAMPION, found.name)
-    before = uri_of(champion) if champion else None
-    if before == own or before != found.tags.get("worse_than"):  # it was not held against the present champion
-        return Evidence(fp32, tuple(judged), latency, before == own)
+    now, before = uri_of(champion) if champion else None, found.tags.get("worse_than", "none")
+    if now == own or before == "none":
+        return Evidence(fp32, tuple(judged), latency, now == own)
     succession = GateResult(False, (found.tags.get("worse_reason", found.tags["promotion_reason"]),))
-    return Evidence(fp32, tuple(judged), latency, False, succession=succession, before_uri=before)
+    since = now if now != before else None
+    return Evidence(fp32, tuple(judged), latency, False, {}, succession, before, since)

@@ -171,16 +171,15 @@ def look_up(uri: str, option: str = "--model-uri") -> ModelVersion:
 
 
 def newest_version(name: str) -> str:
-    """The highest version number of a registered model, "0" when there is none; one that is being made is none yet."""
+    """The highest version number of a registered model, "0" when there is none."""
+    return str(max(version_numbers(name), default=0))
+
+
+def version_numbers(name: str) -> list[int]:
+    """Of a registered model, the newest first; a version that is being made is none yet."""
     quote = '"' if "'" in name else "'"
     versions = all_pages(partial(mlflow.MlflowClient().search_model_versions, f"name = {quote}{name}{quote}"))
-    return str(max((int(version.version) for version in versions if "kind" in version.tags), default=0))
-
-
-def newest_uri(name: str) -> str | None:
-    """The newest version of a registered model, None when there is none."""
-    number = newest_version(name)
-    return None if number == "0" else f"models:/{name}/{number}"
+    return sorted((int(version.version) for version in versions if "kind" in version.tags), reverse=True)
 
 
 def from_entity(found: ModelVersion) -> Registered:

@@ -125,11 +125,15 @@ def publish_trained(
 
 
 def check_output_dir(config: Config) -> None:
-    """Make `output_dir`, if it is set; InputError if that cannot be done."""
+    """Whether `output_dir` can be made, if it is set; InputError if not."""
     if config.output_dir is None:
         return
+    folder = Path(config.output_dir)
+    is_new = not folder.exists()
     try:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_new:  # until there is something to put there
+            folder.rmdir()
     except OSError as error:
         raise InputError(f"--output-dir {config.output_dir}: must be a folder that can be written ({error})") from None
 
@@ -138,12 +142,14 @@ def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: 
     """Write the report, log it with its pictures (to the parent's run too), copy it to `output_dir`; the page's URI."""
     with tracking.start_run("report", f"Report on `{evidence.int8.version_uri}`: see the artifacts.") as run_id:
         tracking.log_setup(config, host)
-        with tempfile.TemporaryDirectory() as folder:
-            write_report(evidence, Path(folder))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name, "report")  # not the temporary one, which nobody else may read
+            folder.mkdir()
+            write_report(evidence, folder)
             if config.output_dir:  # first: it is there whatever becomes of the store
                 shutil.copytree(folder, config.output_dir, dirs_exist_ok=True)
             for owner in filter(None, (run_id, parent_run_id)):
-                tracking.log_folder(Path(folder), "report", owner)
+                tracking.log_folder(folder, "report", owner)
     return f"runs:/{run_id}/report/report.html"
 
 

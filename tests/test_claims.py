@@ -229,14 +229,22 @@ def test_gate_that_failed(evidence: Evidence) -> None:
     assert text == "Gate failed: size ratio 2.50 is not at least 3; `champion` stays where it was."
     earlier = claims.gate(with_gate(evidence, reasons, champion=True))
     assert earlier.endswith("the int8 version is `champion` all the same, by an earlier decision.")
-    assert "`qexp promote` moves that alias" in claims.gate(with_gate(evidence, evidence.gate, champion=False))
+    assert "`qexp promote` decides on that" in claims.gate(with_gate(evidence, evidence.gate, champion=False))
+
+
+def test_a_version_that_lost_to_a_champion_of_before_is_not_called_shippable(evidence: Evidence) -> None:
+    lost = GateResult(False, ("beside models:/smallnet-digits-int8/1: top-1 2.00 points below the champion's",))
+    before, now = "models:/smallnet-digits-int8/1", "models:/smallnet-digits-int8/4"
+    found = replace(evidence, champion=False, succession=lost, before_uri=before, now_uri=now)
+    assert f"but does not replace the champion of then, `{before}`" in claims.answer(found)
+    assert advice.recommendation(found)[0].startswith(f"**Keep the champion, `{now}`**: this version passes the gate")
 
 
 def test_a_version_worse_than_the_champion_is_not_called_shippable(evidence: Evidence) -> None:
     before, worse = "models:/smallnet-digits-int8/7", GateResult(False, ("beside it: top-1 3.00 points below",))
     found = replace(evidence, champion=False, succession=worse, before_uri=before)
     assert claims.answer(found).startswith(
-        f"**No**: it passes the gate of the configuration, but is worse than the champion, `{before}`. As int8"
+        f"**No**: it passes the gate of the configuration, but does not replace the champion, `{before}`. As int8"
     )
     text = claims.gate(found)
     assert text.startswith("Gate passed: ") and "; it does not take the champion's place." in text

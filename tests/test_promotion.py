@@ -51,8 +51,9 @@ def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path:
     client.set_model_version_tag(NAME, "1", "data_digest", digest)
     words = (f"models:/{NAME}/2 is not promoted: size ratio", ") is not at least 99; int8 top-1", "too low by")
     assert all(word in str(rejected.value) for word in words)
-    assert f"the champion models:/{NAME}/1 was made with other data (digest {'0' * 16}, not {digest})" in str(
-        rejected.value
+    assert (
+        f"beside models:/{NAME}/1: it was made with other data or another image size (digest {'0' * 16}, not {digest})"
+        in str(rejected.value)
     )
     assert _champions(client) == ["1", "1"]
     tags = _tags(client, "2")
@@ -61,11 +62,15 @@ def test_rejected_then_forced_then_passed(client: mlflow.MlflowClient, tmp_path:
     assert tags["worse_than"] == f"models:/{NAME}/1"
     again = evidence_of_version(Config(gate=LOOSE), f"models:/{NAME}/2")
     assert again.gate.passed and again.is_worse and again.before_uri == f"models:/{NAME}/1"
-    assert claims.answer(again).startswith("**No**: it passes the gate of the configuration, but is worse than")
+    assert claims.answer(again).startswith(
+        "**No**: it passes the gate of the configuration, but does not replace the champion,"
+    )
     assert advice.recommendation(again)[0].startswith(f"**Keep the champion, `models:/{NAME}/1`**: this version passes")
     assert again.succession and not any("size ratio" in reason for reason in again.succession.reasons)
     again = evidence_of_version(Config(gate=LOOSE.model_copy(update={"models": own})), f"models:/{NAME}/2")
-    assert claims.answer(again).startswith("**No**: it does not pass the gate of the configuration, and is worse than")
+    assert claims.answer(again).startswith(
+        "**No**: it does not pass the gate of the configuration, and does not replace the champ"
+    )
     (first, *_) = advice.recommendation(again)
     assert first.startswith("**Do not ship int8 yet**: ") and f" Keep the champion, `models:/{NAME}/1`." in first
     run = client.get_run(tags["promotion_run_id"])

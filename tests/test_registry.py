@@ -160,7 +160,7 @@ def test_other_uris_are_refused(uri: str, client: mlflow.MlflowClient) -> None:
 
 def test_latest_is_the_newest_version(client: mlflow.MlflowClient) -> None:
     assert registry.find_version("models:/smallnet-digits-int8/latest", "int8").version == 1
-    assert registry.newest_uri("no-such-model") is None and registry.newest_uri("no'such") is None
+    assert registry.newest_version("no-such-model") == registry.newest_version("no'such") == "0"
 
 
 def test_a_version_looked_up_knows_its_logged_model(client: mlflow.MlflowClient) -> None:

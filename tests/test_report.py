@@ -236,7 +236,7 @@ def test_metrics_read_back_to_equal_evidence(evidence: Evidence, folder: Path) -
 def test_a_second_report_replaces_the_first(evidence: Evidence, tmp_path: Path) -> None:
     write_report(evidence, tmp_path)
     write_report(replace(evidence, champion=False), tmp_path)
-    assert "is not `champion`: `qexp promote` moves that alias" in (tmp_path / "report.md").read_text()
+    assert "is not `champion`: `qexp promote` decides on that" in (tmp_path / "report.md").read_text()
     assert not from_json(Evidence, (tmp_path / "metrics.json").read_text()).champion
 
 

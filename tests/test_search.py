@@ -12,7 +12,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from qexp.config import load_config
 from qexp.evidence import SearchResult, from_json
+from qexp.search.joining import _newest
 
 COUNTS = ["--sample-counts", "8,32,128", "--seeds-per-point", "2", "--observers", "minmax,histogram"]
 
@@ -171,6 +173,16 @@ def test_a_study_is_not_mixed_with_other_options(in_use: Finished) -> None:
     assert run_qexp(in_use.folder, "search", *first).code == 0
     done = run_qexp(in_use.folder, "search", "--study", "mine", "--sample-counts", "4,16", "--seeds-per-point", "1")
     assert done.code == 2 and "--study mine" in done.stderr
+
+
+def test_newest_version_is_the_newest_that_fits(finished: Finished) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    uri = finished.summary["fp32"]
+    for values in ({}, {"data": {"image_size": "16"}}, {"train": {"epochs": "7"}}):
+        assert _newest(load_config(None, values)) == uri
+    assert _newest(load_config(None, {"data": {"image_size": "8"}})) is None
+    for other in ({"seed": 5}, {"model": "vgg16"}):
+        assert _newest(load_config(None, {}).model_copy(update=other)) is None
 
 
 def test_without_a_registered_model_one_is_trained_first(tmp_path: Path) -> None:

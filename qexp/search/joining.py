@@ -71,14 +71,19 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
 
 
 def _newest(config: Config) -> str | None:
-    """The newest version of this model and data set, if there is one; says so, and which options do not count then."""
-    uri = registry.newest_uri(f"{config.model}-{dataset_name(config.data)}-fp32")
-    if uri:
-        asked = given_otherwise(config, registered.config_of_version(config, uri, "fp32"))
-        unused = [name.removeprefix("train.").replace("_", "-") for name, *_ in asked if name.startswith("train.")]
+    """The newest version of this model and data set that contradicts no option but those of training, if there is one;
+    says so, and which options do not count then."""
+    name = f"{config.model}-{dataset_name(config.data)}-fp32"
+    for number in registry.version_numbers(name):
+        uri = f"models:/{name}/{number}"
+        asked = [key for key, *_ in given_otherwise(config, registered.config_of_version(config, uri, "fp32"))]
+        unused = [key.removeprefix("train.").replace("_", "-") for key in asked if key.startswith("train.")]
+        if any(key.startswith("data.") or key.endswith((".model", ".seed")) for key in asked):
+            continue
         without = f", without {', '.join(f'--{name}' for name in unused)}: it is trained already" if unused else ""
         say(f"searching with {uri}, the newest one{without} (--model-uri: another)")
-    return uri
+        return uri
+    return None
 
 
 def set_up(ready: Ready, place: Place, open_storage: Callable[[str], Any], run_id: str) -> tuple[Study, Bench]:
