@@ -61,7 +61,7 @@ def lower(converted: fx.GraphModule, example: Tensor) -> fx.GraphModule:
 def _decompose(converted: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     """The program in the operations of Inductor's patterns, none of which changes a tensor in place.
 
-    What `torch.export` and `run_decompositions` do, in a third of the time: this program was exported before.
+    What `torch.export` and `run_decompositions` do, but in one trace: this program was exported before.
     """
     table = torch.export.default_decompositions()
     composite = {name: function for name, function in table.items() if torch._export.utils._is_cia_op(name)}
