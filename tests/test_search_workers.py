@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow
 import optuna
+import psycopg
 import pytest
 from conftest import run_qexp, start_qexp
 from forked import Forked
@@ -24,35 +25,41 @@ def _start(folder: Path, uri: str, url: str) -> Forked:
     return start_qexp(folder, "search", "--storage", url, *OPTIONS, uri=uri)
 
 
-def _trial_of(study_url: str, worker: Forked) -> int | None:
+TRIAL_OF = """
+select trials.number from trials
+join trial_user_attributes as worker on worker.trial_id = trials.trial_id and worker.key = 'worker'
+join trial_user_attributes as run on run.trial_id = trials.trial_id and run.key = 'run_id'
+where trials.state = 'RUNNING' and worker.value_json like %s
+"""
+
+
+def _trial_of(study: psycopg.Connection, worker: Forked) -> int | None:
     """The number of the trial that this worker is at, which has a run."""
     try:
-        trials = optuna.load_study(study_name="shared", storage=study_url).trials
-    except Exception:  # no worker has made the study yet
+        found = study.execute(TRIAL_OF, [f'%:{worker.pid}"']).fetchone()
+    except psycopg.errors.UndefinedTable:  # no worker has made the study yet
         return None
-    for trial in trials:
-        if trial.state == TrialState.RUNNING and trial.user_attrs.get("worker", "").endswith(f":{worker.pid}"):
-            return trial.number if "run_id" in trial.user_attrs else None
-    return None
+    return int(found[0]) if found else None
 
 
-def _kill_in_a_trial(study_url: str, workers: list[Forked]) -> tuple[Forked, int]:
+def _kill_in_a_trial(url: str, workers: list[Forked]) -> tuple[Forked, int]:
     """Kill the first worker that is seen at a trial: the one that is left, and the number of the trial.
 
     It is stopped while one looks again: a trial takes a second, and may have ended in between.
     """
     end = time.monotonic() + 200
-    while time.monotonic() < end:
-        for worker in workers:
-            if _trial_of(study_url, worker) is None:
-                continue
-            worker.send_signal(signal.SIGSTOP)
-            cut_off = _trial_of(study_url, worker)
-            if cut_off is not None:
-                worker.kill()
-                return next(other for other in workers if other is not worker), cut_off
-            worker.send_signal(signal.SIGCONT)
-        time.sleep(0.05)
+    with psycopg.connect(url, autocommit=True) as study:  # one connection: the server has a hundred
+        while time.monotonic() < end:
+            for worker in workers:
+                if _trial_of(study, worker) is None:
+                    continue
+                worker.send_signal(signal.SIGSTOP)
+                cut_off = _trial_of(study, worker)
+                if cut_off is not None:
+                    worker.kill()
+                    return next(other for other in workers if other is not worker), cut_off
+                worker.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
     raise AssertionError(f"no trial: {[worker.stderr for worker in workers]}")
 
 
@@ -64,7 +71,7 @@ def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None
     with start_postgres(tmp_path) as url:
         study_url = url.replace("postgresql:", "postgresql+psycopg:")
         workers = [_start(tmp_path, uri, url), _start(tmp_path, uri, url)]
-        other, cut_off = _kill_in_a_trial(study_url, workers)
+        other, cut_off = _kill_in_a_trial(url, workers)
         assert other.wait() == 0, other.stderr
         again = run_qexp(tmp_path, "search", "--storage", url, *OPTIONS)
         study = optuna.load_study(study_name="shared", storage=study_url)
@@ -83,7 +90,7 @@ def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None
     assert len(trained) == 1 and Counter(run.info.status for run in runs) == {"FINISHED": 6, "KILLED": 1}
     (killed,) = [run for run in runs if run.info.status == "KILLED"]
     assert killed.info.run_name == f"trial-{cut_off:03d}" and "is gone" in killed.data.tags["qexp.error"]
-    assert len({run.data.params["worker"] for run in runs if "worker" in run.data.params}) == 2
+    assert len({trial.user_attrs["worker"] for trial in trials if "worker" in trial.user_attrs}) == 2
 
     assert again.code == 0 and again.summary["run_id"] == parent.info.run_id and "trial " not in again.stderr
     password = url.split(":")[2].split("@")[0]
