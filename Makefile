@@ -7,7 +7,7 @@ ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true
 # MLflow's own default quotes the path: in one with a space, it would make a second folder with %20 in its name.
 STORE := MLFLOW_TRACKING_URI="sqlite:///$(CURDIR)/mlflow.db"
 
-.PHONY: help setup demo test lint ui server clean
+.PHONY: help setup demo test generate lint ui server clean
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
@@ -27,6 +27,9 @@ demo: setup  ## train SmallNet on digits, quantize, measure, register: report/re
 # Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
 test: setup  ## all tests, slow ones included
 	$(ENV) OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+generate: setup  ## write config.yaml and MLproject from the options
+	$(ENV) PYTHONPATH=. python .ci/generate.py
 
 lint: setup  ## ruff and mypy
 	$(ENV) ruff check .

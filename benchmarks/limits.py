@@ -1,15 +1,20 @@
 """What holds an int8 model back on this machine: rates of arithmetic and memory, and where the time of a pass goes."""
 
+import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.profiler import ProfilerActivity, profile
 
 PASSES = 30
+CALLS = (8, 40)  # convolutions of two traces, whose difference is that of so many calls
 MOST_ROWS = 8  # of a profile
 
 
@@ -17,7 +22,7 @@ MOST_ROWS = 8  # of a profile
 class Limits:
     """What the machine can do: int8 multiply-accumulates in a large matrix product, bytes read from memory.
 
-    `call_us` is what a call of torch's int8 convolution takes that has next to nothing to compute.
+    `call_us` is what torch's int8 convolution takes inside a trace if it has next to nothing to compute.
     """
 
     int8_gmacs_per_s: float
@@ -47,17 +52,27 @@ def measure_limits() -> Limits:
     product = _fastest_s(lambda: torch.ops.onednn.qlinear_pointwise(*arguments))
     memory = torch.ones(2**28)
     read = _fastest_s(lambda: memory.sum())
-    call = _fastest_s(_smallest_convolution(), passes=2000)
-    return Limits(rows * width * width / product / 1e9, 4 * 2**28 / read / 1e9, 1e6 * call)
+    return Limits(rows * width * width / product / 1e9, 4 * 2**28 / read / 1e9, 1e6 * _call_s())
 
 
-def _smallest_convolution() -> Callable[[], Any]:
-    weight = torch.quantize_per_channel(
-        torch.ones(16, 16, 1, 1), torch.ones(16), torch.zeros(16, dtype=torch.int64), 0, torch.qint8
-    )
-    packed = torch.ops.quantized.conv2d_prepack(weight, torch.zeros(16), [1, 1], [0, 0], [1, 1], 1)
-    pixel = torch.quantize_per_tensor(torch.ones(1, 16, 1, 1), 1.0, 0, torch.quint8)
-    return lambda: torch.ops.quantized.conv2d_relu(pixel, packed, 1.0, 0)
+def _call_s() -> float:
+    """Seconds of one int8 convolution of one pixel inside a frozen trace, as a model runs it: called from Python, each
+    takes as long again."""
+    few, many = (_trace_of_convolutions(count) for count in CALLS)
+    pixel = torch.ones(1, 16, 1, 1)
+    difference = _fastest_s(lambda: many(pixel), passes=1000) - _fastest_s(lambda: few(pixel), passes=1000)
+    return difference / (CALLS[1] - CALLS[0])
+
+
+def _trace_of_convolutions(count: int) -> torch.jit.ScriptModule:
+    """So many convolutions of one pixel, one after the other."""
+    layers = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 1) for _ in range(count))).eval()
+    pixel = torch.ones(1, 16, 1, 1)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao.quantization announces its successor
+        prepared = prepare_fx(layers, get_default_qconfig_mapping("x86"), (pixel,))
+        prepared(pixel)
+        return torch.jit.freeze(torch.jit.trace(convert_fx(prepared), pixel, check_trace=False).eval())
 
 
 def _fastest_s(run: Callable[[], Any], passes: int = PASSES) -> float:
@@ -70,24 +85,18 @@ def _fastest_s(run: Callable[[], Any], passes: int = PASSES) -> float:
 
 
 def profile_pass(model: Callable[[Tensor], object], images: Tensor) -> tuple[Operation, ...]:
-    """Where the time of a pass goes, by torch's profiler: the operations that take most, the rest as one."""
+    """Where the time of a pass goes, by torch's profiler: the operations that take most, the rest as one.
+
+    Each time is the median of the passes, so that a stall of the machine is no operation's.
+    """
     for _ in range(PASSES):
         model(images)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
-        for _ in range(PASSES):
-            model(images)
-    own = [one for one in found.key_averages(group_by_input_shape=True) if one.self_cpu_time_total > 0]
-    own.sort(key=lambda one: -one.self_cpu_time_total)
-    whole = sum(one.self_cpu_time_total for one in own)
+    passes = [_profile_once(model, images) for _ in range(PASSES)]
+    times = {key: statistics.median(one.get(key, (0, 0.0))[1] for one in passes) for key in passes[0]}
+    whole = sum(times.values())
     rows = [
-        Operation(
-            one.key,
-            tuple(one.input_shapes[0]) if one.input_shapes else (),
-            round(one.count / PASSES),
-            one.self_cpu_time_total / PASSES,
-            100 * one.self_cpu_time_total / whole,
-        )
-        for one in own
+        Operation(name, shape, passes[0][name, shape][0], time_us, 100 * time_us / whole)
+        for (name, shape), time_us in sorted(times.items(), key=lambda found: -found[1])
     ]
     rest = rows[MOST_ROWS:]
     others = Operation(
@@ -97,3 +106,14 @@ def profile_pass(model: Callable[[Tensor], object], images: Tensor) -> tuple[Ope
         *(sum(getattr(one, name) for one in rest) for name in ("time_us", "share_percent")),
     )
     return (*rows[:MOST_ROWS], others) if rest else tuple(rows)
+
+
+def _profile_once(model: Callable[[Tensor], object], images: Tensor) -> dict[tuple[str, tuple[int, ...]], Any]:
+    """Calls and µs of one pass by operation and shape of its first input."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        model(images)
+    return {
+        (one.key, tuple(one.input_shapes[0]) if one.input_shapes else ()): (one.count, one.self_cpu_time_total)
+        for one in found.key_averages(group_by_input_shape=True)
+        if one.self_cpu_time_total > 0
+    }

@@ -54,8 +54,8 @@ class Peers:
 
 
 def best_peer(row: LatencyRow) -> str:
-    """The peer with the smallest p50 at a batch size."""
-    return min((name for name in PEERS if name in row.stats), key=lambda name: row.stats[name].p50_ms)
+    """The peer that takes least time at a batch size."""
+    return row.fastest([name for name in PEERS if name in row.stats])
 
 
 def ratio_to_best(row: LatencyRow, name: str) -> Ratio:
@@ -125,8 +125,8 @@ def _about_limits(peers: Peers) -> str:
         f"not folded does {rate:,.0f} G of the model's multiply-accumulates a second at batch size {last.batch_size} "
         f"({100 * rate / peers.limits.int8_gmacs_per_s:.0f} %); at batch size {first.batch_size} it goes through the "
         f"default engine's {peers.weight_bytes / 1e6:.1f} MB of weights at {read:.1f} GB/s "
-        f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches). A call of torch's "
-        f"int8 convolution that has nothing to compute takes {peers.limits.call_us:.1f} µs."
+        f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches). Inside a trace, "
+        f"torch's int8 convolution takes at least {peers.limits.call_us:.1f} µs a call."
     )
 
 

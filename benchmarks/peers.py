@@ -5,9 +5,11 @@
 
 The same trained weights, calibration images, test images and thread count for all. Accuracy and size first; then, in a
 process of its own for each registered fp32 model, p50 at every batch size: all int8 models in short rounds in random
-order, loaded anew for each batch size, as `qexp run` times its own. A ratio is the median of the rounds' ratios, with
-its 95 % interval. The machine's own limits are measured in that process too: the rate of an int8 matrix product and
-the rate at which memory is read. Writes OUTPUT.md, OUTPUT.json and OUTPUT.png.
+order, loaded anew several times for each batch size, as `qexp run` times its own. A ratio is the geometric mean over
+the loads of the median of their rounds' ratios, with its 95 % interval. The machine's own limits are measured in that
+process too: the rate of an int8 matrix product and the rate at which memory is read.
+
+Writes OUTPUT.md, OUTPUT.json and OUTPUT.png.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from qexp.errors import InputError
 from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
 from qexp.evidence import from_json, to_json
 from qexp.host import read_host
-from qexp.latency import AGAIN, FEWEST_PAIRS, LatencyRow, measure_latency
+from qexp.latency import AGAIN, FEWEST_ROUNDS, LatencyRow, measure_latency
 from qexp.store import use_store
 
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -54,8 +56,8 @@ def main() -> None:
         return _time(arguments.time, arguments.rounds)
     if not arguments.model_uri and not arguments.earlier:
         parser.error("give a --model-uri, or an --earlier result")
-    if arguments.rounds < FEWEST_PAIRS:
-        parser.error(f"--rounds {arguments.rounds}: must be at least {FEWEST_PAIRS}, for a 95 % interval")
+    if arguments.rounds < FEWEST_ROUNDS:
+        parser.error(f"--rounds {arguments.rounds}: must be at least {FEWEST_ROUNDS}, for an interval")
     earlier = [peers for file in arguments.earlier for peers in from_json(tuple[Peers, ...], file.read_text())]
     try:
         if arguments.model_uri:

@@ -34,7 +34,6 @@ import torch
 
 from qexp import registry
 from qexp.host import read_host
-from qexp.latency import percentile
 from qexp.store import use_store
 
 KINDS = ("fp32", "int8")
@@ -158,7 +157,7 @@ def measure(ports: dict[str, int], images: np.ndarray, clients: int, rounds: int
     figures = {
         kind: Figures(
             statistics.median(p50[kind]),
-            1000 * percentile(pooled[kind], 99),
+            float(1000 * np.percentile(pooled[kind], 99)),
             statistics.median(pace[kind]),
             len(pooled[kind]),
         )

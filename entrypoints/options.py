@@ -123,6 +123,10 @@ def type_name(field: FieldInfo) -> str:
     )
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is dict:
+        return "N:WEIGHT,…"
     if _is_list(field):
         return "A,B,…"
     return {int: "int", float: "float", bool: "true|false", str: "text"}[kind]  # type: ignore[index]

@@ -12,10 +12,10 @@ Number = Annotated[str, typer.Option(help="its version; auto: the challenger, or
 Force = Annotated[str, typer.Option(help="move the alias even if rejected; recorded", metavar="true|false")]
 
 
-@with_options("threads", "data_dir", "gate", "batch_sizes", "warmup", "min_repeats", "min_seconds")
+@with_options("threads", "data_dir", "gate", "latency")
 def promote(config: Config, *, name: Name, version: Number = "auto", force: Force = "auto") -> dict[str, Any]:
-    """Make an int8 version `champion` if it passes the gate and is not worse than the present one, measured side by
-    side."""
+    """Make an int8 version `champion` if it passes the gate and is better than the present one and in nothing worse,
+    measured side by side."""
     from qexp.promotion import run_promote
 
     return run_promote(config, name, given_or_none(version), is_true("--force", force))

@@ -1,157 +1,62 @@
 """What to ship, from accuracy, size and latency together, and what each choice cost; sentences for the report."""
 
-from collections.abc import Sequence
-
-from qexp import claims, speed
+from qexp import claims
+from qexp.contenders import BF16
 from qexp.evidence import Evidence, Int8Evidence, Judged
-from qexp.latency import FEWEST_PAIRS, LatencyRow
+from qexp.latency import Ratio
 from qexp.quantization.sensitivity import SensitivityResult
+from qexp.verdict import SIZE_ONLY
 
 
 def recommendation(evidence: Evidence) -> list[str]:
-    """Which model to ship, and where int8 does not pay."""
-    floats = float_models(evidence)
-    told = {row.batch_size: row.compared(fastest(row, floats), evidence.name) for row in evidence.latency.rows}
-    kept = [_best_floats(evidence, floats)]
-    if not evidence.gate.passed:
-        again = "".join(f" {sentence}" for sentence in speed.busy(evidence))
-        first = f"**Do not ship int8 yet**: the gate {evidence.gate.summary}. {_until_then(evidence)}{again}"
-    elif evidence.is_worse and evidence.succession:
-        why = "; ".join(evidence.succession.reasons)
-        first = f"**Keep the champion, `{_champion(evidence)}`**: this version passes the gate, but {why}."
-    elif better := _better_one(evidence):
-        first = (
-            f"**Ship `{better.int8.version_uri}`** ({better.name}) **rather than this version**: it passes the gate "
-            f"too, and is faster than {evidence.name}, beyond the noise, at more batch sizes than slower."
-        )
-    elif speed.too_few(evidence):
-        first = (
-            f"**Measure with `--min-repeats {FEWEST_PAIRS}` or more**: fewer rounds tell no two models apart. int8 is "
-            f"{evidence.size_ratio:.2f}x smaller."
-        )
-    elif not any(told.values()) and not _is_level(evidence, floats):
-        first = (
-            "**Measure again on a quiet machine**: the noise is too high to tell int8 from the fastest model that "
-            f"is not int8 at any batch size. It is {evidence.size_ratio:.2f}x smaller."
-        )
-    elif not any(sign > 0 for sign in told.values()):
-        first = _not_for_time_alone(evidence, floats)
-    else:
-        first = _ship(evidence, floats, told)
-        kept += _not_faster(evidence, floats, told)
+    """The verdict, the floats that int8 was held against, and the versions beside the chosen one."""
     failed = [f"Engine {engine} could not quantize it: {why}." for engine, why in evidence.failed_engines.items()]
     others = [_about(evidence, judged) for judged in evidence.versions[1:]]
-    return [first, *kept, *_bf16(evidence), *others, *failed]
+    return [claims.verdict(evidence), *_instead(evidence), *_bf16(evidence), *others, *failed]
 
 
-def _better_one(evidence: Evidence) -> Judged | None:
-    """A version timed beside the one that was asked for, which `qexp run` would have chosen instead."""
-    passed = {judged.name: judged for judged in evidence.versions if judged.gate.passed}
-    best = passed[evidence.latency.winner(list(passed))]
-    return None if best.name == evidence.name else best
-
-
-def _is_level(evidence: Evidence, floats: Sequence[str]) -> bool:
-    """Whether int8 and the fastest model that is not int8 were shown to be equally fast, as far as that goes."""
-    ratios = [row.ratio(fastest(row, floats), evidence.name) for row in evidence.latency.rows]
-    within = all(1 - speed.SAME_SPEED <= ratio.low and ratio.high <= 1 + speed.SAME_SPEED for ratio in ratios)
-    return within and all(row.noise_edge <= 1 + speed.SAME_SPEED for row in evidence.latency.rows)
-
-
-def _ship(evidence: Evidence, floats: Sequence[str], told: dict[int, int]) -> str:
-    faster = [size for size, sign in told.items() if sign > 0]
-    where = "at every batch size" if len(faster) == len(told) else f"at batch size {_join(faster)}"
-    return (
-        f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}): it passes the gate (top-1 "
-        f"{claims.changed(evidence.int8.comparison['test'].top1_drop_points)}, {evidence.size_ratio:.2f}x smaller) and "
-        f"is faster than every model that is not int8 ({', '.join(floats)}) {where}."
-    )
-
-
-def _not_for_time_alone(evidence: Evidence, floats: Sequence[str]) -> str:
-    """The fastest model that is not int8 is as fast or faster: it may be no version that anybody can load."""
-    base = evidence.latency.baseline
-    signs = [row.compared(base, evidence.name) for row in evidence.latency.rows]
-    if min(signs) < 0 or not any(signs):
-        return (
-            "**int8 does not pay in time here**: at no batch size is it faster than the fastest model that is not "
-            f"int8, beyond the noise. It saves size alone ({evidence.size_ratio:.2f}x). {_until_then(evidence)}"
-        )
-    best = ", ".join(dict.fromkeys(fastest(row, floats) for row in evidence.latency.rows))
-    return (
-        f"**Ship `{evidence.int8.version_uri}`** ({evidence.name}) **for its size**: it passes the gate, is "
-        f"{evidence.size_ratio:.2f}x smaller than the fp32 version, and {speed.faster_where(evidence, base)} Yet "
-        f"{best} of the same weights, which is no registered version, is as fast or faster at every batch size: if you "
-        "can serve that, int8 does not pay in time."
-    )
-
-
-def _champion(evidence: Evidence) -> str | None:
-    return evidence.now_uri or evidence.before_uri
-
-
-def _until_then(evidence: Evidence) -> str:
-    """What to ship instead of int8: the champion that beat it, or fp32; the baselines are no registered versions."""
-    if evidence.is_worse:
-        return f"Keep the champion, `{_champion(evidence)}`."
-    return f"Ship the fp32 version, `{evidence.fp32.version_uri}`."
-
-
-def _not_faster(evidence: Evidence, floats: Sequence[str], told: dict[int, int]) -> list[str]:
-    """The batch sizes at which int8 brings no speed-up, and what is faster there."""
-    sentences = []
-    if slower := [row for row in evidence.latency.rows if told[row.batch_size] < 0]:
-        better = ", ".join(dict.fromkeys(fastest(row, floats) for row in slower))
-        sizes = _join([row.batch_size for row in slower])
-        sentences.append(f"int8 does not pay in time at batch size {sizes}: {better} is faster there.")
-    if unclear := [size for size, sign in told.items() if sign == 0]:
-        sentences.append(f"At batch size {_join(unclear)} int8 is indistinguishable from the fastest of them.")
-    return sentences
-
-
-def float_models(evidence: Evidence) -> list[str]:
-    """The names in the latency table that are not int8."""
-    int8 = {name for names in evidence.measured.contenders.values() for name in names}
-    return [name for name in evidence.latency.rows[0].stats if name not in int8]
-
-
-def fastest(row: LatencyRow, names: Sequence[str]) -> str:
-    """Of these models, the one with the smallest p50 in a row."""
-    return min(names, key=lambda name: row.stats[name].p50_ms)
-
-
-def _best_floats(evidence: Evidence, floats: Sequence[str]) -> str:
-    ratios = [row.ratio(fastest(row, floats), evidence.name).median for row in evidence.latency.rows]
-    ends = dict.fromkeys(f"{value:.2f}x" for value in (min(ratios), max(ratios)))
-    best = ", ".join(dict.fromkeys(fastest(row, floats) for row in evidence.latency.rows))
-    return f"Against the fastest model that is not int8 ({best}), int8 is {' to '.join(ends)} as fast."
+def _instead(evidence: Evidence) -> list[str]:
+    """Where int8 is shipped for its size only: what is as fast or faster."""
+    if evidence.verdict.word != SIZE_ONLY:
+        return []
+    best = evidence.latency.winner(evidence.floats)
+    made = "the registered version" if best == evidence.latency.baseline else "made of the same weights, not registered"
+    return [f"If time matters more than size, `{best}` ({made}) is the fastest float."]
 
 
 def _bf16(evidence: Evidence) -> list[str]:
-    """What the fastest model that is not int8 often costs in accuracy: the others compute what fp32 does."""
-    if not (found := evidence.measured.bf16):
+    """What the only float that rounds costs in accuracy, and whether int8 was held against it."""
+    if BF16 not in evidence.measured.floats:
         return []
+    if not (found := evidence.measured.bf16):
+        return ["bf16 was timed, but its accuracy is not known: int8 is not held against it."]
     low, high = found.top1_drop_low_points, found.top1_drop_high_points
+    counts = "keeps the gate's limits on accuracy, so int8 is held against it"
+    if BF16 not in evidence.floats:
+        counts = "does not keep the gate's limits on accuracy, so int8 is not held against it"
     return [
         f"In bf16, top-1 on the test images {claims.changed(found.top1_drop_points)} (95 % interval of the drop "
-        f"{low:+.2f} to {high:+.2f} points), and the file has {found.size_bytes / 1e6:.3f} MB."
+        f"{low:+.2f} to {high:+.2f} points), and the file has {found.size_bytes / 1e6:.3f} MB: it {counts}."
     ]
 
 
 def _about(evidence: Evidence, other: Judged) -> str:
     """How another int8 version compares with the chosen one."""
-    rows = evidence.latency.rows
-    signs = [row.compared(other.name, evidence.name) for row in rows]
-    words = {1: "slower", -1: "faster", 0: "indistinguishable"}
-    sizes = {sign: [row.batch_size for row, found in zip(rows, signs, strict=True) if found == sign] for sign in words}
-    times = "; ".join(f"{word} at batch size {_join(sizes[sign])}" for sign, word in words.items() if sizes[sign])
+    ratio = evidence.latency.mean_ratio([evidence.name], other.name)
     drop = other.int8.comparison["test"].top1_drop_points
-    gate = "passes" if other.gate.passed else "does not pass"
     compared = " (it was not compared with the champion)" if evidence.succession else ""
     return (
         f"`{other.int8.version_uri}` ({other.name}): top-1 {claims.changed(drop)}, "
-        f"{other.int8.size_bytes / 1e6:.3f} MB, {gate} the gate{compared}; compared with {evidence.name} it is {times}."
+        f"{other.int8.size_bytes / 1e6:.3f} MB, {_gate_word(other)}{compared}; {_as_fast(ratio)} as {evidence.name}."
     )
+
+
+def _gate_word(judged: Judged) -> str:
+    return {"passed": "passes the gate", "failed": "does not pass the gate"}.get(judged.gate.word, judged.gate.word)
+
+
+def _as_fast(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f}) as fast"
 
 
 def sensitivity(result: SensitivityResult) -> list[str]:
@@ -222,7 +127,3 @@ def _budget_of(int8: Int8Evidence) -> list[str]:
         f"That costs {grown:.3f} MB, and time: {slower} as long as with all layers in int8 (both timed in turns in the "
         "process that quantized them).",
     ]
-
-
-def _join(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes))

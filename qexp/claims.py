@@ -3,28 +3,28 @@
 from qexp.evidence import Evidence, Int8Evidence
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
-from qexp.speed import busy, faster_where
+from qexp.speed import faster_where, over_fp32
 
 
 def answer(evidence: Evidence) -> str:
     """The question's answer in one paragraph."""
     drop = evidence.int8.comparison["test"].top1_drop_points
-    yes = evidence.gate.passed and not evidence.is_worse
-    verdict = f"**{'Yes' if yes else 'No'}**: it {'passes' if evidence.gate.passed else 'does not pass'}"
-    word, then = "but" if evidence.gate.passed else "and", " of then" if evidence.now_uri else ""
-    but = f", {word} does not replace the champion{then}, `{evidence.before_uri}`" if evidence.is_worse else ""
-    speed = " ".join([faster_where(evidence, evidence.latency.baseline), *_busy_if_that_counts(evidence)])
     return (
-        f"{verdict} the gate of the configuration{but}. As int8, top-1 on the test images {changed(drop)}, and the "
-        f"file is {_times(evidence.size_ratio, 'smaller', 'larger')}. {speed}"
+        f"{verdict(evidence)} As int8, top-1 on the test images {changed(drop)}, and the file is "
+        f"{_times(evidence.size_ratio, 'smaller', 'larger')}. {faster_where(evidence)} {over_fp32(evidence)}"
     )
 
 
-def _busy_if_that_counts(evidence: Evidence) -> list[str]:
-    """A warning of stalls that may have decided: the gate has failed, or int8 is not clearly faster everywhere."""
-    base = evidence.latency.baseline
-    clear = all(row.compared(base, evidence.name) > 0 for row in evidence.latency.rows)
-    return [] if clear and evidence.gate.passed else busy(evidence)
+def verdict(evidence: Evidence) -> str:
+    """The one verdict, what to ship, and the limit that decided."""
+    found = evidence.verdict
+    ship = f" Ship `{found.ship}`." if found.ship else ""
+    stays = ""
+    if found.ships_int8 and evidence.champion_stays and evidence.succession:
+        stays = f" It is the champion, which stays: {'; '.join(evidence.succession.reasons)}."
+    elif found.ships_int8 and evidence.better:
+        stays = f" It was timed beside this version, passes the gate too, and is faster ({evidence.better.name})."
+    return f"**{found.word.capitalize()}**: {found.reason}.{ship}{stays}"
 
 
 def training(evidence: Evidence) -> list[str]:
@@ -110,16 +110,15 @@ def _left_fp32(int8: Int8Evidence) -> str:
 
 def gate(evidence: Evidence) -> str:
     """The gate's decision, that against the champion, and what follows from them."""
-    follows = {
-        (True, True): "the int8 version is `champion`",
-        (True, False): "the int8 version is not `champion`: `qexp promote` decides on that",
-        (False, True): "the int8 version is `champion` all the same, by an earlier decision",
-        (False, False): "`champion` stays where it was",
-    }
-    if evidence.is_worse:
-        follows[True, False] = "it does not take the champion's place"
-    against = f". Against the champion {evidence.succession.summary}" if evidence.succession else ""
-    return f"Gate {evidence.gate.summary}{against}; {follows[evidence.gate.passed, evidence.champion]}."
+    if evidence.champion:
+        follows = "the int8 version is `champion`"
+        follows += "" if evidence.gate.passed else " all the same, by an earlier decision"
+    elif evidence.gate.passed and not evidence.champion_stays:
+        follows = "the int8 version is not `champion`: `qexp promote` decides on that"
+    else:
+        follows = "`champion` stays where it was"
+    against = f". Against the champion: {evidence.succession.summary}" if evidence.succession else ""
+    return f"Gate {evidence.gate.summary}{against}; {follows}."
 
 
 def training_pace(evidence: Evidence) -> str:

@@ -5,17 +5,19 @@ import io
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from qexp import metrics, registry, tracking
-from qexp.config import Config
+from qexp.config import Config, GateConfig
 from qexp.contenders import BASELINE, BF16, Contender, freeze, in_bf16, int8_contenders
 from qexp.data import Dataset
 from qexp.errors import StageError, first_line
-from qexp.evaluation import compare, measure_accuracy, predict_logits
+from qexp.evaluation import compare, measure_accuracy, predict_logits, share_interval
 from qexp.evidence import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
-from qexp.gate import GateResult, decide_gate
+from qexp.gate import UNMEASURED, GateResult, decide_gate
 from qexp.host import Host
 from qexp.latency import LatencyResult
+from qexp.models import Classifier
 from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.quantizing import Int8
@@ -30,7 +32,7 @@ from qexp.sweep import SweepRequest, run_sweep
 def latency_stage(
     config: Config, host: Host, fp32: Registered, int8s: dict[Registered, str], bf16: Bf16Evidence | None = None
 ) -> LatencyEvidence:
-    """Time registered versions in a process of its own; log it to the run, to the models and as tags.
+    """Time registered versions in a clean subprocess; log it to the run, to the models and as tags.
 
     Args:
         int8s: the engine of each int8 version.
@@ -39,15 +41,15 @@ def latency_stage(
     uris = ", ".join(f"`{version.uri}`" for version in (fp32, *int8s))
     with tracking.start_run(f"latency-{config.model}", f"Latency of {uris}.") as run_id:
         tracking.log_setup(config, host)
-        baselines = [name for name in config.latency.baselines if name != BF16 or host.has_bf16]
-        if len(baselines) < len(config.latency.baselines):
-            say(f"baseline bf16 is left out: {host.cpu} has no bf16 instructions")
+        baselines = baselines_for(config, host)
         timed = {version: _int8_contenders(config, version.uri, engine) for version, engine in int8s.items()}
         contenders = [Contender(name, fp32.uri) for name in (BASELINE, *baselines)]
         contenders += [contender for found in timed.values() for contender in found]
         repeated = next(iter(timed.values()))[0].name
         request = SweepRequest(tuple(contenders), repeated, config.data.image_size, host.threads, config.latency)
         result = time_versions(request)
+        for shortcoming in result.shortcomings:
+            say(f"warning: no verdict rests on these times: {shortcoming}")
         ranked = {version: _fastest_first(config, result, found) for version, found in timed.items()}
         names = {version.uri: tuple(contender.name for contender in found) for version, found in ranked.items()}
         evidence = LatencyEvidence(fp32.uri, names, result, host, run_id, bf16 if BF16 in baselines else None)
@@ -55,19 +57,38 @@ def latency_stage(
     return evidence
 
 
-def measure_bf16(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> Bf16Evidence | None:
+def baselines_for(config: Config, host: Host) -> list[str]:
+    """The baselines asked for that this CPU has instructions for."""
+    able: list[str] = [name for name in config.latency.baselines if name != BF16 or host.has_bf16]
+    if len(able) < len(config.latency.baselines):
+        say(f"baseline bf16 is left out: {host.cpu} has no bf16 instructions")
+    return able
+
+
+def fair_floats(limits: GateConfig, latency: LatencyEvidence) -> tuple[str, ...]:
+    """What int8 is compared with: every model that is not int8, bf16 only if it keeps the limits on accuracy."""
+    found = latency.bf16
+    accurate = found is not None and found.top1_drop_high_points <= limits.max_top1_drop
+    if found and accurate and limits.min_top1 is not None:
+        accurate = share_interval(found.accuracy.top1_percent, found.accuracy.images)[0] >= limits.min_top1
+    return tuple(name for name in latency.floats if name != BF16 or accurate)
+
+
+def measure_bf16(
+    config: Config, host: Host, dataset: Dataset, model: Classifier, fp32_logits: Tensor
+) -> Bf16Evidence | None:
     """Size and accuracy of the baseline bf16 on the test images; None where it is not timed, or does not run."""
     if BF16 not in config.latency.baselines or not host.has_bf16:
         return None
     test, saved = dataset.test, io.BytesIO()
     try:
-        module = freeze(copy.deepcopy(fp32.model), config.data.image_size, torch.bfloat16)
+        module = freeze(copy.deepcopy(model), config.data.image_size, torch.bfloat16)
         torch.jit.save(module, saved)
         logits = predict_logits(in_bf16(module), test.images, label="bf16 on test images")
     except Exception as error:  # whatever an operation without bf16 raises
         say(f"the accuracy of bf16 is not measured: {first_line(error)}")
         return None
-    found = compare(fp32.logits["test"], logits, test.labels)
+    found = compare(fp32_logits, logits, test.labels)
     drop = found.top1_drop_points, found.top1_drop_low_points, found.top1_drop_high_points
     return Bf16Evidence(saved.tell(), measure_accuracy(logits, test.labels), *drop)
 
@@ -105,7 +126,7 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
     result = evidence.latency
     owners = {BASELINE: fp32.owner} | {found[0].name: version.owner for version, found in ranked.items()}
     fastest = result.winner([found[0].name for found in ranked.values()])
-    for whose, step, values in metrics.of_latency(result, fastest):
+    for whose, step, values in metrics.of_latency(result, fastest, evidence.floats):
         if whose is None or whose in owners:
             tracking.log_metrics(values, step, owners[whose] if whose else None)
     if evidence.bf16:
@@ -113,8 +134,7 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
     tracking.log_table(metrics.latency_table(result), "latency")
     tracking.log_result("latency", evidence)
     for version, found in ranked.items():
-        smallest = result.smallest_speedup(found[0].name)
-        tags = {"latency_run_id": evidence.run_id, "smallest_speedup": f"{smallest:.3f}"}
+        tags = {"latency_run_id": evidence.run_id} | speedup_tags(evidence, found[0].name)
         tags |= latency_tags(result, found[0].name)
         if found[0].backend:
             tags["backend"] = found[0].backend
@@ -122,8 +142,18 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
             registry.describe_kernels(version.uri, _about_kernels(result, found))
         registry.tag_version(version.uri, tags)
     registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | latency_tags(result, BASELINE))
-    least = result.smallest_speedup(fastest)
-    tracking.set_note(f"Smallest speed-up of {fastest} over `{fp32.uri}`: **{least:.2f}x**.")
+    least = result.least_speedup(fastest, evidence.floats)
+    tracking.set_note(
+        f"{fastest} over the fastest float: **{result.mean_ratio(evidence.floats, fastest).median:.2f}x** in the mean, "
+        f"{least.ratio.median:.2f}x over {least.over} at batch size {least.batch_size}, where it is least sure."
+    )
+
+
+def speedup_tags(evidence: LatencyEvidence, name: str) -> dict[str, str]:
+    """The smallest speed-ups of an int8 model, as tags of its version: over the fastest float, over fp32."""
+    result = evidence.latency
+    over_floats, over_fp32 = (result.smallest_speedup(name, slow) for slow in (evidence.floats, [result.baseline]))
+    return {"smallest_speedup": f"{over_floats:.3f}", "smallest_speedup_over_fp32": f"{over_fp32:.3f}"}
 
 
 def latency_tags(result: LatencyResult, name: str) -> dict[str, str]:
@@ -152,8 +182,8 @@ def gate_stage(
     """Hold each int8 version against the gate and tag it with the decision; the pipeline acts on it.
 
     The version chosen is the fastest of those that passed, or, if none did, of those that are accurate enough; of two
-    that cannot be told apart, that of the engine named first. `failed` says why other engines could not quantize the
-    model.
+    that cannot be told apart, that of the engine named first. No alias moves where the times are not good enough for a
+    verdict. `failed` says why other engines could not quantize the model.
     """
     judged = []
     for int8 in int8s:
@@ -164,9 +194,17 @@ def gate_stage(
     best = latency.latency.winner([one.name for one in _able(config, judged)])
     judged.sort(key=lambda one: one.name != best)
     chosen = next(int8 for int8 in int8s if int8.evidence is judged[0].int8)
-    if chosen.version.verified:
+    floats = fair_floats(config.gate.of(chosen.version.name), latency)
+    evidence = Evidence(fp32.evidence, tuple(judged), latency, judged[0].gate.passed, floats, failed)
+    registry.tag_version(chosen.version.uri, verdict_tags(evidence))
+    if chosen.version.verified and evidence.gate.word != UNMEASURED:
         set_alias(CHALLENGER, chosen.version.uri)
-    return Evidence(fp32.evidence, tuple(judged), latency, judged[0].gate.passed, failed)
+    return evidence
+
+
+def verdict_tags(evidence: Evidence) -> dict[str, str]:
+    """The verdict as tags of the version chosen."""
+    return {"verdict": evidence.verdict.word, "verdict_reason": evidence.verdict.reason}
 
 
 def _able(config: Config, judged: Sequence[Judged]) -> Sequence[Judged]:
@@ -182,7 +220,16 @@ def decide(
     config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence, verified: bool
 ) -> GateResult:
     """The gate's decision on an int8 version from what was measured."""
-    name, _ = split_uri(int8.version_uri)
-    speedup = latency.latency.least_speedup(latency.name_of(int8.version_uri))
-    ratio = fp32.size_bytes / int8.size_bytes
-    return decide_gate(config.gate.of(name), int8.accuracy["test"], int8.comparison["test"], ratio, speedup, verified)
+    limits, result = config.gate.of(split_uri(int8.version_uri)[0]), latency.latency
+    speedup = result.least_speedup(latency.name_of(int8.version_uri), fair_floats(limits, latency))
+    return decide_gate(
+        limits,
+        fp32.accuracy["test"],
+        int8.accuracy["test"],
+        fp32.data.guess,
+        int8.comparison["test"],
+        fp32.size_bytes / int8.size_bytes,
+        speedup,
+        result.shortcomings,
+        verified,
+    )

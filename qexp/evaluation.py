@@ -74,6 +74,11 @@ def compare(fp32_logits: Tensor, int8_logits: Tensor, labels: Tensor) -> Compari
     return Comparison(100 * (lost - gained) / count, low, high, 100 * top3_lost / count, agreement, lost, gained, count)
 
 
+def guess_percent(labels: Tensor) -> float:
+    """Top-1 of always naming the most frequent of these labels [N]."""
+    return 100 * labels.bincount().max().item() / len(labels)
+
+
 def paired_drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
     """95 % interval, in points, of the drop between two models that saw the same images.
 

@@ -1,26 +1,31 @@
 """What the stages found, put together: the only thing that figures, report and `metrics.json` are made from."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from qexp.cost import Cost
 from qexp.evaluation import Accuracy, Comparison
-from qexp.gate import GateResult
+from qexp.gate import GateResult, Succession
 from qexp.host import Host
-from qexp.latency import LatencyResult, Ratio
+from qexp.latency import LatencyResult, Ratio, Speedup
 from qexp.quantization.budget import BudgetResult
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.training import TrainResult
+from qexp.verdict import Verdict, decide_verdict
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The data set of a run; `digest` covers decoded pixels and labels."""
+    """The data set of a run; `digest` covers decoded pixels and labels.
+
+    `guess_percent` is the top-1 of always naming the class that is most frequent among the test images.
+    """
 
     name: str
     source: str
@@ -30,6 +35,12 @@ class DataFacts:
     train_images: int
     validation_images: int
     test_images: int
+    guess_percent: float | None = None
+
+    @property
+    def guess(self) -> float:
+        """Top-1 of guessing, in percent; of results of earlier versions, that among equally frequent classes."""
+        return 100 / len(self.classes) if self.guess_percent is None else self.guess_percent
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,12 @@ class LatencyEvidence:
     run_id: str
     bf16: Bf16Evidence | None = None
 
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """The names in the table that are not int8."""
+        int8 = {name for names in self.contenders.values() for name in names}
+        return tuple(name for name in self.latency.rows[0].stats if name not in int8)
+
     def name_of(self, uri: str) -> str:
         """The model of the table that stands for an int8 version: with the kernels that `qexp.load` gives."""
         return self.contenders[uri][0]
@@ -125,28 +142,67 @@ class Evidence:
 
     `versions` are the int8 versions, the chosen one first. `champion` says whether that one has the alias.
     `failed_engines` says of each engine that could not quantize the model why. `succession` is the decision against
-    the champion of before, `before_uri`, where there was another one; `now_uri` is what has become champion since.
+    the previous champion, `before_uri`, where there was another one; `now_uri` is what has become champion since.
+    `floats` are the models that int8 is compared with: all that are not int8, bf16 only if it is accurate enough.
     """
 
     fp32: Fp32Evidence
     versions: tuple[Judged, ...]
     measured: LatencyEvidence
     champion: bool
+    floats: tuple[str, ...]
     failed_engines: dict[str, str] = field(default_factory=dict)
-    succession: GateResult | None = None
+    succession: Succession | None = None
     before_uri: str | None = None
     now_uri: str | None = None
 
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The one answer that everything shows."""
+        return decide_verdict(self.gate, self.over_floats(self.name), self._int8_to_ship, self._float_to_ship)
+
     @property
-    def is_worse(self) -> bool:
+    def champion_stays(self) -> bool:
         """Whether the version chosen does not take the place of the champion that it was held against."""
-        return self.succession is not None and not self.succession.passed
+        return self.succession is not None and not self.succession.replaces
+
+    @property
+    def better(self) -> Judged | None:
+        """A version timed beside the one that was asked for, which `qexp run` would have chosen instead."""
+        passed = {judged.name: judged for judged in self.versions if judged.gate.passed}
+        if self.name not in passed:
+            return None
+        best = passed[self.latency.winner(list(passed))]
+        return None if best.name == self.name else best
+
+    @property
+    def _int8_to_ship(self) -> str:
+        if self.champion_stays:
+            return str(self.now_uri or self.before_uri)
+        return (self.better.int8 if self.better else self.int8).version_uri
+
+    @property
+    def _float_to_ship(self) -> str:
+        """The fastest over all batch sizes, as a reader can find it: only fp32 is registered."""
+        best = self.latency.winner(self.floats)
+        uri = self.fp32.version_uri
+        return uri if best == self.latency.baseline else f"{best}, made from {uri}"
+
+    def over_floats(self, name: str) -> Ratio:
+        """The fastest float's time at each batch size over that of an int8 model: the weighted geometric mean."""
+        return self.latency.mean_ratio(self.floats, name)
+
+    @property
+    def speedups_over_floats(self) -> tuple[Speedup, ...]:
+        """Of the version chosen over the fastest float, at each batch size that counts."""
+        return self.latency.speedups(self.name, self.floats)
 
     @property
     def decision(self) -> dict[str, Any]:
-        """Gate and succession, as a summary line shows them."""
+        """Verdict, gate and succession, as a summary line shows them."""
+        verdict = {"verdict": self.verdict.word, "verdict_reason": self.verdict.reason, "ship": self.verdict.ship}
         found: dict[str, Any] = {"gate": self.gate.word, "gate_reason": self.gate.summary, "champion": self.champion}
-        return found | ({"against_champion": self.succession.summary} if self.succession else {})
+        return verdict | found | ({"against_champion": self.succession.summary} if self.succession else {})
 
     @property
     def int8(self) -> Int8Evidence:
@@ -180,7 +236,8 @@ class Evidence:
 
     @property
     def headline(self) -> dict[str, float]:
-        """The figures that a summary line shows."""
+        """The figures that a summary line shows. A speed-up without a name is that over the fastest float."""
+        over_floats = [found.ratio.median for found in self.speedups_over_floats]
         return {
             "fp32_top1_percent": self.fp32.accuracy["test"].top1_percent,
             "int8_top1_percent": self.int8.accuracy["test"].top1_percent,
@@ -188,8 +245,11 @@ class Evidence:
             "fp32_size_mb": self.fp32.size_bytes / 1e6,
             "int8_size_mb": self.int8.size_bytes / 1e6,
             "size_ratio": self.size_ratio,
-            "smallest_speedup": min(self.speedups),
-            "largest_speedup": max(self.speedups),
+            "mean_speedup": self.over_floats(self.name).median,
+            "smallest_speedup": min(over_floats),
+            "largest_speedup": max(over_floats),
+            "smallest_speedup_over_fp32": min(self.speedups),
+            "largest_speedup_over_fp32": max(self.speedups),
         }
 
 

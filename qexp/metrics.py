@@ -54,17 +54,21 @@ def of_bf16(accuracy: Accuracy, drop_points: float) -> dict[str, float]:
     return {"test/bf16_top1": accuracy.top1_percent, "test/bf16_top1_drop": drop_points}
 
 
-def of_latency(result: LatencyResult, chosen: str) -> Iterator[tuple[str | None, int | None, dict[str, float]]]:
+def of_latency(
+    result: LatencyResult, chosen: str, floats: Sequence[str]
+) -> Iterator[tuple[str | None, int | None, dict[str, float]]]:
     """Values with whose they are (the model's name, None for the run alone) and their step, the batch size.
 
     The p50 and the speed-up are there without a step too: a table of runs shows only the value at the largest one.
-    `chosen`, the fastest int8 model, is also there as `int8`.
+    `chosen`, the fastest int8 model, is also there as `int8`. Speed-ups of a model are over the registered fp32 model;
+    `latency/speedup_over_floats` is that of `chosen` over the fastest of `floats`.
     """
     for row in result.rows:
         scalar = f"_batch{row.batch_size}"
         named = {name: (name, row.stats[name], row.speedups[name].median) for name in row.stats}
         for prefix, (name, stats, speedup) in (named | {"int8": named[chosen]}).items():
-            values = {"p50_ms": stats.p50_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms}
+            quantiles = {"p50_ms": stats.p50_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms}
+            values = {key: value for key, value in quantiles.items() if value is not None}
             values |= {"images_per_s": stats.images_per_second, "speedup": speedup}
             owners = [(None, f"latency/{prefix}_")] + ([(name, "latency/")] if prefix == name else [])
             for owner, start in owners:
@@ -73,6 +77,9 @@ def of_latency(result: LatencyResult, chosen: str) -> Iterator[tuple[str | None,
         speedup = row.speedups[chosen].median
         yield None, row.batch_size, {"latency/speedup": speedup}
         yield None, None, {f"latency/speedup{scalar}": speedup}
+        over_floats = row.ratio(row.fastest(floats), chosen).median
+        yield None, row.batch_size, {"latency/speedup_over_floats": over_floats}
+        yield None, None, {f"latency/speedup_over_floats{scalar}": over_floats}
 
 
 def latency_table(result: LatencyResult) -> dict[str, list[Any]]:

@@ -116,6 +116,29 @@ class QuantizeConfig(BaseModel):
         return self.model_copy(update={"engine": [engine]})
 
 
+def _as_weights(value: Any) -> Any:
+    """`1:3,128:1` on the command line; JSON has made text of the numbers of a mapping."""
+    if isinstance(value, list):  # of one or more parts, already split at the commas
+        value = ",".join(map(str, value))
+    if isinstance(value, str):
+        pairs = (part.partition(":") for part in value.split(","))
+        value = {size: weight or "1" for size, _, weight in pairs}
+    return {_number(key): _number(weight) for key, weight in value.items()} if isinstance(value, dict) else value
+
+
+def _number(value: Any) -> Any:
+    """Text as the number that it stands for; anything else, and text that is no number, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.strip().isdecimal() else float(value)
+    except ValueError:
+        return value
+
+
+Weights = Annotated[dict[PositiveInt, Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_as_weights)]
+
+
 class LatencyConfig(BaseModel):
     model_config = STRICT
     batch_sizes: Counts = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
@@ -123,9 +146,19 @@ class LatencyConfig(BaseModel):
         ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"],
         description="timed beside fp32 and int8, or none: fp32_eager, fp32_traced, bf16 (if the CPU has it), fp32_onnx",
     )
-    warmup: int = Field(5, ge=1, description="untimed passes of each model at each batch size")
+    profile: Weights | None = Field(
+        None, description="how much each batch size counts, 1:3,128:1; those left out do not; auto: all alike"
+    )
+    warmup: int = Field(5, ge=1, description="untimed passes of each model after each load")
+    loads: int = Field(5, ge=1, description="loads of all models at each batch size; at least 3 for a verdict")
     min_repeats: int = Field(20, ge=2, description="rounds at each batch size, at least; each times every model")
     min_seconds: float = Field(1.0, ge=0, description="seconds of timing at each batch size, at least")
+    max_busy_percent: float = Field(
+        5.0,
+        ge=0,
+        le=100,
+        description="share of the timed cores that others may take, percent; above it no verdict rests on the times",
+    )
 
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -140,6 +173,8 @@ class ModelGate(BaseModel):
     min_size_ratio: NotNegative | None = None
     min_speedup: NotNegative | None = None
     min_top1: Percent | None = None
+    champion_top1_margin: NotNegative | None = None
+    champion_slowdown_percent: NotNegative | None = None
 
 
 def _int8_name(name: str) -> str:
@@ -155,13 +190,23 @@ class GateConfig(BaseModel):
     )
     min_size_ratio: float = Field(3.0, ge=0, description="smallest fp32 size over int8 size, as stored")
     min_speedup: float = Field(
-        1.0, ge=0, description="fp32 time over int8 time that the 95 % interval must not go below, at any batch size"
+        1.0,
+        ge=0,
+        description="time of the fastest float over int8's, below which no 95 % interval may go, at any batch size",
     )
     min_top1: float | None = Field(
         None,
         ge=0,
         le=100,
         description="int8 test top-1 that its 95 % interval must not go below, percent; auto: no such limit",
+    )
+    champion_top1_margin: float = Field(
+        1.0,
+        ge=0,
+        description="points of top-1 below the champion's that a successor's 95 % interval may reach",
+    )
+    champion_slowdown_percent: float = Field(
+        5.0, ge=0, description="how much slower than the champion a successor's 95 % interval may reach, percent"
     )
     models: dict[Annotated[str, AfterValidator(_int8_name)], ModelGate] = Field(
         {},

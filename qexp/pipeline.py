@@ -50,7 +50,8 @@ def run_main(
         fp32 = _fp32_of_main(config, host, dataset, model_uri, run_id)
         evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
         tracking.log_metrics({f"headline/{name}": value for name, value in evidence.headline.items()})
-        found = {"gate": evidence.gate.word, "fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
+        found: dict[str, str] = {"verdict": evidence.verdict.word, "gate": evidence.gate.word}
+        found |= {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
         for name, value in found.items():
             tracking.set_tag(f"qexp.{name}", value)
         tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
@@ -100,7 +101,7 @@ def quantize_to_report(
     sensitivity = resumed.sensitivity_below(parent_run_id) if parent_run_id else None
     int8s, failed = quantize_all(config, host, dataset, fp32, done, sensitivity)
     engines = {int8.version: int8.evidence.quantize.engine for int8 in int8s}
-    bf16 = deciding.measure_bf16(config, host, dataset, fp32)
+    bf16 = deciding.measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"])
     latency = deciding.latency_stage(config, host, fp32.version, engines, bf16)
     evidence = deciding.gate_stage(config, fp32, int8s, latency, failed)
     while True:
@@ -191,9 +192,13 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     bf16 = registered.bf16_of(int8.tags)  # timing does not change its accuracy
     evidence = deciding.latency_stage(config, host, registry.from_entity(fp32), {version: int8.tags["engine"]}, bf16)
     name = evidence.name_of(version.uri)
-    speedups = {str(row.batch_size): row.speedups[name].median for row in evidence.latency.rows}
+    result, floats = evidence.latency, deciding.fair_floats(config.gate.of(version.name), evidence)
+    over_fp32 = {str(row.batch_size): row.speedups[name].median for row in result.rows}
+    over_floats = {str(found.batch_size): found.ratio.median for found in result.speedups(name, floats)}
     uris = {"fp32": evidence.fp32_uri, "int8": version.uri}
-    return {"command": "latency", "run_id": evidence.run_id, **uris, "speedup_by_batch_size": speedups}
+    times = {"speedup_by_batch_size": over_floats, "speedup_over_fp32_by_batch_size": over_fp32}
+    good_enough = {"shortcomings": list(result.shortcomings)} if result.shortcomings else {}
+    return {"command": "latency", "run_id": evidence.run_id, **uris, **times, **good_enough}
 
 
 def run_report(config: Config, model_uri: str) -> Summary:

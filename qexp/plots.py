@@ -1,5 +1,6 @@
 """The figures of a report, from `Evidence` alone; sized to be read at half the width of a page."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -139,7 +140,8 @@ def _inference_time(axes: Axes, evidence: Evidence) -> None:
         p50, p90 = [s.p50_ms for s in stats], [s.p90_ms for s in stats]
         if color := main.get(name):
             axes.plot(batches, p50, "o-", ms=3, color=color, label=f"{name} p50 (band: to p90)")
-            axes.fill_between(batches, p50, p90, color=color, alpha=0.25, lw=0)
+            known = [math.nan if value is None else value for value in p90]
+            axes.fill_between(batches, p50, known, color=color, alpha=0.25, lw=0)
         else:
             style = ":" if name.startswith("int8") else "--"
             axes.plot(batches, p50, style, lw=1, label=name)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from qexp import launch, registered, registry, resumed, stages, tracking
-from qexp.config import Config
+from qexp.config import Config, LatencyConfig
 from qexp.data import Dataset, calibration_count, load_dataset
 from qexp.distributed import read_group
 from qexp.errors import InputError
@@ -35,6 +35,7 @@ def prepare(
             registered.refuse_conflicts(config, model_uri, given)
         config = registered.config_of_version(config, model_uri, "fp32")
     check_model_name(config.model)
+    check_profile(config.latency)
     stages.check_output_dir(config)
     if launch.is_worker():
         train = config.train.model_copy(update={"processes": read_group().local_size})
@@ -81,9 +82,17 @@ def prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
     """The same for a command on the registered int8 version `model_uri`, which needs no images."""
     use_store()
     config = registered.config_of_version(config, model_uri, "int8")
+    check_profile(config.latency)
     stages.check_output_dir(config)
     tracking.use_experiment(registry.find_version(model_uri, "int8").tags["dataset"])
     return config, _use_threads(config)
+
+
+def check_profile(options: LatencyConfig) -> None:
+    """Raise InputError where `profile` weighs a batch size that is not timed."""
+    if others := [size for size in options.profile or {} if size not in options.batch_sizes]:
+        timed = ", ".join(map(str, options.batch_sizes))
+        raise InputError(f"--profile {others[0]}: must be one of the batch sizes that are timed: {timed}")
 
 
 def _use_threads(config: Config) -> Host:

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from qexp import metrics, registry, tracking
 from qexp.config import Config
-from qexp.contenders import BASELINE, Contender
+from qexp.contenders import BASELINE, BF16, Contender
 from qexp.data import Dataset
-from qexp.deciding import latency_tags, time_versions
+from qexp.deciding import baselines_for, fair_floats, latency_tags, measure_bf16, speedup_tags, time_versions
 from qexp.errors import InputError, StageError, first_line
-from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
-from qexp.evidence import Evidence, LatencyEvidence
-from qexp.gate import GateResult, decide_gate, decide_succession
+from qexp.evaluation import Comparison, compare, guess_percent, measure_accuracy, predict_logits
+from qexp.evidence import Bf16Evidence, Evidence, LatencyEvidence
+from qexp.gate import UNMEASURED, GateResult, Succession, decide_gate, decide_succession
 from qexp.host import Host
-from qexp.latency import LatencyResult
+from qexp.models import load_classifier
 from qexp.prepare import prepare
 from qexp.progress import say
+from qexp.registered import bf16_of
 from qexp.store import ModelVersion, split_uri, uri_of, use_store
 from qexp.store.aliases import CHALLENGER, CHAMPION, move_champion, version_with
 from qexp.store.catalog import list_models
@@ -31,36 +32,49 @@ from qexp.store.integrity import checked_copy
 from qexp.sweep import SweepRequest
 
 CANDIDATE = "candidate"
+STAYS = "champion stays"
 CHANGED = "another version has become champion meanwhile"
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What was found about a candidate: the gate's decision, and that against the champion where there is another."""
+    """What was found about a candidate: the gate's decision, and that against the champion where there is another.
+
+    `floats` are the models that the candidate's speed was held against.
+    """
 
     uri: str
     champion_uri: str | None
     gate: GateResult
-    succession: GateResult | None
+    succession: Succession | None
     drop: Comparison
     drop_from_champion: Comparison | None
-    latency: LatencyResult
+    measured: LatencyEvidence
+    floats: tuple[str, ...]
 
     @property
-    def decision(self) -> GateResult:
-        """Both together."""
-        found = [self.gate, self.succession] if self.succession else [self.gate]
-        failed = tuple(reason for one in found if not one.passed for reason in one.reasons)
-        return GateResult(not failed, failed or tuple(reason for one in found for reason in one.reasons))
+    def word(self) -> str:
+        """`passed`, what the gate says where it did not pass, or `champion stays`."""
+        if not self.gate.passed:
+            return "rejected" if self.gate.word != UNMEASURED else UNMEASURED
+        return STAYS if self.succession and not self.succession.replaces else "passed"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why: of the gate where it did not pass, or of both."""
+        if self.succession is None or not self.gate.passed:
+            return self.gate.reasons
+        return self.succession.reasons if not self.succession.replaces else self.gate.reasons + self.succession.reasons
 
 
 def run_promote(config: Config, name: str, version: str | None = None, force: bool = False) -> dict[str, Any]:
     """Decide on a version of the int8 model `name` (None: the challenger, or the newest), and move `champion` if it
-    passed, or with `force`. The decision is a run of its own and in the version's tags.
+    passed the gate and is better than the present one, or with `force`. A champion that stays is no failure. The
+    decision is a run of its own and in the version's tags.
 
     Raises:
         InputError: there is no such version, or the data are not those that it was made with.
-        StageError: it was rejected; the message says by which rules and by how much. No alias has moved.
+        StageError: the gate did not pass it; the message says by which limits and by how much. No alias has moved.
     """
     use_store()
     candidate = _candidate(name, version)
@@ -73,7 +87,7 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     config, host, dataset = prepare(config, fp32_uri)
     with _promotion_run(config, host, dataset, candidate, other) as run_id:
         found = _measure(config, host, dataset, candidate, other, run_id)
-        word = "passed" if found.decision.passed else "forced" if force else "rejected"
+        word = "forced" if force and found.word != "passed" else found.word
         _record(found, word, run_id)  # first: no alias moves without a word on why
         if force:
             move_champion(uri)
@@ -81,11 +95,11 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
             tags = {"promotion": "rejected", "promotion_reason": f"rejected: {CHANGED}"}
             registry.tag_version(uri, tags)
             raise StageError(f"{uri} is not promoted: {CHANGED}; run it again, to compare with that one")
-    if word == "rejected":
+    if word in ("rejected", UNMEASURED):
         still = f"the champion is still {before}" if before else "there is still no champion"
-        raise StageError(f"{uri} is not promoted: {'; '.join(found.decision.reasons)}; {still}")
+        raise StageError(f"{uri} is not promoted: {word}: {'; '.join(found.reasons)}; {still}")
     uris = {"int8": uri, "fp32": fp32_uri, "champion_before": before}
-    facts = {"gate": found.gate.word, "reasons": list(found.decision.reasons), **_figures(found)}
+    facts = {"gate": found.gate.word, "reasons": list(found.reasons), **_figures(found)}
     return {"command": "promote", "run_id": run_id, "decision": word, **uris, **facts}
 
 
@@ -103,8 +117,8 @@ def hold_against_champion(
         return evidence, champion
     with _promotion_run(config, host, dataset, candidate, champion) as run_id:
         found = replace(_measure(config, host, dataset, candidate, champion, run_id), gate=evidence.gate)
-        _record(found, "passed" if found.decision.passed else "rejected", run_id)
-    passed = found.decision.passed
+        _record(found, found.word, run_id)
+    passed = found.word == "passed"
     return replace(evidence, champion=passed, succession=found.succession, before_uri=uri_of(champion)), champion
 
 
@@ -151,22 +165,47 @@ def _measure(
     fp32, int8 = (_logits(one, dataset) for one in (fp32_version, candidate))
     before, why_not = _logits_of_champion(champion, dataset)
     versions = {CANDIDATE: candidate} | ({CHAMPION: champion} if champion and before is not None else {})
-    latency = _sweep(config, host, fp32_uri, versions, run_id)
+    bf16 = _bf16(config, host, dataset, fp32_version, candidate, fp32)
+    measured = _sweep(config, host, fp32_uri, versions, run_id, bf16)
+    result, limits = measured.latency, config.gate.of(candidate.name)
+    floats = fair_floats(limits, measured)
     source = registry.from_entity(fp32_version)
     version = registry.from_entity(candidate)
-    labels, ratio = dataset.test.labels, source.size_bytes / version.size_bytes
-    accuracy, drop = measure_accuracy(int8, labels), compare(fp32, int8, labels)
-    verified = source.verified and version.verified
-    limits = config.gate.of(candidate.name)
-    gate = decide_gate(limits, accuracy, drop, ratio, latency.least_speedup(CANDIDATE), verified)
-    champion_uri = uri_of(champion) if champion else None
+    labels = dataset.test.labels
+    drop = compare(fp32, int8, labels)
+    gate = decide_gate(
+        limits,
+        measure_accuracy(fp32, labels),
+        measure_accuracy(int8, labels),
+        guess_percent(labels),
+        drop,
+        source.size_bytes / version.size_bytes,
+        result.least_speedup(CANDIDATE, floats),
+        result.shortcomings,
+        source.verified and version.verified,
+    )
     if champion is None:
-        return Promotion(uri, None, gate, None, drop, None, latency)
+        return Promotion(uri, None, gate, None, drop, None, measured, floats)
     lost = compare(before, int8, labels) if before is not None else None
-    found = decide_succession(lost, latency, CHAMPION, CANDIDATE) if lost else GateResult(False, (why_not,))
+    if lost:
+        smaller = version.size_bytes / registry.from_entity(champion).size_bytes
+        faster = result.mean_ratio([CHAMPION], CANDIDATE)
+        found = decide_succession(limits, lost, faster, smaller, result.shortcomings)
+    else:
+        found = Succession(False, (why_not,))
     first, *others = found.reasons
-    succession = replace(found, reasons=(f"beside {champion_uri}: {first}", *others))
-    return Promotion(uri, champion_uri, gate, succession, drop, lost, latency)
+    succession = replace(found, reasons=(f"beside {uri_of(champion)}: {first}", *others))
+    return Promotion(uri, uri_of(champion), gate, succession, drop, lost, measured, floats)
+
+
+def _bf16(
+    config: Config, host: Host, dataset: Dataset, fp32: ModelVersion, candidate: ModelVersion, logits: Tensor
+) -> Bf16Evidence | None:
+    """What the candidate's own job has found of the baseline bf16, or else what is measured here."""
+    if found := bf16_of(candidate.tags):
+        return found
+    with tracking.downloaded(fp32.tags["weights_uri"]) as file:
+        return measure_bf16(config, host, dataset, load_classifier(file), logits)
 
 
 def _logits(version: ModelVersion, dataset: Dataset) -> Tensor:
@@ -194,18 +233,26 @@ def _logits_of_champion(champion: ModelVersion | None, dataset: Dataset) -> tupl
         return None, f"it cannot be compared: {error}"
 
 
-def _sweep(config: Config, host: Host, fp32_uri: str, versions: dict[str, ModelVersion], run_id: str) -> LatencyResult:
-    contenders = [Contender(BASELINE, fp32_uri)]
+def _sweep(
+    config: Config,
+    host: Host,
+    fp32_uri: str,
+    versions: dict[str, ModelVersion],
+    run_id: str,
+    bf16: Bf16Evidence | None,
+) -> LatencyEvidence:
+    baselines = baselines_for(config, host)
+    contenders = [Contender(name, fp32_uri) for name in (BASELINE, *baselines)]
     contenders += [Contender(name, uri_of(one), one.tags.get("backend")) for name, one in versions.items()]
-    options = config.latency.model_copy(update={"baselines": []})
-    request = SweepRequest(tuple(contenders), CANDIDATE, config.data.image_size, host.threads, options)
+    request = SweepRequest(tuple(contenders), CANDIDATE, config.data.image_size, host.threads, config.latency)
     result = time_versions(request)
-    for _, step, values in metrics.of_latency(result, CANDIDATE):
+    names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}
+    evidence = LatencyEvidence(fp32_uri, names, result, host, run_id, bf16 if BF16 in baselines else None)
+    for _, step, values in metrics.of_latency(result, CANDIDATE, evidence.floats):
         tracking.log_metrics(values, step)
     tracking.log_table(metrics.latency_table(result), "latency")
-    names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}
-    tracking.log_result("latency", LatencyEvidence(fp32_uri, names, result, host, run_id))
-    return result
+    tracking.log_result("latency", evidence)
+    return evidence
 
 
 def _is_champion(name: str, version: ModelVersion | None) -> bool:
@@ -216,43 +263,43 @@ def _is_champion(name: str, version: ModelVersion | None) -> bool:
 
 def _record(found: Promotion, word: str, run_id: str) -> None:
     """In the run and in the version's tags: what was decided, why, when and at whose word."""
-    summary = f"{word}: {'; '.join(found.decision.reasons)}"
+    summary = f"{word}: {'; '.join(found.reasons)}"
     run_tags = tracking.find_run(run_id).data.tags
     by, at = run_tags.get("mlflow.user", "unknown"), datetime.now(UTC).isoformat(timespec="seconds")
     version = registry.look_up(found.uri)
-    worse = found.succession is not None and not found.succession.passed
+    stays = found.succession is not None and not found.succession.replaces
     tags = {
         "promotion": word,
         "promotion_reason": summary,
         "promotion_run_id": run_id,
         "promotion_by": by,
         "promotion_at": at,
-        "worse_than": str(found.champion_uri) if worse else "none",
-        "worse_reason": "; ".join(found.succession.reasons) if worse and found.succession else "none",
+        "champion_kept": str(found.champion_uri) if stays else "none",
+        "champion_kept_reason": "; ".join(found.succession.reasons) if stays and found.succession else "none",
     }
     # What its own job has found stays, by limits that those of this one need not be, unless this is better news.
     outdated = word == "passed" and version.tags.get("gate") == "failed"
     if outdated or "gate" not in version.tags:
         tags |= {"gate": found.gate.word, "gate_reason": found.gate.summary}
     if word == "forced":
-        tags |= {"forced_reason": "; ".join(found.decision.reasons), "forced_by": by, "forced_at": at}
+        tags |= {"forced_reason": "; ".join(found.reasons), "forced_by": by, "forced_at": at}
     timed = version.tags.get("latency_run_id")
     if outdated or timed in (None, version.tags.get("promotion_run_id")):  # by no job, or by a promotion before
-        tags |= {"latency_run_id": run_id, "smallest_speedup": f"{found.latency.smallest_speedup(CANDIDATE):.3f}"}
-        tags |= latency_tags(found.latency, CANDIDATE)
+        tags |= {"latency_run_id": run_id} | speedup_tags(found.measured, CANDIDATE)
+        tags |= latency_tags(found.measured.latency, CANDIDATE)
     tracking.log_result("promotion", found)
     tracking.log_metrics(_figures(found))
     registry.tag_version(found.uri, tags)
     tracking.set_tag("qexp.promotion", word)
     tracking.set_note(f"`{found.uri}` {summary}.")
-    if word != "rejected":  # which the last line says
+    if word not in ("rejected", UNMEASURED):  # which the last line says
         say(f"{found.uri} {summary}")
 
 
 def _figures(found: Promotion) -> dict[str, float]:
     figures = {
         "top1_drop_points": found.drop.top1_drop_points,
-        "smallest_speedup": found.latency.smallest_speedup(CANDIDATE),
+        "smallest_speedup": found.measured.latency.smallest_speedup(CANDIDATE, found.floats),
     }
     if found.drop_from_champion:
         figures["top1_below_champion_points"] = found.drop_from_champion.top1_drop_points

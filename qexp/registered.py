@@ -3,10 +3,10 @@
 from qexp import registry, tracking
 from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.data import Dataset
-from qexp.deciding import decide
+from qexp.deciding import decide, fair_floats
 from qexp.errors import InputError
 from qexp.evidence import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
-from qexp.gate import GateResult
+from qexp.gate import Succession
 from qexp.models import load_classifier
 from qexp.quantizing import Int8
 from qexp.stages import SPLITS, Fp32, evaluate_splits
@@ -101,9 +101,10 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
         gate = decide(config, fp32, int8, latency, verified)
         judged.append(Judged(int8, latency.name_of(timed), gate))
     champion = version_with(CHAMPION, found.name)
-    now, before = uri_of(champion) if champion else None, found.tags.get("worse_than", "none")
+    now, before = uri_of(champion) if champion else None, found.tags.get("champion_kept", "none")
+    floats = fair_floats(config.gate.of(found.name), latency)
     if now == own or before == "none":
-        return Evidence(fp32, tuple(judged), latency, now == own)
-    succession = GateResult(False, (found.tags.get("worse_reason", found.tags["promotion_reason"]),))
+        return Evidence(fp32, tuple(judged), latency, now == own, floats)
+    succession = Succession(False, (found.tags.get("champion_kept_reason", found.tags["promotion_reason"]),))
     since = now if now != before else None
-    return Evidence(fp32, tuple(judged), latency, False, {}, succession, before, since)
+    return Evidence(fp32, tuple(judged), latency, False, floats, {}, succession, before, since)

@@ -2,8 +2,10 @@
 
 import base64
 import html
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import markdown
@@ -11,7 +13,7 @@ import markdown
 from qexp import advice, claims, speed
 from qexp.evaluation import Accuracy
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, to_json
-from qexp.latency import LatencyRow, LatencyStats
+from qexp.latency import LatencyStats, Ratio
 from qexp.plots import save_figures
 
 STYLE = """
@@ -28,7 +30,8 @@ def write_report(evidence: Evidence, folder: Path) -> Path:
     save_figures(evidence, folder / "figures")
     text = render_markdown(evidence)
     (folder / "report.md").write_text(text)
-    (folder / "metrics.json").write_text(to_json(evidence))
+    values = {"verdict": asdict(evidence.verdict)} | json.loads(to_json(evidence))
+    (folder / "metrics.json").write_text(json.dumps(values, indent=2))
     page = folder / "report.html"
     page.write_text(render_html(text, folder))
     return page
@@ -136,7 +139,8 @@ def _macs_table(evidence: Evidence) -> str:
 def _p50_table(evidence: Evidence) -> str:
     names = list(evidence.latency.rows[0].stats)
     rows = [[str(row.batch_size), *(_quantiles(row.stats[name]) for name in names)] for row in evidence.latency.rows]
-    return "Wall time, ms per batch, p50 / p90 / p99:\n\n" + table(["Batch size", *names], rows)
+    head = "Wall time, ms per batch, p50 / p90 / p99 (a dash where too few passes lie beyond a percentile):\n\n"
+    return head + table(["Batch size", *names], rows)
 
 
 def _quantiles(found: LatencyStats) -> str:
@@ -144,21 +148,21 @@ def _quantiles(found: LatencyStats) -> str:
 
 
 def _speedup_table(evidence: Evidence) -> str:
-    """Over the registered fp32 model; it says where the noise is too high to tell the two apart."""
-    base = evidence.latency.baseline
-    names = [name for name in evidence.latency.rows[0].stats if name != base]
-    rows = [[str(row.batch_size), *(_speedup(row, base, name) for name in names)] for row in evidence.latency.rows]
-    noise = [f"{row.noise.median:.2f} ({row.noise.low:.2f} to {row.noise.high:.2f})" for row in evidence.latency.rows]
-    body = [[*cells, found] for cells, found in zip(rows, noise, strict=True)]
-    interval = speed.interval([len(row.round_ms[base]) for row in evidence.latency.rows])
-    head = f"Times as fast as {base}, with {interval}; last, the noise, an int8 model against itself:\n\n"
-    return head + table(["Batch size", *names, "noise"], body)
+    """The chosen version over the fastest float; every model over the registered fp32 model; and the control."""
+    base, latency = evidence.latency.baseline, evidence.latency
+    names = [name for name in latency.rows[0].stats if name != base]
+    header = ["Batch size", "fastest float", f"{evidence.name} over it", *(f"{name} over {base}" for name in names)]
+    body = []
+    for row in latency.rows:
+        best = row.fastest(evidence.floats)
+        ratios = [row.ratio(best, evidence.name), *(row.speedups[name] for name in names), row.noise]
+        body.append([str(row.batch_size), best, *(_ratio(found) for found in ratios)])
+    head = f"Times as fast, with {speed.interval(latency.rows)}; last, the control, an int8 model against its copy:\n\n"
+    return head + table([*header, "control"], body)
 
 
-def _speedup(row: LatencyRow, base: str, name: str) -> str:
-    found = row.speedups[name]
-    text = f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
-    return text if row.compared(base, name) else f"cannot tell apart: {text}"
+def _ratio(found: Ratio) -> str:
+    return f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _latency_table(evidence: Evidence) -> str:
@@ -171,7 +175,7 @@ def _latency_table(evidence: Evidence) -> str:
             text
             for s in (row.stats[name] for name in names)
             for text in (
-                *(f"{value:.2f}" for value in (s.p50_ms, s.p90_ms, s.p99_ms)),
+                *("-" if value is None else f"{value:.2f}" for value in (s.p50_ms, s.p90_ms, s.p99_ms)),
                 f"{s.images_per_second:,.0f}",
                 f"{s.repeats:,}",
             )

@@ -20,7 +20,7 @@ from qexp.commit import read_commit
 from qexp.config import Config
 from qexp.data import Dataset, stratified_sample
 from qexp.errors import InputError, StageError
-from qexp.evaluation import Accuracy, measure_accuracy, predict_logits
+from qexp.evaluation import Accuracy, guess_percent, measure_accuracy, predict_logits
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence
 from qexp.host import Host
 from qexp.models import Classifier, ModelSpec, build_classifier, save_classifier
@@ -207,5 +207,6 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _data_facts(dataset: Dataset, config: Config) -> DataFacts:
-    counts = [len(getattr(dataset, split)) for split in SPLITS]
-    return DataFacts(dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size, *counts)
+    counts = len(dataset.train), len(dataset.validation), len(dataset.test)
+    facts = dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size
+    return DataFacts(*facts, *counts, guess_percent(dataset.test.labels))

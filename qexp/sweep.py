@@ -1,12 +1,13 @@
 """The latency sweep in a process of its own: `python -m qexp.sweep REQUEST.json RESULT.json`.
 
-It fixes the thread count, loads copies of all models as a user does, and does nothing else while it times them.
-Start-up and memory are measured first, in one more process per model. For every batch size the models are loaded anew:
-torch's int8 convolutions keep one kernel, for the first shape that they see, as a service with that batch size would
-have it.
+It fixes the thread count, loads copies of all models as a user does, and does nothing else while it times them, but
+watch what else the machine does. Start-up and memory are measured first, in one more process per model. The models are
+loaded anew several times for every batch size: where their memory lies makes a percent, and torch's int8 convolutions
+keep one kernel, for the first shape that they see, as a service with that batch size would have it.
 """
 
 import multiprocessing
+import random
 import resource
 import signal
 import subprocess
@@ -15,16 +16,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qexp.activity import watch_machine
 from qexp.config import LatencyConfig
 from qexp.contenders import BASELINE, Contender, fetch, load, prepare_baseline
 from qexp.errors import StageError, first_line
 from qexp.evidence import from_json, to_json
+from qexp.host import reuse_freed_memory
 from qexp.latency import AGAIN, LatencyResult, LatencyRow, Run, StartUp, measure_latency
 from qexp.progress import say
 
@@ -64,9 +68,13 @@ def _main(question: Path, answer: Path) -> None:
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         # In forks, before this process computes anything itself: OpenMP's threads do not survive one.
         startups = _start_all(request, Path(name))
-        prepare = _preparer(list(startups), request, Path(name))
-        rows = measure_latency(prepare, BASELINE, request.repeated, request.options, on_row=_say_row)
-    answer.write_text(to_json(LatencyResult(BASELINE, rows, tuple(startups.values()), request.threads)))
+        reuse_freed_memory()  # as in training: without it, fp32 pays for page faults at large batch sizes
+        prepare, options = _preparer(list(startups), request, Path(name)), request.options
+        watch = partial(watch_machine, request.threads)
+        rows = measure_latency(prepare, BASELINE, request.repeated, options, on_row=_say_row, watch=watch)
+    weights, busy = options.profile or {}, options.max_busy_percent
+    result = LatencyResult(BASELINE, rows, tuple(startups.values()), request.threads, weights, busy)
+    answer.write_text(to_json(result))
 
 
 def _start_all(request: SweepRequest, folder: Path) -> dict[Contender, StartUp]:
@@ -86,14 +94,17 @@ def _start_all(request: SweepRequest, folder: Path) -> dict[Contender, StartUp]:
 
 
 def _preparer(contenders: Sequence[Contender], request: SweepRequest, folder: Path) -> Callable[[int], dict[str, Run]]:
-    """What loads all models for a batch size; the repeated one twice: its place in memory, too, makes some percent."""
-    generator = torch.Generator().manual_seed(0)
+    """What loads all models for a batch size, in a new random order, so that they lie elsewhere in memory; the repeated
+    one twice."""
+    generator, shuffled = torch.Generator().manual_seed(0), random.Random(0)
     again = [replace(found, name=AGAIN) for found in contenders if found.name == request.repeated]
 
     def prepare(batch_size: int) -> dict[str, Run]:
         images = torch.rand((batch_size, 3, request.image_size, request.image_size), generator=generator)
-        models = {contender.name: load(contender, folder) for contender in [*contenders, *again]}
-        return {name: lambda model=model: model(images) for name, model in models.items()}  # type: ignore[misc]
+        everyone = [*contenders, *again]
+        order = shuffled.sample(everyone, len(everyone))
+        models = {contender.name: load(contender, folder) for contender in order}
+        return {one.name: lambda model=models[one.name]: model(images) for one in everyone}  # type: ignore[misc]
 
     return prepare
 

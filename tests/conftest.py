@@ -25,7 +25,7 @@ from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 from qexp.gate import GateResult
 from qexp.host import Host
-from qexp.latency import LatencyResult, LatencyRow, LatencyStats, Ratio, StartUp, paired_ratio
+from qexp.latency import LatencyResult, LatencyRow, LatencyStats, Ratio, StartUp
 from qexp.models import Classifier, ModelSpec, build_classifier
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
@@ -34,9 +34,10 @@ from qexp.training import EpochResult, TrainResult, train_model
 # For tests that need a run and look at neither: a sweep has no more models than int8 needs, no layer is tried alone.
 PLAIN = "--baselines none --sensitivity-images 0".split()
 # Enough for a model that has learnt something, and for every stage to have run.
+# Other tests run beside it: its times are not good for anything but to have been measured.
 QUICK = (
-    "--image-size 16 --epochs 4 --batch-sizes 1,8 --min-repeats 3 --min-seconds 0 --warmup 1 --calibration-samples 64 "
-    "--baselines fp32_traced --sensitivity-images 16"
+    "--image-size 16 --epochs 4 --batch-sizes 1,8 --min-repeats 6 --loads 3 --min-seconds 0 --warmup 1 "
+    "--max-busy-percent 100 --calibration-samples 64 --baselines fp32_traced --sensitivity-images 16"
 ).split()
 
 
@@ -188,18 +189,24 @@ def latency_row(
 ) -> LatencyRow:
     """A row of models that take so many ms, give or take 1 % from round to round, the same from call to call.
 
-    The first is the baseline. `noise_percent`: how far one model against itself is from 1, either way.
+    The first is the baseline. `noise_percent`: how far one model against itself is from 1, either way. The rounds are
+    those of five loads, or of as many as there are rounds.
     """
     moved = random.Random(batch_size)
     round_ms = {name: tuple(ms * f for f in _spread_around_one(moved, rounds)) for name, ms in times_ms.items()}
-    base = round_ms[next(iter(round_ms))]
-    speedups = {name: paired_ratio(base, found) for name, found in round_ms.items()}
     stats = {
         name: LatencyStats(ms, p90 * ms, 1.5 * ms, 1000 * batch_size / ms, repeats=3 * rounds)
         for name, ms in times_ms.items()
     }
     noise = Ratio(1.0, 1 - noise_percent / 100, 1 + noise_percent / 100)
-    return LatencyRow(batch_size, stats, round_ms, speedups, noise)
+    loads = tuple(len(part) for part in torch.arange(rounds).tensor_split(min(5, rounds)))
+    row = LatencyRow(batch_size, stats, round_ms, {}, noise, loads)
+    return with_speedups_of_rounds(row, next(iter(round_ms)))
+
+
+def with_speedups_of_rounds(row: LatencyRow, base: str) -> LatencyRow:
+    """`row` with the speed-ups over `base` that its rounds give."""
+    return replace(row, speedups={name: row.ratio(base, name) for name in row.round_ms})
 
 
 def _spread_around_one(moved: random.Random, rounds: int) -> Sequence[float]:
@@ -212,7 +219,8 @@ def _spread_around_one(moved: random.Random, rounds: int) -> Sequence[float]:
 def with_rows(evidence: Evidence, *rows: LatencyRow) -> Evidence:
     """`evidence` with another latency table."""
     latency = replace(evidence.latency, rows=rows)
-    return replace(evidence, measured=replace(evidence.measured, latency=latency))
+    floats = tuple(name for name in evidence.floats if name in rows[0].stats)
+    return replace(evidence, measured=replace(evidence.measured, latency=latency), floats=floats)
 
 
 def with_speedups(
@@ -224,8 +232,7 @@ def with_speedups(
         times = {"fp32": 4.0 * batch, "int8_fx": 4.0 * batch / speedup}
         row = latency_row(batch, times, rounds, noise_percent, p90)
         together = row.round_ms | {"int8_fx": tuple(ms / speedup for ms in row.round_ms["fp32"])}
-        exact = row.speedups | {"int8_fx": replace(row, round_ms=together).ratio("fp32", "int8_fx")}
-        rows.append(replace(row, round_ms=together, speedups=exact))
+        rows.append(with_speedups_of_rounds(replace(row, round_ms=together), "fp32"))
     return with_rows(evidence, *rows)
 
 
@@ -288,8 +295,9 @@ def evidence() -> Evidence:
     )  # fmt: skip
     uri = "models:/smallnet-digits-int8/1"
     int8 = Int8Evidence(uri, 450_000, quantize, "fedcba9876543210", cost, cost, int8_accuracy, comparisons, sensitivity)
-    gate = GateResult(True, ("top-1 drop 0.50 points (at most 1)",))
-    return Evidence(fp32, (Judged(int8, "int8_fx", gate),), _measured(fp32.version_uri, uri), champion=True)
+    gate = GateResult("passed", ("top-1 drop 0.50 points (at most 1)",))
+    floats = ("fp32", "fp32_traced", "fp32_onnx")  # the accuracy of bf16 is not known
+    return Evidence(fp32, (Judged(int8, "int8_fx", gate),), _measured(fp32.version_uri, uri), True, floats)
 
 
 def _measured(fp32_uri: str, int8_uri: str) -> LatencyEvidence:

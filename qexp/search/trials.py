@@ -85,11 +85,11 @@ def _top1(bench: Bench, quantized: QuantizedModel) -> float:
 
 def time_against_fp32(fp32: Fp32, quantized: QuantizedModel | None, batch_size: int) -> LatencyRow:
     """fp32 and int8 in turns, int8 as it is after loading; without int8, fp32 against itself."""
-    int8 = quantized.reloaded() if quantized else fp32.model
     size = fp32.model.spec.image_size
     images = torch.rand((batch_size, 3, size, size), generator=torch.Generator().manual_seed(0))
 
     def prepare(batch_size: int) -> dict[str, Run]:
+        int8 = quantized.reloaded() if quantized else fp32.model
         return {"fp32": lambda: fp32.model(images), "int8": lambda: int8(images)}
 
     options = LatencyConfig(batch_sizes=[batch_size], min_repeats=ROUNDS, min_seconds=0.0)
