@@ -106,8 +106,7 @@ def test_the_gate_asks_for_more_than_the_registered_program_gives(evidence: Evid
     strict = CONFIG.model_copy(update={"gate": GateConfig(min_speedup=3.0)})
     found = decide(strict, evidence.fp32, evidence.int8, evidence.measured, verified=True)
     assert found.failed_limits == ("min_speedup",) and "over fp32_onnx at batch size 1" in found.summary
-    alone = replace(
-        evidence.measured.latency.rows[0], stats={n: evidence.latency.rows[0].stats[n] for n in ("fp32", "int8_fx")}
-    )
+    row = evidence.latency.rows[0]
+    alone = replace(row, stats={name: row.stats[name] for name in ("fp32", "int8_fx")})
     latency = replace(evidence.measured, latency=replace(evidence.latency, rows=(alone,)))
     assert decide(strict, evidence.fp32, evidence.int8, latency, verified=True).passed

@@ -18,7 +18,7 @@ from qexp.latency import StartUp
 from qexp.sweep import SweepRequest, run_sweep
 
 BASELINES = ["bf16", "fp32_traced", "fp32_onnx", "fp32_eager"]
-OPTIONS = LatencyConfig(batch_sizes=[1, 4], baselines=BASELINES, warmup=1, min_repeats=3, min_seconds=0.0)
+OPTIONS = LatencyConfig(batch_sizes=[1, 4], baselines=BASELINES, warmup=1, loads=3, min_repeats=6, min_seconds=0.0)
 
 
 def _request(fp32: str, int8: str, options: LatencyConfig = OPTIONS) -> SweepRequest:
@@ -34,8 +34,10 @@ def test_sweep_of_registered_versions(finished: Finished) -> None:
     assert result.threads == 1 and result.baseline == "fp32" and [row.batch_size for row in result.rows] == [1, 4]
     for row in result.rows:
         assert list(row.stats) == list(row.speedups) == names and set(row.round_ms) == set(names)
-        assert all(len(times) == 3 and min(times) > 0 for times in row.round_ms.values())
-        assert all(stats.repeats >= 3 and stats.p50_ms > 0 for stats in row.stats.values())
+        assert all(len(times) == 6 and min(times) > 0 for times in row.round_ms.values())
+        assert all(stats.repeats >= 6 and stats.p50_ms > 0 for stats in row.stats.values())
+        assert row.loads == (2, 2, 2) and row.enough and row.comparisons == 2 * 6
+        assert row.activity is None or row.activity.own_cpu_s > 0 < row.activity.wall_s
         assert row.noise.low <= row.noise.median <= row.noise.high
         assert row.speedups["int8_fx"] == row.ratio("fp32", "int8_fx") and row.speedups["fp32"].median == 1
     assert [found.model for found in result.startups] == names
