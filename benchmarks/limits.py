@@ -22,12 +22,13 @@ MOST_ROWS = 8  # of a profile
 class Limits:
     """What the machine can do: int8 multiply-accumulates in a large matrix product, bytes read from memory.
 
-    `call_us` is what torch's int8 convolution takes inside a trace if it has next to nothing to compute.
+    `trace_call_us` is what torch's int8 convolution takes inside a trace if it has next to nothing to compute; None in
+    results of earlier versions, which measured a call from Python.
     """
 
     int8_gmacs_per_s: float
     read_gb_per_s: float
-    call_us: float
+    trace_call_us: float | None = None
 
 
 @dataclass(frozen=True)

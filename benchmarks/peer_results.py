@@ -1,5 +1,6 @@
 """What peers.py has found, and how it shows it: a table in Markdown and a figure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Entry:
 class Peers:
     """All int8 models of one registered fp32 model; `macs` and `weight_bytes` are those of the default engine's.
 
-    `profiles` has where the time of a pass of PROFILED goes, by batch size: the smallest and the largest.
+    `profiles` has where the time of a pass of PROFILED goes, by batch size: the smallest and the largest. Those of
+    earlier versions are means of the passes, in which one stall shows as an operation's share.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Peers:
     weight_bytes: int
     host: Host
     profiles: dict[int, tuple[Operation, ...]] = field(default_factory=dict)
+    profile_statistic: str = "mean"
 
 
 def best_peer(row: LatencyRow) -> str:
@@ -93,14 +96,24 @@ def render(peers: Peers) -> str:
         table(head, accuracy),
         "p50 in ms by batch size:",
         table(["int8 model", *batches], times),
-        "Time over that of the best peer (below 1 is faster), with 95 % interval; `?`: cannot be told apart above the "
-        "noise, the default engine against a second copy of itself. `fx` has the kernels of a plain load (`x86`), "
+        "Time over that of the best peer (below 1 is faster), with 95 % interval; `?`: not shown to be faster or slower"
+        f"{_of_one_load(peers.rows)}. `fx` has the kernels of a plain load (`x86`), "
         f"`{PROFILED}` and `{FOLDED}` those of oneDNN:",
         table(["int8 model", *batches], ratios),
         _about_limits(peers),
-        *(_profile_text(row, peers.profiles[row.batch_size]) for row in peers.rows if row.batch_size in peers.profiles),
+        *(
+            _profile_text(row, peers.profiles[row.batch_size], peers.profile_statistic)
+            for row in peers.rows
+            if row.batch_size in peers.profiles
+        ),
     ]
     return "\n\n".join(parts)
+
+
+def _of_one_load(rows: Sequence[LatencyRow]) -> str:
+    if all(row.enough for row in rows):
+        return " (noise: the default engine against a second copy of itself)"
+    return ", as everywhere here: models were loaded once for each batch size, and a load makes some percent"
 
 
 def _ratio_text(row: LatencyRow, name: str) -> str:
@@ -125,12 +138,18 @@ def _about_limits(peers: Peers) -> str:
         f"not folded does {rate:,.0f} G of the model's multiply-accumulates a second at batch size {last.batch_size} "
         f"({100 * rate / peers.limits.int8_gmacs_per_s:.0f} %); at batch size {first.batch_size} it goes through the "
         f"default engine's {peers.weight_bytes / 1e6:.1f} MB of weights at {read:.1f} GB/s "
-        f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches). Inside a trace, "
-        f"torch's int8 convolution takes at least {peers.limits.call_us:.1f} µs a call."
+        f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches)."
+        + _about_calls(peers.limits)
     )
 
 
-def _profile_text(row: LatencyRow, found: tuple[Operation, ...]) -> str:
+def _about_calls(limits: Limits) -> str:
+    if limits.trace_call_us is None:
+        return ""
+    return f" Inside a trace, torch's int8 convolution takes at least {limits.trace_call_us:.1f} µs a call."
+
+
+def _profile_text(row: LatencyRow, found: tuple[Operation, ...], statistic: str) -> str:
     head = ["operation", "input", "calls", "µs", "share"]
     rows = [
         [
@@ -145,7 +164,7 @@ def _profile_text(row: LatencyRow, found: tuple[Operation, ...]) -> str:
     whole, alone = sum(one.time_us for one in found), 1000 * row.stats[PROFILED].p50_ms
     title = (
         f"Where a pass of `{PROFILED}` spends its time at batch size {row.batch_size}, by torch's profiler, which adds "
-        f"its own to each operation ({whole:,.0f} µs in all; {alone:,.0f} µs without it):"
+        f"its own to each operation ({whole:,.0f} µs in all; {alone:,.0f} µs without it), {statistic} of 30 passes:"
     )
     return f"{title}\n\n{table(head, rows)}"
 

@@ -98,7 +98,19 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
     host = replace(
         host, libraries=host.libraries | {name: version(name) for name in ("onnxscript", "openvino", "nncf")}
     )
-    return Peers(uri, top1, len(dataset.test), tuple(entries), rows, limits, macs, weights, host, profiles)
+    return Peers(
+        uri,
+        top1,
+        len(dataset.test),
+        tuple(entries),
+        rows,
+        limits,
+        macs,
+        weights,
+        host,
+        profiles,
+        profile_statistic="median",
+    )
 
 
 def _entries(folder: Path, made: dict[str, float], fp32: Tensor, dataset: Dataset) -> list[Entry]:

@@ -150,7 +150,7 @@ class Evidence:
     versions: tuple[Judged, ...]
     measured: LatencyEvidence
     champion: bool
-    floats: tuple[str, ...]
+    floats: tuple[str, ...] = ()
     failed_engines: dict[str, str] = field(default_factory=dict)
     succession: Succession | None = None
     before_uri: str | None = None

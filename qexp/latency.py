@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -163,10 +163,11 @@ class LatencyRow:
 
 
 def _mean_of_rounds(slow: Sequence[float], fast: Sequence[float], loads: Sequence[int]) -> Mean:
-    """Loads are what is independent; of one load alone (results of earlier versions), its rounds."""
+    """Loads are what is independent. Of one load alone (as in results of earlier versions): the median of its rounds,
+    with the spread of these."""
     logs = [math.log(a / b) for a, b in zip(slow, fast, strict=True)]
     if len(loads) < 2:
-        return mean_of(logs)
+        return replace(mean_of(logs), value=statistics.median(logs))
     ends = np.cumsum([0, *loads]).tolist()
     return mean_of([statistics.median(logs[start:end]) for start, end in pairwise(ends)])
 
