@@ -21,6 +21,7 @@ from qexp.config import (
     to_yaml,
 )
 from qexp.errors import InputError
+from qexp.prepare import check_profile
 
 CHANGED = Config(
     model="vgg16",
@@ -29,7 +30,7 @@ CHANGED = Config(
     output_dir="out",
     data=DataConfig(dataset="imagefolder", data_dir="pets", image_size=64),
     train=TrainConfig(epochs=2, learning_rate=5e-4, flip=False, bf16=True),
-    latency=LatencyConfig(batch_sizes=[4, 2]),
+    latency=LatencyConfig(batch_sizes=[4, 2], profile={2: 3.0, 4: 0.5}),
     gate=GateConfig(max_top1_drop=-0.5, models={"vgg16-pets-int8": {"max_top1_drop": 0.25}}),
     search=SearchConfig(observers=["minmax", "histogram"], study="mine"),
 )
@@ -58,6 +59,34 @@ def test_file_wins_over_defaults_and_overrides_win_over_both(tmp_path: Path) -> 
 def test_override_wins_although_it_equals_the_default(tmp_path: Path) -> None:
     file = _write(tmp_path, "train:\n  epochs: 3\n")
     assert load_config(file, {"train": {"epochs": "20"}}).train.epochs == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("1:3,128:1", {1: 3.0, 128: 1.0}),
+        ("8", {8: 1.0}),
+        ("1,8:0.5", {1: 1.0, 8: 0.5}),
+    ],
+)
+def test_weights_of_batch_sizes_on_the_command_line_and_in_a_file(
+    tmp_path: Path, text: str, weights: dict[int, float]
+) -> None:
+    assert load_config(_write(tmp_path, ""), {"latency": {"profile": text}}).latency.profile == weights
+    in_file = f"latency: {{profile: {{{', '.join(f'{size}: {weight}' for size, weight in weights.items())}}}}}"
+    assert load_config(_write(tmp_path, in_file)).latency.profile == weights
+
+
+@pytest.mark.parametrize("text", ["x", "1:x", "0:1", "1:0", "1:-2", "1:2:3", "1.5:1", ","])
+def test_weights_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"^--profile"):
+        load_config(_write(tmp_path, ""), {"latency": {"profile": text}})
+
+
+def test_weights_of_a_batch_size_that_is_not_timed_are_refused() -> None:
+    check_profile(LatencyConfig(batch_sizes=[1, 8], profile={8: 2.0}))
+    with pytest.raises(InputError, match=r"^--profile 2: must be one of the batch sizes that are timed: 1, 8$"):
+        check_profile(LatencyConfig(batch_sizes=[1, 8], profile={2: 1.0}))
 
 
 def test_overrides_are_text_that_becomes_values(tmp_path: Path) -> None:
