@@ -135,8 +135,9 @@ def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> s
     """One line from pydantic's error: key (or option), value, what is allowed."""
     path = [str(part) for part in error["loc"] if not isinstance(part, int)] or [str(error["loc"][0])]
     section = path[0] if len(path) > 1 else ""
-    on_the_command_line = option_name(section, path[1] if section else path[0]).replace("_", "-")
-    key = on_the_command_line if separator == "-" else ".".join(path)
+    key = ".".join(path)
+    if separator == "-":  # of the command line, where no key is unknown
+        key = option_name(section, path[1] if section else path[0]).replace("_", "-")
     if error["type"] == "extra_forbidden":
         fields = _fields_of(path[:-1])
         return f"{prefix}{key}: unknown key; allowed here: {', '.join(fields)}"
