@@ -24,7 +24,6 @@ from qexp.quantizing import Int8
 from qexp.registry import Registered
 from qexp.stages import Fp32
 from qexp.store import ask_store, quickly, split_uri
-from qexp.store.aliases import CHALLENGER, set_alias
 from qexp.store.outage import store_errors
 from qexp.sweep import SweepRequest, run_sweep
 
@@ -197,8 +196,8 @@ def gate_stage(
     floats = fair_floats(config.gate.of(chosen.version.name), latency)
     evidence = Evidence(fp32.evidence, tuple(judged), latency, judged[0].gate.passed, floats, failed)
     registry.tag_version(chosen.version.uri, verdict_tags(evidence))
-    if chosen.version.verified and evidence.gate.word != UNMEASURED:
-        set_alias(CHALLENGER, chosen.version.uri)
+    if evidence.gate.word != UNMEASURED:
+        registry.make_challenger(chosen.version)
     return evidence
 
 

@@ -167,6 +167,8 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     config = with_quantization_checked(config, dataset)
     fp32 = registered.fp32_from_registry(model_uri, dataset)
     int8s, failed = quantize_all(config, host, dataset, fp32)
+    for int8 in int8s:
+        registry.make_challenger(int8.version)
     found = [_figures_of(fp32, int8) for int8 in int8s]
     more: Summary = {"versions": found} if len(found) > 1 else {}
     more |= {"failed_engines": failed} if failed else {}

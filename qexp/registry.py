@@ -58,7 +58,7 @@ class Registered:
 def register(
     kind: str, model: Predict, name: str, spec: ModelSpec, sample: Tensor, tags: dict[str, Any], stored: Any = None
 ) -> Registered:
-    """Log a model in the active run, register it, verify it in a bare process, and make it `challenger` if it passed.
+    """Log a model in the active run, register it, and verify it in a clean subprocess. No alias moves.
 
     Args:
         kind: "fp32", saved as an exported program (pt2), or "int8", as what `stored` is.
@@ -85,9 +85,13 @@ def register(
         facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": stored_digest(uri)}
         mlflow.MlflowClient().update_model_version(name, number, _description(kind, uri, spec, flavor))
         tag_version(uri, facts | tags | {"kind": kind})  # kind comes last: with it, the version is complete
-    if verified:
-        set_alias(CHALLENGER, uri)
     return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
+
+
+def make_challenger(version: Registered) -> None:
+    """Give a version the alias `challenger`, if it reloads bit for bit."""
+    if version.verified:
+        set_alias(CHALLENGER, version.uri)
 
 
 def refuses_pickle() -> bool:

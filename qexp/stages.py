@@ -111,6 +111,7 @@ def publish_trained(
     name = f"{evidence.model}-{evidence.data.name}-fp32"
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | trained.tags
     version = registry.register("fp32", model, name, model.spec, trained.sample, tags)
+    registry.make_challenger(version)
     evidence = replace(evidence, version_uri=version.uri, size_bytes=version.size_bytes)
     tracking.log_result("fp32", evidence)
     top1 = evidence.accuracy["test"].top1_percent

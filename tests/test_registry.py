@@ -132,6 +132,7 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
         with torch.no_grad():
             model.network[0].weight.copy_(before)
     assert not version.verified
+    registry.make_challenger(version)
     found = mlflow.MlflowClient().get_model_version("damaged", version.version)
     assert found.tags["verified"] == "false"
     assert found.aliases == []
