@@ -1,5 +1,6 @@
 """Sentences of the report: each is computed from the measured values and says the opposite where that was measured."""
 
+from qexp.cost import TORCHINFO
 from qexp.evidence import Evidence, Int8Evidence
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
@@ -92,10 +93,20 @@ def macs(evidence: Evidence) -> list[str]:
             f"{_macs_text(cost.macs[first])} at batch size {first}"
         )
     )
+    of_all = "the MACs of convolution and linear layers" if cost.counted_by == TORCHINFO else "all MACs"
     sentences.append(
-        f"Quantization {kept}; {cost.int8_percent:.1f} % of the MACs of convolution and linear layers run in int8 "
-        f"afterwards{_left_fp32(evidence.int8)}."
+        f"Quantization {kept}; {cost.int8_percent:.1f} % of {of_all} run in int8 afterwards{_left_fp32(evidence.int8)}."
     )
+    if cost.no_layer_percent > 0:
+        sentences.append(
+            f"{cost.no_layer_percent:.1f} % of them belong to no layer with weights (inside attention, activations are "
+            "multiplied by each other): they are not counted as int8, whatever an engine does with them."
+        )
+    if cost.counted_by == TORCHINFO:
+        sentences.append(
+            "These MACs were counted by an earlier version with torchinfo: with bias and batch norm, but of a linear "
+            "layer on tokens only one, and nothing of attention."
+        )
     return sentences + [
         f"With engine {other.quantize.engine} it is {other.cost.int8_percent:.1f} %{_left_fp32(other)}."
         for other in (judged.int8 for judged in evidence.versions[1:])

@@ -207,10 +207,15 @@ def log_table(columns: dict[str, list[Any]], name: str) -> None:
             mlflow.log_table(columns, file)
 
 
+def log_text(text: str, file: str) -> None:
+    """A text artifact of the active run."""
+    with store_errors():
+        mlflow.log_text(text, file)
+
+
 def log_result(name: str, result: object) -> None:
     """A stage's result as `results/<name>.json`, which `read_result` reads back."""
-    with store_errors():
-        mlflow.log_text(to_json(result), f"results/{name}.json")
+    log_text(to_json(result), f"results/{name}.json")
 
 
 def read_result(kind: type[T], run_id: str, name: str) -> T:
