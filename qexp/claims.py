@@ -1,7 +1,9 @@
 """Sentences of the report: each is computed from the measured values and says the opposite where that was measured."""
 
+from qexp import speed
 from qexp.cost import TORCHINFO
 from qexp.evidence import Evidence, Int8Evidence
+from qexp.host import Host
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.speed import busy, faster_where
@@ -142,6 +144,15 @@ def training_pace(evidence: Evidence) -> str:
     stops = f", resumed {train.times_resumed} {_plural(train.times_resumed, 'time')}" if train.times_resumed else ""
     pace = f"{epochs} in {train.duration_s:.0f} s on {train.device.upper()}{several}{stops}"
     return f"{pace}, {precision}, peak learning rate {train.peak_learning_rate:g}"
+
+
+def processor(host: Host, threads: int) -> str:
+    """CPU, cores, quota, threads and memory of a machine."""
+    cores = f"{host.cores} {_plural(host.cores, 'logical CPU')}"
+    if host.physical_cores is not None:
+        cores += f" on {host.physical_cores} {_plural(host.physical_cores, 'core')}"
+        cores += f", quota of {host.cpu_quota:g} CPUs" if host.cpu_quota else ", no CPU quota"
+    return f"{host.cpu}, {cores}, {speed.threads(threads)}, {host.memory_gb:g} GB"
 
 
 def quantization(result: QuantizeResult) -> str:

@@ -126,12 +126,16 @@ def calibration_count(options: QuantizeConfig, train: Split) -> int:
 
 
 def calibration_subset(train: Split, count: int, seed: int) -> tuple[Split, str]:
-    """`count` un-augmented training images, class-stratified, and the digest of their indices in `train`.
+    """`count` un-augmented training images, class-stratified, and the digest of their indices in `train`, in order.
+
+    Their order is random, by the same seed, so that each batch of a calibration holds all classes: files come class
+    by class.
 
     Raises:
         InputError: there are fewer training images than `count`.
     """
-    indices = stratified_sample(train.labels, count, seed)
+    drawn = stratified_sample(train.labels, count, seed)
+    indices = drawn[torch.from_numpy(np.random.RandomState(seed).permutation(count))]
     return train.subset(indices), hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 

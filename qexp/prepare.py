@@ -8,7 +8,7 @@ from qexp.config import Config
 from qexp.data import Dataset, calibration_count, load_dataset
 from qexp.distributed import read_group
 from qexp.errors import InputError
-from qexp.host import Host, read_host
+from qexp.host import Host, read_host, too_many_threads
 from qexp.models import ModelSpec, check_model_name, outline
 from qexp.progress import say
 from qexp.quantization import KERNELS, LOADED_WITHOUT_PICKLE, check_layer_names
@@ -88,7 +88,7 @@ def prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
 
 def _use_threads(config: Config) -> Host:
     host = read_host(config.threads)
-    if host.threads > host.cores:
-        say(f"warning: --threads {host.threads}: this process may use {host.cores} cores; more threads are far slower")
+    if warning := too_many_threads(host):
+        say(f"warning: {warning}")
     torch.set_num_threads(host.threads)
     return host

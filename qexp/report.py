@@ -11,6 +11,7 @@ import markdown
 from qexp import advice, claims, speed
 from qexp.evaluation import Accuracy
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, to_json
+from qexp.host import too_many_threads
 from qexp.latency import LatencyRow, LatencyStats
 from qexp.plots import save_figures
 
@@ -211,7 +212,8 @@ def _environment_table(evidence: Evidence) -> str:
     host, int8, data = evidence.measured.host, evidence.int8, evidence.fp32.data
     quantize = int8.quantize
     rows = [
-        ["CPU", f"{host.cpu}, {host.cores} cores, {speed.threads(evidence.latency.threads)}, {host.memory_gb:g} GB"],
+        ["CPU", claims.processor(host, evidence.latency.threads)],
+        *([["Threads", f"**Warning**: {warning}"]] if (warning := too_many_threads(host)) else []),
         ["Instructions", ", ".join(host.features) or "unknown"],
         ["System", f"{host.system}, Python {host.python}"],
         ["Libraries", ", ".join(f"{name} {number}" for name, number in host.libraries.items())],

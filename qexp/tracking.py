@@ -163,6 +163,7 @@ def _active_run() -> Run:
 def log_setup(config: Config, host: Host) -> None:
     """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has."""
     facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
+    facts |= {"host.physical_cores": host.physical_cores, "host.cpu_quota": host.cpu_quota or "none"}
     logged = _active_run().data.params
     mlflow.log_params({name: value for name, value in (flat_params(config) | facts).items() if name not in logged})
     with store_errors():
