@@ -125,11 +125,11 @@ def _cpu_quota(root: Path) -> float | None:
 
 
 def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, str, bool]]:
-    """Of each mount that may hold CPU limits: the group at its top, where it is mounted, and whether it is version 2."""
+    """Of each mount that may hold CPU limits: the group at its top, the mount point, and whether it is version 2."""
     for line in mountinfo.splitlines():
         fields, _, after = line.partition(" - ")
-        kind, _, options = (after.split() + ["", "", ""])[:3]
-        group, point = (field.replace("\\040", " ") for field in (fields.split() + [""] * 5)[3:5])
+        kind, _, options = [*after.split(), "", "", ""][:3]
+        group, point = (field.replace("\\040", " ") for field in [*fields.split(), *[""] * 5][3:5])
         if kind == "cgroup2":
             yield group, point, True
         elif kind == "cgroup" and "cpu" in options.split(","):
@@ -139,7 +139,7 @@ def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, str, bool]]:
 def _path_of_group(cgroup: str, is_v2: bool) -> str | None:
     """The path of this process's group from lines `ID:CONTROLLERS:PATH`; version 2 has ID 0 and no controllers."""
     for line in cgroup.splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if (number == "0" and not controllers) if is_v2 else "cpu" in controllers.split(","):
             return path
     return None

@@ -7,7 +7,7 @@ The same four for every engine, made from torch's own (torch.ao and torchao have
   values.
 - `percentile`: from the same histogram, the range that leaves out equal shares of the values at both ends.
 - `batch_average`: the means, over all batches, of the smallest and of the largest value of a batch. torch's moving
-  average is no choice here: it moves by 1 % a batch, so that with some dozens of batches the range is that of the first.
+  average is no choice here: it moves by 1 % a batch, so that after some dozens of batches the first still decides.
 
 None depends on the order of the batches, but for rounding and for the bins in which a histogram begins.
 """
