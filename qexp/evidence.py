@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from qexp.cost import Cost
+from qexp.duplicates import Duplicates
 from qexp.evaluation import Accuracy, Comparison
+from qexp.filecontents import FileContents
 from qexp.gate import GateResult
 from qexp.host import Host
 from qexp.latency import LatencyResult, Ratio
@@ -20,7 +22,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The data set of a run; `digest` covers decoded pixels and labels."""
+    """The data set of a run; `digest` covers decoded pixels and labels. `duplicates` is None where an earlier version
+    has not counted them."""
 
     name: str
     source: str
@@ -30,6 +33,7 @@ class DataFacts:
     train_images: int
     validation_images: int
     test_images: int
+    duplicates: Duplicates | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Fp32Evidence:
     data: DataFacts
     train: TrainResult
     accuracy: dict[str, Accuracy]
+    contents: FileContents | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Int8Evidence:
     sensitivity: SensitivityResult | None = None
     budget: BudgetResult | None = None
     budget_cost: BudgetCost | None = None
+    contents: FileContents | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,12 @@ class Evidence:
     def size_ratio(self) -> float:
         """fp32 bytes over int8 bytes, of the files as stored."""
         return self.fp32.size_bytes / self.int8.size_bytes
+
+    @property
+    def images_seen_before(self) -> dict[str, int]:
+        """How many test images equal images of training, as a summary line shows it; empty where nobody has counted."""
+        found = self.fp32.data.duplicates
+        return {"test_images_also_in_training": found.test_images_seen} if found else {}
 
     @property
     def headline(self) -> dict[str, float]:

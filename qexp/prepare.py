@@ -44,6 +44,8 @@ def prepare(
     if model_uri:
         registered.check_data(model_uri, dataset)
     if read_group().leads:
+        if warning := dataset.duplicates.warning(len(dataset.test)):
+            say(f"warning: {warning}")
         if resume:
             resumed.check_data(resume, dataset)
         tracking.use_experiment(dataset.name, resume)

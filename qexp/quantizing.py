@@ -85,6 +85,7 @@ def quantize_stage(
         evidence = Int8Evidence(
             version_uri=version.uri,
             size_bytes=version.size_bytes,
+            contents=version.contents,
             quantize=quantized.result,
             calibration_digest=digest,
             fp32_cost=fp32_cost,

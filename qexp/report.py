@@ -66,6 +66,7 @@ def render_markdown(evidence: Evidence) -> str:
         _pictures("accuracy_bars"),
         _bullets(claims.accuracy(evidence)),
         "## Effect of quantization on model size",
+        *_size_table(evidence),
         _pictures("model_size"),
         _bullets(claims.size(evidence)),
         "## Multiply-accumulates by batch size",
@@ -126,6 +127,19 @@ def _accuracy_table(evidence: Evidence) -> str:
 
 def _both(accuracy: Accuracy) -> tuple[float, float]:
     return accuracy.top1_percent, accuracy.top3_percent
+
+
+def _size_table(evidence: Evidence) -> list[str]:
+    """What is in each stored file; nothing where that was not measured."""
+    models = [("fp32", evidence.fp32.size_bytes, evidence.fp32.contents)]
+    for judged in evidence.versions:
+        models.append((f"int8 {judged.int8.quantize.engine}", judged.int8.size_bytes, judged.int8.contents))
+    rows = [
+        [name, *(f"{size / 1e6:.3f}" for size in (found.weights_bytes, found.code_bytes, found.other_bytes, total))]
+        for name, total, found in models
+        if found
+    ]
+    return [table(["MB", "weights", "code", "metadata and container", "file"], rows)] if rows else []
 
 
 def _macs_table(evidence: Evidence) -> str:

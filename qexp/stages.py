@@ -113,7 +113,7 @@ def publish_trained(
     name = f"{evidence.model}-{evidence.data.name}-fp32"
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | trained.tags
     version = registry.register("fp32", model, name, model.spec, trained.sample, tags)
-    evidence = replace(evidence, version_uri=version.uri, size_bytes=version.size_bytes)
+    evidence = replace(evidence, version_uri=version.uri, size_bytes=version.size_bytes, contents=version.contents)
     tracking.log_result("fp32", evidence)
     tracking.log_text(layer_table(model, model.spec.image_size), LAYER_TABLE)
     top1 = evidence.accuracy["test"].top1_percent
@@ -210,5 +210,8 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _data_facts(dataset: Dataset, config: Config) -> DataFacts:
-    counts = [len(getattr(dataset, split)) for split in SPLITS]
-    return DataFacts(dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size, *counts)
+    train, validation, test = (len(getattr(dataset, split)) for split in SPLITS)
+    return DataFacts(
+        dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size, train, validation, test,
+        dataset.duplicates,
+    )  # fmt: skip

@@ -7,8 +7,10 @@ from conftest import with_gate, with_int8, with_speedups
 
 from qexp import advice, claims
 from qexp.cost import TORCHINFO
+from qexp.duplicates import Duplicates
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import Evidence
+from qexp.filecontents import FileContents
 from qexp.gate import GateResult
 
 
@@ -159,6 +161,26 @@ def test_accuracy_is_that_of_the_test_images(evidence: Evidence) -> None:
     assert claims.accuracy(changed) == claims.accuracy(evidence)
 
 
+def _with_duplicates(evidence: Evidence, found: Duplicates | None) -> Evidence:
+    return replace(evidence, fp32=replace(evidence.fp32, data=replace(evidence.fp32.data, duplicates=found)))
+
+
+def test_what_training_has_seen_of_the_test_images(evidence: Evidence) -> None:
+    assert claims.accuracy(_with_duplicates(evidence, None))[2:] == [
+        "Whether test images are among the training images was not counted."
+    ]
+    (none,) = claims.accuracy(_with_duplicates(evidence, Duplicates(0, 0, 0, 0, 0)))[2:]
+    assert none.startswith("No test image equals a training or validation image")
+    some, judged, twice = claims.accuracy(_with_duplicates(evidence, Duplicates(38, 3, 40, 5, 2)))[2:]
+    assert some.startswith("**40 of 359 test images equal a training or validation image, pixel by pixel: accuracy on ")
+    assert "38 a training image" in some and "3 a validation image" in some
+    assert judged.startswith("5 of 144 validation images equal a training image")
+    assert twice.startswith("2 images are in the data set with several labels")
+    seen = _with_duplicates(evidence, Duplicates(38, 3, 40, 5, 2)).images_seen_before
+    assert seen == {"test_images_also_in_training": 40}
+    assert _with_duplicates(evidence, None).images_seen_before == {}
+
+
 # --- size
 
 
@@ -173,6 +195,16 @@ def test_accuracy_is_that_of_the_test_images(evidence: Evidence) -> None:
 def test_size(evidence: Evidence, fp32_bytes: int, int8_bytes: int, words: str) -> None:
     (sentence,) = claims.size(_with_sizes(evidence, fp32_bytes, int8_bytes))
     assert words in sentence
+
+
+def test_what_is_in_the_files(evidence: Evidence) -> None:
+    assert len(claims.size(evidence)) == 1  # not measured by an earlier version
+    fp32 = replace(evidence.fp32, contents=FileContents(1_600_000, 100_000, 100_000))
+    found = with_int8(replace(evidence, fp32=fp32), contents=FileContents(410_000, 10_000, 30_000))
+    alone = claims.size(found)[1]
+    assert alone.startswith(
+        "The weights alone (with biases, scales and statistics) are 3.90x smaller: 0.410 MB instead"
+    )
 
 
 # --- MACs
