@@ -80,7 +80,7 @@ def measure_cost(model: nn.Module, image_size: int, batch_sizes: Sequence[int], 
 def layer_table(model: nn.Module, image_size: int) -> str:
     """torchinfo's table of the layers for one image: output shapes and parameters.
 
-    Its column of MACs is left out: of a Linear layer on tokens it counts one token.
+    Its MACs are left out: of a Linear layer on tokens it counts one token.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchinfo 1.8 reads a tensor's typed storage, which torch wants to drop
@@ -88,7 +88,7 @@ def layer_table(model: nn.Module, image_size: int) -> str:
             model, input_size=(1, 3, image_size, image_size), verbose=0, device="cpu", mode="eval", depth=8,
             col_names=("input_size", "output_size", "kernel_size", "num_params"), row_settings=("var_names",),
         )  # fmt: skip
-    return str(summary)
+    return "\n".join(line for line in str(summary).splitlines() if not line.startswith("Total mult-adds"))
 
 
 Names = tuple[str, ...]  # of one layer; several where it is registered, or its weights are used, under several names

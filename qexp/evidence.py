@@ -211,7 +211,8 @@ class SearchPoint:
 
     `fp32_layers` of the most sensitive layers stayed fp32, beside those that no trial may quantize. `size_bytes` and
     `speedup` (over fp32, timed in turns) are there where the search looks at them; `latency_p50_ms` is the study's p50
-    of fp32 over that speed-up, and `noise` what int8 showed against itself.
+    of fp32 over that speed-up, and `noise` what int8 showed against itself. `correct_by_seed` says for each seed which
+    validation images int8 gets right (see search/paired.py); empty in trials of earlier versions, and in a result.
     """
 
     calibration_samples: int
@@ -226,6 +227,7 @@ class SearchPoint:
     latency_p50_ms: float | None = None
     speedup: Ratio | None = None
     noise: Ratio | None = None
+    correct_by_seed: tuple[str, ...] = ()
 
     @property
     def cost(self) -> float | None:
@@ -234,11 +236,28 @@ class SearchPoint:
 
 
 @dataclass(frozen=True)
+class BelowBest:
+    """How far the validation top-1 of a point lies below the best point's, and the margin within which that may be
+    chance: the half width of its interval, simultaneous for all points."""
+
+    difference_points: float
+    margin_points: float
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the point is worse beyond chance."""
+        return self.difference_points > self.margin_points + 1e-9
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """All points; `best` has the highest mean top-1, `front` is the Pareto front, the cheapest point first.
 
-    `winner` is, of the points within noise of the best, the one with the smallest sample count, or the fastest or
-    smallest one where there is a second objective. `fp32_cost` is that of the fp32 model, in ms or bytes.
+    `winner` is, of the points not shown to be worse than the best, the one with the smallest sample count, or the
+    fastest or smallest one where there is a second objective. `below_best` says of each point how it compares with the
+    best; it is empty in results of earlier versions. `noise_points` is the median of the margins. `is_paired` says
+    whether they come from the same images, image by image, or from the spread between seeds alone, which leaves out
+    that other images would give other figures. `fp32_cost` is that of the fp32 model, in ms or bytes.
     """
 
     study: str
@@ -253,6 +272,13 @@ class SearchResult:
     latency_batch_size: int | None = None
     fp32_cost: float | None = None
     failed_trials: int = 0
+    below_best: tuple[BelowBest, ...] = ()
+    is_paired: bool = False
+
+    @property
+    def not_told_apart(self) -> int:
+        """How many points, beside the best, are not shown to be worse than it."""
+        return max(0, sum(not found.is_shown for found in self.below_best) - 1)
 
 
 def to_json(result: object) -> str:

@@ -135,7 +135,7 @@ def _size_table(evidence: Evidence) -> list[str]:
     for judged in evidence.versions:
         models.append((f"int8 {judged.int8.quantize.engine}", judged.int8.size_bytes, judged.int8.contents))
     rows = [
-        [name, *(f"{size / 1e6:.3f}" for size in (found.weights_bytes, found.code_bytes, found.other_bytes, total))]
+        [name, *(f"{size / 1e6:.4f}" for size in (found.weights_bytes, found.code_bytes, found.other_bytes, total))]
         for name, total, found in models
         if found
     ]

@@ -161,6 +161,7 @@ def test_a_cost_of_an_earlier_version_keeps_its_meaning() -> None:
 def test_table_of_layers(smallnet: Classifier) -> None:
     text = layer_table(smallnet, 32)
     assert "Conv2d (0)" in text and "[1, 32, 32, 32]" in text and "427,178" in text
+    assert "mult-adds" not in text
 
 
 def test_macs_are_proportional_to_the_batch(smallnet: Classifier) -> None:
