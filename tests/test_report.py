@@ -18,6 +18,7 @@ from PIL import Image
 from qexp import plots
 from qexp.evaluation import Accuracy
 from qexp.evidence import Bf16Evidence, Evidence, Judged, from_json, to_json
+from qexp.filecontents import FileContents
 from qexp.report import render_markdown, table, write_report
 
 FIGURES = [
@@ -327,9 +328,29 @@ def test_what_to_ship_is_in_the_page(evidence: Evidence) -> None:
     assert "- **Ship `models:/smallnet-digits-int8/1`** (int8_fx)" in section
 
 
+@pytest.mark.parametrize(
+    ("quota", "words"), [(None, "no CPU quota"), (1.5, "quota of 1.5 CPUs")], ids=["no quota", "quota"]
+)
+def test_cores_and_quota_of_the_machine(evidence: Evidence, quota: float | None, words: str) -> None:
+    host = replace(evidence.measured.host, cores=4, physical_cores=2, cpu_quota=quota)
+    text = render_markdown(replace(evidence, measured=replace(evidence.measured, host=host)))
+    assert _row(text, "CPU")[1] == f"Imagined CPU, 4 logical CPUs on 2 cores, {words}, 2 threads, 16 GB"
+    assert ("**Warning**: 2 threads are more than the CPU quota of 1.5" in text) is (quota is not None)
+
+
+def test_table_of_what_is_in_the_files(evidence: Evidence) -> None:
+    assert "metadata and container" not in render_markdown(evidence)  # not measured
+    fp32 = replace(evidence.fp32, contents=FileContents(1_600_000, 120_000, 80_000))
+    found = with_int8(replace(evidence, fp32=fp32), contents=FileContents(410_000, 10_000, 30_000))
+    text = render_markdown(found)
+    assert "| fp32 | 1.6000 | 0.1200 | 0.0800 | 1.8000 |" in text
+    assert "| int8 fx | 0.4100 | 0.0100 | 0.0300 | 0.4500 |" in text
+
+
 def test_environment_table(evidence: Evidence) -> None:
     text = render_markdown(evidence)
-    assert _row(text, "CPU")[1] == "Imagined CPU, 2 cores, 2 threads, 16 GB"
+    assert _row(text, "CPU")[1] == "Imagined CPU, 2 logical CPUs, 2 threads, 16 GB"  # of an earlier version
+    assert "**Warning**" not in text
     assert _row(text, "Instructions")[1] == "AVX512-VNNI"
     assert _row(text, "Libraries")[1] == "torch 2.13.0"
     assert "digest 0123456789abcdef" in _row(text, "Data")[1]
