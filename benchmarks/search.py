@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config import Config, load_config
+from qexp.evaluation import measure_accuracy
 from qexp.search import queue, runs, worker
 from qexp.search.joining import get_ready, set_up
 from qexp.search.storage import open_place, storages_of
 from qexp.search.study import Params, Study, grid_of
-from qexp.search.trials import Bench, _quantized, _top1, options_for
+from qexp.search.trials import Bench, _logits, _quantized, options_for
 from qexp.store import use_store
 
 
@@ -39,7 +40,7 @@ def bare(bench: Bench, params: Params) -> None:
     """The three calls, for each seed."""
     options = options_for(bench.config.quantize, bench.order, params)
     for index in range(bench.config.search.seeds_per_point):
-        _top1(bench, _quantized(bench, options, index))
+        measure_accuracy(_logits(bench, _quantized(bench, options, index)), bench.dataset.validation.labels)
 
 
 def trial(study: Study, bench: Bench) -> None:

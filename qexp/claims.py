@@ -1,6 +1,9 @@
 """Sentences of the report: each is computed from the measured values and says the opposite where that was measured."""
 
-from qexp.evidence import Evidence, Int8Evidence
+from qexp import speed
+from qexp.cost import TORCHINFO
+from qexp.evidence import DataFacts, Evidence, Int8Evidence
+from qexp.host import Host
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.speed import faster_where, over_fp32
@@ -60,15 +63,50 @@ def accuracy(evidence: Evidence) -> list[str]:
         f"Top-3 {changed(found.top3_drop_points)}.",
         f"The two models agree on {found.agreement_percent:.2f} % of the test images. {lost} {_plural(lost, 'image')} "
         f"only fp32 gets right, {gained} only int8.",
-        "Neither training, early stopping, calibration nor search has seen a test image.",
+        *_seen_before(evidence.fp32.data),
     ]
+
+
+def _seen_before(data: DataFacts) -> list[str]:
+    """What the counts of equal images say about these figures."""
+    found = data.duplicates
+    if found is None:
+        return ["Whether test images are among the training images was not counted."]
+    if warning := found.warning(data.test_images):
+        count, _, rest = warning.partition(" equal ")
+        sentences = [
+            f"**{count} equal {rest}** ({found.test_in_training} a training image, of which calibration takes its own; "
+            f"{found.test_in_validation} a validation image)."
+        ]
+    else:
+        sentences = [
+            "No test image equals a training or validation image, pixel by pixel after decoding; calibration images "
+            "are training images."
+        ]
+    if found.validation_in_training:
+        sentences.append(
+            f"{found.validation_in_training:,} of {data.validation_images:,} validation images equal a training image: "
+            "on these, early stopping, budget and search judge what training has seen."
+        )
+    if twice := found.labelled_twice:
+        have = "image is" if twice == 1 else "images are"
+        sentences.append(f"{twice:,} {have} in the data set with several labels: no model gets all of these right.")
+    return sentences
 
 
 def size(evidence: Evidence) -> list[str]:
     """How the stored files compare."""
     fp32, int8 = evidence.fp32.size_bytes / 1e6, evidence.int8.size_bytes / 1e6
     ratio = _times(evidence.size_ratio, "smaller", "larger")
-    return [f"The int8 model is {ratio}: {int8:.3f} MB instead of {fp32:.3f} MB, as stored in the registry."]
+    sentences = [f"The int8 model is {ratio}: {int8:.3f} MB instead of {fp32:.3f} MB, as stored in the registry."]
+    before, after = evidence.fp32.contents, evidence.int8.contents
+    if before and after:
+        alone = _times(before.weights_bytes / after.weights_bytes, "smaller", "larger")
+        sentences.append(
+            f"The weights alone (with biases, scales and statistics) are {alone}: {after.weights_bytes / 1e6:.3f} MB "
+            f"instead of {before.weights_bytes / 1e6:.3f} MB. The rest is the formats': code, metadata and container."
+        )
+    return sentences
 
 
 def macs(evidence: Evidence) -> list[str]:
@@ -92,10 +130,20 @@ def macs(evidence: Evidence) -> list[str]:
             f"{_macs_text(cost.macs[first])} at batch size {first}"
         )
     )
+    of_all = "the MACs of convolution and linear layers" if cost.counted_by == TORCHINFO else "all MACs"
     sentences.append(
-        f"Quantization {kept}; {cost.int8_percent:.1f} % of the MACs of convolution and linear layers run in int8 "
-        f"afterwards{_left_fp32(evidence.int8)}."
+        f"Quantization {kept}; {cost.int8_percent:.1f} % of {of_all} run in int8 afterwards{_left_fp32(evidence.int8)}."
     )
+    if cost.no_layer_percent > 0:
+        sentences.append(
+            f"{cost.no_layer_percent:.1f} % of them belong to no layer with weights (inside attention, activations are "
+            "multiplied by each other): they are not counted as int8, whatever an engine does with them."
+        )
+    if cost.counted_by == TORCHINFO:
+        sentences.append(
+            "These MACs were counted by an earlier version with torchinfo: with bias and batch norm, but of a linear "
+            "layer on tokens only one, and nothing of attention."
+        )
     return sentences + [
         f"With engine {other.quantize.engine} it is {other.cost.int8_percent:.1f} %{_left_fp32(other)}."
         for other in (judged.int8 for judged in evidence.versions[1:])
@@ -130,6 +178,15 @@ def training_pace(evidence: Evidence) -> str:
     stops = f", resumed {train.times_resumed} {_plural(train.times_resumed, 'time')}" if train.times_resumed else ""
     pace = f"{epochs} in {train.duration_s:.0f} s on {train.device.upper()}{several}{stops}"
     return f"{pace}, {precision}, peak learning rate {train.peak_learning_rate:g}"
+
+
+def processor(host: Host, threads: int) -> str:
+    """CPU, cores, quota, threads and memory of a machine."""
+    cores = f"{host.cores} {_plural(host.cores, 'logical CPU')}"
+    if host.physical_cores is not None:
+        cores += f" on {host.physical_cores} {_plural(host.physical_cores, 'core')}"
+        cores += f", quota of {host.cpu_quota:g} CPUs" if host.cpu_quota else ", no CPU quota"
+    return f"{host.cpu}, {cores}, {speed.threads(threads)}, {host.memory_gb:g} GB"
 
 
 def quantization(result: QuantizeResult) -> str:

@@ -2,52 +2,177 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, Self
 
+import torch
 import torchinfo
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+FLOP_COUNTER, TORCHINFO = "torch.utils.flop_counter", "torchinfo"
+IN_PROJECTION = "in_proj"  # the layer that quantization makes of the first projection of nn.MultiheadAttention
+MATRIX_VECTOR: dict[Any, Any] = {  # for which torch's counter has no formula
+    torch.ops.aten.mv: lambda a, b, **more: 2 * a[0] * a[1],
+    torch.ops.aten.addmv: lambda bias, a, b, **more: 2 * a[0] * a[1],
+    torch.ops.aten.dot: lambda a, b, **more: 2 * a[0],
+}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs by batch size: all (torchinfo's total_mult_adds), those of Conv2d and Linear, and those of them in int8.
+    """Multiply-accumulates of one forward pass of one batch, by batch size.
 
-    The rest is what torchinfo counts for batch norm, which is folded into the convolutions before they are quantized.
+    `macs` are those of all convolutions and matrix products, the products inside attention included: half of the
+    floating-point operations that torch.utils.flop_counter counts. Additions of a bias, normalisation, pooling and
+    activations are none. `conv_linear_macs` are those that belong to a layer with weights (Conv2d, Linear, the
+    projections of attention); what they leave of `macs` are products of activations with each other, or with weights
+    that are in no such layer. `int8_macs` are those of the layers that run in int8.
+
+    `counted_by` is "torchinfo" in results of earlier versions, whose `macs` hold bias and batch norm too, but a Linear
+    layer on tokens only once, and nothing of attention.
     """
 
     parameters: int
     macs: dict[int, int]
     conv_linear_macs: dict[int, int]
     int8_macs: dict[int, int]
+    counted_by: str = TORCHINFO
 
     @property
     def int8_percent(self) -> float:
-        """Share of the multiply-accumulates of Conv2d and Linear layers that run in int8, in percent."""
-        return 100 * sum(self.int8_macs.values()) / max(1, sum(self.conv_linear_macs.values()))
+        """Share of all multiply-accumulates that run in int8, in percent."""
+        counted = self.conv_linear_macs if self.counted_by == TORCHINFO else self.macs
+        return _percent(self.int8_macs, counted)
+
+    @property
+    def no_layer_percent(self) -> float:
+        """Share of the multiply-accumulates that belong to no layer with weights, in percent: those of attention."""
+        return 0.0 if self.counted_by == TORCHINFO else 100 - _percent(self.conv_linear_macs, self.macs)
 
 
 def measure_cost(model: nn.Module, image_size: int, batch_sizes: Sequence[int], int8_layers: Sequence[str]) -> Cost:
-    """Count on the fp32 `model`; `int8_layers` names those of its layers that the int8 model runs in int8."""
-    named = dict(model.named_modules())
-    quantized = {id(named[name]) for name in int8_layers}
-    summaries = {batch_size: _summarize(model, image_size, batch_size) for batch_size in batch_sizes}
-    layers = {
-        batch_size: [layer for layer in summary.summary_list if isinstance(layer.module, nn.Conv2d | nn.Linear)]
-        for batch_size, summary in summaries.items()
-    }
+    """Count on the fp32 `model`.
+
+    Args:
+        model: takes images [N, 3, image_size, image_size].
+        int8_layers: qualified names of the layers that the int8 model runs in int8; `….in_proj` is the first
+            projection of an nn.MultiheadAttention.
+    """
+    counts = {size: _count(model, torch.zeros(size, 3, image_size, image_size)) for size in batch_sizes}
+    int8 = set(int8_layers)
     return Cost(
-        parameters=int(summaries[batch_sizes[0]].total_params),
-        macs={batch: int(summary.total_mult_adds) for batch, summary in summaries.items()},
-        conv_linear_macs={batch: sum(int(layer.macs) for layer in found) for batch, found in layers.items()},
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs={size: total for size, (total, _) in counts.items()},
+        conv_linear_macs={size: sum(by_layer.values()) for size, (_, by_layer) in counts.items()},
         int8_macs={
-            batch: sum(int(layer.macs) for layer in found if layer.layer_id in quantized)
-            for batch, found in layers.items()
+            size: sum(macs for names, macs in by_layer.items() if int8 & set(names))
+            for size, (_, by_layer) in counts.items()
         },
+        counted_by=FLOP_COUNTER,
     )
 
 
-def _summarize(model: nn.Module, image_size: int, batch_size: int) -> torchinfo.ModelStatistics:
-    shape = (batch_size, 3, image_size, image_size)
+def layer_table(model: nn.Module, image_size: int) -> str:
+    """torchinfo's table of the layers for one image: output shapes and parameters.
+
+    Its MACs are left out: of a Linear layer on tokens it counts one token.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchinfo 1.8 reads a tensor's typed storage, which torch wants to drop
-        return torchinfo.summary(model, input_size=shape, verbose=0, device="cpu", mode="eval")
+        summary = torchinfo.summary(
+            model, input_size=(1, 3, image_size, image_size), verbose=0, device="cpu", mode="eval", depth=8,
+            col_names=("input_size", "output_size", "kernel_size", "num_params"), row_settings=("var_names",),
+        )  # fmt: skip
+    return "\n".join(line for line in str(summary).splitlines() if not line.startswith("Total mult-adds"))
+
+
+Names = tuple[str, ...]  # of one layer; several where it is registered, or its weights are used, under several names
+
+
+def _count(model: nn.Module, images: Tensor) -> tuple[int, dict[Names, int]]:
+    """MACs of one forward pass: all, and those of each layer with weights."""
+    was_training = [module for module in model.modules() if module.training]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # Of fused attention on a CPU, the counter has no formula: it is computed as the products that it consists of.
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False, custom_mapping=MATRIX_VECTOR) as counter,
+            _LayerCounter(model, counter) as layers,
+        ):
+            model(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module in was_training:
+            module.training = True
+    return counter.get_total_flops() // 2, {names: flops // 2 for names, flops in layers.flops.items()}
+
+
+class _LayerCounter(TorchDispatchMode):
+    """Splits what `counter`, entered before, counts by the layers of `model`: `flops`.
+
+    A product belongs to the Conv2d or Linear in whose forward it is computed, whatever it computes its weights from;
+    else to the layer that owns one of its operands, since modules like nn.MultiheadAttention use the weights of layers
+    that they never call; else to none.
+    """
+
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.flops: dict[Names, int] = {}
+        self._counter = counter
+        self._entered: list[Names] = []  # the layers whose forward runs, the innermost last
+        self._owners: dict[int, Names] = {}  # by the address of the weights' memory, which transposed views share
+        self._layers: dict[nn.Module, Names] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                self._layers[module] = (*self._layers.get(module, ()), name)
+                self._own(name, module.weight)
+            elif isinstance(module, nn.MultiheadAttention):
+                for part in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                    self._own(f"{name}.{IN_PROJECTION}", getattr(module, part))
+
+    def _own(self, name: str, weight: Tensor | None) -> None:
+        if weight is not None:
+            address = weight.untyped_storage().data_ptr()
+            self._owners[address] = (*self._owners.get(address, ()), name)
+
+    def __enter__(self) -> Self:
+        self._hooks = ExitStack()
+        for module, names in self._layers.items():
+            enter = module.register_forward_pre_hook(lambda *_, names=names: self._entered.append(names))
+            leave = module.register_forward_hook(lambda *_: self._leave())
+            self._hooks.callback(enter.remove)
+            self._hooks.callback(leave.remove)
+        return super().__enter__()
+
+    def _leave(self) -> None:
+        self._entered.pop()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._hooks.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self._counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        if flops := self._counter.get_total_flops() - before:
+            if names := self._entered[-1] if self._entered else self._owner((args, kwargs)):
+                self.flops[names] = self.flops.get(names, 0) + flops
+        return result
+
+    def _owner(self, operands: Any) -> Names:
+        tensors = [leaf for leaf in tree_leaves(operands) if isinstance(leaf, Tensor)]
+        found = (self._owners.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
+        return next(filter(None, found), ())
+
+
+def _percent(part: dict[int, int], whole: dict[int, int]) -> float:
+    return 100 * sum(part.values()) / max(1, sum(whole.values()))

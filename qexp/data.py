@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qexp.config import DataConfig, QuantizeConfig
+from qexp.duplicates import Duplicates, count_duplicates
 from qexp.errors import InputError
 from qexp.imagefolder import cached, decode_files, list_folder
 
@@ -31,6 +32,11 @@ class Split:
         """Of pixels and labels, in their order."""
         return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()[:16]
 
+    @cached_property
+    def image_digests(self) -> list[bytes]:
+        """SHA-256 of the pixels of each image: equal ones belong to equal images."""
+        return [hashlib.sha256(image).digest() for image in self.images.contiguous().numpy()]
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -51,6 +57,13 @@ class Dataset:
     validation: Split
     test: Split
     digest: str
+
+    @cached_property
+    def duplicates(self) -> Duplicates:
+        """Equal images in several parts."""
+        return count_duplicates(
+            *((part.image_digests, part.labels.tolist()) for part in (self.train, self.validation, self.test))
+        )
 
 
 def load_dataset(options: DataConfig, seed: int) -> Dataset:
@@ -126,12 +139,16 @@ def calibration_count(options: QuantizeConfig, train: Split) -> int:
 
 
 def calibration_subset(train: Split, count: int, seed: int) -> tuple[Split, str]:
-    """`count` un-augmented training images, class-stratified, and the digest of their indices in `train`.
+    """`count` un-augmented training images, class-stratified, and the digest of their indices in `train`, in order.
+
+    Their order is random, by the same seed, so that each batch of a calibration holds all classes: files come class
+    by class.
 
     Raises:
         InputError: there are fewer training images than `count`.
     """
-    indices = stratified_sample(train.labels, count, seed)
+    drawn = stratified_sample(train.labels, count, seed)
+    indices = drawn[torch.from_numpy(np.random.RandomState(seed).permutation(count))]
     return train.subset(indices), hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 

@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from qexp.cost import Cost
+from qexp.duplicates import Duplicates
 from qexp.evaluation import Accuracy, Comparison
+from qexp.filecontents import FileContents
 from qexp.gate import GateResult, Succession
 from qexp.host import Host
 from qexp.latency import LatencyResult, Ratio, Speedup
@@ -24,7 +26,8 @@ T = TypeVar("T")
 class DataFacts:
     """The data set of a run; `digest` covers decoded pixels and labels.
 
-    `guess_percent` is the top-1 of always naming the class that is most frequent among the test images.
+    `duplicates` is None where an earlier version has not counted them. `guess_percent` is the top-1 of always naming
+    the class that is most frequent among the test images.
     """
 
     name: str
@@ -35,6 +38,7 @@ class DataFacts:
     train_images: int
     validation_images: int
     test_images: int
+    duplicates: Duplicates | None = None
     guess_percent: float | None = None
 
     @property
@@ -54,6 +58,7 @@ class Fp32Evidence:
     data: DataFacts
     train: TrainResult
     accuracy: dict[str, Accuracy]
+    contents: FileContents | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Int8Evidence:
     sensitivity: SensitivityResult | None = None
     budget: BudgetResult | None = None
     budget_cost: BudgetCost | None = None
+    contents: FileContents | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +241,12 @@ class Evidence:
         return self.fp32.size_bytes / self.int8.size_bytes
 
     @property
+    def images_seen_before(self) -> dict[str, int]:
+        """How many test images equal images of training, as a summary line shows it; empty where nobody has counted."""
+        found = self.fp32.data.duplicates
+        return {"test_images_also_in_training": found.test_images_seen} if found else {}
+
+    @property
     def headline(self) -> dict[str, float]:
         """The figures that a summary line shows. A speed-up without a name is that over the fastest float."""
         over_floats = [found.ratio.median for found in self.speedups_over_floats]
@@ -259,7 +271,8 @@ class SearchPoint:
 
     `fp32_layers` of the most sensitive layers stayed fp32, beside those that no trial may quantize. `size_bytes` and
     `speedup` (over fp32, timed in turns) are there where the search looks at them; `latency_p50_ms` is the study's p50
-    of fp32 over that speed-up, and `noise` what int8 showed against itself.
+    of fp32 over that speed-up, and `noise` what int8 showed against itself. `correct_by_seed` says for each seed which
+    validation images int8 gets right (see search/paired.py); empty in trials of earlier versions, and in a result.
     """
 
     calibration_samples: int
@@ -274,6 +287,7 @@ class SearchPoint:
     latency_p50_ms: float | None = None
     speedup: Ratio | None = None
     noise: Ratio | None = None
+    correct_by_seed: tuple[str, ...] = ()
 
     @property
     def cost(self) -> float | None:
@@ -282,11 +296,28 @@ class SearchPoint:
 
 
 @dataclass(frozen=True)
+class BelowBest:
+    """How far the validation top-1 of a point lies below the best point's, and the margin within which that may be
+    chance: the half width of its interval, simultaneous for all points."""
+
+    difference_points: float
+    margin_points: float
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the point is worse beyond chance."""
+        return self.difference_points > self.margin_points + 1e-9
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """All points; `best` has the highest mean top-1, `front` is the Pareto front, the cheapest point first.
 
-    `winner` is, of the points within noise of the best, the one with the smallest sample count, or the fastest or
-    smallest one where there is a second objective. `fp32_cost` is that of the fp32 model, in ms or bytes.
+    `winner` is, of the points not shown to be worse than the best, the one with the smallest sample count, or the
+    fastest or smallest one where there is a second objective. `below_best` says of each point how it compares with the
+    best; it is empty in results of earlier versions. `noise_points` is the median of the margins. `is_paired` says
+    whether they come from the same images, image by image, or from the spread between seeds alone, which leaves out
+    that other images would give other figures. `fp32_cost` is that of the fp32 model, in ms or bytes.
     """
 
     study: str
@@ -301,6 +332,13 @@ class SearchResult:
     latency_batch_size: int | None = None
     fp32_cost: float | None = None
     failed_trials: int = 0
+    below_best: tuple[BelowBest, ...] = ()
+    is_paired: bool = False
+
+    @property
+    def not_told_apart(self) -> int:
+        """How many points, beside the best, are not shown to be worse than it."""
+        return max(0, sum(not found.is_shown for found in self.below_best) - 1)
 
 
 def to_json(result: object) -> str:

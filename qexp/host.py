@@ -4,9 +4,10 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 FEATURES = {
     "avx2": "AVX2",
@@ -26,8 +27,37 @@ LIBRARIES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "mlflow",
 
 
 @dataclass(frozen=True)
+class Cpus:
+    """What a process may compute on.
+
+    `logical` are the CPUs of its affinity, of which hyper-threads of one core are several; `physical` are the cores
+    that these lie on. `quota` is the CPU time that its control groups grant it, in CPUs (2.0 is two seconds of CPU time
+    a second); None where there is no limit.
+    """
+
+    logical: int
+    physical: int
+    quota: float | None = None
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute fastest: one a physical core, and no more than the quota can run at once."""
+        return min(self.physical, self.most_busy)
+
+    @property
+    def most_busy(self) -> int:
+        """How many threads can compute at once, hyper-threads included."""
+        return self.logical if self.quota is None else max(1, min(self.logical, int(self.quota)))
+
+
+@dataclass(frozen=True)
 class Host:
-    """Facts about the machine; `threads` is what the stages use."""
+    """Facts about the machine; `threads` is what the stages use.
+
+    `cores` are the logical CPUs that this process may run on, `physical_cores` the cores that they lie on, `cpu_quota`
+    the CPUs that its control groups grant it, None for no limit. In results of earlier versions `physical_cores` is
+    None, and quotas were not looked for.
+    """
 
     cpu: str
     cores: int
@@ -37,6 +67,8 @@ class Host:
     system: str
     python: str
     libraries: dict[str, str]
+    physical_cores: int | None = None
+    cpu_quota: float | None = None
 
     @property
     def has_int8_dot_product(self) -> bool:
@@ -49,25 +81,119 @@ class Host:
         return bool({"AVX512-BF16", "AMX-bf16"} & set(self.features))
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def read_cpus(root: Path = Path("/")) -> Cpus:
+    """The CPUs of this process. Off Linux: all of the machine, hyper-threads taken for cores, and no quota.
+
+    Args:
+        root: where /proc/self and /sys/devices are read; mount points in /proc/self/mountinfo count from there, too.
+    """
+    logical = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return Cpus(len(logical), _physical_cores(logical, root / "sys/devices/system/cpu"), _cpu_quota(root))
 
 
-def read_host(threads: int | None, cpuinfo: Path = Path("/proc/cpuinfo")) -> Host:
-    """Read the facts; `threads` None means one a core. Off Linux the features are unknown, and the tuple is empty."""
-    facts = _first_processor(cpuinfo)
+def _physical_cores(logical: set[int], folder: Path) -> int:
+    """How many cores these CPUs lie on; where the kernel does not say, each counts as one."""
+    cores = set()
+    for cpu in logical:
+        names = ("core_cpus_list", "thread_siblings_list")  # the second is what kernels before 5.3 called it
+        texts = (_read(folder / f"cpu{cpu}/topology/{name}") for name in names)
+        cores.add(next(filter(None, texts), str(cpu)))
+    return len(cores)
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """The smallest CPU limit of the control groups that this process is in, in CPUs, None without any.
+
+    Version 2 has it in cpu.max ("200000 100000" or "max 100000": microseconds of CPU time a period), version 1 in
+    cpu.cfs_quota_us (-1: no limit) and cpu.cfs_period_us; a limit holds for all groups below. In a container, groups
+    above its own cannot be seen: its own is what is mounted, under whatever path /proc/self/cgroup names.
+    See https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kernel.org/scheduler/sched-bwc.html.
+    """
+    limits = []
+    for mount_root, mount_point, is_v2 in _cgroup_mounts(_read(root / "proc/self/mountinfo")):
+        path = _path_of_group(_read(root / "proc/self/cgroup"), is_v2)
+        if path is None:
+            continue
+        below = PurePosixPath(path)
+        if below.is_relative_to(mount_root):  # else the path is that of another namespace: the mount is our group
+            below = below.relative_to(mount_root)
+        parts = [part for part in below.parts if part not in ("/", "..")]
+        top = root / mount_point.lstrip("/")
+        for depth in range(len(parts) + 1):
+            limits.append(_limit_of(top.joinpath(*parts[:depth]), is_v2))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, str, bool]]:
+    """Of each mount that may hold CPU limits: the group at its top, the mount point, and whether it is version 2."""
+    for line in mountinfo.splitlines():
+        fields, _, after = line.partition(" - ")
+        kind, _, options = [*after.split(), "", "", ""][:3]
+        group, point = (field.replace("\\040", " ") for field in [*fields.split(), *[""] * 5][3:5])
+        if kind == "cgroup2":
+            yield group, point, True
+        elif kind == "cgroup" and "cpu" in options.split(","):
+            yield group, point, False
+
+
+def _path_of_group(cgroup: str, is_v2: bool) -> str | None:
+    """The path of this process's group from lines `ID:CONTROLLERS:PATH`; version 2 has ID 0 and no controllers."""
+    for line in cgroup.splitlines():
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if (number == "0" and not controllers) if is_v2 else "cpu" in controllers.split(","):
+            return path
+    return None
+
+
+def _limit_of(group: Path, is_v2: bool) -> float | None:
+    names = ("cpu.max",) if is_v2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    numbers = " ".join(_read(group / name) for name in names).split()
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):  # "max", -1, or no such file
+        return None
+    quota, period = map(int, numbers)
+    return quota / period if quota and period else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def read_host(threads: int | None, cpuinfo: Path = Path("/proc/cpuinfo"), cpus: Cpus | None = None) -> Host:
+    """Read the facts. Off Linux the features are unknown, and the tuple is empty.
+
+    Args:
+        threads: those of the stages; None: one a physical core, and no more than the CPU quota.
+        cpus: None: those of this process.
+    """
+    facts, cpus = _first_processor(cpuinfo), cpus or read_cpus()
     flags = facts.get("flags", facts.get("Features", "")).split()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return Host(
         cpu=facts.get("model name") or platform.processor() or platform.machine(),
-        cores=available_cores(),
-        threads=threads or available_cores(),
+        cores=cpus.logical,
+        threads=threads or cpus.threads,
         memory_gb=round(pages / 1e9, 1),
         features=tuple(name for flag, name in FEATURES.items() if flag in flags),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=sys.version.split()[0],
         libraries={name: version(name) for name in LIBRARIES},
+        physical_cores=cpus.physical,
+        cpu_quota=cpus.quota,
+    )
+
+
+def too_many_threads(host: Host) -> str | None:
+    """A warning where more threads run than the CPUs or the quota can; None where they fit."""
+    cpus = Cpus(host.cores, host.physical_cores or host.cores, host.cpu_quota)
+    if host.threads <= cpus.most_busy:
+        return None
+    what = f"the CPU quota of {host.cpu_quota:g}" if host.cpu_quota and host.cpu_quota < host.cores else "the CPUs"
+    return (
+        f"{host.threads} threads are more than {what} can run at once ({host.cores} logical CPUs, "
+        f"{cpus.physical} cores): they stall, and times are no measure; --threads {cpus.threads} or auto"
     )
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qexp.errors import InputError, first_line
-from qexp.host import available_cores
+from qexp.host import read_cpus
 from qexp.progress import say, track
 
 warnings.filterwarnings("ignore", "Palette images with Transparency")  # which is dropped, as intended
@@ -68,7 +68,7 @@ def decode_files(files: Sequence[str], image_size: int, what: str = "--data-dir:
         InputError: a file is no image or is cut off; the message begins with `what` and names it.
     """
     images = np.empty((len(files), 3, image_size, image_size), dtype=np.uint8)
-    with ThreadPoolExecutor(available_cores()) as pool:  # PIL lets go of the interpreter lock while it decodes
+    with ThreadPoolExecutor(read_cpus().most_busy) as pool:  # PIL lets go of the interpreter lock while it decodes
         decoded = pool.map(partial(_decode, image_size=image_size, what=what), files, chunksize=256)
         for row, image in enumerate(track(decoded, "decoding images", len(files))):
             images[row] = image

@@ -12,11 +12,18 @@ STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes")  # options of training that do not change what comes out
 DATASETS = ("digits", "cifar10", "imagefolder")
 Engine = Literal["fx", "pt2e", "onnx"]
-Observer = Literal["histogram", "minmax", "moving_average", "percentile"]
+Observer = Literal["histogram", "minmax", "batch_average", "percentile"]
 Scale = Literal["channel", "layer"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
+
+
+def _renamed(value: Any) -> Any:
+    """`moving_average`, an observer of earlier versions, as the one that has taken its place."""
+    if isinstance(value, list):
+        return [_renamed(name) for name in value]
+    return "batch_average" if value == "moving_average" else value
 
 
 def _as_list(value: Any) -> Any:
@@ -85,7 +92,9 @@ class QuantizeConfig(BaseModel):
         None, ge=1, description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer"
     )
     calibration_batch_size: int = Field(64, ge=1, description="images a calibration step")
-    observer: Observer = Field("histogram", description="how activation ranges are chosen")
+    observer: Annotated[Observer, BeforeValidator(_renamed)] = Field(
+        "histogram", description="how activation ranges are chosen: histogram, minmax, batch_average, percentile"
+    )
     percentile: float = Field(
         99.99, gt=50, le=100, description="share of the activations inside the range of observer percentile, percent"
     )
@@ -226,9 +235,9 @@ class SearchConfig(BaseModel):
         "top1", description="validation top-1, alone or with p50 latency or size on disk as a second objective"
     )
     sample_counts: Counts = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
-    observers: Annotated[list[Observer], Field(min_length=1), AfterValidator(_once)] | None = Field(
-        None, description="observers to try; auto: the one of quantize.observer"
-    )
+    observers: (
+        Annotated[list[Observer], Field(min_length=1), BeforeValidator(_renamed), AfterValidator(_once)] | None
+    ) = Field(None, description="observers to try; auto: the one of quantize.observer")
     weight_scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_once)] | None = Field(
         None, description="one weight scale a channel or a layer, to try; auto: quantize.per_channel"
     )
@@ -259,7 +268,9 @@ class Config(BaseModel):
     model_config = STRICT
     model: str = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
     seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
-    threads: int | None = Field(None, ge=1, description="CPU threads of every stage; auto: one a core")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"
+    )
     output_dir: str | None = Field(None, description="folder that gets a copy of the report; auto: only MLflow has it")
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

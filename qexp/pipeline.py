@@ -158,7 +158,9 @@ def run_train(config: Config, resume: str | None = None, overrides: Overrides | 
         return None
     fp32 = stages.train_stage(config, host, dataset, resume)
     top1 = fp32.evidence.accuracy["test"].top1_percent
-    return {"command": "train", "run_id": fp32.version.run_id, "fp32": fp32.version.uri, "fp32_top1_percent": top1}
+    uri, seen = fp32.version.uri, dataset.duplicates.test_images_seen
+    found = {"fp32": uri, "fp32_top1_percent": top1, "test_images_also_in_training": seen}
+    return {"command": "train", "run_id": fp32.version.run_id, **found}
 
 
 def run_quantize(config: Config, model_uri: str) -> Summary:
@@ -172,6 +174,7 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     found = [_figures_of(fp32, int8) for int8 in int8s]
     more: Summary = {"versions": found} if len(found) > 1 else {}
     more |= {"failed_engines": failed} if failed else {}
+    more["test_images_also_in_training"] = dataset.duplicates.test_images_seen
     return {"command": "quantize", "run_id": int8s[0].version.run_id, "fp32": fp32.version.uri, **found[0], **more}
 
 
@@ -214,4 +217,5 @@ def run_report(config: Config, model_uri: str) -> Summary:
 def _summary(command: str, run_id: str, evidence: Evidence, report_uri: str) -> Summary:
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": report_uri}
     engine = {"engine": evidence.int8.quantize.engine}
-    return {"command": command, "run_id": run_id, **uris, **engine, **evidence.decision, **evidence.headline}
+    found = evidence.decision | evidence.headline | evidence.images_seen_before
+    return {"command": command, "run_id": run_id, **uris, **engine, **found}

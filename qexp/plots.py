@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from qexp import speed
+from qexp.cost import TORCHINFO
 from qexp.evidence import Evidence
 
 WIDTH_IN, HEIGHT_IN, DPI = 4.2, 3.1, 180
@@ -116,12 +117,13 @@ def _macs(axes: Axes, evidence: Evidence) -> None:
     places = range(len(cost.macs))
     totals = [count / 1e9 for count in evidence.int8.fp32_cost.macs.values()]
     in_int8 = [count / 1e9 for count in cost.int8_macs.values()]
-    left = [total / 1e9 - int8 for total, int8 in zip(cost.conv_linear_macs.values(), in_int8, strict=True)]
+    counted = cost.conv_linear_macs if cost.counted_by == TORCHINFO else cost.macs
+    left = [total / 1e9 - int8 for total, int8 in zip(counted.values(), in_int8, strict=True)]
     axes.bar([place - 0.2 for place in places], totals, 0.38, color=FP32, label="fp32 model")
     axes.bar([place + 0.2 for place in places], in_int8, 0.38, color=INT8, label="int8 model, in int8")
-    if evidence.int8.quantize.float_layers:
+    if any(left):
         axes.bar(
-            [place + 0.2 for place in places], left, 0.38, bottom=in_int8, color=FLOAT_PART, label="int8 model, in fp32"
+            [place + 0.2 for place in places], left, 0.38, bottom=in_int8, color=FLOAT_PART, label="int8 model, others"
         )
     axes.set_yscale("log")
     axes.set_ylim(bottom=min(totals) / 3)

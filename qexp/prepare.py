@@ -8,7 +8,7 @@ from qexp.config import Config, LatencyConfig
 from qexp.data import Dataset, calibration_count, load_dataset
 from qexp.distributed import read_group
 from qexp.errors import InputError
-from qexp.host import Host, read_host
+from qexp.host import Host, read_host, too_many_threads
 from qexp.models import ModelSpec, check_model_name, outline
 from qexp.progress import say
 from qexp.quantization import KERNELS, LOADED_WITHOUT_PICKLE, check_layer_names
@@ -45,6 +45,8 @@ def prepare(
     if model_uri:
         registered.check_data(model_uri, dataset)
     if read_group().leads:
+        if warning := dataset.duplicates.warning(len(dataset.test)):
+            say(f"warning: {warning}")
         if resume:
             resumed.check_data(resume, dataset)
         tracking.use_experiment(dataset.name, resume)
@@ -97,7 +99,7 @@ def check_profile(options: LatencyConfig) -> None:
 
 def _use_threads(config: Config) -> Host:
     host = read_host(config.threads)
-    if host.threads > host.cores:
-        say(f"warning: --threads {host.threads}: this process may use {host.cores} cores; more threads are far slower")
+    if warning := too_many_threads(host):
+        say(f"warning: {warning}")
     torch.set_num_threads(host.threads)
     return host

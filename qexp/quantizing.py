@@ -7,7 +7,7 @@ import torch
 
 from qexp import metrics, registry, tracking
 from qexp.config import Config
-from qexp.cost import Cost, measure_cost
+from qexp.cost import Cost, layer_table, measure_cost
 from qexp.data import Dataset, Split, calibration_count, calibration_subset, stratified_sample
 from qexp.evaluation import Comparison, compare, predict_logits, to_float
 from qexp.evidence import BudgetCost, Int8Evidence
@@ -20,7 +20,7 @@ from qexp.quantization.cleanup import clean, folded_layers
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, measure_sensitivity, most_sensitive_first
 from qexp.registry import Registered
-from qexp.stages import SPLITS, Fp32, evaluate_splits, lineage, verification_images
+from qexp.stages import LAYER_TABLE, SPLITS, Fp32, evaluate_splits, lineage, verification_images
 
 SATURATION = "sums of two products of whole ranges do not fit into 16 bits"
 BUDGET_IMAGES = 256  # validation images that order the layers, where the options ask for none
@@ -85,6 +85,7 @@ def quantize_stage(
         evidence = Int8Evidence(
             version_uri=version.uri,
             size_bytes=version.size_bytes,
+            contents=version.contents,
             quantize=quantized.result,
             calibration_digest=digest,
             fp32_cost=fp32_cost,
@@ -96,6 +97,7 @@ def quantize_stage(
             budget_cost=_budget_cost(config, host, fp32, subset, quantized) if budget else None,
         )
         _log_int8(fp32, version, evidence)
+        tracking.log_text(layer_table(quantized.source, fp32.model.spec.image_size), LAYER_TABLE)
     return Int8(version, evidence)
 
 

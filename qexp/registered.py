@@ -1,5 +1,7 @@
 """Models that are in the registry already, as the stages need them: configuration, fp32 model, evidence."""
 
+from dataclasses import replace
+
 from qexp import registry, tracking
 from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.data import Dataset
@@ -61,6 +63,8 @@ def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPL
     with tracking.downloaded(found.tags["weights_uri"]) as file:
         model = load_classifier(file)
     evidence = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
+    # Those of the data at hand: an earlier version has not counted them.
+    evidence = replace(evidence, data=replace(evidence.data, duplicates=dataset.duplicates))
     logits, _ = evaluate_splits(model, dataset, "fp32", splits)
     return Fp32(model, registry.from_entity(found), evidence, logits)
 

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from qexp.bare_process import reloads_equal
 from qexp.errors import InputError, StageError, first_line
+from qexp.filecontents import FileContents
 from qexp.models import ModelSpec
 from qexp.store import again, all_pages, is_missing, registry_name, split_uri, uri_of
 from qexp.store.aliases import CHALLENGER, set_alias
 from qexp.store.flavors import FORMATS, log_version, quiet
-from qexp.store.integrity import STORED, stored_digest
+from qexp.store.integrity import STORED, stored_facts
 from qexp.store.leftovers import whole_or_nothing
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
@@ -35,7 +36,10 @@ Predict = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Registered:
-    """A model version of the registry; `size_bytes` is the model's file there, without MLflow's metadata."""
+    """A model version of the registry; `size_bytes` is the model's file there, without MLflow's metadata.
+
+    `contents` is what is in that file, known where the version has just been registered.
+    """
 
     name: str
     version: str
@@ -43,6 +47,7 @@ class Registered:
     run_id: str
     size_bytes: int
     verified: bool
+    contents: FileContents | None = None
 
     @property
     def owner(self) -> tuple[str, str]:
@@ -79,13 +84,13 @@ def register(
         without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
         environment = child_environment(torch.get_num_threads())
         verified = reloads_equal(uri, model, sample, environment, without_pickle)
-        size_bytes = _stored_bytes(uri)
+        size_bytes, (digest, contents) = _stored_bytes(uri), stored_facts(uri)
         facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
-        facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": stored_digest(uri)}
+        facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": digest}
         mlflow.MlflowClient().update_model_version(name, number, _description(kind, uri, spec, flavor))
         tag_version(uri, facts | tags | {"kind": kind})  # kind comes last: with it, the version is complete
-    return Registered(name, number, info.model_id, info.run_id, size_bytes, verified)
+    return Registered(name, number, info.model_id, info.run_id, size_bytes, verified, contents)
 
 
 def make_challenger(version: Registered) -> None:

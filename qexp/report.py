@@ -13,6 +13,7 @@ import markdown
 from qexp import advice, claims, speed
 from qexp.evaluation import Accuracy
 from qexp.evidence import Evidence, Fp32Evidence, Int8Evidence, to_json
+from qexp.host import too_many_threads
 from qexp.latency import LatencyStats, Ratio
 from qexp.plots import save_figures
 
@@ -68,6 +69,7 @@ def render_markdown(evidence: Evidence) -> str:
         _pictures("accuracy_bars"),
         _bullets(claims.accuracy(evidence)),
         "## Effect of quantization on model size",
+        *_size_table(evidence),
         _pictures("model_size"),
         _bullets(claims.size(evidence)),
         "## Multiply-accumulates by batch size",
@@ -128,6 +130,19 @@ def _accuracy_table(evidence: Evidence) -> str:
 
 def _both(accuracy: Accuracy) -> tuple[float, float]:
     return accuracy.top1_percent, accuracy.top3_percent
+
+
+def _size_table(evidence: Evidence) -> list[str]:
+    """What is in each stored file; nothing where that was not measured."""
+    models = [("fp32", evidence.fp32.size_bytes, evidence.fp32.contents)]
+    for judged in evidence.versions:
+        models.append((f"int8 {judged.int8.quantize.engine}", judged.int8.size_bytes, judged.int8.contents))
+    rows = [
+        [name, *(f"{size / 1e6:.4f}" for size in (found.weights_bytes, found.code_bytes, found.other_bytes, total))]
+        for name, total, found in models
+        if found
+    ]
+    return [table(["MB", "weights", "code", "metadata and container", "file"], rows)] if rows else []
 
 
 def _macs_table(evidence: Evidence) -> str:
@@ -215,7 +230,8 @@ def _environment_table(evidence: Evidence) -> str:
     host, int8, data = evidence.measured.host, evidence.int8, evidence.fp32.data
     quantize = int8.quantize
     rows = [
-        ["CPU", f"{host.cpu}, {host.cores} cores, {speed.threads(evidence.latency.threads)}, {host.memory_gb:g} GB"],
+        ["CPU", claims.processor(host, evidence.latency.threads)],
+        *([["Threads", f"**Warning**: {warning}"]] if (warning := too_many_threads(host)) else []),
         ["Instructions", ", ".join(host.features) or "unknown"],
         ["System", f"{host.system}, Python {host.python}"],
         ["Libraries", ", ".join(f"{name} {number}" for name, number in host.libraries.items())],

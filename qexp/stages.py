@@ -18,6 +18,7 @@ from qexp import metrics, registry, tracking
 from qexp.checkpoint import checkpoint_folder, lock_of, remove_checkpoints
 from qexp.commit import read_commit
 from qexp.config import Config
+from qexp.cost import layer_table
 from qexp.data import Dataset, stratified_sample
 from qexp.errors import InputError, StageError
 from qexp.evaluation import Accuracy, guess_percent, measure_accuracy, predict_logits
@@ -33,6 +34,7 @@ from qexp.trained import Trained, save_trained
 from qexp.training import EpochResult, train_model
 
 VERIFY_IMAGES = 64  # training images on which a reloaded version must give the same bits
+LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
 SPLITS = ("train", "validation", "test")
 
 
@@ -112,8 +114,9 @@ def publish_trained(
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(model, run_id)} | trained.tags
     version = registry.register("fp32", model, name, model.spec, trained.sample, tags)
     registry.make_challenger(version)
-    evidence = replace(evidence, version_uri=version.uri, size_bytes=version.size_bytes)
+    evidence = replace(evidence, version_uri=version.uri, size_bytes=version.size_bytes, contents=version.contents)
     tracking.log_result("fp32", evidence)
+    tracking.log_text(layer_table(model, model.spec.image_size), LAYER_TABLE)
     top1 = evidence.accuracy["test"].top1_percent
     tracking.set_note(
         f"{evidence.model} on {evidence.data.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
@@ -210,4 +213,4 @@ def _parameters(model: nn.Module) -> int:
 def _data_facts(dataset: Dataset, config: Config) -> DataFacts:
     counts = len(dataset.train), len(dataset.validation), len(dataset.test)
     facts = dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size
-    return DataFacts(*facts, *counts, guess_percent(dataset.test.labels))
+    return DataFacts(*facts, *counts, dataset.duplicates, guess_percent(dataset.test.labels))

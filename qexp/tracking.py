@@ -163,6 +163,7 @@ def _active_run() -> Run:
 def log_setup(config: Config, host: Host) -> None:
     """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has."""
     facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
+    facts |= {"host.physical_cores": host.physical_cores, "host.cpu_quota": host.cpu_quota or "none"}
     logged = _active_run().data.params
     mlflow.log_params({name: value for name, value in (flat_params(config) | facts).items() if name not in logged})
     with store_errors():
@@ -207,10 +208,15 @@ def log_table(columns: dict[str, list[Any]], name: str) -> None:
             mlflow.log_table(columns, file)
 
 
+def log_text(text: str, file: str) -> None:
+    """A text artifact of the active run."""
+    with store_errors():
+        mlflow.log_text(text, file)
+
+
 def log_result(name: str, result: object) -> None:
     """A stage's result as `results/<name>.json`, which `read_result` reads back."""
-    with store_errors():
-        mlflow.log_text(to_json(result), f"results/{name}.json")
+    log_text(to_json(result), f"results/{name}.json")
 
 
 def read_result(kind: type[T], run_id: str, name: str) -> T:

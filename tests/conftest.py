@@ -19,7 +19,7 @@ from stores import new_store
 from torch import nn
 
 from qexp.config import DataConfig, TrainConfig
-from qexp.cost import Cost
+from qexp.cost import FLOP_COUNTER, Cost
 from qexp.data import Dataset, load_dataset
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
@@ -283,7 +283,7 @@ def evidence() -> Evidence:
     int8_macs = {batch: 9 * count // 10 for batch, count in macs.items()}
     layers = ("network.0", "network.3")
     quantize = QuantizeResult("fx", "x86", "histogram", True, False, 64, layers, (), 0.5, "x86")
-    cost = Cost(427_178, macs, int8_macs, int8_macs)
+    cost = Cost(427_178, macs, macs, int8_macs, FLOP_COUNTER)
     fp32 = Fp32Evidence("smallnet", 0, "models:/smallnet-digits-fp32/1", 1_800_000, data, train, fp32_accuracy)
     comparisons = {split: comparison for split in ("train", "validation", "test")}
     sensitivity = SensitivityResult(

@@ -97,7 +97,8 @@ def test_attention_is_made_of_linear_layers(images: Tensor, options: dict[str, o
 def test_attention_in_int8(images: Tensor, engine: str) -> None:
     model = _Attention().eval()
     made = quantize_model(model, images, QuantizeConfig(engine=engine, observer="minmax"), False)
-    assert made.result.int8_layers == ("conv", "attention.out_proj", "last") and made.result.float_layers == ()
+    assert made.result.int8_layers == ("conv", "attention.out_proj", "last", "attention.in_proj")
+    assert made.result.float_layers == ()
     with torch.no_grad():
         assert _sqnr_db(model(images.float() / 255), made.module(images.float() / 255)) > 20
 

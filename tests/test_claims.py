@@ -6,8 +6,11 @@ import pytest
 from conftest import with_gate, with_int8, with_speedups
 
 from qexp import claims
+from qexp.cost import TORCHINFO
+from qexp.duplicates import Duplicates
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import Evidence
+from qexp.filecontents import FileContents
 from qexp.gate import GateResult, Succession
 
 
@@ -21,7 +24,9 @@ def _with_train(evidence: Evidence, **changed: object) -> Evidence:
 
 
 def _with_cost(evidence: Evidence, **changed: object) -> Evidence:
-    """Of the int8 model and, but for what runs in int8, of the fp32 model."""
+    """Of the int8 model and, but for what runs in int8, of the fp32 model; all of new `macs` are of layers in int8."""
+    if "macs" in changed:
+        changed = {"conv_linear_macs": changed["macs"], "int8_macs": changed["macs"]} | changed
     counted = {name: value for name, value in changed.items() if name != "int8_macs"}
     fp32_cost = replace(evidence.int8.fp32_cost, **counted)
     return with_int8(evidence, cost=replace(evidence.int8.cost, **changed), fp32_cost=fp32_cost)
@@ -156,6 +161,26 @@ def test_accuracy_is_that_of_the_test_images(evidence: Evidence) -> None:
     assert claims.accuracy(changed) == claims.accuracy(evidence)
 
 
+def _with_duplicates(evidence: Evidence, found: Duplicates | None) -> Evidence:
+    return replace(evidence, fp32=replace(evidence.fp32, data=replace(evidence.fp32.data, duplicates=found)))
+
+
+def test_what_training_has_seen_of_the_test_images(evidence: Evidence) -> None:
+    assert claims.accuracy(_with_duplicates(evidence, None))[2:] == [
+        "Whether test images are among the training images was not counted."
+    ]
+    (none,) = claims.accuracy(_with_duplicates(evidence, Duplicates(0, 0, 0, 0, 0)))[2:]
+    assert none.startswith("No test image equals a training or validation image")
+    some, judged, twice = claims.accuracy(_with_duplicates(evidence, Duplicates(38, 3, 40, 5, 2)))[2:]
+    assert some.startswith("**40 of 359 test images equal a training or validation image, pixel by pixel: accuracy on ")
+    assert "38 a training image" in some and "3 a validation image" in some
+    assert judged.startswith("5 of 144 validation images equal a training image")
+    assert twice.startswith("2 images are in the data set with several labels")
+    seen = _with_duplicates(evidence, Duplicates(38, 3, 40, 5, 2)).images_seen_before
+    assert seen == {"test_images_also_in_training": 40}
+    assert _with_duplicates(evidence, None).images_seen_before == {}
+
+
 # --- size
 
 
@@ -172,13 +197,23 @@ def test_size(evidence: Evidence, fp32_bytes: int, int8_bytes: int, words: str) 
     assert words in sentence
 
 
+def test_what_is_in_the_files(evidence: Evidence) -> None:
+    assert len(claims.size(evidence)) == 1  # not measured by an earlier version
+    fp32 = replace(evidence.fp32, contents=FileContents(1_600_000, 100_000, 100_000))
+    found = with_int8(replace(evidence, fp32=fp32), contents=FileContents(410_000, 10_000, 30_000))
+    alone = claims.size(found)[1]
+    assert alone.startswith(
+        "The weights alone (with biases, scales and statistics) are 3.90x smaller: 0.410 MB instead"
+    )
+
+
 # --- MACs
 
 
 def test_macs_in_proportion_to_the_batch(evidence: Evidence) -> None:
     growth, share = claims.macs(_with_cost(evidence, macs={1: 15_000_000, 128: 1_920_000_000}))
     assert growth == "MACs grow in proportion to the batch size: 15.0 million at 1, 1.92 billion at 128."
-    assert "100.0 % of the MACs" in share and "stayed fp32" not in share
+    assert "100.0 % of all MACs" in share and "stayed fp32" not in share
 
 
 def test_macs_out_of_proportion(evidence: Evidence) -> None:
@@ -199,20 +234,36 @@ def test_one_batch_size_says_nothing_about_growth(evidence: Evidence) -> None:
 def test_layers_that_stayed_fp32_are_named(evidence: Evidence) -> None:
     quantize = replace(evidence.int8.quantize, float_layers=("network.3", "network.22"))
     changed = with_int8(evidence, quantize=quantize)
-    share = claims.macs(_with_cost(changed, int8_macs={1: 450, 8: 3600, 128: 57_600}))[-1]
-    assert "50.0 % of the MACs" in share and "2 layers stayed fp32: network.3, network.22" in share
+    share = claims.macs(_with_cost(changed, int8_macs={1: 500, 8: 4000, 128: 64_000}))[-1]
+    assert "50.0 % of all MACs" in share and "2 layers stayed fp32: network.3, network.22" in share
 
 
 def test_a_fold_that_saves_macs_is_told(evidence: Evidence) -> None:
     assert "Quantization leaves those of each layer as they are; " in claims.macs(evidence)[-1]
-    folded = replace(evidence.int8.cost, macs={1: 15_000_000, 8: 120_000_000})
-    before = replace(evidence.int8.fp32_cost, macs={1: 120_000_000, 8: 960_000_000})
+    small, large = ({1: count, 8: 8 * count} for count in (15_000_000, 120_000_000))
+    folded = replace(evidence.int8.cost, macs=small, conv_linear_macs=small, int8_macs=small)
+    before = replace(evidence.int8.fp32_cost, macs=large, conv_linear_macs=large)
     growth, share = claims.macs(with_int8(evidence, cost=folded, fp32_cost=before))
     assert "15.0 million at 1" in growth
     assert (
         "Quantization runs after folding the pool, which cuts MACs from 120.0 million to 15.0 million at batch size 1; "
         in share
     )
+
+
+def test_products_of_no_layer_are_told(evidence: Evidence) -> None:
+    macs, layers = {1: 1000, 8: 8000}, {1: 960, 8: 7680}
+    share, rest = claims.macs(_with_cost(evidence, macs=macs, conv_linear_macs=layers, int8_macs=layers))[1:]
+    assert "; 96.0 % of all MACs run in int8 afterwards." in share
+    assert rest.startswith("4.0 % of them belong to no layer with weights (inside attention")
+
+
+def test_macs_of_an_earlier_version_are_marked(evidence: Evidence) -> None:
+    counted = {"macs": {1: 1010}, "conv_linear_macs": {1: 1000}, "int8_macs": {1: 1000}}
+    share, marked = claims.macs(_with_cost(evidence, counted_by=TORCHINFO, **counted))
+    assert "100.0 % of the MACs of convolution and linear layers" in share
+    assert "counted by an earlier version with torchinfo" in marked
+    assert not any("torchinfo" in sentence for sentence in claims.macs(evidence))
 
 
 # --- gate and quantization

@@ -1,7 +1,7 @@
 """Twelve torchvision classifiers with each engine: all convolutions and linear layers in int8, or why not.
 
 Weights are untrained, but batch norm has statistics. What the table says was found with torch 2.13, torchao 0.18 and
-ONNX Runtime 1.32. "All" is the share of the multiply-accumulates of Conv2d and Linear layers in int8: 100 %, with the
+ONNX Runtime 1.32. "All" is the share in int8 of the multiply-accumulates of layers with weights: 100 %, with the
 projections of attention, which are no layers of the original model, in int8 as well.
 """
 
@@ -94,7 +94,9 @@ def test_classifier(name: str, engine: str) -> None:
     fp32 = prepare(name)
     made = quantize_model(fp32.model, fp32.images, QuantizeConfig(engine=engine, observer="minmax"), False)
     assert expected[ENGINES.index(engine)] == ALL and made.result.float_layers == ()
-    assert measure_cost(fp32.model, size, [1], made.result.int8_layers).int8_percent == 100
+    cost = measure_cost(fp32.model, size, [1], made.result.int8_layers)
+    assert cost.int8_macs == cost.conv_linear_macs  # what is left has no weights: products inside attention
+    assert (cost.no_layer_percent > 0) is (name == "vit_b_16") and cost.no_layer_percent < 5
     assert _count_int8_products(made) == products
     with torch.no_grad():
         logits = made.module(fp32.inputs)

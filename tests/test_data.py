@@ -139,10 +139,25 @@ def test_calibration_subset_is_the_same_for_the_same_seed(digits: Dataset) -> No
     assert counts.min() >= 6 and counts.max() <= 7
 
 
-def test_calibration_digest_is_that_of_the_indices() -> None:
-    train = Split(torch.zeros(20, 3, 2, 2, dtype=torch.uint8), _labels((12, 6, 2)))
-    indices = np.array([1, 8, 10, 13, 17], dtype="<i8")
-    assert calibration_subset(train, 5, seed=0)[1] == hashlib.sha256(indices.tobytes()).hexdigest()[:16]
+def test_calibration_digest_is_that_of_the_indices_in_their_order() -> None:
+    images = torch.arange(20, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    subset, digest = calibration_subset(Split(images, _labels((12, 6, 2))), 5, seed=0)
+    indices = np.array([10, 1, 8, 13, 17], dtype="<i8")
+    assert subset.images[:, 0, 0, 0].tolist() == indices.tolist()
+    assert digest == hashlib.sha256(indices.tobytes()).hexdigest()[:16]
+
+
+def test_more_calibration_images_contain_the_fewer(digits: Dataset) -> None:
+    drawn = [_pixels(calibration_subset(digits.train, count, seed=4)[0]) for count in (8, 64, 256, 1294)]
+    assert drawn[0] < drawn[1] < drawn[2] < drawn[3] == _pixels(digits.train)
+
+
+def test_calibration_images_come_in_no_order_of_classes() -> None:
+    """Each batch has the mean class of all, to within chance."""
+    labels = _labels((100,) * 10)
+    subset, _ = calibration_subset(Split(torch.zeros(1000, 3, 1, 1, dtype=torch.uint8), labels), 512, seed=0)
+    means = torch.stack([batch.double().mean() for batch in subset.labels.split(64)])
+    assert (means - 4.5).abs().max() < 4 * 2.87 / 8  # four standard errors of 64 labels
 
 
 def test_more_calibration_images_than_training_images(digits: Dataset) -> None:

@@ -70,7 +70,7 @@ def test_constant_calibration_images(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("places", "observer"), [((10,), "histogram"), ((10, 11, 22), "moving_average")])
+@pytest.mark.parametrize(("places", "observer"), [((10,), "histogram"), ((10, 11, 22), "batch_average")])
 def test_dead_layers(
     model: Classifier, digits: Dataset, inputs: Tensor, engine: str, places: tuple[int, ...], observer: str
 ) -> None:
@@ -90,5 +90,5 @@ def test_dead_layers(
 def test_a_batch_of_one_image_and_calibration_one_by_one(
     model: Classifier, digits: Dataset, inputs: Tensor, engine: str
 ) -> None:
-    options = QuantizeConfig(engine=engine, observer="moving_average", calibration_batch_size=1)
+    options = QuantizeConfig(engine=engine, observer="batch_average", calibration_batch_size=1)
     _check(quantize_model(model, digits.train.images[:5], options, False), inputs[:1])

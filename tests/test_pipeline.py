@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -302,6 +303,10 @@ def picture_folder(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_the_whole_job_on_a_folder_of_pictures(picture_folder: Path, tmp_path: Path) -> None:
+    """Two of the test images are training images, too."""
+    for label in (1, 2):
+        source, target = (picture_folder / part / f"digit {label}" for part in ("test", "train"))
+        shutil.copy(source / "0.png", target / "copy.png")
     data = ["--dataset", "imagefolder", "--data-dir", str(picture_folder), "--image-size", "24"]
     options = ["--epochs", "2", "--batch-size", "16", "--output-dir", "out", *SWEEP]
     done = run_qexp(tmp_path, "run", *data, *options)
@@ -309,7 +314,10 @@ def test_the_whole_job_on_a_folder_of_pictures(picture_folder: Path, tmp_path: P
     assert done.summary["int8"] == "models:/smallnet-three-digits-int8/1"
     facts = json.loads((tmp_path / "out" / "metrics.json").read_text())["fp32"]["data"]
     assert facts["classes"] == ["digit 0", "digit 1", "digit 2"] and facts["test_images"] == 24
-    assert facts["train_images"] + facts["validation_images"] == 72
+    assert facts["train_images"] + facts["validation_images"] == 74
+    told = "2 of 24 test images equal a training or validation image"
+    assert done.summary["test_images_also_in_training"] == 2 == facts["duplicates"]["test_images_seen"]
+    assert f"warning: {told}" in done.stderr and f"**{told}" in (tmp_path / "out" / "report.md").read_text()
 
     (picture_folder / "train" / "digit 0" / "0.png").write_bytes(b"no picture")
     broken = run_qexp(tmp_path, "run", *data)

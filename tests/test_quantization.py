@@ -110,7 +110,7 @@ def test_quantizing_again_gives_equal_bits(
 
 
 def test_observers_choose_different_ranges(model: Classifier, images: Tensor, inputs: Tensor) -> None:
-    observers = ("histogram", "minmax", "moving_average")
+    observers = ("histogram", "minmax", "batch_average")
     with torch.no_grad():
         logits = [
             _quantize(model, images, observer=name, calibration_batch_size=8).module(inputs) for name in observers
@@ -305,7 +305,7 @@ def test_model_that_cannot_be_traced(kind: type[nn.Module], words: str, images: 
     assert re.search(rf"\(at test_quantization.py:\d+: .*{re.escape(code)}", str(failed.value))
 
 
-@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average", "percentile"])
+@pytest.mark.parametrize("observer", ["histogram", "minmax", "batch_average", "percentile"])
 def test_one_calibration_image_is_enough(model: Classifier, images: Tensor, inputs: Tensor, observer: str) -> None:
     quantized = _quantize(model, images[:1], observer=observer)
     assert quantized.result.calibration_images == 1
@@ -316,7 +316,7 @@ def test_one_calibration_image_is_enough(model: Classifier, images: Tensor, inpu
 
 
 @pytest.mark.parametrize("value", [0, 255])
-@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average", "percentile"])
+@pytest.mark.parametrize("observer", ["histogram", "minmax", "batch_average", "percentile"])
 def test_constant_calibration_images_work(
     model: Classifier, images: Tensor, inputs: Tensor, value: int, observer: str
 ) -> None:

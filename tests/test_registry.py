@@ -194,7 +194,7 @@ def test_a_version_that_cannot_be_completed_is_removed(
 
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(new_store(tmp_path))
-    monkeypatch.setattr(registry, "stored_digest", fail)  # after the version was made and verified
+    monkeypatch.setattr(registry, "stored_facts", fail)  # after the version was made and verified
     monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
     model, _ = trained
     expected = StageError if isinstance(error, Exception) else KeyboardInterrupt

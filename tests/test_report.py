@@ -18,6 +18,7 @@ from PIL import Image
 from qexp import plots
 from qexp.evaluation import Accuracy
 from qexp.evidence import Bf16Evidence, Evidence, Judged, from_json, to_json
+from qexp.filecontents import FileContents
 from qexp.report import render_markdown, table, write_report
 
 FIGURES = [
@@ -135,17 +136,12 @@ def test_accuracy_against_loss_pairs_them_by_epoch(evidence: Evidence) -> None:
 def test_bars_show_accuracy_size_and_macs(evidence: Evidence) -> None:
     assert _bars(_draw("accuracy_bars", evidence)) == [[97.0, 99.5, 94.0, 98.5], [96.5, 99.4, 93.5, 98.25]]
     assert _bars(_draw("model_size", evidence)) == [[1.8, 0.45]]
-    totals, in_int8 = _bars(_draw("macs", evidence))
+    totals, in_int8, others = _bars(_draw("macs", evidence))
     assert totals == pytest.approx([1e-6, 8e-6, 128e-6])
     assert in_int8 == pytest.approx([0.9e-6, 7.2e-6, 115.2e-6])
-
-
-def test_layers_that_stayed_fp32_make_the_bars_whole(evidence: Evidence) -> None:
-    quantize = replace(evidence.int8.quantize, float_layers=("network.22",))
-    changed = with_int8(evidence, quantize=quantize)
-    cost = replace(changed.int8.cost, conv_linear_macs=changed.int8.cost.macs)
-    totals, in_int8, in_fp32 = _bars(_draw("macs", with_int8(changed, cost=cost)))
-    assert [a + b for a, b in zip(in_int8, in_fp32, strict=True)] == pytest.approx(totals)
+    assert [a + b for a, b in zip(in_int8, others, strict=True)] == pytest.approx(totals)
+    whole = replace(evidence.int8.cost, int8_macs=evidence.int8.cost.macs)
+    assert len(_bars(_draw("macs", with_int8(evidence, cost=whole)))) == 2
 
 
 def test_sizes_of_all_versions(evidence: Evidence) -> None:
@@ -332,9 +328,29 @@ def test_what_to_ship_is_in_the_page(evidence: Evidence) -> None:
     assert "- **Ship int8**: " in section and "Ship `models:/smallnet-digits-int8/1`." in section
 
 
+@pytest.mark.parametrize(
+    ("quota", "words"), [(None, "no CPU quota"), (1.5, "quota of 1.5 CPUs")], ids=["no quota", "quota"]
+)
+def test_cores_and_quota_of_the_machine(evidence: Evidence, quota: float | None, words: str) -> None:
+    host = replace(evidence.measured.host, cores=4, physical_cores=2, cpu_quota=quota)
+    text = render_markdown(replace(evidence, measured=replace(evidence.measured, host=host)))
+    assert _row(text, "CPU")[1] == f"Imagined CPU, 4 logical CPUs on 2 cores, {words}, 2 threads, 16 GB"
+    assert ("**Warning**: 2 threads are more than the CPU quota of 1.5" in text) is (quota is not None)
+
+
+def test_table_of_what_is_in_the_files(evidence: Evidence) -> None:
+    assert "metadata and container" not in render_markdown(evidence)  # not measured
+    fp32 = replace(evidence.fp32, contents=FileContents(1_600_000, 120_000, 80_000))
+    found = with_int8(replace(evidence, fp32=fp32), contents=FileContents(410_000, 10_000, 30_000))
+    text = render_markdown(found)
+    assert "| fp32 | 1.6000 | 0.1200 | 0.0800 | 1.8000 |" in text
+    assert "| int8 fx | 0.4100 | 0.0100 | 0.0300 | 0.4500 |" in text
+
+
 def test_environment_table(evidence: Evidence) -> None:
     text = render_markdown(evidence)
-    assert _row(text, "CPU")[1] == "Imagined CPU, 2 cores, 2 threads, 16 GB"
+    assert _row(text, "CPU")[1] == "Imagined CPU, 2 logical CPUs, 2 threads, 16 GB"  # of an earlier version
+    assert "**Warning**" not in text
     assert _row(text, "Instructions")[1] == "AVX512-VNNI"
     assert _row(text, "Libraries")[1] == "torch 2.13.0"
     assert "digest 0123456789abcdef" in _row(text, "Data")[1]

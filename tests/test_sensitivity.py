@@ -134,7 +134,7 @@ def test_a_coarser_grid_is_noisier(
 
 
 def test_the_observer_of_the_options_chooses_the_ranges(source: nn.Module, tiny: Dataset) -> None:
-    found = [_sqnr(_measure(source, tiny, observer=name)) for name in ("minmax", "percentile", "moving_average")]
+    found = [_sqnr(_measure(source, tiny, observer=name)) for name in ("minmax", "percentile", "batch_average")]
     assert found[0] != found[1] != found[2]
 
 

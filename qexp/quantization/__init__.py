@@ -40,12 +40,12 @@ def quantize_model(
             `options.allow_float` is off; the message names them.
     """
     (engine,) = options.engine
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     kept = tuple(options.keep_fp32 or ())
     check_layer_names(model, kept)
     started = time.monotonic()
     with torch.no_grad():
         source = clean(model, to_float(calibration_images[:2]), options.fold_pool)
+    layers = list(dict.fromkeys([*_layer_names(model), *_layer_names(source)]))  # and attention's first projections
     made = ENGINES[engine](source, calibration_images, options, reduce_range)
     _try_other_batches(engine, made, to_float(calibration_images[:1]))
     missing = [name for name in layers if name not in made.int8_layers]
@@ -83,11 +83,15 @@ def _try_other_batches(engine: str, made: EngineResult, image: Tensor) -> None:
 def check_layer_names(network: nn.Module, kept: Sequence[str]) -> None:
     """Raise InputError unless these are layers that can be kept in fp32: Conv2d, Linear, and the first projection of
     attention, which is a linear layer of its own once the network has been cleaned up."""
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = _layer_names(network)
     blocks = [name for name, module in network.named_modules() if isinstance(module, nn.MultiheadAttention)]
     known = [*layers, *(f"{name}.{IN_PROJECTION}" for name in blocks)]
     if unknown := [name for name in kept if name not in known]:
         raise InputError(f"--keep-fp32 {','.join(unknown)}: not among the layers {', '.join(known)}")
+
+
+def _layer_names(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
 def _refuse_float_layers(result: QuantizeResult) -> None:

@@ -30,7 +30,7 @@ from qexp.errors import StageError, first_line, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.kept import between_kept
-from qexp.quantization.observers import observer_class
+from qexp.quantization.observers import calibration_batches, observer_class
 from qexp.quantization.result import EngineResult
 
 KERNELS = ("x86", "onednn")  # what a process uses that sets none, then the other
@@ -105,7 +105,7 @@ def _calibrate_and_convert(
                 mapping.set_object_type(operation, None)
         whole = PrepareCustomConfig().set_non_traceable_module_classes([Float])
         prepared = prepare_fx(model.eval(), mapping, (to_float(images[:2]),), whole)
-        for batch in images.split(options.calibration_batch_size):
+        for batch in calibration_batches(images, options.calibration_batch_size):
             prepared(to_float(batch))
         return convert_fx(prepared)
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol

@@ -1,7 +1,15 @@
 """How the range of an activation is chosen from what calibration images show of it.
 
-The same four for every engine: torch's own observers (torch.ao and torchao have classes of the same names), and a
-percentile of the histogram that one of them keeps.
+The same four for every engine, made from torch's own (torch.ao and torchao have classes of the same names):
+
+- `minmax`: the smallest and the largest value.
+- `histogram`: the range inside these that makes the squared error of quantization smallest, found in a histogram of all
+  values.
+- `percentile`: from the same histogram, the range that leaves out equal shares of the values at both ends.
+- `batch_average`: the means, over all batches, of the smallest and of the largest value of a batch. torch's moving
+  average is no choice here: it moves by 1 % a batch, so that after some dozens of batches the first still decides.
+
+None depends on the order of the batches, but for rounding and for the bins in which a histogram begins.
 """
 
 from typing import Any
@@ -16,12 +24,34 @@ def observer_class(kinds: Any, options: QuantizeConfig) -> Any:
     """The class of `options.observer` from the module `kinds`, torch.ao.quantization.observer or torchao's copy."""
     if options.observer == "percentile":
         return _percentile_of(kinds.HistogramObserver, options.percentile)
-    names = {
-        "histogram": "HistogramObserver",
-        "minmax": "MinMaxObserver",
-        "moving_average": "MovingAverageMinMaxObserver",
-    }
-    return getattr(kinds, names[options.observer])
+    if options.observer == "batch_average":
+        return _batch_average_of(kinds.MinMaxObserver)
+    return {"histogram": kinds.HistogramObserver, "minmax": kinds.MinMaxObserver}[options.observer]
+
+
+def calibration_batches(images: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Images [N, …] in as few batches of at most `most` as there can be, whose sizes differ by one at most: each batch
+    counts alike in `batch_average`, so none may be much smaller than the others."""
+    return images.tensor_split(-(-len(images) // most))
+
+
+def _batch_average_of(minmax_observer: Any) -> Any:
+    """`minmax_observer` with the means of the batches' extremes instead of the extremes of all."""
+
+    class BatchAverageObserver(minmax_observer):
+        batches = 0
+
+        def forward(self, values: Tensor) -> Tensor:
+            if values.numel() == 0:
+                return values
+            low, high = torch.aminmax(values.detach().to(self.min_val.dtype))
+            self.batches += 1
+            for kept, found in ((self.min_val, low), (self.max_val, high)):
+                mean = found if self.batches == 1 else kept + (found - kept) / self.batches
+                kept.resize_(mean.shape).copy_(mean)
+            return values
+
+    return BatchAverageObserver
 
 
 def _percentile_of(histogram_observer: Any, percent: float) -> Any:

@@ -27,7 +27,7 @@ from qexp.errors import StageError, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.kept import between_kept
-from qexp.quantization.observers import observer_class
+from qexp.quantization.observers import calibration_batches, observer_class
 from qexp.quantization.result import EngineResult
 
 INPUT, OUTPUT = "images", "logits"
@@ -118,7 +118,7 @@ def _observe(graph: onnx.ModelProto, images: Tensor, options: QuantizeConfig) ->
     at_once = max(1, min(options.calibration_batch_size, MOST_BYTES // of_one))
     make = observer_class(observer, options)
     observers = {name: make(dtype=torch.quint8) for name in names}
-    for batch in images.split(at_once):
+    for batch in calibration_batches(images, at_once):
         inputs = to_float(batch).numpy()
         for name, values in zip(names, [inputs, *session.run(None, {INPUT: inputs})], strict=True):
             observers[name](torch.from_numpy(values))

@@ -17,7 +17,7 @@ from qexp.config import QuantizeConfig
 from qexp.errors import StageError, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.kept import between_kept
-from qexp.quantization.observers import observer_class
+from qexp.quantization.observers import calibration_batches, observer_class
 from qexp.quantization.result import EngineResult
 
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
@@ -58,7 +58,7 @@ def _quantize(
     program = torch.export.export(model, (example,), dynamic_shapes=sizes, strict=True).module()
     _hide_sums_with_numbers(program)
     prepared = quantize_pt2e.prepare_pt2e(program, _quantizer(options, reduce_range))
-    for batch in images.split(options.calibration_batch_size):
+    for batch in calibration_batches(images, options.calibration_batch_size):
         prepared(to_float(batch))
     # Patterns of training with fake quantization, each an export of its own: there was none, and they take a minute.
     with mock.patch.object(quantize_pt2e, "_fold_conv_bn_qat", lambda trained: trained):

@@ -33,7 +33,8 @@ class EngineResult:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules.
+    """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules, and of the first
+    projections of its attention (`….in_proj`), of which quantization makes linear layers.
 
     `kept_layers` are those of `float_layers` that were asked to stay fp32. `load_backend` and `saturating_layers` are
     as in `EngineResult`. `percentile` is that of the observer of this name, None with others.

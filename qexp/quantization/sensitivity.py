@@ -18,7 +18,7 @@ from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, obse
 from qexp.config import QuantizeConfig
 from qexp.evaluation import to_float
 from qexp.progress import track
-from qexp.quantization.observers import observer_class
+from qexp.quantization.observers import calibration_batches, observer_class
 
 BATCH_SIZE = 32  # stays in the caches of a CPU: SmallNet takes half the time that it does at 256, VGG16 the same
 
@@ -170,7 +170,7 @@ def _simulated(
     try:
         for layer in layers.values():
             layer.module.forward = layer.observe
-        for batch in images.split(options.calibration_batch_size):
+        for batch in calibration_batches(images, options.calibration_batch_size):
             model(to_float(batch))
         called = {name: layer for name, layer in layers.items() if layer.observer.min_val.isfinite().all()}
         for layer in called.values():

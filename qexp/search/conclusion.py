@@ -2,31 +2,46 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from math import sqrt
 
-from qexp.evidence import SearchPoint, SearchResult
+from qexp.evidence import BelowBest, SearchPoint, SearchResult
+from qexp.search.paired import compare_with_best
 
 
 def conclude(
     study: str, objective: str, points: Sequence[SearchPoint], fp32_top1_percent: float, validation_images: int
 ) -> SearchResult:
-    """The best point, the Pareto front, and the winner: what to take of all that is within noise of the best.
-
-    Noise is twice the standard error of the difference of two means, from the spread between seeds pooled over the
-    better half of the points (of the others, some may be broken), and at least one validation image: a smaller
-    difference could not have been seen.
-    """
+    """The best point, the Pareto front, and the winner: the cheapest of all that are not shown to be worse than the
+    best on the same images."""
     points = sorted({_key(point): point for point in points}.values(), key=_key)
     best = max(points, key=lambda point: (point.top1_percent, -point.calibration_samples))
+    paired = compare_with_best(points, best, validation_images)
+    below = paired or _from_spread(points, best, validation_images)
+    margins = [found.margin_points for point, found in zip(points, below, strict=True) if point is not best]
+    near = [_plain(point) for point, found in zip(points, below, strict=True) if not found.is_shown]
+    plain = tuple(_plain(point) for point in points)
+    return SearchResult(
+        study, objective, plain, _plain(best), _winner(near), pareto_front(plain),
+        statistics.median(margins) if margins else 100 / validation_images, fp32_top1_percent, validation_images,
+        below_best=below, is_paired=paired is not None,
+    )  # fmt: skip
+
+
+def _from_spread(points: Sequence[SearchPoint], best: SearchPoint, images: int) -> tuple[BelowBest, ...]:
+    """For trials of earlier versions, which do not say which images are right: the margin is twice the standard error
+    of the difference of two means, from the spread between seeds pooled over the better half of the points (of the
+    others, some may be broken), and at least one validation image."""
     middle = statistics.median(point.top1_percent for point in points)
     pooled = sqrt(statistics.fmean(point.spread_points**2 for point in points if point.top1_percent >= middle))
     seeds = min(len(point.top1_by_seed_percent) for point in points)
-    noise = max(2 * pooled * sqrt(2 / seeds), 100 / validation_images)
-    near = [point for point in points if best.top1_percent - point.top1_percent <= noise + 1e-9]
-    return SearchResult(
-        study, objective, tuple(points), best, _winner(near), pareto_front(points), noise, fp32_top1_percent,
-        validation_images,
-    )  # fmt: skip
+    margin = max(2 * pooled * sqrt(2 / seeds), 100 / images)
+    return tuple(BelowBest(best.top1_percent - point.top1_percent, margin) for point in points)
+
+
+def _plain(point: SearchPoint) -> SearchPoint:
+    """Without what belongs to single images, which the study keeps."""
+    return replace(point, correct_by_seed=())
 
 
 def pareto_front(points: Sequence[SearchPoint]) -> tuple[SearchPoint, ...]:

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qexp.config import Config, LatencyConfig, QuantizeConfig
 from qexp.data import Dataset, calibration_subset
-from qexp.evaluation import measure_accuracy, predict_logits
+from qexp.evaluation import measure_accuracy, predict_logits, top_k_correct
 from qexp.evidence import SearchPoint
 from qexp.host import Host
 from qexp.latency import LatencyRow, Run, measure_latency
 from qexp.quantization import QuantizedModel, quantize_model
+from qexp.search.paired import pack
 from qexp.stages import Fp32
 
 ROUNDS = 10  # of 40 ms for each model: about a second
@@ -57,10 +59,13 @@ def measure_point(bench: Bench, params: dict[str, Any]) -> SearchPoint:
     search = bench.config.search
     options = options_for(bench.config.quantize, bench.order, params)
     made = [_quantized(bench, options, index) for index in range(search.seeds_per_point)]
-    top1 = tuple(_top1(bench, quantized) for quantized in made)
+    logits = [_logits(bench, quantized) for quantized in made]
+    labels = bench.dataset.validation.labels
+    top1 = tuple(measure_accuracy(found, labels).top1_percent for found in logits)
+    correct = tuple(pack(top_k_correct(found, labels, 1) > 0.5) for found in logits)
     size = made[0].saved_bytes() if search.objective == "top1+size" else None
     spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
-    measured: dict[str, Any] = {"top1_by_seed_percent": top1, "size_bytes": size}
+    measured: dict[str, Any] = {"top1_by_seed_percent": top1, "size_bytes": size, "correct_by_seed": correct}
     if bench.fp32_p50_ms is not None:
         row = time_against_fp32(bench.fp32, made[0], search.latency_batch_size)
         speedup = row.speedups["int8"]
@@ -77,10 +82,8 @@ def _quantized(bench: Bench, options: QuantizeConfig, index: int) -> QuantizedMo
     return quantize_model(bench.fp32.model, subset.images, options, not bench.host.has_int8_dot_product)
 
 
-def _top1(bench: Bench, quantized: QuantizedModel) -> float:
-    validation = bench.dataset.validation
-    logits = predict_logits(quantized.module, validation.images, label="int8 on validation images")
-    return measure_accuracy(logits, validation.labels).top1_percent
+def _logits(bench: Bench, quantized: QuantizedModel) -> Tensor:
+    return predict_logits(quantized.module, bench.dataset.validation.images, label="int8 on validation images")
 
 
 def time_against_fp32(fp32: Fp32, quantized: QuantizedModel | None, batch_size: int) -> LatencyRow:

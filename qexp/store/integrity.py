@@ -11,16 +11,20 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from qexp.errors import StageError, first_line
+from qexp.filecontents import FileContents
 from qexp.progress import say
 from qexp.store import uri_of
+from qexp.store.contents import read_contents
 
 STORED = (".pt2", ".pth", ".onnx")  # the model itself, beside MLflow's metadata
 
 
-def stored_digest(uri: str) -> str:
-    """SHA-256 of what the artifact store has of a version."""
+def stored_facts(uri: str) -> tuple[str, FileContents]:
+    """SHA-256 of what the artifact store has of a version, and what is in the model's file there."""
     with tempfile.TemporaryDirectory() as folder:
-        return _digest_of(copy_files(uri, Path(folder)))
+        copy = copy_files(uri, Path(folder))
+        (model,) = [file for file in copy.rglob("model.*") if file.suffix in STORED]
+        return _digest_of(copy), read_contents(model)
 
 
 @contextmanager
