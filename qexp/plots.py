@@ -62,7 +62,7 @@ def _loss_curve(axes: Axes, evidence: Evidence) -> None:
     steps = [epoch.epoch for epoch in epochs]
     axes.plot(steps, [e.train_loss for e in epochs], "o-", ms=3, color=TRAIN, label="train")
     axes.plot(steps, [e.validation_loss for e in epochs], "o-", ms=3, color=VALIDATION, label="validation")
-    axes.set(title="Loss by epoch", xlabel="epoch", ylabel="cross entropy (smoothed labels)")
+    axes.set(title="Loss by epoch", xlabel="epoch", ylabel="cross entropy")
     if _is_wide([loss for e in epochs for loss in (e.train_loss, e.validation_loss)]):
         axes.set_yscale("log")
         _plain_log_ticks(axes.yaxis)
@@ -78,7 +78,7 @@ def _accuracy_against_loss(axes: Axes, evidence: Evidence) -> None:
         losses, accuracies = zip(*points, strict=True)
         axes.plot(losses, accuracies, "o-", ms=3, lw=0.8, color=color, label=f"{label} (ring: last epoch)")
         axes.plot(*points[-1], "o", ms=8, mfc="none", color=color)
-    axes.set(title="Accuracy against loss", xlabel="cross entropy (smoothed labels)", ylabel="top-1, %")
+    axes.set(title="Accuracy against loss", xlabel="cross entropy", ylabel="top-1, %")
     if _is_wide([loss for loss, _ in train + validation]):
         axes.set_xscale("log")
         _plain_log_ticks(axes.xaxis)
