@@ -8,7 +8,7 @@ import mlflow
 import pytest
 from conftest import Finished, run_qexp
 
-from qexp import claims, promotion
+from qexp import claims, promotion, registry
 from qexp.config import Config, GateConfig, LatencyConfig
 from qexp.errors import InputError, StageError
 from qexp.gate import Succession
@@ -86,13 +86,16 @@ def test_rejected_then_forced_then_the_champion_stays(client: mlflow.MlflowClien
 
 
 @pytest.mark.slow
-def test_a_smaller_one_that_is_as_good_takes_the_place(client: mlflow.MlflowClient) -> None:
+def test_a_smaller_one_that_is_as_good_takes_the_place(
+    client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By margins that a hundred images and six rounds on a busy machine can show to be kept."""
     margins = LOOSE.model_copy(update={"champion_top1_margin": 100.0, "champion_slowdown_percent": 10_000.0})
     before = _champions(client)
     client.set_registered_model_alias(NAME, "champion", "2")
-    size = float(_tags(client, "2")["size_mb"])
-    client.set_model_version_tag(NAME, "2", "size_mb", str(2 * size))  # as if the champion were twice as large
+    own = registry._stored_bytes
+    twice = lambda uri: own(uri) * (2 if uri == f"models:/{NAME}/2" else 1)  # noqa: E731  # the champion's file
+    monkeypatch.setattr(registry, "_stored_bytes", twice)
     client.set_model_version_tag(NAME, "1", "gate", "failed")  # as if the machine had been busy
     found = run_promote(Config(latency=TIMES, gate=margins), NAME, "1")
     assert found["decision"] == "passed" and _champions(client) == ["1", "1"]
@@ -100,7 +103,6 @@ def test_a_smaller_one_that_is_as_good_takes_the_place(client: mlflow.MlflowClie
     tags = _tags(client, "1")
     assert tags["champion_kept"] == "none" and tags["gate"] == "passed"
     assert tags["latency_run_id"] == tags["promotion_run_id"]  # what was decided on
-    client.set_model_version_tag(NAME, "2", "size_mb", str(size))
     client.set_registered_model_alias(NAME, "champion", before[0])
 
 
