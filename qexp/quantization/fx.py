@@ -216,8 +216,9 @@ def _kernels(backend: str) -> Iterator[None]:
 def _qconfig_mapping(options: QuantizeConfig, reduce_range: bool, saturating: Sequence[str]) -> QConfigMapping:
     """Torch's default mapping (operations with fixed ranges included) with our observers in place of its own.
 
-    The weights of `saturating` layers, or of all with `reduce_range`, are from -64 to 63: the sum of two products with
-    inputs of 8 bits then fits into 16 bits.
+    The weights of `saturating` layers, or of all with `reduce_range`, are from -64 to 64: the sum of two products with
+    inputs of 8 bits then fits into 16 bits. Inputs of 7 bits would do so, too, but cost more (SQNR of the logits of a
+    mobilenet_v2 and a mobilenet_v3_small: 12.8 and 25.1 dB with all weights reduced, 10.6 and 21.5 with all inputs).
     """
     activation = observer_class(observer, options).with_args(dtype=torch.quint8)
     weight: Any = PerChannelMinMaxObserver if options.per_channel else MinMaxObserver

@@ -35,8 +35,9 @@ class EngineResult:
 class QuantizeResult:
     """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules.
 
-    With `reduce_range`, all weights have 7 bits. `kept_layers` are those of `float_layers` that were asked to stay fp32. `load_backend` and `saturating_layers` are
-    as in `EngineResult`. `percentile` is that of the observer of this name, None with others.
+    With `reduce_range`, all weights have 7 bits. `kept_layers` are those of `float_layers` that were asked to stay
+    fp32. `load_backend` and `saturating_layers` are as in `EngineResult`. `percentile` is that of the observer of this
+    name, None with others.
     """
 
     engine: str
