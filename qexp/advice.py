@@ -168,8 +168,14 @@ def _simulated_bits(result: SensitivityResult) -> str:
     if not result.engines:
         return ""
     reduced = sum(layer.weight_bits == 7 for layer in result.layers)
-    bits = {0: "of 8 bits", len(result.layers): "of 7 bits"}.get(reduced, f"of 8 bits, in {reduced} layers of 7")
+    bits = {0: "of 8 bits", len(result.layers): "of 7 bits"}.get(
+        reduced, f"of 8 bits, in {_count_layers(reduced)} of 7"
+    )
     return f" {bits}, as with engine {' or '.join(result.engines)}"
+
+
+def _count_layers(count: int) -> str:
+    return f"{count} {'layer' if count == 1 else 'layers'}"
 
 
 def _most_divergent(result: SensitivityResult) -> list[str]:
