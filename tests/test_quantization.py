@@ -258,6 +258,40 @@ def _sqnr_db(expected: Tensor, found: Tensor) -> float:
     return float(10 * (expected.var() / (expected - found).square().mean()).log10())
 
 
+class _Limited(nn.Module):
+    """ReLU6 after each layer, as a module or a function; most outputs lie outside of what it leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Linear(32, 10)
+        self.limit = nn.ReLU6()
+        self.one.weight.data *= 30
+        self.two.weight.data *= 3
+        self.last.weight.data *= 4
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.limit(self.last(F.relu6(self.two(self.limit(self.one(images)))).mean((2, 3))))
+
+
+@pytest.mark.parametrize("kept", [None, ["two"], ["one"], ["last"]])
+@pytest.mark.parametrize("observer", ["minmax", "histogram", "percentile", "moving_average"])
+def test_relu6_is_the_end_of_the_range(
+    kept: list[str] | None, observer: str, images: Tensor, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = _Limited().eval()
+    int8 = _quantize(net, images, False, observer=observer, keep_fp32=kept)
+    with torch.no_grad():
+        expected, logits = net(inputs), int8.reloaded()(inputs)
+        assert torch.equal(int8.source(inputs), expected)
+        monkeypatch.setattr(fx, "_fuse_limits", lambda model, kept: {})
+        unfused = _quantize(net, images, False, observer=observer, keep_fp32=kept).module(inputs)
+    gained = _sqnr_db(expected, logits) - _sqnr_db(expected, unfused)
+    assert _sqnr_db(expected, logits) > 25 and gained > (-1 if kept else 3)
+    assert 0 <= float(logits.min()) and 5 < float(logits.max()) <= 6
+    assert logits.unique().numel() > 0.9 * expected.unique().numel()
+
+
 # --- logits in float
 
 

@@ -258,7 +258,7 @@ def test_the_order_does_not_depend_on_the_images(trained: tuple[Classifier, Trai
     images, labels = digits.test.images, digits.test.labels
     orders = [
         most_sensitive_first(measure_sensitivity(source, calibration, images[part], labels[part], options, False))
-        for part in (slice(0, None, 2), slice(1, None, 2))
+        for part in (slice(0, 200, 2), slice(1, 200, 2))
     ]
     places = [[order.index(layer) for layer in LAYERS] for order in orders]
     assert float(torch.corrcoef(torch.tensor(places, dtype=torch.double))[0, 1]) > 0.7  # Spearman's

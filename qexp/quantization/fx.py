@@ -3,9 +3,11 @@
 Method: https://docs.pytorch.org/docs/2.13/quantization.html (post-training static, FX graph mode).
 """
 
+import copy
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +33,7 @@ from qexp.errors import StageError, first_line, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.kept import between_kept
-from qexp.quantization.observers import observer_class
+from qexp.quantization.observers import below, observer_class
 from qexp.quantization.packed import SCALAR_TYPES, Factors, Output, PackedConv, PackedLinear
 from qexp.quantization.result import EngineResult
 
@@ -68,14 +70,17 @@ class Float(nn.Module):
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
-    example = to_float(images[:2])
+    example, limits = to_float(images[:2]), {}
     if isinstance(model, fx.GraphModule):
+        model = fx.GraphModule(model, copy.deepcopy(model.graph))  # its operations change, and not those of the caller
         _hide_float_operations(model, example, options.keep_fp32 or ())
+        limits = _fuse_limits(model, options.keep_fp32 or ())
     backend, saturating = options.backend or KERNELS[0], saturating_layers(model, options)
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
-        converted = _calibrate_and_convert(model, images, options, _qconfig_mapping(options, reduce_range, saturating))
-        _give_floats(converted, example)
+        mapping = _qconfig_mapping(options, reduce_range, saturating, limits)
+        converted = _calibrate_and_convert(model, images, options, mapping)
+        _give_floats(converted, example, limits)
         module = _trace(converted, example)
     int8, floats = _int8_layers(converted), _float_products(converted)
     return EngineResult(module, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating)
@@ -122,7 +127,32 @@ def _hide_float_operations(model: fx.GraphModule, example: Tensor, kept: Sequenc
     model.recompile()
 
 
-def _give_floats(converted: fx.GraphModule, example: Tensor) -> None:
+def _fuse_limits(model: fx.GraphModule, kept: Sequence[str]) -> dict[str, float]:
+    """Put ReLU in the place of ReLU6 after int8 layers, where torch.ao fuses it; the limits, by layer.
+
+    The range of the layer's output then ends at the limit, and integers saturate there (`below` in observers.py).
+    Unfused, the 8 bits would have to hold all outputs of the convolution, negative ones and those above 6, too.
+    """
+    modules, limits = dict(model.named_modules()), {}
+    calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
+    for node in list(model.graph.nodes):
+        limit: Any = modules.get(str(node.target)) if node.op == "call_module" else None
+        layer = node.all_input_nodes[0] if node.target is F.relu6 or isinstance(limit, nn.Hardtanh) else None
+        if layer is None or layer.op != "call_module" or not isinstance(modules[str(layer.target)], LAYERS):
+            continue
+        name = str(layer.target)
+        if name in kept or len(layer.users) > 1 or calls[layer.target] > 1 or getattr(limit, "min_val", 0) != 0:
+            continue
+        limits[name] = float(getattr(limit, "max_val", 6))
+        model.add_submodule(f"{node.name}_relu", nn.ReLU())
+        with model.graph.inserting_before(node):
+            node.replace_all_uses_with(model.graph.call_module(f"{node.name}_relu", (layer,)))
+        model.graph.erase_node(node)
+    model.recompile()
+    return limits
+
+
+def _give_floats(converted: fx.GraphModule, example: Tensor, limits: Mapping[str, float]) -> None:
     """Let int8 layers whose outputs are only read as floats give floats: from the sums in 32 bits, without rounding.
 
     Torch's own int8 layers round their output to 8 bits, which for logits are 256 values. Those of oneDNN, which take
@@ -132,7 +162,7 @@ def _give_floats(converted: fx.GraphModule, example: Tensor) -> None:
     for node in list(converted.graph.nodes):
         if not node.users or any(user.target != "dequantize" for user in node.users):
             continue
-        layer = _with_float_output(converted, node)
+        layer = _with_float_output(converted, node, limits.get(str(node.target)))
         if layer is None:
             continue
         calls = [other for other in converted.graph.nodes if other.op == node.op and other.target == node.target]
@@ -148,7 +178,9 @@ def _give_floats(converted: fx.GraphModule, example: Tensor) -> None:
     converted.recompile()
 
 
-def _with_float_output(converted: fx.GraphModule, node: fx.Node) -> PackedConv | PackedLinear | None:
+def _with_float_output(
+    converted: fx.GraphModule, node: fx.Node, limit: float | None
+) -> PackedConv | PackedLinear | None:
     """What computes the sums of an int8 layer without rounding them; None of what is no such layer, or pads with other
     values than zeros."""
     packed: Any
@@ -169,7 +201,9 @@ def _with_float_output(converted: fx.GraphModule, node: fx.Node) -> PackedConv |
     given: Any = node.all_input_nodes[0].meta["tensor_meta"]
     x_scale, x_zero = given.qparams["scale"], given.qparams["zero_point"]
     factors: Factors = x_scale, x_zero, scales.float().expand(len(weight)).contiguous(), zeros, bias
-    output: Output = 1.0, 0, SCALAR_TYPES[torch.float32], "none", 1.0, 0, "relu" if relu else "none", [], ""
+    post = "hardtanh" if limit is not None else "relu" if relu else "none"
+    ends: list[float | None] = [0.0, limit] if limit is not None else []
+    output: Output = 1.0, 0, SCALAR_TYPES[torch.float32], "none", 1.0, 0, post, ends, ""
     if not packed._has_method("stride"):
         return PackedLinear(weight.int_repr(), factors, list(given.shape), output)
     geometry = packed.stride(), packed.padding(), packed.dilation(), packed.groups(), list(given.shape)
@@ -213,14 +247,17 @@ def _kernels(backend: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def _qconfig_mapping(options: QuantizeConfig, reduce_range: bool, saturating: Sequence[str]) -> QConfigMapping:
+def _qconfig_mapping(
+    options: QuantizeConfig, reduce_range: bool, saturating: Sequence[str], limits: Mapping[str, float]
+) -> QConfigMapping:
     """Torch's default mapping (operations with fixed ranges included) with our observers in place of its own.
 
     The weights of `saturating` layers, or of all with `reduce_range`, are from -64 to 64: the sum of two products with
     inputs of 8 bits then fits into 16 bits. Inputs of 7 bits would do so, too, but cost more (SQNR of the logits of a
     mobilenet_v2 and a mobilenet_v3_small: 12.8 and 25.1 dB with all weights reduced, 10.6 and 21.5 with all inputs).
     """
-    activation = observer_class(observer, options).with_args(dtype=torch.quint8)
+    observed = observer_class(observer, options)
+    activation = observed.with_args(dtype=torch.quint8)
     weight: Any = PerChannelMinMaxObserver if options.per_channel else MinMaxObserver
     scheme = torch.per_channel_symmetric if options.per_channel else torch.per_tensor_symmetric
     weight = weight.with_args(dtype=torch.qint8, qscheme=scheme, reduce_range=reduce_range)
@@ -229,8 +266,10 @@ def _qconfig_mapping(options: QuantizeConfig, reduce_range: bool, saturating: Se
     for pattern, default in list(mapping.object_type_qconfigs.items()):
         if default is not None and not _has_fixed_range(default):
             mapping.set_object_type(pattern, qconfig)
-    for name in saturating:
-        mapping.set_module_name(name, QConfig(activation, weight.with_args(reduce_range=True)))
+    for name in {*saturating, *limits}:
+        output = below(observed, limits[name]).with_args(dtype=torch.quint8) if name in limits else activation
+        reduced = reduce_range or name in saturating
+        mapping.set_module_name(name, QConfig(output, weight.with_args(reduce_range=reduced)))
     for name in options.keep_fp32 or ():
         mapping.set_module_name(name, None)
     return mapping.set_module_name("normalize", None)  # one multiplication on three channels; int8 would cost accuracy
