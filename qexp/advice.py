@@ -4,7 +4,7 @@ from qexp import claims
 from qexp.contenders import BF16
 from qexp.evidence import Evidence, Int8Evidence, Judged
 from qexp.latency import Ratio
-from qexp.quantization.sensitivity import SensitivityResult
+from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
 from qexp.verdict import SIZE_ONLY
 
 
@@ -60,35 +60,71 @@ def _as_fast(ratio: Ratio) -> str:
 
 
 def sensitivity(result: SensitivityResult) -> list[str]:
-    """Which layer costs most in int8."""
-    worst = min(result.layers, key=lambda layer: layer.top1_only_int8_percent)
-    gain = max(result.layers, key=lambda layer: layer.top1_only_fp32_percent)
-    alone = f"Quantizing only `{worst.layer}` costs most (top-1 {worst.top1_only_int8_percent:.2f} %)"
-    if worst.top1_only_int8_percent >= result.fp32_top1_percent:
-        alone = "No layer alone in int8 makes top-1 worse on these images"
-    helps = f"keeping only `{gain.layer}` in fp32 helps most ({gain.top1_only_fp32_percent:.2f} %)"
-    if gain.top1_only_fp32_percent <= result.int8_top1_percent:
-        helps = "none alone in fp32 makes it better"
-    return [
+    """Which layer costs most in int8, and which of them change top-1 by more than chance does."""
+    first = (
         f"On {result.images:,} validation images, top-1 is {result.fp32_top1_percent:.2f} % in fp32 and "
         f"{result.int8_top1_percent:.2f} % with all layers in int8 (simulated: {claims.ranges(result)} ranges, weights "
-        f"{'per channel' if result.per_channel else 'per layer'}).",
-        f"{alone}; {helps}.",
-        *_noisiest(result),
+        f"{'per channel' if result.per_channel else 'per layer'}{_simulated_bits(result)})."
+    )
+    return [first, *_most_divergent(result), *_noisiest(result), *_top1_beyond_chance(result)]
+
+
+def _simulated_bits(result: SensitivityResult) -> str:
+    if not result.engines:
+        return ""
+    reduced = sum(layer.weight_bits == 7 for layer in result.layers)
+    bits = {0: "of 8 bits", len(result.layers): "of 7 bits"}.get(
+        reduced, f"of 8 bits, in {_count_layers(reduced)} of 7"
+    )
+    return f" {bits}, as with engine {' or '.join(result.engines)}"
+
+
+def _count_layers(count: int) -> str:
+    return f"{count} {'layer' if count == 1 else 'layers'}"
+
+
+def _most_divergent(result: SensitivityResult) -> list[str]:
+    measured = {layer.layer: layer.kl_only_int8_nats for layer in result.layers if layer.kl_only_int8_nats is not None}
+    if not measured or result.int8_kl_nats is None:
+        return []
+    if not any(measured.values()):
+        return ["No layer alone in int8 moves the class probabilities."]
+    worst = max(measured, key=lambda name: measured[name])
+    return [
+        f"Quantizing only `{worst}` moves the class probabilities most: their mean Kullback-Leibler divergence from "
+        f"fp32 is {measured[worst]:.2g} nats then, and {result.int8_kl_nats:.2g} with all layers in int8."
     ]
 
 
 def _noisiest(result: SensitivityResult) -> list[str]:
-    """Top-1 moves in steps of one image; the signal-to-noise ratio tells layers apart below that."""
     noisy = [layer for layer in result.layers if layer.sqnr_db is not None]
     if not noisy:
         return []
     lowest = min(noisy, key=lambda layer: layer.sqnr_db or 0.0)
-    step = 100 / result.images
-    return [
-        f"The output of `{lowest.layer}` has the lowest signal-to-noise ratio ({lowest.sqnr_db:.1f} dB). One image is "
-        f"{step:.2f} points: smaller differences between layers show in that ratio alone."
-    ]
+    return [f"The output of `{lowest.layer}` has the lowest signal-to-noise ratio ({lowest.sqnr_db:.1f} dB)."]
+
+
+def _top1_beyond_chance(result: SensitivityResult) -> list[str]:
+    """Of top-1, what McNemar's test finds: the largest of many differences is often one image."""
+    if not result.engines:  # of an earlier version, which did not count the images that flip
+        return []
+    layers = result.layers
+    lost = [(layer.only_int8_lost_images, layer.only_int8_gained_images) for layer in layers]
+    won = [(layer.only_fp32_gained_images, layer.only_fp32_lost_images) for layer in layers]
+    worse, better = (
+        [layer for layer, told in zip(layers, beyond_chance(flips), strict=True) if told] for flips in (lost, won)
+    )
+    test = f"McNemar's exact test, corrected for {len(layers)} layers"
+    if not worse and not better:
+        return [f"No layer, alone in int8 or alone in fp32, changes top-1 beyond chance on these images ({test})."]
+    found = []
+    if worse:
+        names = ", ".join(f"`{layer.layer}` ({layer.top1_only_int8_percent:.2f} %)" for layer in worse)
+        found.append(f"alone in int8 lowers top-1: {names}")
+    if better:
+        names = ", ".join(f"`{layer.layer}` ({layer.top1_only_fp32_percent:.2f} %)" for layer in better)
+        found.append(f"alone in fp32 raises it above that of all layers in int8: {names}")
+    return [f"Beyond chance ({test}), {'; '.join(found)}."]
 
 
 def budget(evidence: Evidence) -> list[str]:
@@ -112,10 +148,21 @@ def _budget_of(int8: Int8Evidence) -> list[str]:
         f"The budget of {found.max_top1_drop_points:g} points on validation images {met} after {tries}; "
         f"{len(kept)} {'layer stays' if len(kept) == 1 else 'layers stay'} fp32{': ' if kept else ''}{', '.join(kept)}."
     )
+    few = (
+        f"{found.images:,} validation images cannot show so small a drop: even where no image changes, the upper end "
+        f"of the 95 % interval, which counts, is {found.least_high_points:.2f} points."
+    )
+    limits = [few] if found.too_few_images and not found.met else []
     if cost is None:  # the version is that of the first try: none after it was better
         others = "other layers" if kept else "layers"
-        drop = found.tries[0].validation_top1_drop_points
-        return [first, f"With all {others} in int8, top-1 {claims.changed(drop)} there."]
+        tried = found.tries[0]
+        high = tried.validation_top1_drop_high_points
+        end = "" if high is None else f" (upper end of the 95 % interval of the drop {high:+.2f})"
+        return [
+            first,
+            *limits,
+            f"With all {others} in int8, top-1 {claims.changed(tried.validation_top1_drop_points)} there{end}.",
+        ]
     slower = ", ".join(
         f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f}) at batch size {batch}"
         + ("" if batch in cost.told_apart else " (cannot tell apart)")
@@ -124,6 +171,7 @@ def _budget_of(int8: Int8Evidence) -> list[str]:
     grown = (cost.size_bytes - cost.all_int8_bytes) / 1e6
     return [
         first,
+        *limits,
         f"That costs {grown:.3f} MB, and time: {slower} as long as with all layers in int8 (both timed in turns in the "
         "process that quantized them).",
     ]

@@ -192,9 +192,12 @@ def processor(host: Host, threads: int) -> str:
 def quantization(result: QuantizeResult) -> str:
     """Observer, granularity and range of a quantization."""
     granularity = "per channel" if result.per_channel else "per layer"
-    return f"{ranges(result)} observer, weights {granularity}" + (
-        ", range reduced by one bit" if result.reduce_range else ""
-    )
+    reduced = ""
+    if result.reduce_range:
+        reduced = ", range reduced by one bit"
+    elif result.saturating_layers:
+        reduced = f", range of the weights of {len(result.saturating_layers)} layers reduced by one bit"
+    return f"{ranges(result)} observer, weights {granularity}{reduced}"
 
 
 def ranges(result: QuantizeResult | SensitivityResult) -> str:

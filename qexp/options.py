@@ -107,7 +107,7 @@ class QuantizeConfig(BaseModel):
     max_top1_drop: float | None = Field(
         None,
         ge=0,
-        description="budget: layers go back to fp32 until validation top-1 drops by at most this, percentage points",
+        description="budget: layers go back to fp32 until validation top-1 drops by at most this (upper end), points",
         json_schema_extra={"option": "quantize_max_top1_drop"},
     )
     max_tries: int = Field(10, ge=1, description="quantizations that the budget may cost")

@@ -166,31 +166,18 @@ def _sensitivity(axes: Axes, evidence: Evidence) -> None:
     ratios.tick_params(labelsize=8)
     axes.set_zorder(ratios.get_zorder() + 1)
     axes.patch.set_visible(False)
-    axes.axhline(found.fp32_top1_percent, color=FP32, lw=0.8, label="all in fp32")
-    axes.axhline(found.int8_top1_percent, color=INT8, lw=0.8, label="all in int8")
-    axes.plot(
-        places,
-        [layer.top1_only_int8_percent for layer in layers],
-        "o",
-        ms=2.5,
-        color=INT8,
-        label="only this layer in int8",
-    )
-    axes.plot(
-        places,
-        [layer.top1_only_fp32_percent for layer in layers],
-        "s",
-        ms=5,
-        mfc="none",  # where layers are level, the others show inside
-        color=FP32,
-        label="only this layer in fp32",
-    )
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(0.0, min(low, high - 1)), min(high, 100.2))
+    for label, color, marker, values in (
+        ("only this layer in int8", INT8, "o", [layer.kl_only_int8_nats for layer in layers]),
+        ("only this layer in fp32", FP32, "s", [layer.kl_only_fp32_nats for layer in layers]),
+    ):
+        axes.plot(places, [value or math.nan for value in values], marker, ms=3, mfc="none", color=color, label=label)
+    if found.int8_kl_nats:
+        axes.axhline(found.int8_kl_nats, color=INT8, lw=0.8, label="all in int8")
+        axes.set_yscale("log")
     step = max(1, len(layers) // 16)
     names = [layer.layer.removeprefix("network.") for layer in layers]
     axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=6)
-    axes.set(title="Top-1 by layer, simulated", xlabel="layer", ylabel="validation top-1, %")
+    axes.set(title="Divergence from fp32 by layer, simulated", xlabel="layer", ylabel="KL of the probabilities, nats")
     axes.figure.legend(*axes.get_legend_handles_labels(), fontsize=6, ncols=4, loc="outside lower center")
 
 

@@ -67,8 +67,8 @@ def quantize_stage(
         tracking.log_dataset(subset, dataset, "calibration", digest)
         warn_of_reduced_range(host)
         quantized, budget = _quantize(config, host, dataset, fp32, subset, sensitivity)
-        if quantized.result.saturating_layers:
-            say(f"warning: {_reason_of(quantized.result)}: {SATURATION}, so ranges are reduced by one bit")
+        if layers := quantized.result.saturating_layers:
+            say(f"{_reason_of(quantized.result)}: {SATURATION}, so the weights of {len(layers)} layers have 7 bits")
         logits, accuracy = evaluate_splits(quantized.module, dataset, f"int8 {engine}")
         comparison = {
             split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS
@@ -104,15 +104,14 @@ def quantize_stage(
 def warn_of_reduced_range(host: Host) -> None:
     """Say so where the CPU's int8 products would saturate."""
     if not host.has_int8_dot_product:
-        said = f"warning: {host.cpu} has no int8 dot product: {SATURATION}, so ranges are reduced by one bit"
-        say(f"{said} (activations; with engine onnx, weights)")
+        say(f"warning: {host.cpu} has no int8 dot product: {SATURATION}, so all weights have 7 bits")
 
 
 def _reason_of(result: QuantizeResult) -> str:
-    """Why the ranges were reduced; on a CPU that asks for it anyway, an engine has no reason of its own."""
+    """Why weights have 7 bits; on a CPU that asks for it anyway, an engine has no reason of its own."""
     if not (layers := result.saturating_layers):
         return "no int8 dot product"
-    return f"torch's x86 kernels for convolutions with many groups ({layers[0]} and {len(layers) - 1} more)"
+    return f"torch's x86 kernels for depthwise convolutions ({layers[0]} and {len(layers) - 1} more)"
 
 
 def _calibration(config: Config, dataset: Dataset) -> tuple[Split, str]:
@@ -127,12 +126,12 @@ def _quantize(
         return quantize_model(fp32.model, subset.images, options, reduce_range), None
     held_out = dataset.validation
 
-    def drop_of(quantized: QuantizedModel) -> float:
+    def compared(quantized: QuantizedModel) -> Comparison:
         logits = predict_logits(quantized.module, held_out.images, label="int8 on validation images")
-        return compare(fp32.logits["validation"], logits, held_out.labels).top1_drop_points
+        return compare(fp32.logits["validation"], logits, held_out.labels)
 
     order = most_sensitive_first(sensitivity)
-    return quantize_within_budget(fp32.model, subset.images, options, reduce_range, order, drop_of)
+    return quantize_within_budget(fp32.model, subset.images, options, reduce_range, order, compared)
 
 
 def _costs(config: Config, fp32: Fp32, quantized: QuantizedModel) -> tuple[Cost, Cost]:
@@ -175,7 +174,7 @@ def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]
     facts |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range, "calibration_digest": digest}
     facts |= {"calibration_samples": result.calibration_images}
     facts |= {"fold_pool": bool(folded_layers(fp32.model, quantized.source))}
-    if result.reduce_range:
+    if result.reduce_range or result.saturating_layers:
         facts["reduce_range_reason"] = f"{_reason_of(result)}: {SATURATION}"
     return facts | {"float_layers": ",".join(result.float_layers) or "none"}
 

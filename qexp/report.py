@@ -215,13 +215,19 @@ def _sensitivity(evidence: Evidence) -> list[str]:
     rows = [
         [
             f"`{layer.layer}`",
+            f"{layer.weight_bits}",
             "not finite" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+            *(
+                "not known" if nats is None else f"{nats:.2g}"
+                for nats in (layer.kl_only_int8_nats, layer.kl_only_fp32_nats)
+            ),
             f"{layer.top1_only_int8_percent:.2f} %",
             f"{layer.top1_only_fp32_percent:.2f} %",
         ]
         for layer in found.layers
     ]
-    header = ["Layer", "SQNR of its output, dB", "top-1, only this layer in int8", "top-1, only this layer in fp32"]
+    header = ["Layer", "Weight bits", "SQNR of its output, dB"]
+    header += [f"{what}, only this layer in {kind}" for what in ("KL, nats", "top-1") for kind in ("int8", "fp32")]
     sentences = [*advice.sensitivity(found), *advice.budget(evidence)]
     return ["## Layer sensitivity", table(header, rows), _pictures("sensitivity"), _bullets(sentences)]
 

@@ -288,10 +288,11 @@ def evidence() -> Evidence:
     comparisons = {split: comparison for split in ("train", "validation", "test")}
     sensitivity = SensitivityResult(
         (
-            LayerSensitivity("network.0", 31.5, top1_only_int8_percent=93.75, top1_only_fp32_percent=94.0),
-            LayerSensitivity("network.3", None, top1_only_int8_percent=95.0, top1_only_fp32_percent=93.25),
+            LayerSensitivity("network.0", 31.5, 93.75, 94.0, 0.025, 0.0078, only_int8_lost_images=1, weight_bits=7),
+            LayerSensitivity("network.3", None, 95.0, 93.25, 0.0078, 0.025, only_fp32_gained_images=1),
         ),
         fp32_top1_percent=95.0, int8_top1_percent=93.0, images=64, observer="histogram", per_channel=True,
+        int8_kl_nats=0.03125, engines=("fx",),
     )  # fmt: skip
     uri = "models:/smallnet-digits-int8/1"
     int8 = Int8Evidence(uri, 450_000, quantize, "fedcba9876543210", cost, cost, int8_accuracy, comparisons, sensitivity)

@@ -7,11 +7,11 @@ from conftest import latency_row, with_int8, with_rows
 
 from qexp import advice
 from qexp.evaluation import Accuracy
-from qexp.evidence import Bf16Evidence, BudgetCost, Evidence, Judged
+from qexp.evidence import Bf16Evidence, BudgetCost, Evidence, Judged, from_json
 from qexp.gate import GateResult
 from qexp.latency import Ratio
 from qexp.quantization.budget import BudgetResult, BudgetTry
-from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
+from qexp.quantization.sensitivity import SensitivityResult
 
 FAILED = GateResult("failed", ("top-1 drop 2.5 points is not at most 1",), ("max_top1_drop",))
 OTHER = "models:/smallnet-digits-int8/2"
@@ -93,32 +93,52 @@ def test_engines_that_failed_are_named(evidence: Evidence) -> None:
 def test_the_most_sensitive_layers_are_named(evidence: Evidence) -> None:
     found = evidence.int8.sensitivity
     assert found
-    overall, alone, noisiest = advice.sensitivity(found)
+    overall, divergent, noisiest, top1 = advice.sensitivity(found)
     assert overall == (
         "On 64 validation images, top-1 is 95.00 % in fp32 and 93.00 % with all layers in int8 (simulated: histogram "
-        "ranges, weights per channel)."
+        "ranges, weights per channel of 8 bits, in 1 layer of 7, as with engine fx)."
     )
-    assert alone == (
-        "Quantizing only `network.0` costs most (top-1 93.75 %); keeping only `network.0` in fp32 helps most (94.00 %)."
+    assert divergent == (
+        "Quantizing only `network.0` moves the class probabilities most: their mean Kullback-Leibler divergence from "
+        "fp32 is 0.025 nats then, and 0.031 with all layers in int8."
     )
-    lowest = min((layer for layer in found.layers if layer.sqnr_db), key=lambda layer: layer.sqnr_db or 0.0)
-    assert (
-        f"`{lowest.layer}` has the lowest signal-to-noise ratio ({lowest.sqnr_db:.1f} dB). One image is 1.56"
-        in noisiest
+    assert noisiest == "The output of `network.0` has the lowest signal-to-noise ratio (31.5 dB)."
+    assert top1 == (  # 1 image lost of 64, and 1 gained: the largest difference, and no finding
+        "No layer, alone in int8 or alone in fp32, changes top-1 beyond chance on these images (McNemar's exact test, "
+        "corrected for 2 layers)."
     )
-    silent = tuple(replace(layer, sqnr_db=None) for layer in found.layers)
-    assert len(advice.sensitivity(replace(found, layers=silent))) == 2
-    per_layer = replace(found, per_channel=False, observer="minmax")
-    assert "minmax ranges, weights per layer" in advice.sensitivity(per_layer)[0]
+    silent = tuple(replace(layer, sqnr_db=None, kl_only_int8_nats=0.0) for layer in found.layers)
+    said = advice.sensitivity(replace(found, layers=silent))
+    assert len(said) == 3 and said[1] == "No layer alone in int8 moves the class probabilities."
+    other = replace(found, per_channel=False, observer="minmax", engines=("pt2e", "onnx"))
+    eight = tuple(replace(layer, weight_bits=8) for layer in found.layers)
+    overall = advice.sensitivity(replace(other, layers=eight))[0]
+    assert "minmax ranges, weights per layer of 8 bits, as with engine pt2e or onnx)" in overall
 
 
-@pytest.mark.parametrize("alone", [95.0, 95.5])
-def test_layers_of_which_none_costs_anything(alone: float) -> None:
-    layers = tuple(LayerSensitivity(f"network.{n}", 40.0, alone + n, 95.0) for n in range(2))
-    found = SensitivityResult(layers, 95.0, 95.0, 1000, "histogram", True)
-    overall, sentence, _ = advice.sensitivity(found)
-    assert "On 1,000 validation images" in overall
-    assert sentence == "No layer alone in int8 makes top-1 worse on these images; none alone in fp32 makes it better."
+def test_a_layer_that_costs_more_than_chance_does(evidence: Evidence) -> None:
+    found = evidence.int8.sensitivity
+    assert found
+    worse = replace(found.layers[0], only_int8_lost_images=10, top1_only_int8_percent=79.38)
+    better = replace(found.layers[1], only_fp32_gained_images=9, top1_only_fp32_percent=96.0)
+    assert advice.sensitivity(replace(found, layers=(worse, found.layers[1])))[-1] == (
+        "Beyond chance (McNemar's exact test, corrected for 2 layers), alone in int8 lowers top-1: `network.0` "
+        "(79.38 %)."
+    )
+    assert advice.sensitivity(replace(found, layers=(worse, better)))[-1].endswith(
+        "(79.38 %); alone in fp32 raises it above that of all layers in int8: `network.3` (96.00 %)."
+    )
+
+
+def test_a_result_of_an_earlier_version_has_no_divergence() -> None:
+    text = (
+        '{"layers": [{"layer": "a", "sqnr_db": 40.0, "top1_only_int8_percent": 70.0, "top1_only_fp32_percent": 95.0}], '
+        '"fp32_top1_percent": 95.0, "int8_top1_percent": 95.0, "images": 1000, "observer": "minmax", '
+        '"per_channel": true}'
+    )
+    overall, noisiest = advice.sensitivity(from_json(SensitivityResult, text))
+    assert overall.startswith("On 1,000 validation images") and overall.endswith("weights per channel).")
+    assert "`a` has the lowest signal-to-noise ratio" in noisiest
 
 
 # --- budget
@@ -156,6 +176,17 @@ def test_a_budget_that_no_layer_helps_to_meet(evidence: Evidence) -> None:
     first, drop = _with_budget(evidence, tries, False, ())
     assert first == "The budget of 0.5 points on validation images **is not met** after 3 tries; 0 layers stay fp32."
     assert drop == "With all layers in int8, top-1 falls by 1.00 points there."
+
+
+def test_a_budget_that_the_images_cannot_show(evidence: Evidence) -> None:
+    budget = BudgetResult(0.5, (BudgetTry((), 0.25, 1.5),), False, images=144)
+    first, few, drop = advice.budget(with_int8(evidence, budget=budget))
+    assert "**is not met** after 1 try" in first
+    assert few == (
+        "144 validation images cannot show so small a drop: even where no image changes, the upper end of the 95 % "
+        "interval, which counts, is 1.34 points."
+    )
+    assert drop.endswith("top-1 falls by 0.25 points there (upper end of the 95 % interval of the drop +1.50).")
 
 
 @pytest.mark.parametrize(("met", "words"), [(True, "is met"), (False, "**is not met**")])

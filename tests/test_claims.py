@@ -1,6 +1,7 @@
 """Every sentence of the report, with values that make it true and with the opposite ones."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from conftest import with_gate, with_int8, with_speedups
@@ -299,12 +300,19 @@ def test_a_percentile_is_said(evidence: Evidence) -> None:
 
 
 @pytest.mark.parametrize(
-    ("per_channel", "reduce_range", "text"),
+    ("changes", "text"),
     [
-        (True, False, "minmax observer, weights per channel"),
-        (False, True, "minmax observer, weights per layer, range reduced by one bit"),
+        ({}, "minmax observer, weights per channel"),
+        (
+            {"per_channel": False, "reduce_range": True},
+            "minmax observer, weights per layer, range reduced by one bit",
+        ),
+        (
+            {"saturating_layers": ("a", "b")},
+            "minmax observer, weights per channel, range of the weights of 2 layers reduced by one bit",
+        ),
     ],
 )
-def test_quantization(evidence: Evidence, per_channel: bool, reduce_range: bool, text: str) -> None:
-    changed = replace(evidence.int8.quantize, observer="minmax", per_channel=per_channel, reduce_range=reduce_range)
+def test_quantization(evidence: Evidence, changes: dict[str, Any], text: str) -> None:
+    changed = replace(evidence.int8.quantize, observer="minmax", **changes)
     assert claims.quantization(changed) == text

@@ -50,7 +50,10 @@ CASES = [
     for engine in ENGINES
 ]
 LEAST_SQNR_DB = 15  # of the logits; a scale that is wrong in one layer leaves less than 5
-INT8 = ("quantized::conv2d", "quantized::conv2d_relu", "quantized::linear", "quantized::linear_relu")
+INT8 = (
+    "quantized::conv2d", "quantized::conv2d_relu", "quantized::linear", "quantized::linear_relu",
+    "onednn::qconv_pointwise", "onednn::qlinear_pointwise",
+)  # fmt: skip
 FP32 = ("aten::conv2d", "aten::_convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::matmul", "aten::bmm")
 INT8_OF_ONNX = ("QLinearConv", "QGemm", "QLinearMatMul")  # the fourth input of each is the weight
 FP32_OF_ONNX = ("Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "MatMulIntegerToFloat")
@@ -124,7 +127,7 @@ def _count_int8_products(made: QuantizedModel) -> int:
     graph = made.stored.inlined_graph
     assert not [kind for kind in FP32 if graph.findAllNodes(kind)]
     packed = [name for name, _ in made.stored.named_children() if name.startswith("int8_")]
-    return len(packed) + sum(len(graph.findAllNodes(kind)) for kind in INT8)
+    return len(packed) or sum(len(graph.findAllNodes(kind)) for kind in INT8)  # as modules in pt2e, inlined in fx
 
 
 def _count_in_onnx(model: onnx.ModelProto) -> int:

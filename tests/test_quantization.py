@@ -2,13 +2,19 @@
 
 import copy
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchao.quantization.pt2e import observer as torchao_observer
 
 from qexp.config import QuantizeConfig
@@ -16,8 +22,8 @@ from qexp.data import Dataset
 from qexp.errors import StageError
 from qexp.evaluation import predict_logits, to_float
 from qexp.host import read_host
-from qexp.models import Classifier
-from qexp.quantization import QuantizedModel, quantize_model
+from qexp.models import Classifier, ModelSpec, build_classifier
+from qexp.quantization import QuantizedModel, fx, quantize_model
 from qexp.quantization.observers import observer_class
 from qexp.training import TrainResult
 
@@ -57,7 +63,7 @@ def test_every_convolution_and_linear_layer_is_int8(int8: QuantizedModel, model:
     assert int8.result.int8_layers == LAYERS
     assert int8.result.float_layers == ()
     kinds = [node.kind() for node in int8.module.inlined_graph.nodes()]
-    assert kinds.count("quantized::conv2d_relu") == 6 and kinds.count("quantized::linear") == 1
+    assert kinds.count("quantized::conv2d_relu") == 6 and kinds.count("onednn::qlinear_pointwise") == 1
     assert not {"aten::conv2d", "aten::_convolution", "aten::linear", "aten::batch_norm"} & set(kinds)
 
 
@@ -164,10 +170,21 @@ def test_reduced_range_changes_the_model(engine: str, model: Classifier, images:
     with torch.no_grad():
         assert not torch.equal(whole.module(inputs), reduced.module(inputs))
         assert (reduced.module(inputs).argmax(1) == model(inputs).argmax(1)).double().mean() > 0.9
-    if engine == "onnx":  # of which the weights have 7 bits
-        tensors = [onnx.numpy_helper.to_array(one) for one in reduced.stored.graph.initializer]
-        weights = [one for one in tensors if one.dtype.name == "int8" and one.ndim > 1]
-        assert len(weights) == len(LAYERS) and max(int(abs(one).max()) for one in weights) <= 64
+    largest = [[max(weight.max(), -weight.min()) for weight in _int8_weights(made)] for made in (whole, reduced)]
+    assert [len(of_layers) for of_layers in largest] == [len(LAYERS)] * 2
+    assert min(largest[0]) > 64 >= max(largest[1])  # of 7 bits: a sum of two products then fits into 16
+
+
+def _int8_weights(made: QuantizedModel) -> list[np.ndarray]:
+    """Of all layers, as integers that do not overflow when they are negated."""
+    if made.flavor == "onnx":
+        tensors = [onnx.numpy_helper.to_array(one) for one in made.stored.graph.initializer]
+        return [one.astype(int) for one in tensors if one.dtype.name == "int8" and one.ndim > 1]
+    loaded: Any = made.reloaded()
+    packed = [module.weight.to_dense() for module in loaded.modules() if hasattr(module, "factors")]
+    constants = [node.output() for node in made.stored.graph.nodes() if node.kind() == "prim::Constant"]
+    kept = [value.toIValue().unpack()[0] for value in constants if "PackedParams" in str(value.type())]
+    return [weight.int().numpy() for weight in (*packed, *(weight.int_repr() for weight in kept))]
 
 
 def test_calibration_images_set_the_ranges(
@@ -196,13 +213,155 @@ def test_many_groups_do_not_saturate(images: Tensor, inputs: Tensor) -> None:
             parameter.abs_()  # whose sums are as large as they can be
         for backend in ("x86", "onednn"):
             int8 = _quantize(wide, images, backend=backend, observer="minmax")
-            assert int8.result.reduce_range and int8.result.saturating_layers == ("2",)
+            assert int8.result.saturating_layers == ("2",)
             found[backend] = int8.reloaded()(inputs[:64])
         expected = wide(inputs[:64])
     assert torch.equal(found["x86"], found["onednn"])
     noise = (expected - found["x86"]).square().mean() / expected.var()
     assert -10 * noise.log10() > 25
     assert _quantize(wide, images, keep_fp32=["2"]).result.saturating_layers == ()
+
+
+def test_only_the_weights_of_depthwise_layers_have_seven_bits(images: Tensor) -> None:
+    torch.manual_seed(0)
+    depthwise = [nn.Conv2d(wide, wide, 3, groups=wide, padding=1) for wide in (64, 128)]
+    grouped = nn.Conv2d(128, 256, 3, groups=64)
+    layers = [nn.Conv2d(3, 64, 1), depthwise[0], nn.Conv2d(64, 128, 1), nn.Hardswish(), depthwise[1], grouped]
+    int8 = _quantize(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)).eval(), images, False
+    )
+    assert int8.result.saturating_layers == ("4",) and not int8.result.reduce_range
+    largest = {weight.shape: abs(weight).max() for weight in _int8_weights(int8)}
+    assert largest.pop((128, 1, 3, 3)) <= 64
+    assert len(largest) == 5 and min(largest.values()) > 100
+
+
+def test_a_depthwise_network_is_as_exact_as_with_eight_bits(
+    images: Tensor, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without saturation, which oneDNN's kernels do not have either; the weights' bit costs next to nothing."""
+    torch.manual_seed(0)
+    net = build_classifier(ModelSpec("mobilenet_v3_small", tuple("0123456789"), 32), images).train()
+    with torch.no_grad():
+        for _ in range(15):
+            net(to_float(images))  # batch norm's statistics
+        expected = net.eval()(inputs)
+        made = {backend: _quantize(net, images, False, backend=backend) for backend in ("x86", "onednn")}
+        x86, onednn = (int8.reloaded()(inputs) for int8 in made.values())
+        monkeypatch.setattr(fx, "saturating_layers", lambda model, options: ())
+        whole = _quantize(net, images, False, backend="onednn").reloaded()(inputs)
+    assert _sqnr_db(onednn, x86) > 40 and _sqnr_db(expected, x86) > _sqnr_db(expected, whole) - 2
+    assert len(made["x86"].result.saturating_layers) == 7
+
+
+def _sqnr_db(expected: Tensor, found: Tensor) -> float:
+    return float(10 * (expected.var() / (expected - found).square().mean()).log10())
+
+
+class _Limited(nn.Module):
+    """ReLU6 after each layer, as a module or a function; most outputs lie outside of what it leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Linear(32, 10)
+        self.limit = nn.ReLU6()
+        self.one.weight.data *= 30
+        self.two.weight.data *= 3
+        self.last.weight.data *= 4
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.limit(self.last(F.relu6(self.two(self.limit(self.one(images)))).mean((2, 3))))
+
+
+@pytest.mark.parametrize("kept", [None, ["two"], ["one"], ["last"]])
+@pytest.mark.parametrize("observer", ["minmax", "histogram", "percentile", "moving_average"])
+def test_relu6_is_the_end_of_the_range(
+    kept: list[str] | None, observer: str, images: Tensor, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = _Limited().eval()
+    int8 = _quantize(net, images, False, observer=observer, keep_fp32=kept)
+    with torch.no_grad():
+        expected, logits = net(inputs), int8.reloaded()(inputs)
+        assert torch.equal(int8.source(inputs), expected)
+        monkeypatch.setattr(fx, "_fuse_limits", lambda model, kept: {})
+        unfused = _quantize(net, images, False, observer=observer, keep_fp32=kept).module(inputs)
+    gained = _sqnr_db(expected, logits) - _sqnr_db(expected, unfused)
+    assert _sqnr_db(expected, logits) > 25 and gained > (-1 if kept else 3)
+    assert 0 <= float(logits.min()) and 5 < float(logits.max()) <= 6
+    assert logits.unique().numel() > 0.9 * expected.unique().numel()
+
+
+# --- logits in float
+
+
+class _Ending(nn.Module):
+    """A convolution with ReLU, then what `end` computes of it and of three further layers."""
+
+    def __init__(self, end: Callable[["_Ending", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.end = end
+        self.conv, self.map = nn.Conv2d(3, 32, 3, stride=2), nn.Conv2d(32, 10, 1)
+        self.one, self.two = nn.Linear(32, 10), nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.end(self, self.conv(images).relu())
+
+
+ENDS: dict[str, tuple[Callable[[_Ending, Tensor], Tensor], set[str]]] = {
+    "linear": (lambda net, x: net.one(x.mean((2, 3))), {"conv", "one"}),
+    "map, relu and pool": (lambda net, x: F.adaptive_avg_pool2d(net.map(x).relu(), 1).flatten(1), {"conv", "map"}),
+    "two heads": (lambda net, x: net.one(x.mean((2, 3))) + net.two(x.amax((2, 3))), {"conv", "one", "two"}),
+    "shared head": (lambda net, x: net.one(x.mean((2, 3))) + net.one(x.amax((2, 3))), {"conv", "one"}),
+    "with a skip": (lambda net, x: net.one(x.mean((2, 3))) + x.amax((2, 3))[:, :10], {"conv", "one"}),
+    "activation": (lambda net, x: F.hardswish(net.one(x.mean((2, 3)))) * 3 + 1, {"conv", "one"}),
+    "function": (lambda net, x: F.linear(x.mean((2, 3)), net.one.weight, net.one.bias), {"conv"}),
+    "joined": (lambda net, x: torch.cat([net.one(h := x.mean((2, 3)))[:, :5], net.two(h)[:, :5]], 1), {"conv"}),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_logits_are_not_rounded(end: str, per_channel: bool, images: Tensor, inputs: Tensor) -> None:
+    """Calibrated with dark images, a rounded output would also be cut off where the logits of bright ones are."""
+    torch.manual_seed(0)
+    body, layers = ENDS[end]
+    net = _Ending(body).eval()
+    int8 = _quantize(net, images, False, observer="minmax", per_channel=per_channel, allow_float=True)
+    assert set(int8.result.int8_layers) >= layers
+    with torch.no_grad():
+        expected, logits = net(inputs), int8.reloaded()(inputs)
+        assert torch.equal(int8.module(inputs[:3]), logits[:3])
+    assert logits.unique().numel() > 0.9 * expected.unique().numel()
+    assert _sqnr_db(expected, logits) > 25
+    ends = [torch.stack([values.amin(), values.amax()]) for values in (expected, logits)]
+    assert torch.allclose(ends[0], ends[1], atol=0.05 * float(expected.std()))
+
+
+def test_with_the_last_layer_in_fp32_the_logits_are_those_of_it(model: Classifier, images: Tensor) -> None:
+    int8 = _quantize(model, images, keep_fp32=[LAYERS[-1]])
+    assert int8.result.float_layers == LAYERS[-1:] and int8.result.int8_layers == LAYERS[:-1]
+    with torch.no_grad():
+        assert int8.reloaded()(to_float(images)).unique().numel() > 300
+
+
+def test_a_process_without_qexp_loads_the_float_logits(int8: QuantizedModel, inputs: Tensor, tmp_path: Path) -> None:
+    torch.jit.save(int8.stored, tmp_path / "int8.pt")
+    torch.save(inputs[:5], tmp_path / "inputs.pt")
+    code = (
+        "import sys, torch; logits = torch.jit.load('int8.pt')(torch.load('inputs.pt')); "
+        "torch.save(logits, 'logits.pt'); assert not any(name.startswith('qexp') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), int8.module(inputs[:5]))
+
+
+def test_trained_logits_are_nearly_all_different(int8: QuantizedModel, model: Classifier, digits: Dataset) -> None:
+    logits, fp32 = (predict_logits(found, digits.test.images) for found in (int8.module, model))
+    assert logits.unique().numel() > 0.98 * logits.numel()
+    assert float(logits.max()) > float(logits.flatten().topk(2).values[1])  # none cut off at the same value
+    assert abs(float(logits.max() - fp32.max())) < 0.1 * float(fp32.max())
 
 
 @pytest.mark.parametrize("backend", ["x86", "onednn"])

@@ -17,4 +17,4 @@ def test_a_cpu_whose_products_saturate_is_named(
     warn_of_reduced_range(read_host(1, file))
     said = capsys.readouterr().err
     assert said.startswith("warning: A CPU has no int8 dot product: sums of two products") is warned
-    assert ("ranges are reduced by one bit" in said) is warned
+    assert ("so all weights have 7 bits" in said) is warned

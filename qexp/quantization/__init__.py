@@ -32,7 +32,7 @@ def quantize_model(
         model: fp32 classifier that takes images in [0, 1].
         calibration_images: uint8 [N, 3, H, W]; their activations set the ranges.
         options: with one engine.
-        reduce_range: leave one bit unused, for CPUs whose int8 products saturate.
+        reduce_range: leave one bit of all weights unused, for CPUs whose int8 products saturate.
 
     Raises:
         InputError: `options.keep_fp32` names a layer that does not exist.
@@ -54,7 +54,7 @@ def quantize_model(
         backend=made.backend,
         observer=options.observer,
         per_channel=options.per_channel,
-        reduce_range=reduce_range or bool(made.saturating_layers),
+        reduce_range=reduce_range,
         calibration_images=len(calibration_images),
         int8_layers=tuple(name for name in layers if name in made.int8_layers),
         float_layers=tuple(dict.fromkeys([*missing, *made.float_layers])),

@@ -1,11 +1,14 @@
 """An accuracy budget: layers go back to fp32, most sensitive first, until the drop on validation is within it.
 
+The upper end of the drop's 95 % interval counts, as in the gate: not shown to be above the budget is not within it.
+
 How many: none at first (beyond those of `keep_fp32`), then 1, 2, 4, 8 and so on until the drop is within the budget;
 then a bisection between the last two counts looks for the fewest. That takes about 2 log2 of the layers needed, where
 one layer a try would take all of them. It supposes that more layers in fp32 are no worse. Where the noise of few
 validation images breaks this, fewer layers might have done, but the model is within the budget all the same.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
+from qexp.evaluation import Comparison, paired_drop_interval
 from qexp.progress import say
 from qexp.quantization import QuantizedModel, quantize_model
 
@@ -21,19 +25,34 @@ NAMES_IN_A_LINE = 4
 
 @dataclass(frozen=True)
 class BudgetTry:
-    """One quantization: all layers that were asked to stay fp32, and fp32 minus int8 validation top-1."""
+    """One quantization: all layers that were asked to stay fp32, and fp32 minus int8 validation top-1.
+
+    The upper end of the drop's 95 % interval decides; None in results of versions in which the drop itself did.
+    """
 
     kept_layers: tuple[str, ...]
     validation_top1_drop_points: float
+    validation_top1_drop_high_points: float | None = None
 
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """All tries in their order, and whether one of them was within the budget."""
+    """All tries in their order, and whether one of them was within the budget, as `images` images show it."""
 
     max_top1_drop_points: float
     tries: tuple[BudgetTry, ...]
     met: bool
+    images: int = 0
+
+    @property
+    def least_high_points(self) -> float:
+        """Upper end of the drop's interval where no image changes."""
+        return paired_drop_interval(0, 0, self.images)[1]
+
+    @property
+    def too_few_images(self) -> bool:
+        """Whether even a model that answers as fp32 does would not be shown to be within the budget."""
+        return self.images > 0 and self.least_high_points > self.max_top1_drop_points
 
 
 def quantize_within_budget(
@@ -42,15 +61,17 @@ def quantize_within_budget(
     options: QuantizeConfig,
     reduce_range: bool,
     order: tuple[str, ...],
-    drop_of: Callable[[QuantizedModel], float],
+    compared: Callable[[QuantizedModel], Comparison],
 ) -> tuple[QuantizedModel, BudgetResult]:
-    """The int8 model with the fewest kept layers that is within the budget, else the try with the smallest drop.
+    """The int8 model with the fewest kept layers that is within the budget, else the one with the lowest upper end.
+
+    Where there are too few images to show that any model is within the budget, the first try is the only one.
 
     Args:
         model, calibration_images, reduce_range: as for `quantize_model`.
         options: with one engine and `max_top1_drop`; `max_tries` limits the quantizations, the first included.
         order: names of layers, in the order in which they go back to fp32 (`most_sensitive_first`).
-        drop_of: fp32 minus int8 top-1 on validation images, percentage points.
+        compared: a model with fp32 on validation images.
 
     Raises:
         InputError: no budget was given.
@@ -61,25 +82,29 @@ def quantize_within_budget(
         raise InputError("--quantize-max-top1-drop auto: a budget is a number of percentage points, 0 or more")
     asked = tuple(options.keep_fp32 or ())
     more = tuple(name for name in order if name not in asked)
-    tries: list[BudgetTry] = []
+    result = BudgetResult(budget, (), met=False)
     best: QuantizedModel | None = None
+    lowest = math.inf
     failed, met, count = -1, None, _next_count(-1, None, len(more))
-    while count is not None and len(tries) < options.max_tries:
+    while count is not None and len(result.tries) < options.max_tries and not result.too_few_images:
         kept = asked + more[:count]
         chosen = options.model_copy(update={"keep_fp32": list(kept)})
         quantized = quantize_model(model, calibration_images, chosen, reduce_range)
-        drop = drop_of(quantized)
-        if drop <= budget:
+        found = compared(quantized)
+        high = found.top1_drop_high_points
+        if high <= budget:
             best, met = quantized, count
         else:
             failed = count
-            if met is None and all(drop < earlier.validation_top1_drop_points for earlier in tries):
+            if high < lowest:
                 best = quantized
-        tries.append(BudgetTry(kept, drop))
-        _say(tries, budget, options.max_tries)
+        lowest = min(lowest, high)
+        tried = BudgetTry(kept, found.top1_drop_points, high)
+        result = BudgetResult(budget, (*result.tries, tried), met is not None, found.images)
+        _say(result, options.max_tries)
         count = _next_count(failed, met, len(more))
     assert best is not None
-    return best, BudgetResult(budget, tuple(tries), met is not None)
+    return best, result
 
 
 def _next_count(failed: int, met: int | None, layers: int) -> int | None:
@@ -92,11 +117,18 @@ def _next_count(failed: int, met: int | None, layers: int) -> int | None:
     return (failed + met) // 2 if met - failed > 1 else None
 
 
-def _say(tries: list[BudgetTry], budget: float, most_tries: int) -> None:
-    kept, drop = tries[-1].kept_layers, tries[-1].validation_top1_drop_points
+def _say(result: BudgetResult, most_tries: int) -> None:
+    tried, budget = result.tries[-1], result.max_top1_drop_points
+    kept = tried.kept_layers
     names = ", ".join(kept[:NAMES_IN_A_LINE]) + (", ..." if len(kept) > NAMES_IN_A_LINE else "")
     say(
-        f"accuracy budget, try {len(tries)} of {most_tries}: validation top-1 drop {drop:.2f} points "
+        f"accuracy budget, try {len(result.tries)} of {most_tries}: validation top-1 drop "
+        f"{tried.validation_top1_drop_points:.2f} points, upper end {tried.validation_top1_drop_high_points:.2f} "
         f"(at most {budget:g}) with {len(kept)} {'layer' if len(kept) == 1 else 'layers'} kept in fp32"
         + (f": {names}" if names else "")
     )
+    if result.too_few_images and not result.met:
+        say(
+            f"warning: accuracy budget: {result.images} validation images cannot show a drop of at most {budget:g} "
+            f"points: where no image changes, the upper end is {result.least_high_points:.2f}; no more tries"
+        )

@@ -54,6 +54,16 @@ def _batch_average_of(minmax_observer: Any) -> Any:
     return BatchAverageObserver
 
 
+def below(observer: Any, limit: float) -> Any:
+    """`observer` of values that end at a limit, and that it hands on with this end."""
+
+    class LimitedObserver(observer):
+        def forward(self, values: Tensor) -> Tensor:
+            return super().forward(values.clamp(max=limit))
+
+    return LimitedObserver
+
+
 def _percentile_of(histogram_observer: Any, percent: float) -> Any:
     """`histogram_observer` with a range that leaves out equal shares of the values at both ends."""
 

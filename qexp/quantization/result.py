@@ -18,7 +18,7 @@ class EngineResult:
     `call` takes float images [N, 3, H, W] in [0, 1] and gives float logits [N, classes]. `stored` is what the MLflow
     flavour of the name `flavor` logs, and what a reloaded version computes with. Layers are the qualified names of
     Conv2d and Linear modules. `load_backend` is what `torch.backends.quantized.engine` must be at load for the speed
-    of `backend`; None: any. For `saturating_layers` the ranges were reduced, whatever the CPU.
+    of `backend`; None: any. The weights of `saturating_layers` have 7 bits, whatever the CPU.
     """
 
     call: Callable[[Tensor], Tensor]
@@ -36,8 +36,9 @@ class QuantizeResult:
     """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules, and of the first
     projections of its attention (`….in_proj`), of which quantization makes linear layers.
 
-    `kept_layers` are those of `float_layers` that were asked to stay fp32. `load_backend` and `saturating_layers` are
-    as in `EngineResult`. `percentile` is that of the observer of this name, None with others.
+    With `reduce_range`, all weights have 7 bits. `kept_layers` are those of `float_layers` that were asked to stay
+    fp32. `load_backend` and `saturating_layers` are as in `EngineResult`. `percentile` is that of the observer of this
+    name, None with others.
     """
 
     engine: str
