@@ -12,7 +12,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 from qexp.errors import StageError, first_line
 from qexp.progress import say
 from qexp.quantization.attention import SelfAttention, replace_attention
+from qexp.quantization.equivalence import same_logits
 
+OTHER_FUNCTION = "torch.fx traces it as another function, as it does where a tensor is changed in place"
 FLATTENS = (torch.flatten, "flatten")
 FOLDED = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
 
@@ -45,10 +47,17 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
             32 px each of 512 values reaches the layer 49 times, so its 49 weights for each of them can be summed.
 
     Pools and flattening that only repeat or move values become operations that do just that, for which the engines have
-    faster int8 kernels. A model that torch.fx cannot trace is copied as it is.
+    faster int8 kernels. A model that torch.fx cannot trace, or that computes something else when traced, is copied as
+    it is.
     """
     try:
-        return _cleaned(_copied(model), example, fold_pool)
+        copied = _copied(model)
+        with torch.no_grad():
+            expected = copied(example)
+            cleaned = _cleaned(copied, example, fold_pool)
+            if not same_logits(expected, cleaned(example)):
+                raise ValueError(OTHER_FUNCTION)
+        return cleaned
     except StageError:
         raise
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol

@@ -3,6 +3,7 @@
 Method: https://docs.pytorch.org/docs/2.13/quantization.html (post-training static, FX graph mode).
 """
 
+import copy
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch.ao.quantization import (
     observer,
 )
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
-from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 
@@ -29,6 +30,8 @@ from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
+from qexp.quantization.cleanup import OTHER_FUNCTION
+from qexp.quantization.equivalence import same_logits
 from qexp.quantization.kept import between_kept
 from qexp.quantization.observers import observer_class
 from qexp.quantization.result import EngineResult
@@ -66,10 +69,12 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     backend, saturating = options.backend or KERNELS[0], _saturating_layers(model, options)
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
-        converted = _calibrate_and_convert(model, images, options, reduce_range or bool(saturating))
+        reference, converted = _calibrate_and_convert(model, images, options, reduce_range or bool(saturating))
         module = _trace(converted, to_float(images[:2]))
     int8, floats = _int8_layers(converted), _float_products(converted)
-    return EngineResult(module, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating)
+    return EngineResult(
+        module, reference, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating
+    )
 
 
 def _saturating_layers(model: nn.Module, options: QuantizeConfig) -> tuple[str, ...]:
@@ -97,17 +102,22 @@ def _keep_between(model: fx.GraphModule, example: Tensor, kept: Sequence[str]) -
 
 def _calibrate_and_convert(
     model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The quantized program with fp32 operations between quantize and dequantize, and with int8 operations."""
     try:
         mapping = _qconfig_mapping(options, reduce_range)
         if normalizes_tokens(model):
             for operation in TOKEN_ARITHMETIC:
                 mapping.set_object_type(operation, None)
         whole = PrepareCustomConfig().set_non_traceable_module_classes([Float])
-        prepared = prepare_fx(model.eval(), mapping, (to_float(images[:2]),), whole)
-        for batch in images.split(options.calibration_batch_size):
-            prepared(to_float(batch))
-        return convert_fx(prepared)
+        batches = images.split(options.calibration_batch_size)
+        expected = model.eval()(to_float(batches[0]))
+        prepared = prepare_fx(model, mapping, (to_float(images[:2]),), whole)
+        logits = [prepared(to_float(batch)) for batch in batches]
+        if not same_logits(expected, logits[0]):
+            raise ValueError(OTHER_FUNCTION)
+        shared: dict[int, Any] = {id(weight): weight for weight in prepared.parameters()}
+        return convert_to_reference_fx(copy.deepcopy(prepared, shared)), convert_fx(prepared)
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
         raise StageError(f"engine fx cannot quantize this model: {with_place(error)}") from error
 
