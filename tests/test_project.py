@@ -60,7 +60,7 @@ ALLOWED = {
     "gate": {"config", "evaluation", "latency"},
     "evidence": {"cost", "evaluation", "gate", "host", "latency", "quantization", "training"},
     "speed": {"evidence", "latency"},
-    "claims": {"evidence", "quantization", "speed"},
+    "claims": {"evaluation", "evidence", "quantization", "speed"},
     "search.conclusion": {"evidence"},
     "advice": {"claims", "evidence", "latency", "quantization", "speed"},
     "plots": {"evidence", "speed"},
