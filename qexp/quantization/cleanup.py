@@ -1,6 +1,7 @@
 """Exact clean-up of an fp32 classifier before it is quantized: the outputs stay what they are, within rounding."""
 
 import copy
+import operator
 from collections import Counter
 from typing import Any
 
@@ -15,6 +16,7 @@ from qexp.quantization.attention import SelfAttention, replace_attention
 from qexp.quantization.equivalence import same_logits
 
 OTHER_FUNCTION = "torch.fx traces it as another function, as it does where a tensor is changed in place"
+ADDITIONS = ("add", "sub", "add_", "sub_")
 FLATTENS = (torch.flatten, "flatten")
 FOLDED = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
 
@@ -82,6 +84,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     traced: Any = remove_dropout(model)
+    _spell_out_factors(traced)
     replace_attention(traced)
     _spare_shared_layers(traced)
     with torch.no_grad():
@@ -92,6 +95,17 @@ def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
         _fold_repeating_pools(cleaned, example)
     _repeat_instead_of_averaging(cleaned, example)
     return cleaned.eval()
+
+
+def _spell_out_factors(model: fx.GraphModule) -> None:
+    """Make `torch.add(x, y, alpha=2)` x + 2 * y: the int8 sums of torch leave the factor out."""
+    for node in model.graph.nodes:
+        factor = node.kwargs.get("alpha", 1)
+        if factor != 1 and len(node.args) == 2 and str(getattr(node.target, "__name__", node.target)) in ADDITIONS:
+            with model.graph.inserting_before(node):
+                scaled = model.graph.call_function(operator.mul, (node.args[1], factor))
+            node.args, node.kwargs = (node.args[0], scaled), {}
+    model.recompile()
 
 
 def folded_layers(model: nn.Module, cleaned: nn.Module) -> list[str]:
