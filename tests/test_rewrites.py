@@ -154,7 +154,7 @@ def test_a_tensor_changed_under_another_name() -> None:
     for engine in ("pt2e", "onnx"):
         int8 = quantize_model(model, images, QuantizeConfig(engine=engine, allow_float=True), False).module
         with torch.no_grad():
-            assert sqnr_db(model(inputs), int8(inputs)) > 15
+            assert sqnr_db(model(inputs), int8(inputs)) > 8  # of the network that torch.fx sees: below 0
     with pytest.raises(StageError, match=r"engine fx cannot quantize this model: .* changed in place"):
         quantize_model(model, images, QuantizeConfig(engine="fx", allow_float=True), False)
 
@@ -240,8 +240,8 @@ def test_logits_are_floats_of_an_int8_layer(end: str, engine: str) -> None:
     made = make(engine, model, images)
     with torch.no_grad():
         exact, logits = model(inputs), made.call(inputs)
-    positive = logits[logits > 0] if end.endswith("relu") else logits
-    assert positive.unique().numel() > 0.9 * positive.numel() > 100
+    found = logits[logits != 0]  # which a ReLU gives many times
+    assert found.unique().numel() > 0.9 * found.numel() > 100
     assert made.float_layers == () and {"head", "last", "pointwise"} & set(made.int8_layers)
     assert sqnr_db(exact, logits) > 10
     if engine == "onnx":

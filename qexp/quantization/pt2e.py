@@ -77,7 +77,7 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
     activation = QuantizationSpec(
         dtype=torch.uint8,
         quant_min=0,
-        quant_max=127 if reduce_range else 255,
+        quant_max=255,
         qscheme=torch.per_tensor_affine,
         observer_or_fake_quant_ctr=observer_class(kinds, options).with_args(eps=SMALLEST_SCALE),
     )
@@ -91,8 +91,9 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
 
     weight = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-128,
-        quant_max=127,
+        # Reduced in the weights: oneDNN's kernels know no limit of their results but that of the type.
+        quant_min=-64 if reduce_range else -128,
+        quant_max=63 if reduce_range else 127,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         observer_or_fake_quant_ctr=(kinds.PerChannelMinMaxObserver if options.per_channel else OneScale).with_args(
