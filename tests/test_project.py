@@ -189,7 +189,7 @@ def test_imports_follow_the_table(file: Path) -> None:
 def test_no_file_or_function_is_long() -> None:
     for file in [*(REPOSITORY / "qexp").rglob("*.py"), *(REPOSITORY / "entrypoints").glob("*.py")]:
         text = file.read_text()
-        assert len(text.splitlines()) <= 260, file
+        assert len(text.splitlines()) <= 320, file
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 45, (file, node.name)
