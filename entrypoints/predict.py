@@ -12,7 +12,12 @@ Uri = Annotated[
     str, typer.Argument(help="version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI", show_default=False)
 ]
 Images = Annotated[list[str], typer.Argument(help="image files of any size", metavar="IMAGE...", show_default=False)]
-TopK = Annotated[str, typer.Option(help="classes shown of each image, at most", metavar="int")]
+TopK = Annotated[
+    str,
+    typer.Option(
+        help="classes shown of each image, at most; of equally likely ones left out, the number", metavar="int"
+    ),
+]
 
 
 @with_options("threads")

@@ -2,6 +2,7 @@
 
 from qexp import speed
 from qexp.cost import TORCHINFO
+from qexp.evaluation import Accuracy
 from qexp.evidence import DataFacts, Evidence, Int8Evidence
 from qexp.host import Host
 from qexp.quantization.result import QuantizeResult
@@ -61,8 +62,10 @@ def accuracy(evidence: Evidence) -> list[str]:
         f"Quantization: top-1 on the {found.images:,} test images {changed(found.top1_drop_points)}; the "
         f"95 % interval of the drop is {low:+.2f} to {high:+.2f} points, {meaning}. "
         f"Top-3 {changed(found.top3_drop_points)}.",
-        f"The two models agree on {found.agreement_percent:.2f} % of the test images. {lost} {_plural(lost, 'image')} "
-        f"only fp32 gets right, {gained} only int8.",
+        f"The two models agree on {found.agreement_percent:.2f} % of the test images. {_images(lost)} only "
+        f"fp32 gets right, {_number(gained)} only int8.",
+        *_ties("fp32", evidence.fp32.accuracy["test"]),
+        *_ties("int8", evidence.int8.accuracy["test"]),
         *_seen_before(evidence.fp32.data),
     ]
 
@@ -92,6 +95,25 @@ def _seen_before(data: DataFacts) -> list[str]:
         have = "image is" if twice == 1 else "images are"
         sentences.append(f"{twice:,} {have} in the data set with several labels: no model gets all of these right.")
     return sentences
+
+
+def _ties(model: str, accuracy: Accuracy) -> list[str]:
+    """Test images whose label shares its logit with other classes, which accuracy counts by expectation."""
+    tied = {1: accuracy.top1_tied_images, 3: accuracy.top3_tied_images}
+    return [
+        f"In {model}, {count} of {accuracy.images:,} test images {'ties' if count == 1 else 'tie'} at the border of "
+        f"the top {k}; ties count by expectation."
+        for k, count in tied.items()
+        if count
+    ]
+
+
+def _images(count: float) -> str:
+    return f"{_number(count)} {_plural(count, 'image')}"
+
+
+def _number(count: float) -> str:
+    return f"{round(count):,}" if count == round(count) else f"{count:,.2f}"
 
 
 def size(evidence: Evidence) -> list[str]:
@@ -217,7 +239,7 @@ def _times(ratio: float, above: str, below: str) -> str:
     return f"{ratio:.2f}x {above}" if ratio > 1 else f"{1 / ratio:.2f}x {below}"
 
 
-def _plural(count: int, noun: str) -> str:
+def _plural(count: float, noun: str) -> str:
     return noun if count == 1 else f"{noun}s"
 
 

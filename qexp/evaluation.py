@@ -14,24 +14,42 @@ Z_95 = 1.959964
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of images, in percent, whose label is the best, or among the three best, of the logits."""
+    """Share of images, in percent, whose label is the best, or among the three best, of the logits.
+
+    Tied images are those whose label shares its logit with another class at the border of the best one or three: each
+    counts by expectation, as `top_k_credit` says.
+    """
 
     top1_percent: float
     top3_percent: float
     images: int
+    top1_tied_images: int = 0
+    top3_tied_images: int = 0
+
+    @property
+    def top1_correct(self) -> int | float:
+        """Images that count as right, a fraction where labels tie."""
+        return _count(self.top1_percent * self.images / 100)
+
+    @property
+    def top3_correct(self) -> int | float:
+        return _count(self.top3_percent * self.images / 100)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """int8 against fp32 on the same images. A drop is fp32 minus int8, in percentage points."""
+    """int8 against fp32 on the same images. A drop is fp32 minus int8, in percentage points.
+
+    Images that only one of them gets right are a fraction where labels tie: sums of what one has above the other.
+    """
 
     top1_drop_points: float
     top1_drop_low_points: float
     top1_drop_high_points: float
     top3_drop_points: float
     agreement_percent: float
-    only_fp32_correct_images: int
-    only_int8_correct_images: int
+    only_fp32_correct_images: int | float
+    only_int8_correct_images: int | float
     images: int
 
 
@@ -48,30 +66,33 @@ def predict_logits(model: Callable[[Tensor], Tensor], images: Tensor, batch_size
         return torch.cat([model(to_float(batch)).float() for batch in shown])
 
 
-def top_k_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the label is among the k largest logits, bool [N]; with fewer than k classes it always is.
+def top_k_credit(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Probability that the label is among the k largest logits if ties are broken by chance, float64 [N].
 
-    Logits with NaN count as wrong. Among equal logits the lower class number ranks first.
+    With g logits larger than the label's and e equal to it, itself included: (k - g) / e, between 0 and 1. With fewer
+    than k classes it is 1. Logits with NaN count as wrong.
     """
-    ranked = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return (ranked == labels[:, None]).any(dim=1) & ~logits.isnan().any(dim=1)
+    own = logits.gather(1, labels[:, None])
+    larger, equal = (logits > own).sum(1), (logits == own).sum(1)
+    return ((k - larger) / equal.double()).clamp(0, 1).where(~logits.isnan().any(1), 0.0)
 
 
 def measure_accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     """Top-1 and top-3 of logits [N, classes] against labels [N]."""
-    top1, top3 = (top_k_correct(logits, labels, k).double().mean().item() * 100 for k in (1, 3))
-    return Accuracy(top1, top3, len(labels))
+    credits = [top_k_credit(logits, labels, k) for k in (1, 3)]
+    top1, top3 = (100 * credit.mean().item() for credit in credits)
+    tied = [int(((credit > 0) & (credit < 1)).sum()) for credit in credits]
+    return Accuracy(top1, top3, len(labels), *tied)
 
 
 def compare(fp32_logits: Tensor, int8_logits: Tensor, labels: Tensor) -> Comparison:
     """Both models' logits [N, classes] for the same images, compared image by image."""
-    fp32, int8 = top_k_correct(fp32_logits, labels, 1), top_k_correct(int8_logits, labels, 1)
-    lost, gained = int((fp32 & ~int8).sum()), int((int8 & ~fp32).sum())
+    ahead, ahead_top3 = (top_k_credit(fp32_logits, labels, k) - top_k_credit(int8_logits, labels, k) for k in (1, 3))
+    lost, gained = (_count(one.clamp(min=0).sum().item()) for one in (ahead, -ahead))
     low, high = paired_drop_interval(lost, gained, len(labels))
-    agreement = (fp32_logits.argmax(1) == int8_logits.argmax(1)).double().mean().item() * 100
-    top3_lost = int(top_k_correct(fp32_logits, labels, 3).sum()) - int(top_k_correct(int8_logits, labels, 3).sum())
-    count = len(labels)
-    return Comparison(100 * (lost - gained) / count, low, high, 100 * top3_lost / count, agreement, lost, gained, count)
+    agreement, count = 100 * _agreement(fp32_logits, int8_logits).mean().item(), len(labels)
+    top3_drop = 100 * ahead_top3.sum().item() / count
+    return Comparison(100 * (lost - gained) / count, low, high, top3_drop, agreement, lost, gained, count)
 
 
 def guess_percent(labels: Tensor) -> float:
@@ -79,11 +100,24 @@ def guess_percent(labels: Tensor) -> float:
     return 100 * labels.bincount().max().item() / len(labels)
 
 
-def paired_drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
+def _agreement(first: Tensor, second: Tensor) -> Tensor:
+    """Probability that both name the same class if each breaks its ties by chance, float64 [N]; 0 with NaN."""
+    best = [logits == logits.amax(1, keepdim=True) for logits in (first, second)]
+    pairs = (best[0].sum(1) * best[1].sum(1)).clamp(min=1)
+    return (best[0] & best[1]).sum(1) / pairs.double()
+
+
+def _count(images: float) -> int | float:
+    """A sum of credits, whole where it is but for rounding."""
+    return round(images) if abs(images - round(images)) < 1e-6 else round(images, 6)
+
+
+def paired_drop_interval(lost: float, gained: float, images: int) -> tuple[float, float]:
     """95 % interval, in points, of the drop between two models that saw the same images.
 
     Only the images that flip carry information: Wald's interval for paired proportions with 1/2 added to each cell,
-    so that it keeps a width when nothing flips (Agresti and Min, Statistics in Medicine 24, 2005).
+    so that it keeps a width when nothing flips (Agresti and Min, Statistics in Medicine 24, 2005). Parts of images,
+    where labels tie, vary less than whole ones, for which they are taken here.
     """
     total, b, c = images + 2, lost + 0.5, gained + 0.5
     drop = (b - c) / total

@@ -15,7 +15,7 @@ from qexp.config import TrainConfig
 from qexp.data import Dataset, Split
 from qexp.distributed import Group
 from qexp.errors import StageError
-from qexp.evaluation import to_float, top_k_correct
+from qexp.evaluation import to_float, top_k_credit
 from qexp.interrupts import StopRequest
 from qexp.models import Classifier
 from qexp.progress import track
@@ -175,7 +175,7 @@ def _forward(loop: Loop, module: nn.Module, images: Tensor, labels: Tensor) -> t
 
 def _figures(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Loss, hits and top-3 hits summed over the images, and their number, float64 [4]."""
-    hits = [top_k_correct(logits.detach(), labels, k).sum().double() for k in (1, 3)]
+    hits = [top_k_credit(logits.detach(), labels, k).sum() for k in (1, 3)]
     return torch.stack([loss.detach().double() * len(labels), *hits, torch.full_like(hits[0], len(labels))])
 
 

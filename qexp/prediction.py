@@ -25,11 +25,16 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of one image, best first, and their probabilities: a softmax of the logits."""
+    """The most likely classes of one image, best first, and their probabilities: a softmax of the logits.
+
+    Classes of equal probability are in the order of the class numbers, which says nothing; `equal_left_out` others are
+    as likely as the last one and are not among them.
+    """
 
     file: str
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
+    equal_left_out: int = 0
 
 
 def run_predict(config: Config, uri: str, files: Sequence[str], top_k: int) -> dict[str, Any]:
@@ -44,7 +49,11 @@ def run_predict(config: Config, uri: str, files: Sequence[str], top_k: int) -> d
 
 def _as_json(found: Prediction) -> dict[str, Any]:
     shares = zip(found.classes, found.probabilities, strict=True)
-    return {"file": found.file, "classes": [{"class": name, "probability": round(p, 6)} for name, p in shares]}
+    left_out = {"equal_left_out": found.equal_left_out} if found.equal_left_out else {}
+    return {
+        "file": found.file,
+        "classes": [{"class": name, "probability": round(p, 6)} for name, p in shares],
+    } | left_out
 
 
 def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list[Prediction]]:
@@ -88,9 +97,12 @@ def _most_likely(files: Sequence[str], logits: Tensor, classes: Sequence[str], t
         raise StageError("the model returned NaN or infinite logits")
     probabilities, ranks = torch.softmax(logits.double(), 1).sort(dim=1, descending=True, stable=True)
     return [
-        Prediction(file, tuple(classes[rank] for rank in best[:top_k]), tuple(shares[:top_k]))
+        Prediction(
+            file, tuple(classes[rank] for rank in best[:top_k]), tuple(shares[:top_k]),
+            shares[top_k:].count(shares[:top_k][-1]),
+        )
         for file, best, shares in zip(files, ranks.tolist(), probabilities.tolist(), strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def table(predictions: Sequence[Prediction]) -> str:
@@ -99,5 +111,7 @@ def table(predictions: Sequence[Prediction]) -> str:
     lines = []
     for found in predictions:
         shares = zip(found.classes, found.probabilities, strict=True)
-        lines.append(f"{found.file:{width}}  " + ", ".join(f"{name} {100 * share:.2f} %" for name, share in shares))
+        others = [f"{found.equal_left_out} more as likely as the last"] if found.equal_left_out else []
+        said = [*(f"{name} {100 * share:.2f} %" for name, share in shares), *others]
+        lines.append(f"{found.file:{width}}  " + ", ".join(said))
     return "\n".join(lines)

@@ -194,8 +194,10 @@ def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict
         "cpu_features": ",".join(host.features),
         "threads": host.threads,
         "test_images": test.images,
-        "test_top1_correct": round(test.top1_percent * test.images / 100),
-        "test_top3_correct": round(test.top3_percent * test.images / 100),
+        "test_top1_correct": test.top1_correct,
+        "test_top3_correct": test.top3_correct,
+        "test_top1_tied": test.top1_tied_images,
+        "test_top3_tied": test.top3_tied_images,
         "test_top1_percent": f"{test.top1_percent:.3f}",
         "test_top3_percent": f"{test.top3_percent:.3f}",
     }

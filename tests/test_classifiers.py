@@ -55,8 +55,9 @@ INT8 = (
     "onednn::qconv_pointwise", "onednn::qlinear_pointwise",
 )  # fmt: skip
 FP32 = ("aten::conv2d", "aten::_convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::matmul", "aten::bmm")
-INT8_OF_ONNX = ("QLinearConv", "QGemm", "QLinearMatMul")  # the fourth input of each is the weight
-FP32_OF_ONNX = ("Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "MatMulIntegerToFloat")
+# With the place of the weight among their inputs.
+INT8_OF_ONNX = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3, "MatMulIntegerToFloat": 1}
+FP32_OF_ONNX = ("Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _count_in_onnx(model: onnx.ModelProto) -> int:
     weights = {tensor.name for tensor in graph.initializer}
     fp32 = [node for node in graph.node if node.op_type in FP32_OF_ONNX and weights & {*node.input[:2]}]
     assert not fp32, fp32
-    return sum(node.op_type in INT8_OF_ONNX and node.input[3] in weights for node in graph.node)
+    return sum(node.input[INT8_OF_ONNX[node.op_type]] in weights for node in graph.node if node.op_type in INT8_OF_ONNX)
 
 
 def _time_s(made: QuantizedModel, inputs: Tensor) -> float:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
-from qexp.errors import InputError, StageError, first_line
+from qexp.errors import InputError, StageError
 from qexp.evaluation import to_float
 from qexp.quantization import fx, onnx, pt2e
 from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
+from qexp.quantization.equivalence import check_kernels
 from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
 
 __all__ = ["KERNELS", "LOADED_WITHOUT_PICKLE", "QuantizedModel", "quantize_model"]
@@ -36,8 +37,8 @@ def quantize_model(
 
     Raises:
         InputError: `options.keep_fp32` names a layer that does not exist.
-        StageError: the engine cannot quantize the model, or a Conv2d or Linear stayed fp32 that was not to, and
-            `options.allow_float` is off; the message names them.
+        StageError: the engine cannot quantize the model; or a Conv2d or Linear stayed fp32 that was not to, and
+            `options.allow_float` is off: the message names them; or the int8 kernels compute something else.
     """
     (engine,) = options.engine
     kept = tuple(options.keep_fp32 or ())
@@ -47,7 +48,6 @@ def quantize_model(
         source = clean(model, to_float(calibration_images[:2]), options.fold_pool)
     layers = list(dict.fromkeys([*_layer_names(model), *_layer_names(source)]))  # and attention's first projections
     made = ENGINES[engine](source, calibration_images, options, reduce_range)
-    _try_other_batches(engine, made, to_float(calibration_images[:1]))
     missing = [name for name in layers if name not in made.int8_layers]
     result = QuantizeResult(
         engine=engine,
@@ -66,18 +66,9 @@ def quantize_model(
     )
     if not options.allow_float:
         _refuse_float_layers(result)
-    return QuantizedModel(made.call, made.stored, made.flavor, source, result)
-
-
-def _try_other_batches(engine: str, made: EngineResult, image: Tensor) -> None:
-    """Raise StageError unless the model takes batches of other sizes than those that it was made with."""
-    with torch.no_grad():
-        for size in (1, 3):
-            try:
-                made.call(image.repeat(size, 1, 1, 1))
-            except Exception as error:  # of a trace that holds the size of its batch, in whatever library's words
-                said = f"the int8 model does not take a batch of {size}"
-                raise StageError(f"engine {engine} cannot quantize this model: {said} ({first_line(error)})") from error
+    quantized = QuantizedModel(made.call, made.stored, made.flavor, source, result)
+    check_kernels(engine, quantized.reloaded(), made.reference, source, calibration_images)
+    return quantized
 
 
 def check_layer_names(network: nn.Module, kept: Sequence[str]) -> None:

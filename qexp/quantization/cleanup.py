@@ -1,6 +1,7 @@
 """Exact clean-up of an fp32 classifier before it is quantized: the outputs stay what they are, within rounding."""
 
 import copy
+import operator
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from qexp.errors import StageError, first_line
 from qexp.progress import say
 from qexp.quantization.attention import SelfAttention, replace_attention
+from qexp.quantization.equivalence import same_logits
 
+OTHER_FUNCTION = "torch.fx traces it as another function, as it does where a tensor is changed in place"
+ADDITIONS = ("add", "sub", "add_", "sub_")
 FLATTENS = (torch.flatten, "flatten")
 FOLDED = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
 
@@ -45,10 +49,17 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
             32 px each of 512 values reaches the layer 49 times, so its 49 weights for each of them can be summed.
 
     Pools and flattening that only repeat or move values become operations that do just that, for which the engines have
-    faster int8 kernels. A model that torch.fx cannot trace is copied as it is.
+    faster int8 kernels. A model that torch.fx cannot trace, or that computes something else when traced, is copied as
+    it is.
     """
     try:
-        return _cleaned(_copied(model), example, fold_pool)
+        copied = _copied(model)
+        with torch.no_grad():
+            expected = copied(example)
+            cleaned = _cleaned(copied, example, fold_pool)
+            if not same_logits(expected, cleaned(example)):
+                raise ValueError(OTHER_FUNCTION)
+        return cleaned
     except StageError:
         raise
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
@@ -73,6 +84,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     traced: Any = remove_dropout(model)
+    _spell_out_factors(traced)
     replace_attention(traced)
     _spare_shared_layers(traced)
     with torch.no_grad():
@@ -83,6 +95,17 @@ def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
         _fold_repeating_pools(cleaned, example)
     _repeat_instead_of_averaging(cleaned, example)
     return cleaned.eval()
+
+
+def _spell_out_factors(model: fx.GraphModule) -> None:
+    """Make `torch.add(x, y, alpha=2)` x + 2 * y: the int8 sums of torch leave the factor out."""
+    for node in model.graph.nodes:
+        factor = node.kwargs.get("alpha", 1)
+        if factor != 1 and len(node.args) == 2 and str(getattr(node.target, "__name__", node.target)) in ADDITIONS:
+            with model.graph.inserting_before(node):
+                scaled = model.graph.call_function(operator.mul, (node.args[1], factor))
+            node.args, node.kwargs = (node.args[0], scaled), {}
+    model.recompile()
 
 
 def folded_layers(model: nn.Module, cleaned: nn.Module) -> list[str]:

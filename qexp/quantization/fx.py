@@ -24,7 +24,7 @@ from torch.ao.quantization import (
     observer,
 )
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
-from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 
@@ -32,6 +32,8 @@ from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line, with_place
 from qexp.evaluation import to_float
 from qexp.quantization.attention import normalizes_tokens
+from qexp.quantization.cleanup import OTHER_FUNCTION
+from qexp.quantization.equivalence import same_logits
 from qexp.quantization.kept import between_kept
 from qexp.quantization.observers import below, calibration_batches, observer_class
 from qexp.quantization.packed import SCALAR_TYPES, Factors, Output, PackedConv, PackedLinear
@@ -71,6 +73,9 @@ class Float(nn.Module):
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
     example, limits = to_float(images[:2]), {}
+    batches = list(calibration_batches(images, options.calibration_batch_size))
+    with torch.no_grad():
+        expected = model.eval()(to_float(batches[0]))
     if isinstance(model, fx.GraphModule):
         model = fx.GraphModule(model, copy.deepcopy(model.graph))  # its operations change, and not those of the caller
         _hide_float_operations(model, example, options.keep_fp32 or ())
@@ -79,11 +84,13 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
         mapping = _qconfig_mapping(options, reduce_range, saturating, limits)
-        converted = _calibrate_and_convert(model, images, options, mapping)
+        reference, converted = _calibrate_and_convert(model, batches, mapping, expected)
         _give_floats(converted, example, limits)
         module = _trace(converted, example)
     int8, floats = _int8_layers(converted), _float_products(converted)
-    return EngineResult(module, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating)
+    return EngineResult(
+        module, reference, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating
+    )
 
 
 def saturating_layers(model: nn.Module, options: QuantizeConfig) -> tuple[str, ...]:
@@ -211,17 +218,25 @@ def _with_float_output(
 
 
 def _calibrate_and_convert(
-    model: nn.Module, images: Tensor, options: QuantizeConfig, mapping: QConfigMapping
-) -> fx.GraphModule:
+    model: nn.Module, batches: Sequence[Tensor], mapping: QConfigMapping, expected: Tensor
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The quantized program with fp32 operations between quantize and dequantize, and with int8 operations.
+
+    Args:
+        batches: calibration images, uint8 [N, 3, H, W].
+        expected: the logits of the first batch before anything of the model was changed.
+    """
     try:
         if normalizes_tokens(model):
             for operation in TOKEN_ARITHMETIC:
                 mapping.set_object_type(operation, None)
         whole = PrepareCustomConfig().set_non_traceable_module_classes([Float])
-        prepared = prepare_fx(model.eval(), mapping, (to_float(images[:2]),), whole)
-        for batch in calibration_batches(images, options.calibration_batch_size):
-            prepared(to_float(batch))
-        return convert_fx(prepared)
+        prepared = prepare_fx(model.eval(), mapping, (to_float(batches[0]),), whole)
+        logits = [prepared(to_float(batch)) for batch in batches]
+        if not same_logits(expected, logits[0]):
+            raise ValueError(OTHER_FUNCTION)
+        shared: dict[int, Any] = {id(weight): weight for weight in prepared.parameters()}
+        return convert_to_reference_fx(copy.deepcopy(prepared, shared)), convert_fx(prepared)
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
         raise StageError(f"engine fx cannot quantize this model: {with_place(error)}") from error
 

@@ -19,18 +19,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qexp.quantization.packed import pack
+from qexp.quantization.packed import PackedConv, PackedLinear, pack
 from qexp.quantization.pt2e import NAME
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
 QUANTIZE, DEQUANTIZE = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
-CONV_WITH_SUM, ADDEND = "onednn::qconv2d_pointwise.binary", 6  # with the place of what is added
-INT8_CALLS = (
-    "onednn::qconv_pointwise",
-    CONV_WITH_SUM,
-    "onednn::qlinear_pointwise",
-    "onednn::qlinear_pointwise.binary",
-)
+CONV_WITH_SUM, LINEAR_WITH_SUM = "onednn::qconv2d_pointwise.binary", "onednn::qlinear_pointwise.binary"
+ADDEND = 6  # the place of what they add among their arguments
+INT8_CALLS = ("onednn::qconv_pointwise", CONV_WITH_SUM, "onednn::qlinear_pointwise", LINEAR_WITH_SUM)
 # Convolutions and matrix products, with the place of their weight among the arguments.
 PRODUCTS = {getattr(aten, name).default: 1 for name in ("convolution", "conv2d", "linear", "mm")} | {
     aten.addmm.default: 2
@@ -47,13 +43,14 @@ def lower(converted: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     freezing_passes(program, (example,))
     for node, target in hidden.items():
         node.target = target
-    _lay_out_sums(program)
+    _lay_out_addends(program)
     with redirect_stderr(io.StringIO()):  # what it raises it prints as well
         ShapeProp(program).propagate(example)
     _pack_weights(program)
     _stay_integer(program)
     _use_native_kernels(program)
     program.graph.eliminate_dead_code()
+    _protect_addends(program)
     program.graph.lint()
     return fx.GraphModule(program, program.graph)  # without the fp32 weights and whatever else the graph does not use
 
@@ -114,14 +111,17 @@ def _hide_fp32_products(program: fx.GraphModule) -> dict[fx.Node, Any]:
     return hidden
 
 
-def _lay_out_sums(program: fx.GraphModule) -> None:
+def _lay_out_addends(program: fx.GraphModule) -> None:
     """What a convolution adds to its output must be channels-last, which a layer that stays fp32 does not give."""
     for node in list(program.graph.nodes):
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.name() == CONV_WITH_SUM:
+        name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name in (CONV_WITH_SUM, LINEAR_WITH_SUM):
+            layout = torch.channels_last if name == CONV_WITH_SUM else torch.contiguous_format
             with program.graph.inserting_before(node):
-                given = (node.args[ADDEND],)
-                layout: dict[str, Any] = {"memory_format": torch.channels_last}
-                node.update_arg(ADDEND, program.graph.call_function(aten.contiguous.default, given, layout))
+                options: dict[str, Any] = {"memory_format": layout}
+                node.update_arg(
+                    ADDEND, program.graph.call_function(aten.contiguous.default, (node.args[ADDEND],), options)
+                )
 
 
 def _under_another_name(operation: Any) -> Any:
@@ -215,6 +215,60 @@ def _is_method(node: fx.Node) -> bool:
         and hasattr(Tensor, target._opname)
         and bool(node.args and isinstance(node.args[0], fx.Node))
     )
+
+
+def _protect_addends(program: fx.GraphModule) -> None:
+    """Copy what a layer adds to its output, unless no other operation needs it any more.
+
+    oneDNN's operation "sum" writes its result into the tensor that it adds. The last pass: those before it move
+    operations, and with them the time at which they read.
+    """
+    for node in program.graph.nodes:
+        addend = _overwritten(program, node)
+        if addend and not _is_last_reader(program, node):
+            addend.target = aten.clone.default  # in place of the `contiguous` of _lay_out_addends
+
+
+def _overwritten(program: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The tensor that an int8 layer writes its result into; None: its result is a tensor of its own."""
+    if node.op != "call_module" or len(node.args) < 2:
+        return None
+    layer = program.get_submodule(str(node.target))
+    adds_in_place = isinstance(layer, PackedConv | PackedLinear) and layer.output[3] == "sum"
+    return node.all_input_nodes[-1] if adds_in_place else None
+
+
+def _is_last_reader(program: fx.GraphModule, layer: fx.Node) -> bool:
+    """Whether nothing else reads the memory of what `layer` overwrites, at its time or later, but through its result.
+
+    The caller's images and the constants of the program are never free to be written to.
+    """
+    origins: dict[fx.Node, fx.Node] = {}  # of each node: the one that has allocated its memory
+    results: set[fx.Node] = set()  # the layer and all views of its result
+    for node in program.graph.nodes:
+        viewed = _viewed(program, node)
+        origins[node] = origins[viewed] if viewed else node
+        if node is layer or viewed in results:
+            results.add(node)
+    addend = _overwritten(program, layer)
+    assert addend is not None
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    same_memory = [node for node in order if origins[node] is origins[addend] and node not in results]
+    later = [user for node in same_memory for user in node.users if user is not layer and order[user] > order[layer]]
+    its_own_input = origins[layer.all_input_nodes[0]] is origins[addend]
+    return not later and not its_own_input and origins[addend].op not in ("placeholder", "get_attr")
+
+
+def _viewed(program: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The node whose memory the result of `node` may lie in; None: the result has its own."""
+    if node.op == "call_method" or node.target is operator.getitem:
+        return node.all_input_nodes[0]
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = zip(node.target._schema.arguments, node.args, strict=False)
+        return next(
+            (given for argument, given in arguments if argument.alias_info and isinstance(given, fx.Node)), None
+        )
+    return _overwritten(program, node)
 
 
 def _replace(node: fx.Node, new: Any) -> None:

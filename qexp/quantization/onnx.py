@@ -42,10 +42,15 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class OnnxClassifier:
-    """Float images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on as many threads as torch has."""
+    """Float images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on as many threads as torch has.
 
-    def __init__(self, model: onnx.ModelProto | Path) -> None:
+    Not `optimized`, each operation of the file runs as it stands, in fp32 between QuantizeLinear and DequantizeLinear.
+    """
+
+    def __init__(self, model: onnx.ModelProto | Path, optimized: bool = True) -> None:
         options = onnxruntime.SessionOptions()
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         given = str(model) if isinstance(model, Path) else model.SerializeToString()
@@ -86,22 +91,28 @@ def _quantize(
     export(model, torch.cat([example, example]), exported)  # of one image alone, too, more than one
     quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
     graph = onnx.load(prepared)
+    _multiply_last_convolutions(graph.graph)
+    graph = onnx.shape_inference.infer_shapes(graph)
+    onnx.save(graph, prepared)
     products = _products(graph, {node.name: _layer_of(node) for node in onnx.load(exported).graph.node})
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
     kept |= _between(graph, products, kept)
+    ends = _after_products(graph.graph)
     quantize_static(
         str(prepared), str(quantized), calibration_cache_path=ranges, per_channel=options.per_channel,
         reduce_range=reduce_range, op_types_to_quantize=list(LAYER_TYPES) if normalizes_tokens(model) else None,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=sorted(kept),
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=sorted(kept | ends),
     )  # fmt: skip
     stored = onnx.load(quantized)
+    reference = OnnxClassifier(stored, optimized=False)
+    _leave_logits_float(stored.graph)
     _shield(stored.graph, kept)
     onnx.save(stored, quantized)
     in_int8 = _int8_nodes(quantized, folder / "optimized.onnx")
     floats = {layer for node, layer in products.items() if node not in in_int8}
     int8 = tuple(layer for layer in products.values() if layer not in floats)
-    return EngineResult(OnnxClassifier(stored), stored, "onnx", "onnxruntime", int8, tuple(sorted(floats)))
+    return EngineResult(OnnxClassifier(stored), reference, stored, "onnx", "onnxruntime", int8, tuple(sorted(floats)))
 
 
 def _observe(graph: onnx.ModelProto, images: Tensor, options: QuantizeConfig) -> TensorsData:
@@ -152,6 +163,84 @@ def _between(graph: onnx.ModelProto, products: dict[str, str], kept: set[str]) -
         )
         for node in nodes
     )
+
+
+def _last_products(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+    """The products that no other product depends on, and all nodes that do not lead to a product, in order."""
+    needed: set[str] = set()  # tensors that a product depends on
+    products: list[onnx.NodeProto] = []
+    others: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        is_product, leads_to_one = node.op_type in PRODUCT_TYPES, bool(needed & set(node.output))
+        if not leads_to_one:
+            (products if is_product else others).append(node)
+        if is_product or leads_to_one:
+            needed |= set(node.input)
+    return products[::-1], others[::-1]
+
+
+def _after_products(graph: onnx.GraphProto) -> set[str]:
+    """Names of the nodes after the last products that need not be quantized for the sake of a product.
+
+    A Relu or Clip after a convolution is part of its kernel.
+    """
+    products, others = _last_products(graph)
+    convolved = {node.output[0] for node in products if node.op_type == "Conv"}
+    return {node.name for node in others if not (node.op_type in ("Relu", "Clip") and node.input[0] in convolved)}
+
+
+def _multiply_last_convolutions(graph: onnx.GraphProto) -> None:
+    """Make a matrix product over channels of a last convolution with a kernel of one pixel.
+
+    ONNX Runtime has an int8 kernel with a float result for matrix products, and none for convolutions.
+    """
+    constants = {constant.name: constant for constant in graph.initializer}
+    for node in _last_products(graph)[0]:
+        weight = constants.get(node.input[1]) if node.op_type == "Conv" else None
+        if weight is None or not _is_product_over_channels(node, weight):
+            continue
+        values = onnx.numpy_helper.to_array(weight).reshape(weight.dims[:2]).T
+        own = {part: f"{node.name}_{part}" for part in ("input", "weight", "product", "sum")}
+        graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(values), own["weight"]))
+        make, (bias, result) = onnx.helper.make_node, (node.input[2:], node.output[0])
+        product = make("MatMul", [own["input"], own["weight"]], [own["product"]], node.name)
+        product.metadata_props.extend(node.metadata_props)
+        new = [make("Transpose", [node.input[0]], [own["input"]], f"{node.name}_to_last", perm=[0, 2, 3, 1]), product]
+        new += [make("Add", [own["product"], bias[0]], [own["sum"]], f"{node.name}_bias")] if bias else []
+        new += [make("Transpose", [new[-1].output[0]], [result], f"{node.name}_to_first", perm=[0, 3, 1, 2])]
+        place = list(graph.node).index(node)
+        graph.node.remove(node)
+        for another in reversed(new):
+            graph.node.insert(place, another)
+
+
+def _is_product_over_channels(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
+    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    plain = given.get("group", 1) == 1 and not any(given.get("pads", ())) and {*given.get("strides", (1,))} == {1}
+    return plain and list(weight.dims[2:]) == [1, 1] and given.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+
+
+def _leave_logits_float(graph: onnx.GraphProto) -> None:
+    """Take QuantizeLinear and DequantizeLinear from after the last matrix products: they would round the logits.
+
+    The result of a convolution stays quantized, since ONNX Runtime has no int8 kernel for one with a float result.
+    """
+    products, others = _last_products(graph)
+    floats = {node.output[0] for node in products if node.op_type != "Conv"}
+    quantized = {
+        node.output[0]: node.input[0] for node in others if node.op_type == "QuantizeLinear" and node.input[0] in floats
+    }
+    dequantized = {
+        node.output[0]: quantized[node.input[0]]
+        for node in others if node.op_type == "DequantizeLinear" and node.input[0] in quantized
+    }  # fmt: skip
+    ends = {dequantized[value.name]: value.name for value in graph.output if value.name in dequantized}
+    names = {name: ends.get(source, source) for name, source in dequantized.items()} | ends  # outputs keep their names
+    for node in [node for node in others if node.output[0] in quantized or node.output[0] in dequantized]:
+        graph.node.remove(node)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
 
 
 def _shield(graph: onnx.GraphProto, kept: set[str]) -> None:

@@ -38,15 +38,13 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            module, int8_layers, float_layers = _quantize(model.eval(), images, options, reduce_range)
+            made = _quantize(model.eval(), images, options, reduce_range)
         except Exception as error:  # export raises whatever the model's Python code does when it meets a symbol
             raise StageError(f"engine pt2e cannot quantize this model: {with_place(error)}") from error
-    return EngineResult(module, module, "pytorch", "onednn", int8_layers, float_layers)
+    return made
 
 
-def _quantize(
-    model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool
-) -> tuple[torch.jit.ScriptModule, tuple[str, ...], tuple[str, ...]]:
+def _quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
     from torchao.quantization.pt2e import quantize_pt2e
 
     from qexp.quantization.lowering import lower
@@ -67,7 +65,8 @@ def _quantize(
     lowered = lower(converted, example)
     stayed = {_module_of(node) or name for node in lowered.graph.nodes if (name := _fp32_weights(node))}
     module = torch.jit.trace(lowered, example, check_trace=False).eval()
-    return module, tuple(name for name in layers if name not in stayed), tuple(sorted(stayed))
+    int8_layers = tuple(name for name in layers if name not in stayed)
+    return EngineResult(module, converted, module, "pytorch", "onednn", int8_layers, tuple(sorted(stayed)))
 
 
 def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
@@ -92,6 +91,7 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
 
     weight = QuantizationSpec(
         dtype=torch.int8,
+        # Reduced in the weights: oneDNN's kernels know no limit of their results but that of the type.
         quant_min=-64 if reduce_range else -128,
         quant_max=63 if reduce_range else 127,
         qscheme=torch.per_channel_symmetric,
@@ -102,7 +102,7 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
     )
 
     class KeepingQuantizer(X86InductorQuantizer):
-        """Some layers stay as they are."""
+        """Some layers stay as they are, and what follows the last layers gives floats."""
 
         def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
             annotated = super().annotate(model)
@@ -110,6 +110,7 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
             between = between_kept((node, node.all_input_nodes, kept) for node, kept in layers.items())
             for node in [*between, *(node for node, kept in layers.items() if kept)]:
                 node.meta.pop("quantization_annotation", None)
+            _leave_ends_float(annotated)
             return annotated
 
     return KeepingQuantizer().set_global(QuantizationConfig(activation, activation, weight, None))
@@ -118,6 +119,20 @@ def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
 def _is_kept(node: fx.Node, options: QuantizeConfig) -> bool | None:
     """Whether a layer is to stay fp32; None for what is no layer."""
     return _module_of(node) in (options.keep_fp32 or ()) if node.target in LAYERS else None
+
+
+def _leave_ends_float(model: fx.GraphModule) -> None:
+    """Quantize no result of the last layers and of what follows them: it would round the logits."""
+    before: set[fx.Node] = set()  # nodes that a layer depends on
+    for node in reversed(model.graph.nodes):
+        if node.target in LAYERS or node in before:
+            before.update(node.all_input_nodes)
+    for node in model.graph.nodes:
+        annotation = node.meta.get("quantization_annotation")
+        if annotation and node not in before:
+            annotation.output_qspec = None
+            for source in [source for source in annotation.input_qspec_map if source not in before]:
+                del annotation.input_qspec_map[source]
 
 
 def _hide_sums_with_numbers(program: fx.GraphModule) -> None:

@@ -18,10 +18,12 @@ class EngineResult:
     `call` takes float images [N, 3, H, W] in [0, 1] and gives float logits [N, classes]. `stored` is what the MLflow
     flavour of the name `flavor` logs, and what a reloaded version computes with. Layers are the qualified names of
     Conv2d and Linear modules. `load_backend` is what `torch.backends.quantized.engine` must be at load for the speed
-    of `backend`; None: any. The weights of `saturating_layers` have 7 bits, whatever the CPU.
+    of `backend`; None: any. The weights of `saturating_layers` have 7 bits, whatever the CPU. `reference` is the
+    quantized program from before the engine put int8 kernels into it: the same integers, computed with in fp32.
     """
 
     call: Callable[[Tensor], Tensor]
+    reference: Callable[[Tensor], Tensor]
     stored: Any
     flavor: Literal["pytorch", "onnx"]
     backend: str

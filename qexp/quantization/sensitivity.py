@@ -22,7 +22,7 @@ from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, obse
 from torch.nn.functional import kl_div
 
 from qexp.config import QuantizeConfig
-from qexp.evaluation import to_float, top_k_correct
+from qexp.evaluation import to_float, top_k_credit
 from qexp.progress import track
 from qexp.quantization import fx
 from qexp.quantization.observers import calibration_batches, observer_class
@@ -109,13 +109,13 @@ def measure_sensitivity(
     with torch.no_grad(), _simulated(source, calibration_images, options, reduce_range) as layers:
         _compare_outputs(source, images, layers)
         fp32, int8 = (_logits(source, images, layers, quantized) for quantized in ((), tuple(layers)))
-        fp32_correct, int8_correct = (top_k_correct(logits, labels, 1) for logits in (fp32, int8))
+        fp32_correct, int8_correct = (top_k_credit(logits, labels, 1) > 0.5 for logits in (fp32, int8))
         found = []
         for name, layer in track(layers.items(), "sensitivity", len(layers)):
             others = [other for other in layers if other != name]
             only_int8 = _logits(source, images, layers, [name])
             only_fp32 = _logits(source, images, layers, others, [] if layer.is_first else [name])
-            int8_alone, fp32_alone = (top_k_correct(logits, labels, 1) for logits in (only_int8, only_fp32))
+            int8_alone, fp32_alone = (top_k_credit(logits, labels, 1) > 0.5 for logits in (only_int8, only_fp32))
             found.append(
                 LayerSensitivity(
                     layer=name,

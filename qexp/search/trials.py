@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qexp.config import Config, LatencyConfig, QuantizeConfig
 from qexp.data import Dataset, calibration_subset
-from qexp.evaluation import measure_accuracy, predict_logits, top_k_correct
+from qexp.evaluation import measure_accuracy, predict_logits, top_k_credit
 from qexp.evidence import SearchPoint
 from qexp.host import Host
 from qexp.latency import LatencyRow, Run, measure_latency
@@ -62,7 +62,7 @@ def measure_point(bench: Bench, params: dict[str, Any]) -> SearchPoint:
     logits = [_logits(bench, quantized) for quantized in made]
     labels = bench.dataset.validation.labels
     top1 = tuple(measure_accuracy(found, labels).top1_percent for found in logits)
-    correct = tuple(pack(top_k_correct(found, labels, 1) > 0.5) for found in logits)
+    correct = tuple(pack(top_k_credit(found, labels, 1) > 0.5) for found in logits)
     size = made[0].saved_bytes() if search.objective == "top1+size" else None
     spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
     measured: dict[str, Any] = {"top1_by_seed_percent": top1, "size_bytes": size, "correct_by_seed": correct}
