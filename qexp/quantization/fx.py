@@ -74,8 +74,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
     example, limits = to_float(images[:2]), {}
     batches = list(calibration_batches(images, options.calibration_batch_size))
-    with torch.no_grad():
-        expected = model.eval()(to_float(batches[0]))
+    expected = _logits_before(model, batches[0])
     if isinstance(model, fx.GraphModule):
         model = fx.GraphModule(model, copy.deepcopy(model.graph))  # its operations change, and not those of the caller
         _hide_float_operations(model, example, options.keep_fp32 or ())
@@ -91,6 +90,14 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     return EngineResult(
         module, reference, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating
     )
+
+
+def _logits_before(model: nn.Module, images: Tensor) -> Tensor:
+    try:
+        with torch.no_grad():
+            return model.eval()(to_float(images))
+    except Exception as error:  # whatever the model's own code raises
+        raise StageError(f"engine fx cannot quantize this model: {with_place(error)}") from error
 
 
 def saturating_layers(model: nn.Module, options: QuantizeConfig) -> tuple[str, ...]:
