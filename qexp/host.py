@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +23,7 @@ FEATURES = {
 }
 # Without AVX-VNNI: torch's x86 kernels do not use it, those of AVX2 saturate.
 INT8_DOT_PRODUCTS = {"AVX512-VNNI", "AMX-int8", "NEON-dotprod"}
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names and numbers of glibc's malloc.h
 LIBRARIES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "mlflow", "optuna", "torchinfo", "numpy")
 
 
@@ -77,6 +79,22 @@ def _first_processor(cpuinfo: Path) -> dict[str, str]:
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+@contextmanager
+def freed_memory_reused() -> Iterator[None]:
+    """`reuse_freed_memory` for a while; then what is free is given back, and glibc's ways are those of a process that
+    has used large blocks: those above 32 MiB are given back as they are freed."""
+    changed = reuse_freed_memory()
+    try:
+        yield
+    finally:
+        if changed:
+            libc = ctypes.CDLL(None)
+            settings = {M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+            for parameter, value in settings.items():
+                libc.mallopt(parameter, value)
+            libc.malloc_trim(0)
 
 
 def reuse_freed_memory() -> bool:

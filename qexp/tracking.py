@@ -32,6 +32,7 @@ GOING_ON = {  # how a run of a stage that was stopped goes on
     "train": "`qexp train --resume {}` goes on",
     "search": "the same command goes on",
 }
+UNSETTLED = {(f"train.{name}", "auto") for name in ("bf16", "channels_last", "train_threads")}
 EXPERIMENT_KIND = "mlflow.experimentKind"
 
 
@@ -161,10 +162,12 @@ def _active_run() -> Run:
 
 
 def log_setup(config: Config, host: Host) -> None:
-    """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has."""
+    """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has; those
+    that training will settle by timing are logged once it has."""
     facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
     logged = _active_run().data.params
-    mlflow.log_params({name: value for name, value in (flat_params(config) | facts).items() if name not in logged})
+    params = {name: value for name, value in flat_params(config).items() if (name, value) not in UNSETTLED}
+    mlflow.log_params({name: value for name, value in (params | facts).items() if name not in logged})
     with store_errors():
         mlflow.log_text(to_yaml(config), "config.yaml")
         mlflow.log_text(to_json(host), "host.json")
