@@ -33,7 +33,7 @@ def wait_without_spinning() -> None:
 
 
 def as_the_user_set(variables: dict[str, str]) -> dict[str, str]:
-    """`variables` without what `wait_without_spinning` has set: for a process that is measured as a user would run it."""
+    """`variables` without what `wait_without_spinning` has set: for a process that is timed as a user would run it."""
     ours = {WAIT_POLICY, SET_BY_QEXP} if SET_BY_QEXP in variables else set()
     return {name: value for name, value in variables.items() if name not in ours}
 

@@ -79,7 +79,8 @@ def settle_execution(options: TrainConfig, device: str, model: nn.Module, train:
     file = folder / FILE
     if file.is_file():
         begun = TypeAdapter(Settled).validate_json(file.read_text())
-        return replace(begun, **{name: given for name in begun.options() if (given := getattr(options, name)) is not None})
+        given = {name: getattr(options, name) for name in begun.options()}
+        return replace(begun, **{name: value for name, value in given.items() if value is not None})
     total = options.train_threads or torch.get_num_threads()
     if device == "cuda":
         bf16 = has_bf16(device) if options.bf16 is None else options.bf16
@@ -162,7 +163,9 @@ def choose(
     )
 
 
-def _gain(step: Step, best: Execution, challenger: Execution, images: int, times: dict[Execution, list[float]]) -> float:
+def _gain(
+    step: Step, best: Execution, challenger: Execution, images: int, times: dict[Execution, list[float]]
+) -> float:
     """How many times faster the challenger is: the median over rounds in which both take turns."""
     gains: list[float] = []
     for execution in (best, challenger):

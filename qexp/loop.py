@@ -56,7 +56,6 @@ class Loop:
         """Where a loss counts as exploded."""
         return EXPLODED * math.log(max(2, len(self.model.spec.classes)))
 
-
     def count_skipped(self) -> None:
         """Add the steps skipped to those of `position`."""
         self.position.skipped_steps += round(self.skipped.item())

@@ -61,13 +61,15 @@ class TrainConfig(BaseModel):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="peak of the one-cycle schedule; auto: 0.2 with batch norm, 0.03 without, 0.001 with adamw",
+        description="peak of the one-cycle schedule; auto: 0.2 with batch norm, 0.05 with more than 16 layers of it, 0.03 without, 0.001 with adamw",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum of sgd (plain SGD at 0)")
     weight_decay: float | None = Field(
         None, ge=0, description="L2 penalty of sgd, decoupled decay of adamw; auto: 0.0005 with sgd, 0.05 with adamw"
     )
-    clip_norm: float = Field(5.0, gt=0, description="largest norm of all gradients together; larger ones are scaled down")
+    clip_norm: float = Field(
+        5.0, gt=0, description="norm to which the gradient of all weights is scaled down, if larger"
+    )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
     crop_padding: int = Field(4, ge=0, description="random crop after reflecting so many pixels at each border")
     flip: bool | None = Field(None, description="random horizontal flip; auto: on, off for digits")

@@ -25,23 +25,29 @@ class Recipe:
 
 
 SGD_WITH_BATCH_NORM = Recipe("sgd", 0.2, 5e-4)
+SGD_FOR_DEEP_NETWORKS = Recipe("sgd", 0.05, 5e-4)
 SGD_WITHOUT_NORM = Recipe("sgd", 0.03, 5e-4)
 ADAMW = Recipe("adamw", 1e-3, 0.05)
+DEEP = 16  # layers with batch norm; more of them are deep
 
 
 def recipe_for(network: nn.Module) -> Recipe:
     """What trains a network of this kind (benchmarks/classifiers.py has the results).
 
-    Batch norm makes the loss smooth enough for SGD at a high rate. Without it, that rate diverges. Networks with layer
-    norm (ConvNeXt, transformers) are trained with AdamW (Loshchilov and Hutter, arXiv 1711.05101), as those who proposed
-    them do. So is SqueezeNet, whose logits are the mean of a ReLU: SGD lets all of them die, and their gradient is 0.
+    Batch norm makes the loss smooth enough for SGD at a high rate: 0.2 for a few layers of it (SmallNet, VGG). From
+    resnet18 on that is too high, the loss rises above that of guessing half-way; without batch norm, 0.2 diverges.
+    Networks with layer
+    norm (ConvNeXt, transformers) are trained with AdamW (Loshchilov and Hutter, arXiv 1711.05101), as those who
+    proposed them do. So is SqueezeNet, whose logits are means of a ReLU: with SGD they become 0 for all images, and
+    their gradients too.
     """
     kinds = {type(module) for module in network.modules()}
     if any(issubclass(kind, nn.LayerNorm) for kind in kinds) or "SqueezeNet" in {kind.__name__ for kind in kinds}:
         return ADAMW
-    if any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds):
-        return SGD_WITH_BATCH_NORM
-    return SGD_WITHOUT_NORM
+    batch_norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    if batch_norms > DEEP:
+        return SGD_FOR_DEEP_NETWORKS
+    return SGD_WITH_BATCH_NORM if batch_norms else SGD_WITHOUT_NORM
 
 
 def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) -> TrainConfig:

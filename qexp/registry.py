@@ -104,7 +104,7 @@ def refuse_pickled(found: ModelVersion) -> None:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment of a child process that reads the same store with so many threads, which wait as the user's do."""
+    """The environment of a child process that reads the same store with so many threads, waiting as the user's do."""
     package_parent = str(Path(__file__).resolve().parent.parent)
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {

@@ -38,6 +38,8 @@ QUICK = (
     "--image-size 16 --epochs 4 --batch-sizes 1,8 --min-repeats 3 --min-seconds 0 --warmup 1 --calibration-samples 64 "
     "--baselines fp32_traced --sensitivity-images 16"
 ).split()
+# What `auto` stands for is timed; trainings that are compared, or only looked at, are told.
+EXECUTION: dict[str, Any] = {"bf16": False, "channels_last": True, "train_threads": 1}
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def trained(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     torch.manual_seed(0)
     model = build_classifier(ModelSpec("smallnet", digits.classes, 16), digits.train.images)
     folder = tmp_path_factory.mktemp("trained")
-    result = train_model(model, digits, TrainConfig(epochs=3), 0, lambda epoch: None, folder)
+    result = train_model(model, digits, TrainConfig(epochs=3, **EXECUTION), 0, lambda epoch: None, folder)
     return model, result
 
 

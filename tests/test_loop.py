@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import EXECUTION, build_tiny
 from torch import Tensor, nn
 
 from qexp import loop as passes
@@ -21,7 +21,7 @@ from qexp.recipe import settle_options
 
 def _loop(dataset: Dataset, model: Classifier | None = None, **options: object) -> Loop:
     model = model or build_tiny(dataset)
-    settled = settle_options(TrainConfig(**{"batch_size": 64, **options}), dataset.name, model)
+    settled = settle_options(TrainConfig(**{"batch_size": 64, **EXECUTION, **options}), dataset.name, model)
     return passes.prepare(model, model, dataset, settled, 0, Group(), StopRequest())
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import build_tiny, equal_weights
-from torch import nn
 
 from qexp.config import TrainConfig
 from qexp.data import Dataset
@@ -52,8 +51,9 @@ def test_steps_of_a_training() -> None:
     ("name", "expected"),
     [
         ("smallnet", Recipe("sgd", 0.2, 5e-4)),
-        ("resnet18", Recipe("sgd", 0.2, 5e-4)),
-        ("mobilenet_v3_small", Recipe("sgd", 0.2, 5e-4)),
+        ("vgg16_bn", Recipe("sgd", 0.2, 5e-4)),
+        ("resnet18", Recipe("sgd", 0.05, 5e-4)),
+        ("mobilenet_v3_small", Recipe("sgd", 0.05, 5e-4)),
         ("vgg16", Recipe("sgd", 0.03, 5e-4)),
         ("squeezenet1_1", ADAMW),
         ("convnext_tiny", ADAMW),
