@@ -125,20 +125,24 @@ def fastest_execution(
         has_bf16: whether the CPU computes in bf16.
     """
     start = Execution(bool(options.bf16), threads, options.channels_last is not False)
-    bf16_open = options.bf16 is None and has_bf16
-    if not (bf16_open or options.channels_last is None or (options.train_threads is None and threads > 1)):
+    if not (
+        (options.bf16 is None and has_bf16)
+        or options.channels_last is None
+        or (options.train_threads is None and threads > 1)
+    ):
         return start, ()
     before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         try:
             step = _step_of(copy.deepcopy(model), train)
-            return choose(step, start, _images(step, start, min(options.batch_size, len(train))), options, bf16_open)
+            images = _images(step, start, min(options.batch_size, len(train)))
+            return choose(step, start, images, options, has_bf16)
         finally:
             torch.set_num_threads(before)
 
 
 def choose(
-    step: Step, start: Execution, images: int, options: TrainConfig, bf16_open: bool
+    step: Step, start: Execution, images: int, options: TrainConfig, has_bf16: bool
 ) -> tuple[Execution, tuple[Trial, ...]]:
     """Change one choice at a time and keep the change where it is faster by enough: threads first, since what other
     processes take from this one decides the most."""
@@ -153,7 +157,7 @@ def choose(
         if not is_faster(fewer, OTHER_GAIN):
             break
         best = fewer
-    if bf16_open and is_faster(replace(best, bf16=True), BF16_GAIN):
+    if options.bf16 is None and has_bf16 and is_faster(replace(best, bf16=True), BF16_GAIN):
         best = replace(best, bf16=True)
     if options.channels_last is None and is_faster(replace(best, channels_last=False), OTHER_GAIN):
         best = replace(best, channels_last=False)

@@ -61,7 +61,7 @@ class TrainConfig(BaseModel):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="peak of the one-cycle schedule; auto: 0.2 with batch norm, 0.05 with more than 16 layers of it, 0.03 without, 0.001 with adamw",
+        description="peak of the one-cycle schedule; auto: adamw 0.001, sgd 0.2 (deep 0.05, without batch norm 0.03)",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum of sgd (plain SGD at 0)")
     weight_decay: float | None = Field(
