@@ -83,18 +83,27 @@ def _first_processor(cpuinfo: Path) -> dict[str, str]:
 
 @contextmanager
 def freed_memory_reused() -> Iterator[None]:
-    """`reuse_freed_memory` for a while; then what is free is given back, and glibc's ways are those of a process that
-    has used large blocks: those above 32 MiB are given back as they are freed."""
+    """`reuse_freed_memory` for a while, then `give_back_freed_memory`."""
     changed = reuse_freed_memory()
     try:
         yield
     finally:
         if changed:
-            libc = ctypes.CDLL(None)
-            settings = {M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
-            for parameter, value in settings.items():
-                libc.mallopt(parameter, value)
-            libc.malloc_trim(0)
+            give_back_freed_memory()
+
+
+def give_back_freed_memory() -> bool:
+    """Let glibc give back what is free now, and blocks above 32 MiB as they are freed; False without glibc.
+
+    That is what glibc does by itself once a process has used large blocks.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    settings = {M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+    changed = [libc.mallopt(parameter, value) for parameter, value in settings.items()]
+    libc.malloc_trim(0)
+    return all(changed)
 
 
 def reuse_freed_memory() -> bool:
