@@ -32,7 +32,7 @@ GOING_ON = {  # how a run of a stage that was stopped goes on
     "train": "`qexp train --resume {}` goes on",
     "search": "the same command goes on",
 }
-UNSETTLED = {(f"train.{name}", "auto") for name in ("bf16", "channels_last", "train_threads")}
+SETTLED_BY_TIMING = ("train.bf16", "train.channels_last", "train.train_threads")
 EXPERIMENT_KIND = "mlflow.experimentKind"
 
 
@@ -166,8 +166,9 @@ def log_setup(config: Config, host: Host) -> None:
     that training will settle by timing are logged once it has."""
     facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
     logged = _active_run().data.params
-    params = {name: value for name, value in flat_params(config).items() if (name, value) not in UNSETTLED}
-    mlflow.log_params({name: value for name, value in (params | facts).items() if name not in logged})
+    params = flat_params(config) | facts
+    waiting = [name for name in SETTLED_BY_TIMING if params[name] == "auto"]
+    mlflow.log_params({name: value for name, value in params.items() if name not in [*logged, *waiting]})
     with store_errors():
         mlflow.log_text(to_yaml(config), "config.yaml")
         mlflow.log_text(to_json(host), "host.json")
