@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from qexp import loop as passes
+from qexp.bf16 import padding_seen_in_fp32
 from qexp.checkpoint import Position, best_file, checkpoint_exists, load_checkpoint, save_checkpoint
 from qexp.config import HOW_TO_TRAIN, TrainConfig
 from qexp.data import Dataset
@@ -115,7 +116,9 @@ def train_model(
             raise InputError(
                 f"--batch-size {options.batch_size}: must be at least 2 for each of {group.size} processes"
             )
-        with shared(model, group, device, passes.layout_of(options)) as module:
+        in_bf16_here = bool(options.bf16) and device == "cpu"
+        layout = passes.layout_of(options)
+        with padding_seen_in_fp32(model, in_bf16_here), shared(model, group, device, layout) as module:
             loop = passes.prepare(model, module, dataset, options, seed, group, stop)
             identity = {"seed": seed, "data_digest": dataset.digest, "options": _lasting(options)}
             result = _train(loop, dataset, on_epoch, _Keeper(loop, folder, identity))

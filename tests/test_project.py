@@ -51,7 +51,9 @@ ALLOWED = {
         "models",
         "recipe",
     },
+    "bf16": {"models"},
     "training": {
+        "bf16",
         "checkpoint",
         "config",
         "data",
