@@ -44,6 +44,7 @@ QUICK = (
 MOST_MEMORY_GB = 2.0  # resident memory of a test process, at most
 # What `auto` stands for is timed; trainings that are compared, or only looked at, are told.
 EXECUTION: dict[str, Any] = {"bf16": False, "channels_last": True, "train_threads": 1}
+NOT_TIMED = "--bf16 false --channels-last true --train-threads 1".split()  # the same for a command
 
 
 @dataclass(frozen=True)

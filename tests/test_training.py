@@ -12,7 +12,7 @@ import torch
 from conftest import EXECUTION, build_tiny, equal_weights
 from torch import Tensor, nn
 
-from qexp import loop, training
+from qexp import fastest, loop, training
 from qexp.checkpoint import best_file
 from qexp.config import TrainConfig
 from qexp.data import Dataset
@@ -254,3 +254,23 @@ def test_finished_training_goes_on_to_its_result(tiny: Dataset, tmp_path: Path) 
     result = train_model(first, tiny, TrainConfig(epochs=2, **EXECUTION), 0, _ignore, tmp_path)
     again = train_model(second, tiny, TrainConfig(epochs=2, **EXECUTION), 0, _ignore, tmp_path)
     assert again.epochs == result.epochs and equal_weights(first, second)
+
+
+def test_what_auto_stood_for_is_recorded_and_kept_when_training_goes_on(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[fastest.Execution] = []
+
+    def time_steps(*given: object) -> tuple[fastest.Execution, tuple[fastest.Trial, ...]]:
+        timed.append(fastest.Execution(bf16=False, threads=1, channels_last=False))
+        return timed[-1], (fastest.Trial(False, 1, False, 123.0),)
+
+    monkeypatch.setattr(fastest, "fastest_execution", time_steps)
+    for _ in range(2):
+        result = train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1), 0, _ignore, tmp_path)
+        assert result.execution == {"bf16": False, "train_threads": 1, "channels_last": False}
+        assert result.trials == (fastest.Trial(False, 1, False, 123.0),) and result.optimizer == "sgd"
+    assert len(timed) == 1
+    given = TrainConfig(epochs=1, channels_last=True)
+    with pytest.raises(InputError, match="of another training"):
+        train_model(build_tiny(tiny), tiny, given, 0, _ignore, tmp_path)
