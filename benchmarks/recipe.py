@@ -31,7 +31,7 @@ from qexp.data import Dataset, Split, load_dataset
 from qexp.host import read_host
 from qexp.loop import Loop
 from qexp.models import Classifier, ModelSpec, build_classifier
-from qexp.recipe import default_peak, make_optimizer
+from qexp.recipe import make_optimizer, recipe_for
 from qexp.training import TrainResult, train_model
 
 EMA_DECAY = 0.99  # a step
@@ -134,7 +134,7 @@ def first_linear_at_full_rate() -> Iterator[None]:
 
 def peak_times(factor: float) -> Callable[[Classifier], dict[str, Any]]:
     """Another peak of the learning rate."""
-    return lambda model: {"learning_rate": factor * default_peak(model)}
+    return lambda model: {"learning_rate": factor * recipe_for(model).learning_rate}
 
 
 NOTHING: Callable[[Classifier], dict[str, Any]] = lambda model: {}  # noqa: E731

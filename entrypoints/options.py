@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config
+from qexp.environment import wait_without_spinning
 from qexp.errors import InputError, StageError, first_line, hide_passwords
 from qexp.options import option_name
 
@@ -143,6 +144,7 @@ def finish(action: Callable[[], dict[str, Any] | None]) -> None:
     2 for bad input, 1 for a stage that failed, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: loading int8 weights warns of a deprecation
+    wait_without_spinning()
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed; under nohup it stays ignored
         signal.signal(signal.SIGHUP, _terminated)

@@ -20,7 +20,7 @@ from qexp.files import replacing
 
 NAME, LOCK, LAUNCHER_LOCK = "checkpoint.pt", "lock", "launcher.lock"  # of the process that trains; that starts others
 TRAINED = "trained.json"  # there when the training is over (qexp/trained.py)
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Position:
     epoch_s: float = 0.0  # spent in the epoch's steps so far
     total_s: float = 0.0  # spent in all, without the pauses between processes
     times_resumed: int = 0
+    skipped_steps: int = 0  # whose gradient was not finite
 
 
 def checkpoint_folder(run_id: str) -> Path:

@@ -84,12 +84,14 @@ def joined(device: str) -> Iterator[Group]:
 
 
 @contextmanager
-def shared(model: nn.Module, group: Group, device: str) -> Iterator[nn.Module]:
+def shared(
+    model: nn.Module, group: Group, device: str, layout: torch.memory_format = torch.channels_last
+) -> Iterator[nn.Module]:
     """The module to train with on this device: `model` when alone, else one that averages gradients over the processes.
 
     Within the block, batch norm and dropout of `model` see whole batches.
     """
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device, memory_format=layout)  # type: ignore[call-overload]
     if group.size == 1:
         yield model
         return

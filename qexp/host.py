@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,7 @@ FEATURES = {
 }
 # Without AVX-VNNI: torch's x86 kernels do not use it, those of AVX2 saturate.
 INT8_DOT_PRODUCTS = {"AVX512-VNNI", "AMX-int8", "NEON-dotprod"}
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names and numbers of glibc's malloc.h
 LIBRARIES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "mlflow", "optuna", "torchinfo", "numpy")
 
 
@@ -203,6 +204,31 @@ def _first_processor(cpuinfo: Path) -> dict[str, str]:
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+@contextmanager
+def freed_memory_reused() -> Iterator[None]:
+    """`reuse_freed_memory` for a while, then `give_back_freed_memory`."""
+    changed = reuse_freed_memory()
+    try:
+        yield
+    finally:
+        if changed:
+            give_back_freed_memory()
+
+
+def give_back_freed_memory() -> bool:
+    """Let glibc give back what is free now, and blocks above 32 MiB as they are freed; False without glibc.
+
+    That is what glibc does by itself once a process has used large blocks.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    settings = {M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+    changed = [libc.mallopt(parameter, value) for parameter, value in settings.items()]
+    libc.malloc_trim(0)
+    return all(changed)
 
 
 def reuse_freed_memory() -> bool:

@@ -151,7 +151,12 @@ def _build_network(spec: ModelSpec) -> nn.Module:
     options: dict[str, Any] = {"num_classes": len(spec.classes), "weights": None}
     if spec.architecture in ("googlenet", "inception_v3"):  # their auxiliary heads would make training return a tuple
         options |= {"aux_logits": False, "init_weights": True}
-    return torchvision.models.get_model(spec.architecture, **options)
+    network = torchvision.models.get_model(spec.architecture, **options)
+    if isinstance(network, torchvision.models.SqueezeNet):
+        # torchvision starts its last convolution at a deviation of 0.01. Without any norm, little of the gradient then
+        # reaches the layers before it: 77 instead of 89 % on the digits after 20 epochs.
+        nn.init.kaiming_normal_(network.classifier[1].weight, nonlinearity="relu")
+    return network
 
 
 def _smallnet(classes: int) -> nn.Sequential:

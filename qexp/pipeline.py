@@ -48,6 +48,9 @@ def run_main(
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, stages.SPLITS)
         fp32 = _fp32_of_main(config, host, dataset, model_uri, run_id)
+        if not model_uri:  # of which config.yaml says how it was trained
+            config = stages.with_execution(config, fp32.evidence.train.execution)
+            tracking.log_setup(config, host)
         evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
         tracking.log_metrics({f"headline/{name}": value for name, value in evidence.headline.items()})
         found: dict[str, str] = {"verdict": evidence.verdict.word, "gate": evidence.gate.word}

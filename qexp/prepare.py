@@ -26,7 +26,7 @@ def prepare(
         resume: run that goes on: it stays in its experiment.
 
     Returns:
-        The configuration with every `auto` settled that a stage would settle.
+        The configuration with every `auto` settled that needs no trial; what training settles by timing is left.
     """
     if read_group().leads:  # processes that open a new database at once break it
         use_store()
@@ -50,6 +50,9 @@ def prepare(
         if resume:
             resumed.check_data(resume, dataset)
         tracking.use_experiment(dataset.name, resume)
+    if config.threads and not (config.train.train_threads or resume):
+        train = config.train.model_copy(update={"train_threads": config.threads})
+        config = config.model_copy(update={"train": train})
     config = config.model_copy(update={"threads": host.threads})
     return config if model_uri else _settled(config, dataset), host, dataset
 

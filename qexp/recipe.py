@@ -1,7 +1,8 @@
 """The recipe of training: what `auto` stands for, the optimiser and its one-cycle schedule."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,12 +12,47 @@ from qexp.errors import InputError
 from qexp.models import Classifier, repeated_inputs
 
 WARM_UP_SHARE = 0.25  # of the steps, in which the learning rate rises to its peak
-PEAK_WITH_BATCH_NORM, PEAK_WITHOUT_BATCH_NORM = 0.2, 0.03
 SHORTEST_CYCLE = 5  # steps; in a shorter one torch's warm-up has no length, and it divides by that
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Optimizer, peak of its one-cycle schedule, and weight decay."""
+
+    optimizer: Literal["sgd", "adamw"]
+    learning_rate: float
+    weight_decay: float
+
+
+SGD_WITH_BATCH_NORM = Recipe("sgd", 0.2, 5e-4)
+SGD_FOR_DEEP_NETWORKS = Recipe("sgd", 0.05, 5e-4)
+SGD_WITHOUT_NORM = Recipe("sgd", 0.03, 5e-4)
+ADAMW = Recipe("adamw", 1e-3, 0.05)
+DEEP = 16  # layers with batch norm; more of them are deep
+
+
+def recipe_for(network: nn.Module) -> Recipe:
+    """What trains a network of this kind (benchmarks/classifiers.py has the results).
+
+    Batch norm makes the loss smooth enough for SGD at a high rate: 0.2 for a few layers of it (SmallNet, VGG). From
+    resnet18 on that is too high, the loss rises above that of guessing half-way; without batch norm, 0.2 diverges.
+    Networks with layer
+    norm (ConvNeXt, transformers) are trained with AdamW (Loshchilov and Hutter, arXiv 1711.05101), as those who
+    proposed them do. So is SqueezeNet, whose logits are means of a ReLU: with SGD they become 0 for all images, and
+    their gradients too.
+    """
+    kinds = {type(module) for module in network.modules()}
+    if any(issubclass(kind, nn.LayerNorm) for kind in kinds) or "SqueezeNet" in {kind.__name__ for kind in kinds}:
+        return ADAMW
+    batch_norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    if batch_norms > DEEP:
+        return SGD_FOR_DEEP_NETWORKS
+    return SGD_WITH_BATCH_NORM if batch_norms else SGD_WITHOUT_NORM
+
+
 def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) -> TrainConfig:
-    """The options with every `auto` replaced by what it stands for with this data set, network and machine.
+    """The options with `auto` replaced by what it stands for with this data set, network and machine; what depends on
+    speed (`bf16`, `train_threads`, `channels_last`) is left to qexp/fastest.py.
 
     Raises:
         InputError: there are not as many GPUs as processes, or too few images a step for them.
@@ -29,45 +65,45 @@ def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) 
         raise InputError(
             f"--batch-size {options.batch_size}: must be at least 2 for each of {options.processes} processes"
         )
+    recipe = _with_optimizer(recipe_for(network), options.optimizer)
     settled = {
         "device": device,
-        "learning_rate": options.learning_rate or default_peak(network),
+        "optimizer": recipe.optimizer,
+        "learning_rate": options.learning_rate or recipe.learning_rate,
+        "weight_decay": recipe.weight_decay if options.weight_decay is None else options.weight_decay,
         # A mirrored digit is no digit.
         "flip": dataset_name != "digits" if options.flip is None else options.flip,
-        "bf16": _has_bf16(device) if options.bf16 is None else options.bf16,
     }
     return options.model_copy(update=settled)
 
 
-def default_peak(model: nn.Module) -> float:
-    """The learning rate's peak: networks without batch norm diverge at the rate that serves those with it."""
-    has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    return PEAK_WITH_BATCH_NORM if has_norm else PEAK_WITHOUT_BATCH_NORM
-
-
-def _has_bf16(device: str) -> bool:
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def _with_optimizer(recipe: Recipe, optimizer: str | None) -> Recipe:
+    """The recipe with the optimizer asked for; one that is not the network's own gets the values of a careful start."""
+    if optimizer in (None, recipe.optimizer):
+        return recipe
+    return ADAMW if optimizer == "adamw" else SGD_WITHOUT_NORM
 
 
 def make_optimizer(
     model: Classifier, options: TrainConfig, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """SGD with Nesterov momentum for a model on its device, and its schedule over `steps`; settled options only.
+    """The optimizer for a model on its device, and its schedule over `steps`; settled options only.
 
     One cycle: Smith and Topin, "Super-Convergence", arXiv 1708.07120. Momentum stays as configured.
     """
-    peak = options.learning_rate or 0.0
+    peak, decay = options.learning_rate or 0.0, options.weight_decay or 0.0
     groups = parameter_groups(model, peak)
-    optimizer = torch.optim.SGD(
-        groups,
-        lr=peak,
-        momentum=options.momentum,
-        nesterov=options.momentum > 0,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+    optimizer: torch.optim.Optimizer
+    if options.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=decay, fused=True)
+    else:
+        momentum, nesterov = options.momentum, options.momentum > 0
+        optimizer = torch.optim.SGD(
+            groups, lr=peak, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=True
+        )
+        if momentum:  # torch would leave it without values if the first step is skipped
+            for parameter in model.parameters():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         [group["lr"] for group in groups],

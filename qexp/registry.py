@@ -19,6 +19,7 @@ from mlflow.models import Model
 from torch import Tensor
 
 from qexp.bare_process import reloads_equal
+from qexp.environment import as_the_user_set
 from qexp.errors import InputError, StageError, first_line
 from qexp.filecontents import FileContents
 from qexp.models import ModelSpec
@@ -112,7 +113,7 @@ def refuse_pickled(found: ModelVersion) -> None:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment of a child process that reads the same store with so many threads."""
+    """The environment of a child process that reads the same store with so many threads, waiting as the user's do."""
     package_parent = str(Path(__file__).resolve().parent.parent)
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {
@@ -122,7 +123,7 @@ def child_environment(threads: int) -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # loading int8 weights warns, once a process, of a deprecation
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    return dict(os.environ) | own
+    return as_the_user_set(dict(os.environ)) | own
 
 
 def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVersion:

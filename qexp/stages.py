@@ -23,6 +23,7 @@ from qexp.data import Dataset, stratified_sample
 from qexp.errors import InputError, StageError
 from qexp.evaluation import Accuracy, guess_percent, measure_accuracy, predict_logits
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence
+from qexp.fastest import settle_execution
 from qexp.host import Host
 from qexp.models import Classifier, ModelSpec, build_classifier, save_classifier
 from qexp.progress import say
@@ -56,9 +57,11 @@ def train_stage(config: Config, host: Host, dataset: Dataset, resume: str | None
     with lock_of(resume), tracking.start_run(name, note, resume) as run_id, lock_of(None if resume else run_id):
         if resume:
             leftovers.discard_versions(resume)
+        model, folder = fresh_classifier(config, dataset), checkpoint_folder(run_id)
+        settled = settle_execution(config.train, config.train.device or "cpu", model, dataset.train, folder)
+        config = with_execution(config, settled.options())
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)
-        model, folder = fresh_classifier(config, dataset), checkpoint_folder(run_id)
         result = train_model(model, dataset, config.train, config.seed, _curve_logger(run_id, logged), folder)
         logits, accuracy = evaluate_splits(model, dataset, "fp32")
         evidence = Fp32Evidence(config.model, config.seed, "", 0, _data_facts(dataset, config), result, accuracy)
@@ -68,6 +71,11 @@ def train_stage(config: Config, host: Host, dataset: Dataset, resume: str | None
         version, evidence = publish_trained(model, trained, run_id, logged)
     remove_checkpoints(run_id)
     return Fp32(model, version, evidence, logits)
+
+
+def with_execution(config: Config, options: dict[str, bool | int]) -> Config:
+    """The configuration with what training has settled by timing."""
+    return config.model_copy(update={"train": config.train.model_copy(update=options)})
 
 
 def _curve_logger(run_id: str, logged: set[int]) -> Callable[[EpochResult], None]:

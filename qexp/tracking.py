@@ -32,6 +32,7 @@ GOING_ON = {  # how a run of a stage that was stopped goes on
     "train": "`qexp train --resume {}` goes on",
     "search": "the same command goes on",
 }
+SETTLED_BY_TIMING = ("train.bf16", "train.channels_last", "train.train_threads")
 EXPERIMENT_KIND = "mlflow.experimentKind"
 
 
@@ -161,11 +162,14 @@ def _active_run() -> Run:
 
 
 def log_setup(config: Config, host: Host) -> None:
-    """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has."""
+    """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has; those
+    that training will settle by timing are logged once it has."""
     facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
     facts |= {"host.physical_cores": host.physical_cores, "host.cpu_quota": host.cpu_quota or "none"}
     logged = _active_run().data.params
-    mlflow.log_params({name: value for name, value in (flat_params(config) | facts).items() if name not in logged})
+    params = flat_params(config) | facts
+    waiting = [name for name in SETTLED_BY_TIMING if params[name] == "auto"]
+    mlflow.log_params({name: value for name, value in params.items() if name not in [*logged, *waiting]})
     with store_errors():
         mlflow.log_text(to_yaml(config), "config.yaml")
         mlflow.log_text(to_json(host), "host.json")

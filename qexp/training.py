@@ -2,24 +2,32 @@
 
 Everything random in an epoch follows from (seed, epoch), and a checkpoint holds whatever goes on from step to step: a
 training that was stopped anywhere, even by `kill -9`, goes on to the same bits.
+
+The same seed gives the same bits on the same CPU with the same libraries, precision, number of threads and memory
+layout: these decide in which order numbers are added and how they are rounded. What `auto` stands for is timed anew for
+each training, so trainings that must be equal name `bf16`, `train_threads` and `channels_last`. How threads wait for
+each other changes no bit.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qexp import loop as passes
+from qexp.bf16 import padding_seen_in_fp32
 from qexp.checkpoint import Position, best_file, checkpoint_exists, load_checkpoint, save_checkpoint
 from qexp.config import HOW_TO_TRAIN, TrainConfig
 from qexp.data import Dataset
 from qexp.distributed import joined, shared, threads_each
+from qexp.environment import waiting
 from qexp.errors import InputError
-from qexp.host import reuse_freed_memory
+from qexp.fastest import Settled, Trial, settle_execution
+from qexp.host import freed_memory_reused
 from qexp.interrupts import stop_requests
 from qexp.loop import Loop
 from qexp.models import Classifier, load_classifier, save_classifier
@@ -46,7 +54,10 @@ class EpochResult:
 class TrainResult:
     """All epochs in order (numbered from 1), which of them gave the weights that were kept, and the time taken.
 
-    `duration_s` is the time of training, without what passed before a stopped one went on.
+    `duration_s` is the time of training, without what passed before a stopped one went on. `threads` are those of all
+    processes of one machine; `waiting` is how they wait for each other, as OMP_WAIT_POLICY says. `trials` are what
+    precision, threads and layout were chosen from by timing; there are none where all three were given. `skipped_steps`
+    had no finite gradient. Results of earlier versions have 0 threads, no optimizer, and no limit of the gradient.
     """
 
     epochs: tuple[EpochResult, ...]
@@ -58,6 +69,18 @@ class TrainResult:
     device: str = "cpu"
     processes: int = 1
     times_resumed: int = 0
+    threads: int = 0
+    channels_last: bool = True
+    waiting: str = ""
+    optimizer: str = ""
+    clip_norm: float | None = None
+    skipped_steps: int = 0
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def execution(self) -> dict[str, bool | int]:
+        """How the steps were computed, as options of training."""
+        return Settled(self.bf16, self.threads, self.channels_last).options()
 
 
 def train_model(
@@ -83,15 +106,19 @@ def train_model(
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came, and the checkpoint is written.
     """
     options = settle_options(options, dataset.name, model)
-    reuse_freed_memory()
     threads, device = torch.get_num_threads(), options.device or "cpu"
-    with stop_requests() as stop, joined(device) as group:
-        torch.set_num_threads(threads_each(threads, group))
+    with stop_requests() as stop, freed_memory_reused(), joined(device) as group:
+        settled = settle_execution(options, device, model, dataset.train, folder) if group.leads else None
+        settled = group.from_leader(settled)
+        options = options.model_copy(update=settled.options())
+        torch.set_num_threads(threads_each(settled.train_threads, group))
         if options.batch_size < 2 * group.size:
             raise InputError(
                 f"--batch-size {options.batch_size}: must be at least 2 for each of {group.size} processes"
             )
-        with shared(model, group, device) as module:
+        in_bf16_here = bool(options.bf16) and device == "cpu"
+        layout = passes.layout_of(options)
+        with padding_seen_in_fp32(model, in_bf16_here), shared(model, group, device, layout) as module:
             loop = passes.prepare(model, module, dataset, options, seed, group, stop)
             identity = {"seed": seed, "data_digest": dataset.digest, "options": _lasting(options)}
             result = _train(loop, dataset, on_epoch, _Keeper(loop, folder, identity))
@@ -100,7 +127,7 @@ def train_model(
     model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     if group.leads:
         model.load_state_dict(load_classifier(best_file(folder, result.best_epoch)).state_dict())
-    return result
+    return replace(result, trials=settled.trials)
 
 
 def _train(loop: Loop, dataset: Dataset, on_epoch: Callable[[EpochResult], None], keeper: "_Keeper") -> TrainResult:
@@ -125,10 +152,11 @@ def _run_epoch(loop: Loop, dataset: Dataset, keeper: "_Keeper") -> EpochResult:
     """The rest of the epoch under way; ends with a checkpoint at the beginning of the next."""
     position = loop.position
     passes.train_pass(loop, dataset.train, keeper.after_step)
+    passes.estimate_batch_norm(loop, dataset.train)
     validation = passes.validate(loop, dataset.validation)
     if loop.group.size == 1:
         keeper.stop_if(loop.stop.signal)
-    passes.check_loss(validation[0], position.epoch)  # may be large for a while, with batch norm's running means
+    passes.check_loss(validation[0], position.epoch)  # may be large, where batch norm's running averages lag
     train = passes.means(position.sums)
     pace = len(dataset.train) / position.epoch_s
     result = EpochResult(position.epoch, *train, *validation, position.learning_rate, pace)
@@ -137,7 +165,11 @@ def _run_epoch(loop: Loop, dataset: Dataset, keeper: "_Keeper") -> EpochResult:
         best_epoch = position.epoch
         keeper.save_best()
     epochs, times = [*position.epochs, asdict(result)], position.times_resumed
-    loop.position = Position(position.epoch + 1, epochs=epochs, best_epoch=best_epoch, times_resumed=times)
+    loop.count_skipped()
+    skipped = position.skipped_steps
+    loop.position = Position(
+        position.epoch + 1, epochs=epochs, best_epoch=best_epoch, times_resumed=times, skipped_steps=skipped
+    )
     keeper.save()
     say(_epoch_line(result, loop.options.epochs))
     return result
@@ -200,6 +232,7 @@ class _Keeper:
     def save(self) -> None:
         loop = self.loop
         now = time.monotonic()
+        loop.count_skipped()
         loop.position.total_s = self.before_s + now - self.started
         if loop.group.leads:
             state = {name: getattr(loop, name).state_dict() for name in ("model", "optimizer", "schedule")}
@@ -230,6 +263,12 @@ def _result(loop: Loop) -> TrainResult:
         device=loop.device,
         processes=loop.group.size,
         times_resumed=position.times_resumed,
+        threads=options.train_threads or 0,
+        channels_last=options.channels_last is not False,
+        waiting=waiting(),
+        optimizer=options.optimizer or "",
+        clip_norm=options.clip_norm,
+        skipped_steps=position.skipped_steps,
     )
 
 

@@ -1,10 +1,13 @@
 """What several test modules need: a data set, a trained model, evidence made by hand, and one finished pipeline run."""
 
 import fcntl
+import gc
 import json
 import os
 import random
+import resource
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +27,7 @@ from qexp.data import Dataset, load_dataset
 from qexp.evaluation import Accuracy, Comparison
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 from qexp.gate import GateResult
-from qexp.host import Host
+from qexp.host import Host, give_back_freed_memory
 from qexp.latency import LatencyResult, LatencyRow, LatencyStats, Ratio, StartUp
 from qexp.models import Classifier, ModelSpec, build_classifier
 from qexp.quantization.result import QuantizeResult
@@ -39,6 +42,10 @@ QUICK = (
     "--image-size 16 --epochs 4 --batch-sizes 1,8 --min-repeats 6 --loads 3 --min-seconds 0 --warmup 1 "
     "--max-busy-percent 100 --min-speedup 0 --calibration-samples 64 --baselines fp32_traced --sensitivity-images 16"
 ).split()
+MOST_MEMORY_GB = 2.0  # resident memory of a test process, at most
+# What `auto` stands for is timed; trainings that are compared, or only looked at, are told.
+EXECUTION: dict[str, Any] = {"bf16": False, "channels_last": True, "train_threads": 1}
+NOT_TIMED = "--bf16 false --channels-last true --train-threads 1".split()  # the same for a command
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,23 @@ def _store_of_the_module() -> Iterator[None]:
         yield
 
 
+def _peak_memory_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_of_the_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the tests of a file leave is given back, and none lets the process grow beyond MOST_MEMORY_GB: several of
+    them share a machine. A test that needs more runs apart (`forked.run_apart`)."""
+    before = _peak_memory_gb()
+    yield
+    gc.collect()
+    give_back_freed_memory()
+    peak = _peak_memory_gb()
+    within = peak <= max(before, MOST_MEMORY_GB)
+    assert within, f"{request.path.name}: {peak:.1f} GB of memory, more than {MOST_MEMORY_GB}; run the test apart"
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The whole job, `qexp run`, on digits: for tests that only look. One for all workers of xdist."""
@@ -180,7 +204,7 @@ def trained(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     torch.manual_seed(0)
     model = build_classifier(ModelSpec("smallnet", digits.classes, 16), digits.train.images)
     folder = tmp_path_factory.mktemp("trained")
-    result = train_model(model, digits, TrainConfig(epochs=3), 0, lambda epoch: None, folder)
+    result = train_model(model, digits, TrainConfig(epochs=3, **EXECUTION), 0, lambda epoch: None, folder)
     return model, result
 
 

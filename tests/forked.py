@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -143,6 +144,22 @@ def children_are_forks() -> None:
     ours = SimpleNamespace(run=_run_forked, DEVNULL=subprocess.DEVNULL)
     for module in ("qexp.sweep", "qexp.bare_process"):
         importlib.import_module(module).subprocess = ours  # type: ignore[attr-defined]
+
+
+def run_apart(test: Callable[..., None], *arguments: object) -> None:
+    """Call a function of a test module in a process of its own, whose memory ends with it; what it raises is an
+    AssertionError here. Arguments are plain values."""
+    call = f"import {test.__module__}; {test.__module__}.{test.__name__}(*{arguments!r})"
+    words = ["-c", f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r}); {call}"]
+    with tempfile.TemporaryDirectory() as name:
+        out, err = f"{name}/out", f"{name}/err"
+        environment = dict(os.environ) | {"OMP_NUM_THREADS": str(importlib.import_module("torch").get_num_threads())}
+        connection = _ask(
+            _started()["QEXP_SERVER"], folder=os.getcwd(), command=words, environment=environment, before="",
+            out=out, err=err,
+        )  # fmt: skip
+        _, code_of_exit = _number(connection), _number(connection)
+        assert code_of_exit == 0, Path(err).read_text()
 
 
 def _run_forked(command: list[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":

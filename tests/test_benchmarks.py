@@ -13,7 +13,7 @@ from qexp.evidence import Evidence, from_json
 from qexp.latency import LatencyRow
 
 BENCHMARKS = REPOSITORY / "benchmarks"
-PROGRAMS = ("peers", "recipe", "search", "serving", "training")
+PROGRAMS = ("peers", "recipe", "search", "serving", "training", "classifiers", "execution")
 COMMITTED = REPOSITORY / "results" / "peers.json"
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import PLAIN, environment_for, run_qexp, start_qexp
+from conftest import NOT_TIMED, PLAIN, environment_for, run_qexp, start_qexp
 
 # A small learning rate: rounding differences grow with every step, the faster the higher it is.
-OPTIONS = "--epochs 3 --image-size 8 --learning-rate 0.003 --bf16 false --seed 3".split()
+OPTIONS = "--epochs 3 --image-size 8 --learning-rate 0.003 --seed 3".split() + NOT_TIMED
 CURVES = ("train/loss", "val/loss")
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import EXECUTION, build_tiny
 from torch import Tensor, nn
 
 from qexp import loop as passes
@@ -21,7 +21,7 @@ from qexp.recipe import settle_options
 
 def _loop(dataset: Dataset, model: Classifier | None = None, **options: object) -> Loop:
     model = model or build_tiny(dataset)
-    settled = settle_options(TrainConfig(**{"batch_size": 64, **options}), dataset.name, model)
+    settled = settle_options(TrainConfig(**{"batch_size": 64, **EXECUTION, **options}), dataset.name, model)
     return passes.prepare(model, model, dataset, settled, 0, Group(), StopRequest())
 
 
@@ -87,3 +87,86 @@ def test_loss_that_is_no_good(loss: float, said: str) -> None:
 def test_means_are_in_percent() -> None:
     assert passes.means([8.0, 1.0, 3.0, 4.0]) == (2.0, 25.0, 75.0)
     assert passes.means([0.0] * 4) == (0.0, 0.0, 0.0)
+
+
+def _weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_large_gradient_moves_the_weights_no_further_than_a_clipped_one(tiny: Dataset) -> None:
+    """However steep the loss: plain SGD moves them by at most learning rate times norm."""
+    moved = []
+    for steepness in (1e-3, 1e6):
+        loop = _loop(tiny, momentum=0.0, weight_decay=0.0, learning_rate=0.25, clip_norm=2.0)
+        before = _weights(loop.model)
+        rate = loop.schedule.get_last_lr()[0]
+        for parameter in loop.model.parameters():
+            parameter.grad = torch.full_like(parameter, steepness)
+        passes._update(loop)
+        moved.append(float((_weights(loop.model) - before).norm()) / rate)
+    norm = 1e-3 * len(before) ** 0.5
+    assert moved[0] == pytest.approx(norm, rel=1e-2) and norm < 2  # left as it is
+    assert moved[1] == pytest.approx(2.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_moves_no_weight(tiny: Dataset, optimizer: str, value: float) -> None:
+    loop = _loop(tiny, optimizer=optimizer)
+    before = _weights(loop.model)
+    for bad in (True, False):
+        for parameter in loop.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if bad:
+            next(loop.model.parameters()).grad.view(-1)[0] = value  # type: ignore[union-attr]
+        passes._update(loop)
+        assert torch.equal(_weights(loop.model), before) is bad
+    assert torch.isfinite(_weights(loop.model)).all()
+    loop.count_skipped()
+    loop.count_skipped()
+    assert loop.position.skipped_steps == 1
+
+
+def _batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_batch_norm_is_estimated_from_the_images_as_they_pass_now(tiny: Dataset) -> None:
+    loop = _loop(tiny, crop_padding=0)
+    first = _batch_norms(loop.model)[0]
+    with torch.no_grad():
+        first.running_mean.fill_(1e6)  # type: ignore[union-attr]  # of weights that have long changed
+    weights, momentum = _weights(loop.model), first.momentum
+    passes.estimate_batch_norm(loop, tiny.train)
+    seen: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    loop.model.eval()
+    with torch.no_grad():
+        loop.model(tiny.train.images.float() / 255)
+    hook.remove()
+    assert torch.allclose(first.running_mean, seen[0].mean((0, 2, 3)), atol=2e-2)  # type: ignore[arg-type]
+    assert torch.allclose(first.running_var, seen[0].var((0, 2, 3)), rtol=0.1)  # type: ignore[arg-type]
+    assert first.momentum == momentum and torch.equal(_weights(loop.model), weights)
+
+
+def test_batch_norm_keeps_averages_that_an_epoch_has_many_of(tiny: Dataset) -> None:
+    """160 steps an epoch, and a tenth of each: it forgets what is older than a few of them."""
+    loop = _loop(tiny, batch_size=2)
+    many = replace(tiny.train, images=tiny.train.images.repeat(2, 1, 1, 1), labels=tiny.train.labels.repeat(2))
+    before = [norm.running_mean.clone() for norm in _batch_norms(loop.model)]  # type: ignore[union-attr]
+    passes.estimate_batch_norm(loop, many)
+    assert all(map(torch.equal, before, [norm.running_mean for norm in _batch_norms(loop.model)]))
+    for norm in _batch_norms(loop.model):
+        norm.momentum = 0.01  # as mobilenet_v3 has it
+    passes.estimate_batch_norm(loop, many)
+    assert not any(map(torch.equal, before, [norm.running_mean for norm in _batch_norms(loop.model)]))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_layout_is_as_asked(tiny: Dataset, channels_last: bool) -> None:
+    seen: list[Tensor] = []
+    model = build_tiny(tiny)
+    model.normalize.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    _pass(tiny, model, channels_last=channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert all(images.is_contiguous(memory_format=layout) for images in seen)

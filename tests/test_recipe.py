@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from conftest import build_tiny
-from torch import nn
+from conftest import build_tiny, equal_weights
 
 from qexp.config import TrainConfig
 from qexp.data import Dataset
 from qexp.errors import InputError
-from qexp.models import Classifier, ModelSpec
-from qexp.recipe import default_peak, make_optimizer, parameter_groups, settle_options, steps_of
+from qexp.models import Classifier, ModelSpec, outline
+from qexp.recipe import ADAMW, Recipe, make_optimizer, parameter_groups, recipe_for, settle_options, steps_of
 
 
 @pytest.mark.parametrize(
@@ -48,9 +47,46 @@ def test_steps_of_a_training() -> None:
     assert steps_of(128, TrainConfig(epochs=3, batch_size=64)) == 6
 
 
-def test_default_peak_depends_on_batch_norm(tiny: Dataset) -> None:
-    assert default_peak(build_tiny(tiny)) == 0.2
-    assert default_peak(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))) == 0.03
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smallnet", Recipe("sgd", 0.2, 5e-4)),
+        ("vgg16_bn", Recipe("sgd", 0.2, 5e-4)),
+        ("resnet18", Recipe("sgd", 0.05, 5e-4)),
+        ("mobilenet_v3_small", Recipe("sgd", 0.05, 5e-4)),
+        ("vgg16", Recipe("sgd", 0.03, 5e-4)),
+        ("squeezenet1_1", ADAMW),
+        ("convnext_tiny", ADAMW),
+        ("vit_b_16", ADAMW),
+        ("swin_t", ADAMW),
+    ],
+)
+def test_recipe_by_kind_of_network(name: str, expected: Recipe) -> None:
+    assert recipe_for(outline(ModelSpec(name, tuple("ab"), 224))) == expected
+
+
+def test_given_options_win_over_the_recipe(tiny: Dataset) -> None:
+    settled = settle_options(TrainConfig(optimizer="adamw"), "p", build_tiny(tiny))
+    assert (settled.optimizer, settled.learning_rate, settled.weight_decay) == ("adamw", 1e-3, 0.05)
+    settled = settle_options(TrainConfig(weight_decay=0, learning_rate=0.5), "p", build_tiny(tiny))
+    assert (settled.optimizer, settled.learning_rate, settled.weight_decay) == ("sgd", 0.5, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_skipped_first_step_leaves_nothing_behind(optimizer: str, tiny: Dataset) -> None:
+    """As a fused optimiser skips it; torch's SGD leaves a momentum of whatever was in memory otherwise."""
+    finals = []
+    for skip in (True, False):
+        model = build_tiny(tiny)
+        options = settle_options(TrainConfig(optimizer=optimizer, weight_decay=0), "p", model)
+        made, _ = make_optimizer(model, options, steps=10)
+        for found_inf in [1.0, 0.0] if skip else [0.0]:
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, float("nan") if found_inf else 0.5)
+            made.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+            made.step()
+        finals.append(model)
+    assert equal_weights(*finals)
 
 
 def test_layer_that_sees_49_copies_gets_a_49th_of_the_rate() -> None:
@@ -64,5 +100,5 @@ def test_layer_that_sees_49_copies_gets_a_49th_of_the_rate() -> None:
 
 def test_momentum_zero_is_plain_descent(tiny: Dataset) -> None:
     for momentum, nesterov in ((0.0, False), (0.9, True)):
-        options = TrainConfig(momentum=momentum, learning_rate=0.1)
+        options = TrainConfig(momentum=momentum, learning_rate=0.1, optimizer="sgd")
         assert make_optimizer(build_tiny(tiny), options, steps=10)[0].defaults["nesterov"] is nesterov

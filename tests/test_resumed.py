@@ -10,14 +10,14 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import PLAIN, Finished, run_qexp, start_qexp
+from conftest import NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
 
 from qexp.config import DataConfig
 from qexp.data import load_dataset
 from qexp.errors import InputError
 from qexp.resumed import check_data
 
-OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split()
+OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split() + NOT_TIMED
 EPOCHS = list(range(1, 21))
 CURVES = ("train/loss", "train/top1", "val/loss", "val/top1", "train/learning_rate")
 

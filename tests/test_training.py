@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny, equal_weights
+from conftest import EXECUTION, build_tiny, equal_weights
 from torch import Tensor, nn
 
-from qexp import loop, training
+from qexp import fastest, loop, training
 from qexp.checkpoint import best_file
 from qexp.config import TrainConfig
 from qexp.data import Dataset
@@ -31,7 +31,7 @@ def _train(
 ) -> tuple[Classifier, TrainResult]:
     """In a new folder below `folder`: a training of its own."""
     model = build_tiny(dataset)
-    config = TrainConfig(**{"epochs": 2, "batch_size": 64, **options})
+    config = TrainConfig(**{"epochs": 2, "batch_size": 64, **EXECUTION, **options})
     return model, train_model(model, dataset, config, seed, on_epoch, Path(tempfile.mkdtemp(dir=folder)))
 
 
@@ -68,9 +68,7 @@ def test_best_weights_are_those_of_the_best_epoch(tiny: Dataset, tmp_path: Path)
     def keep(epoch: EpochResult) -> None:
         snapshots.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
-    options = TrainConfig(
-        epochs=6, batch_size=64, bf16=False, learning_rate=1.0
-    )  # too high: validation goes up and down
+    options = TrainConfig(epochs=6, batch_size=64, learning_rate=1.0, **EXECUTION)  # validation goes up and down
     result = train_model(model, tiny, options, 0, keep, tmp_path)
     best = max(result.epochs, key=lambda epoch: (epoch.validation_top1_percent, -epoch.validation_loss))
     assert result.best_epoch == best.epoch
@@ -161,7 +159,7 @@ def test_best_weights_and_a_checkpoint_are_on_disk_after_every_epoch(tiny: Datas
         assert len(list(tmp_path.glob("best-*.safetensors"))) == 1
         assert {file.suffix for file in tmp_path.iterdir()} == {".pt", ".safetensors"}  # nothing half written
 
-    train_model(build_tiny(tiny), tiny, TrainConfig(epochs=3, batch_size=64), 0, look, tmp_path)
+    train_model(build_tiny(tiny), tiny, TrainConfig(epochs=3, batch_size=64, **EXECUTION), 0, look, tmp_path)
 
 
 def test_exploding_loss_stops_training(tiny: Dataset, tmp_path: Path) -> None:
@@ -169,7 +167,7 @@ def test_exploding_loss_stops_training(tiny: Dataset, tmp_path: Path) -> None:
     with torch.no_grad():
         model.network[-1].weight.mul_(1e5)  # type: ignore[index,union-attr,operator]
     with pytest.raises(StageError, match=r"epoch 1: the loss is [\d.e+]+, more than 100 times that of guessing"):
-        train_model(model, tiny, TrainConfig(epochs=1), 0, _ignore, tmp_path)
+        train_model(model, tiny, TrainConfig(epochs=1, **EXECUTION), 0, _ignore, tmp_path)
 
 
 def _train_with_stops(
@@ -190,7 +188,7 @@ def _train_with_stops(
         model = build_tiny(dataset)
         torch.rand(stops + 3)  # another process has another past
         try:
-            config = TrainConfig(**{"epochs": 3, "batch_size": 32, **options})
+            config = TrainConfig(**{"epochs": 3, "batch_size": 32, **EXECUTION, **options})
             return model, train_model(model, dataset, config, 5, _ignore, folder), stops
         except (KeyboardInterrupt, SystemExit) as stopped:
             assert isinstance(stopped, KeyboardInterrupt) == (number == signal.SIGINT)
@@ -235,7 +233,7 @@ def test_early_stopping_is_remembered(tiny: Dataset, tmp_path: Path, monkeypatch
     for scores in ([(1.0, 50.0), (0.9, 60.0), (1.0, 40.0)], [(1.0, 40.0)]):
         _script(monkeypatch, *scores)
         try:  # the script ends before the training: an error in the middle of validation
-            config = TrainConfig(epochs=9, batch_size=64, patience=2)
+            config = TrainConfig(epochs=9, batch_size=64, patience=2, **EXECUTION)
             result = train_model(build_tiny(tiny), tiny, config, 0, lambda e: told.append(e.epoch), folder)
         except IndexError:
             continue
@@ -245,14 +243,34 @@ def test_early_stopping_is_remembered(tiny: Dataset, tmp_path: Path, monkeypatch
 
 
 def test_checkpoint_of_another_training_is_refused(tiny: Dataset, tmp_path: Path) -> None:
-    train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1), 0, _ignore, tmp_path)
+    train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1, **EXECUTION), 0, _ignore, tmp_path)
     for seed, options in ((1, {}), (0, {"momentum": 0.5})):
         with pytest.raises(InputError, match="of another training"):
-            train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1, **options), seed, _ignore, tmp_path)
+            train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1, **EXECUTION, **options), seed, _ignore, tmp_path)
 
 
 def test_finished_training_goes_on_to_its_result(tiny: Dataset, tmp_path: Path) -> None:
     first, second = build_tiny(tiny), build_tiny(tiny)
-    result = train_model(first, tiny, TrainConfig(epochs=2), 0, _ignore, tmp_path)
-    again = train_model(second, tiny, TrainConfig(epochs=2), 0, _ignore, tmp_path)
+    result = train_model(first, tiny, TrainConfig(epochs=2, **EXECUTION), 0, _ignore, tmp_path)
+    again = train_model(second, tiny, TrainConfig(epochs=2, **EXECUTION), 0, _ignore, tmp_path)
     assert again.epochs == result.epochs and equal_weights(first, second)
+
+
+def test_what_auto_stood_for_is_recorded_and_kept_when_training_goes_on(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[fastest.Execution] = []
+
+    def time_steps(*given: object) -> tuple[fastest.Execution, tuple[fastest.Trial, ...]]:
+        timed.append(fastest.Execution(bf16=False, threads=1, channels_last=False))
+        return timed[-1], (fastest.Trial(False, 1, False, 123.0),)
+
+    monkeypatch.setattr(fastest, "fastest_execution", time_steps)
+    for _ in range(2):
+        result = train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1), 0, _ignore, tmp_path)
+        assert result.execution == {"bf16": False, "train_threads": 1, "channels_last": False}
+        assert result.trials == (fastest.Trial(False, 1, False, 123.0),) and result.optimizer == "sgd"
+    assert len(timed) == 1
+    given = TrainConfig(epochs=1, channels_last=True)
+    with pytest.raises(InputError, match="of another training"):
+        train_model(build_tiny(tiny), tiny, given, 0, _ignore, tmp_path)
