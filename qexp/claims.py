@@ -192,14 +192,19 @@ def gate(evidence: Evidence) -> str:
 
 
 def training_pace(evidence: Evidence) -> str:
-    """Epochs, wall time, device, processes and stops if there were any, precision and peak learning rate."""
+    """Epochs, wall time, device, processes and stops if there were any, how the steps were computed, and the recipe."""
     train = evidence.fp32.train
     epochs = f"{len(train.epochs)} {_plural(len(train.epochs), 'epoch')}"
     precision = "bf16 autocast" if train.bf16 else "fp32"
     several = f", {train.processes} processes" if train.processes > 1 else ""
     stops = f", resumed {train.times_resumed} {_plural(train.times_resumed, 'time')}" if train.times_resumed else ""
     pace = f"{epochs} in {train.duration_s:.0f} s on {train.device.upper()}{several}{stops}"
-    return f"{pace}, {precision}, peak learning rate {train.peak_learning_rate:g}"
+    if not train.threads:  # of an earlier version, which did not record it
+        return f"{pace}, {precision}, peak learning rate {train.peak_learning_rate:g}"
+    layout = "channels-last" if train.channels_last else "contiguous"
+    how = f"{precision} on {speed.threads(train.threads)}, {layout}" + (", as timed" if train.trials else "")
+    skipped = f", {train.skipped_steps} steps skipped" if train.skipped_steps else ""
+    return f"{pace}, {how}; {train.optimizer}, peak learning rate {train.peak_learning_rate:g}{skipped}"
 
 
 def processor(host: Host, threads: int) -> str:

@@ -94,7 +94,6 @@ def test_options_change_the_model(int8: QuantizedModel, model: Classifier, digit
         for other in (per_layer, minmax, reduced):
             assert not torch.equal(other, usual)
             assert (other.argmax(1) == fp32.argmax(1)).double().mean() > 0.9
-        assert (per_layer - fp32).abs().mean() > (usual - fp32).abs().mean()
 
 
 @pytest.mark.slow

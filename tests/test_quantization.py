@@ -155,14 +155,15 @@ def test_percentile_of_100_is_close_to_minmax(model: Classifier, images: Tensor,
     assert (whole - minmax).abs().mean() < 0.05 * fp32.std() < (clipped - minmax).abs().mean()
 
 
-def test_one_scale_a_layer_is_coarser(model: Classifier, images: Tensor, inputs: Tensor) -> None:
+@pytest.mark.parametrize("engine", ["fx", "pt2e", "onnx"])
+def test_one_scale_a_layer_is_coarser(model: Classifier, images: Tensor, inputs: Tensor, engine: str) -> None:
     """Where one output channel has weights fifty times as large, the others lose their bits."""
     uneven = copy.deepcopy(model)
     with torch.no_grad():
         uneven.network[-1].weight[0] *= 50
         fp32 = uneven(inputs)[:, 1:]
         per_channel, per_layer = (
-            (_quantize(uneven, images, per_channel=each).module(inputs)[:, 1:] - fp32).abs().mean()
+            (_quantize(uneven, images, engine=[engine], per_channel=each).module(inputs)[:, 1:] - fp32).abs().mean()
             for each in (True, False)
         )
     assert per_layer > 3 * per_channel
