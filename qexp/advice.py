@@ -21,7 +21,12 @@ def _instead(evidence: Evidence) -> list[str]:
         return []
     best = evidence.latency.winner(evidence.floats)
     made = "the registered version" if best == evidence.latency.baseline else "made of the same weights, not registered"
-    return [f"If time matters more than size, `{best}` ({made}) is the fastest float."]
+    alias = ""
+    if not evidence.gate.passed:
+        alias = (
+            " The gate's limit on speed keeps int8 from being `champion`; `--min-speedup 0` lets it pass for its size."
+        )
+    return [f"If time matters more than size, `{best}` ({made}) is the fastest float.{alias}"]
 
 
 def _bf16(evidence: Evidence) -> list[str]:

@@ -25,7 +25,10 @@ def verdict(evidence: Evidence) -> str:
     ship = f" Ship `{found.ship}`." if found.ship else ""
     stays = ""
     if found.ships_int8 and evidence.champion_stays and evidence.succession:
-        stays = f" It is the champion, which stays: {'; '.join(evidence.succession.reasons)}."
+        why = "; ".join(evidence.succession.reasons)
+        stays = f" It is the champion, which stays: {why}."
+        if not evidence.succession.compared:
+            stays = f" It was not compared with the champion, `{evidence.before_uri}`, which stays: {why}."
     elif found.ships_int8 and evidence.better:
         stays = f" It was timed beside this version, passes the gate too, and is faster ({evidence.better.name})."
     return f"**{found.word.capitalize()}**: {found.reason}.{ship}{stays}"

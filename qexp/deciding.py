@@ -52,7 +52,7 @@ def latency_stage(
         ranked = {version: _fastest_first(config, result, found) for version, found in timed.items()}
         names = {version.uri: tuple(contender.name for contender in found) for version, found in ranked.items()}
         evidence = LatencyEvidence(fp32.uri, names, result, host, run_id, bf16 if BF16 in baselines else None)
-        _log_latency(evidence, fp32, ranked)
+        _log_latency(config, evidence, fp32, ranked)
     return evidence
 
 
@@ -121,11 +121,14 @@ def _fastest_first(config: Config, result: LatencyResult, found: Sequence[Conten
     return sorted(found, key=lambda one: one.name != first)
 
 
-def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Registered, list[Contender]]) -> None:
+def _log_latency(
+    config: Config, evidence: LatencyEvidence, fp32: Registered, ranked: dict[Registered, list[Contender]]
+) -> None:
     result = evidence.latency
     owners = {BASELINE: fp32.owner} | {found[0].name: version.owner for version, found in ranked.items()}
     fastest = result.winner([found[0].name for found in ranked.values()])
-    for whose, step, values in metrics.of_latency(result, fastest, evidence.floats):
+    floats = fair_floats(config.gate.of(next(iter(ranked)).name), evidence)
+    for whose, step, values in metrics.of_latency(result, fastest, floats):
         if whose is None or whose in owners:
             tracking.log_metrics(values, step, owners[whose] if whose else None)
     if evidence.bf16:
@@ -133,7 +136,7 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
     tracking.log_table(metrics.latency_table(result), "latency")
     tracking.log_result("latency", evidence)
     for version, found in ranked.items():
-        tags = {"latency_run_id": evidence.run_id} | speedup_tags(evidence, found[0].name)
+        tags = {"latency_run_id": evidence.run_id} | speedup_tags(evidence, found[0].name, floats)
         tags |= latency_tags(result, found[0].name)
         if found[0].backend:
             tags["backend"] = found[0].backend
@@ -141,17 +144,17 @@ def _log_latency(evidence: LatencyEvidence, fp32: Registered, ranked: dict[Regis
             registry.describe_kernels(version.uri, _about_kernels(result, found))
         registry.tag_version(version.uri, tags)
     registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | latency_tags(result, BASELINE))
-    least = result.least_speedup(fastest, evidence.floats)
+    least = result.least_speedup(fastest, floats)
     tracking.set_note(
-        f"{fastest} over the fastest float: **{result.mean_ratio(evidence.floats, fastest).median:.2f}x** in the mean, "
+        f"{fastest} over the fastest float: **{result.mean_ratio(floats, fastest).median:.2f}x** in the mean, "
         f"{least.ratio.median:.2f}x over {least.over} at batch size {least.batch_size}, where it is least sure."
     )
 
 
-def speedup_tags(evidence: LatencyEvidence, name: str) -> dict[str, str]:
-    """The smallest speed-ups of an int8 model, as tags of its version: over the fastest float, over fp32."""
+def speedup_tags(evidence: LatencyEvidence, name: str, floats: Sequence[str]) -> dict[str, str]:
+    """The smallest speed-ups of an int8 model, as tags of its version: over the fastest of `floats`, over fp32."""
     result = evidence.latency
-    over_floats, over_fp32 = (result.smallest_speedup(name, slow) for slow in (evidence.floats, [result.baseline]))
+    over_floats, over_fp32 = (result.smallest_speedup(name, slow) for slow in (floats, [result.baseline]))
     return {"smallest_speedup": f"{over_floats:.3f}", "smallest_speedup_over_fp32": f"{over_fp32:.3f}"}
 
 

@@ -183,7 +183,7 @@ class Evidence:
 
     @property
     def _int8_to_ship(self) -> str:
-        if self.champion_stays:
+        if self.champion_stays and self.succession and self.succession.compared:
             return str(self.now_uri or self.before_uri)
         return (self.better.int8 if self.better else self.int8).version_uri
 
@@ -232,8 +232,8 @@ class Evidence:
 
     @property
     def speedups(self) -> list[float]:
-        """Of the version chosen over the registered fp32 version, by batch size."""
-        return [row.speedups[self.name].median for row in self.latency.rows]
+        """Of the version chosen over the registered fp32 version, at each batch size that counts."""
+        return [row.speedups[self.name].median for row in self.latency.counted]
 
     @property
     def size_ratio(self) -> float:

@@ -101,7 +101,7 @@ def _better_than_guessing(fp32: Accuracy, guess_percent: float) -> _Check:
     found = f"fp32 top-1 {fp32.top1_percent:.4g} %, lower end {least:.4g}"
     if least > guess_percent:
         return _Check(TRAINED, True, f"{found} (guessing gives {guess_percent:.4g})")
-    return _Check(TRAINED, False, f"{found}, is not better than guessing, {guess_percent:.4g} %")
+    return _Check(TRAINED, False, f"{found}, is not shown to be better than guessing, {guess_percent:.4g} %")
 
 
 def _at_most(limit: str, text: str, value: float, most: float) -> _Check:
@@ -122,10 +122,12 @@ def _amount(value: float) -> str:
 
 @dataclass(frozen=True)
 class Succession:
-    """Whether a candidate takes the champion's place, and why, as sentences."""
+    """Whether a candidate takes the champion's place, and why, as sentences; `compared` is False where that could not
+    be measured."""
 
     replaces: bool
     reasons: tuple[str, ...]
+    compared: bool = True
 
     @property
     def summary(self) -> str:
@@ -141,8 +143,9 @@ def decide_succession(
     size_ratio: float,
     shortcomings: Sequence[str],
 ) -> Succession:
-    """A candidate takes the champion's place if it is shown not to be worse, by the margins of `limits`, and to be
-    better in accuracy, speed or size. An equal one does not: the champion stays, which is no failure.
+    """A candidate takes the champion's place if it is shown not to be worse by more than the margins of `limits`, is
+    not shown to be less accurate, and is shown to be better in accuracy, speed or size. An equal one does not: the
+    champion stays, which is no failure.
 
     A non-inferiority test in two quantities (Wellek, Testing Statistical Hypotheses of Equivalence and Noninferiority,
     2010): the unfavourable end of each 95 % interval must lie within its margin.
@@ -160,7 +163,9 @@ def decide_succession(
     speed = f"{ratio.median:.3f}x as fast ({ratio.low:.3f} to {ratio.high:.3f}, at least {slowest:.3f})"
     size = f"{size_ratio:.3f} of its size"
     if shortcomings:
-        return Succession(False, tuple(shortcomings))
+        return Succession(False, tuple(shortcomings), compared=False)
+    if low > 0:  # however little: many small losses are a large one
+        return Succession(False, (f"shown to be less accurate: {accuracy}",))
     if high > limits.champion_top1_margin or ratio.low < slowest:
         worse = [accuracy] * (high > limits.champion_top1_margin) + [speed] * (ratio.low < slowest)
         return Succession(False, ("not shown to be as good: " + "; ".join(worse),))

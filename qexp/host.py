@@ -110,7 +110,20 @@ def _cpu_quota(root: Path) -> float | None:
     above its own cannot be seen: its own is what is mounted, under whatever path /proc/self/cgroup names.
     See https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kernel.org/scheduler/sched-bwc.html.
     """
-    limits = []
+    limits = (_limit_of(group, is_v2) for group, is_v2 in _groups(root))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def throttled_s(root: Path = Path("/")) -> float:
+    """Seconds that the control groups of this process have waited for their next period of CPU quota; 0 where the
+    kernel does not say. It is in cpu.stat: throttled_usec in version 2, throttled_time (nanoseconds) in version 1."""
+    unit_s = {"throttled_usec": 1e-6, "throttled_time": 1e-9}
+    lines = (line.split() for group, _ in _groups(root) for line in _read(group / "cpu.stat").splitlines())
+    return sum(unit_s[name] * int(value) for name, value in lines if name in unit_s)
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of the control groups that this process is in, outer ones first; and whether each is version 2."""
     for mount_root, mount_point, is_v2 in _cgroup_mounts(_read(root / "proc/self/mountinfo")):
         path = _path_of_group(_read(root / "proc/self/cgroup"), is_v2)
         if path is None:
@@ -121,8 +134,7 @@ def _cpu_quota(root: Path) -> float | None:
         parts = [part for part in below.parts if part not in ("/", "..")]
         top = root / mount_point.lstrip("/")
         for depth in range(len(parts) + 1):
-            limits.append(_limit_of(top.joinpath(*parts[:depth]), is_v2))
-    return min((limit for limit in limits if limit is not None), default=None)
+            yield top.joinpath(*parts[:depth]), is_v2
 
 
 def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, str, bool]]:

@@ -136,6 +136,23 @@ class LatencyRow:
         """Of the logarithm of how many times as long `slow` takes as `fast`."""
         return _mean_of_rounds(self.round_ms[slow], self.round_ms[fast], self.loads)
 
+    def mean_over_fastest(self, slow: Sequence[str], fast: str) -> Mean:
+        """As `mean`, of the fastest of `slow`. For each load the other loads choose it: chosen by the times that it is
+        judged by, the fastest of equal ones looks faster than it is."""
+        if len(self.loads) < 2:
+            return self.mean(self.fastest(slow), fast)
+        by_load = {name: self._log_of_loads(name, fast) for name in slow}
+        totals = {name: sum(effects) for name, effects in by_load.items()}
+        places = range(len(self.loads))
+        return mean_of(
+            [min((totals[name] - effects[i], effects[i]) for name, effects in by_load.items())[1] for i in places]
+        )
+
+    def _log_of_loads(self, slow: str, fast: str) -> list[float]:
+        ends = np.cumsum([0, *self.loads]).tolist()
+        logs = [math.log(a / b) for a, b in zip(self.round_ms[slow], self.round_ms[fast], strict=True)]
+        return [statistics.median(logs[start:end]) for start, end in pairwise(ends)]
+
     def ratio(self, slow: str, fast: str) -> Ratio:
         """How many times as long `slow` takes as `fast`."""
         return self.mean(slow, fast).ratio()
@@ -211,7 +228,9 @@ class LatencyResult:
         found = []
         if few := [row for row in self.counted if not row.enough]:
             need = f"{FEWEST_ROUNDS} rounds in {FEWEST_LOADS} loads are needed (--min-repeats, --loads)"
-            had = f"{len(next(iter(few[0].round_ms.values())))} rounds in {max(1, len(few[0].loads))} loads"
+            loads = max(1, len(few[0].loads))
+            rounds = len(next(iter(few[0].round_ms.values())))
+            had = f"{rounds} rounds in {loads} {'load' if loads == 1 else 'loads'}"
             found.append(f"{had} at batch size {_listed(few)}: at least {need}")
         busy = [row for row in self.counted if row.activity and row.activity.busy_percent > self.max_busy_percent]
         if busy:
@@ -230,7 +249,7 @@ class LatencyResult:
 
     def _mean(self, slow: Sequence[str], fast: str) -> Mean:
         rows = self.counted
-        return weighted_mean([row.mean(row.fastest(slow), fast) for row in rows], [self._weight(row) for row in rows])
+        return weighted_mean([row.mean_over_fastest(slow, fast) for row in rows], [self._weight(row) for row in rows])
 
     def winner(self, names: Sequence[str]) -> str:
         """The fastest in the weighted geometric mean; of those that cannot be told apart from it, the first named."""
@@ -325,7 +344,9 @@ def _time_batch_size(
     counts = []
     for done in range(loads):
         repeats = options.min_repeats * (done + 1) // loads - options.min_repeats * done // loads
-        part = options.model_copy(update={"min_repeats": repeats, "min_seconds": options.min_seconds / loads})
+        update = {"min_repeats": repeats, "min_seconds": options.min_seconds / loads}
+        update |= {"warmup": 1} if done else {}  # what there is to warm up beyond a model is warm
+        part = options.model_copy(update=update)
         found = _time_load(prepare(batch_size), repeated, part, clock, rest, seed=done)
         for name, rounds in found.items():
             blocks.setdefault(name, []).extend(rounds)

@@ -19,7 +19,7 @@ from qexp.deciding import baselines_for, fair_floats, latency_tags, measure_bf16
 from qexp.errors import InputError, StageError, first_line
 from qexp.evaluation import Comparison, compare, guess_percent, measure_accuracy, predict_logits
 from qexp.evidence import Bf16Evidence, Evidence, LatencyEvidence
-from qexp.gate import UNMEASURED, GateResult, Succession, decide_gate, decide_succession
+from qexp.gate import PASSED, UNMEASURED, GateResult, Succession, decide_gate, decide_succession
 from qexp.host import Host
 from qexp.models import load_classifier
 from qexp.prepare import prepare
@@ -30,6 +30,7 @@ from qexp.store.aliases import CHALLENGER, CHAMPION, move_champion, version_with
 from qexp.store.catalog import list_models
 from qexp.store.integrity import checked_copy
 from qexp.sweep import SweepRequest
+from qexp.verdict import Verdict, decide_verdict
 
 CANDIDATE = "candidate"
 STAYS = "champion stays"
@@ -51,6 +52,14 @@ class Promotion:
     drop_from_champion: Comparison | None
     measured: LatencyEvidence
     floats: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """That on the candidate, whether or not it takes the champion's place."""
+        result = self.measured.latency
+        return decide_verdict(
+            self.gate, result.mean_ratio(self.floats, CANDIDATE), self.uri, result.winner(self.floats)
+        )
 
     @property
     def word(self) -> str:
@@ -148,13 +157,19 @@ def _candidate(name: str, number: str | None) -> ModelVersion:
         raise InputError(f"NAME {name}: no registered int8 model; there are: {', '.join(names) or 'none'}")
     if number is not None and not (number.isdecimal() and len(number) < 10):
         raise InputError(f"--version {number}: must be a version number of {name}")
-    if number is None and version_with(CHALLENGER, name):
+    newest = registry.newest_version(name)
+    if number is None and version_with(CHALLENGER, name) and not _awaits_times(f"models:/{name}/{newest}"):
         return registry.find_version(f"models:/{name}@{CHALLENGER}", "int8", option="NAME")
-    number = number or registry.newest_version(name)
+    number = number or newest
     try:
         return registry.find_version(f"models:/{name}/{number}", "int8")
     except InputError as error:
         raise InputError(f"--version {number}: {str(error).partition(': ')[2]}") from None
+
+
+def _awaits_times(uri: str) -> bool:
+    """Whether a version's own job has not measured it well enough for a verdict, and so for an alias."""
+    return bool(registry.look_up(uri).tags.get("gate") == UNMEASURED)
 
 
 def _measure(
@@ -192,7 +207,7 @@ def _measure(
         faster = result.mean_ratio([CHAMPION], CANDIDATE)
         found = decide_succession(limits, lost, faster, smaller, result.shortcomings)
     else:
-        found = Succession(False, (why_not,))
+        found = Succession(False, (why_not,), compared=False)
     first, *others = found.reasons
     succession = replace(found, reasons=(f"beside {uri_of(champion)}: {first}", *others))
     return Promotion(uri, uri_of(champion), gate, succession, drop, lost, measured, floats)
@@ -248,7 +263,8 @@ def _sweep(
     result = time_versions(request)
     names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}
     evidence = LatencyEvidence(fp32_uri, names, result, host, run_id, bf16 if BF16 in baselines else None)
-    for _, step, values in metrics.of_latency(result, CANDIDATE, evidence.floats):
+    floats = fair_floats(config.gate.of(split_uri(next(iter(names)))[0]), evidence)
+    for _, step, values in metrics.of_latency(result, CANDIDATE, floats):
         tracking.log_metrics(values, step)
     tracking.log_table(metrics.latency_table(result), "latency")
     tracking.log_result("latency", evidence)
@@ -275,17 +291,19 @@ def _record(found: Promotion, word: str, run_id: str) -> None:
         "promotion_by": by,
         "promotion_at": at,
         "champion_kept": str(found.champion_uri) if stays else "none",
+        "champion_compared": str(found.succession is not None and found.succession.compared).lower(),
         "champion_kept_reason": "; ".join(found.succession.reasons) if stays and found.succession else "none",
     }
     # What its own job has found stays, by limits that those of this one need not be, unless this is better news.
-    outdated = word == "passed" and version.tags.get("gate") == "failed"
+    outdated = word == "passed" and version.tags.get("gate") != PASSED
     if outdated or "gate" not in version.tags:
         tags |= {"gate": found.gate.word, "gate_reason": found.gate.summary}
+        tags |= {"verdict": found.verdict.word, "verdict_reason": found.verdict.reason}
     if word == "forced":
         tags |= {"forced_reason": "; ".join(found.reasons), "forced_by": by, "forced_at": at}
     timed = version.tags.get("latency_run_id")
     if outdated or timed in (None, version.tags.get("promotion_run_id")):  # by no job, or by a promotion before
-        tags |= {"latency_run_id": run_id} | speedup_tags(found.measured, CANDIDATE)
+        tags |= {"latency_run_id": run_id} | speedup_tags(found.measured, CANDIDATE, found.floats)
         tags |= latency_tags(found.measured.latency, CANDIDATE)
     tracking.log_result("promotion", found)
     tracking.log_metrics(_figures(found))

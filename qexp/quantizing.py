@@ -12,7 +12,7 @@ from qexp.data import Dataset, Split, calibration_count, calibration_subset, str
 from qexp.evaluation import Comparison, compare, predict_logits, to_float
 from qexp.evidence import BudgetCost, Int8Evidence
 from qexp.host import Host
-from qexp.latency import Run, measure_latency
+from qexp.latency import AGAIN, Run, measure_latency
 from qexp.progress import say
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.quantization.budget import BudgetResult, quantize_within_budget
@@ -155,8 +155,8 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
 
     def prepare(batch_size: int) -> dict[str, Run]:
         images = torch.rand(batch_size, 3, size, size)
-        kept, all_of_it = quantized.reloaded(), all_int8.reloaded()
-        return {"kept": lambda: kept(images), "all": lambda: all_of_it(images)}
+        kept, all_of_it, again = quantized.reloaded(), all_int8.reloaded(), all_int8.reloaded()
+        return {"kept": lambda: kept(images), "all": lambda: all_of_it(images), AGAIN: lambda: again(images)}
 
     with torch.no_grad():
         rows = measure_latency(prepare, "kept", "all", config.latency)

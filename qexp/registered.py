@@ -10,6 +10,7 @@ from qexp.errors import InputError
 from qexp.evidence import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 from qexp.gate import Succession
 from qexp.models import load_classifier
+from qexp.progress import say
 from qexp.quantizing import Int8
 from qexp.stages import SPLITS, Fp32, evaluate_splits
 from qexp.store import uri_of
@@ -77,8 +78,13 @@ def int8_of_run(run_id: str) -> Int8:
 
 def bf16_of(tags: dict[str, str]) -> Bf16Evidence | None:
     """What is known of the baseline bf16 from the last sweep of a version with these tags."""
-    run_id = tags.get("latency_run_id")
-    return tracking.read_result(LatencyEvidence, run_id, "latency").bf16 if run_id else None
+    if not (run_id := tags.get("latency_run_id")):
+        return None
+    try:
+        return tracking.read_result(LatencyEvidence, run_id, "latency").bf16
+    except InputError as error:  # a sweep that is lost is made anew
+        say(f"the accuracy of bf16 is not known: {error}")
+        return None
 
 
 def evidence_of_version(config: Config, uri: str) -> Evidence:
@@ -109,6 +115,7 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     floats = fair_floats(config.gate.of(found.name), latency)
     if now == own or before == "none":
         return Evidence(fp32, tuple(judged), latency, now == own, floats)
-    succession = Succession(False, (found.tags.get("champion_kept_reason", found.tags["promotion_reason"]),))
+    reason = found.tags.get("champion_kept_reason", found.tags["promotion_reason"])
+    succession = Succession(False, (reason,), found.tags.get("champion_compared") != "false")
     since = now if now != before else None
     return Evidence(fp32, tuple(judged), latency, False, floats, {}, succession, before, since)

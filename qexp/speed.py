@@ -34,13 +34,18 @@ def faster_where(evidence: Evidence) -> str:
     weighted = "weighted mean" if evidence.latency.weights else "geometric mean"
     range_ = f"{_from_to(ratios)} as fast, {mean.median:.2f}x in the {weighted} ({_ends(mean)})"
     names = ", ".join(dict.fromkeys(row.fastest(evidence.floats) for row in rows))
-    groups = ((1, "faster"), (-1, "slower"), (0, "not shown to be faster or slower"))
+    groups = (
+        (1, "faster"),
+        (-1, "slower"),
+        (0, "not shown to be faster or slower"),
+    )
     found = [
         f"{words} {_where([size for size, sign in told.items() if sign == group], len(told))}"
         for group, words in groups
         if group in told.values()
     ]
-    return f"Against the fastest float at each batch size ({names}), int8 is {'; '.join(found)}: {range_}."
+    unclear = " (at a confidence that leaves 5 % for all comparisons of the sweep)" if 0 in told.values() else ""
+    return f"Against the fastest float at each batch size ({names}), int8 is {'; '.join(found)}{unclear}: {range_}."
 
 
 def over_fp32(evidence: Evidence) -> str:

@@ -50,11 +50,14 @@ def decide_verdict(gate: GateResult, over_floats: Ratio, int8: str, best_float: 
         return Verdict(NOT_TRAINED, reason, None)
     if gate.word == UNMEASURED:
         return Verdict(UNMEASURED, reason, None)
-    mean = f"{over_floats.median:.2f}x as fast as the fastest float ({over_floats.low:.2f} to {over_floats.high:.2f})"
-    if gate.word == PASSED:
-        if over_floats.low > 1:
-            return Verdict(SHIP_INT8, reason, int8)
-        return Verdict(SIZE_ONLY, f"{mean}: not shown to be faster; {reason}", int8)
-    if gate.failed_limits == (SPEED,) and over_floats.low <= 1 <= over_floats.high:
-        return Verdict(SIZE_ONLY, f"{mean}: neither faster nor slower; {reason}", int8)
+    if gate.word == PASSED and over_floats.low > 1:
+        return Verdict(SHIP_INT8, reason, int8)
+    if gate.word == PASSED or (gate.failed_limits == (SPEED,) and over_floats.high >= 1):
+        return Verdict(SIZE_ONLY, f"{_in_the_mean(over_floats)}; {reason}", int8)
     return Verdict(KEEP_FLOAT, reason, best_float)
+
+
+def _in_the_mean(ratio: Ratio) -> str:
+    shown = "slower" if ratio.high < 1 else "not shown to be faster" if ratio.low <= 1 else "faster"
+    ends = f"{ratio.low:.2f} to {ratio.high:.2f}"
+    return f"in the mean {ratio.median:.2f}x as fast as the fastest float ({ends}): {shown}"

@@ -81,7 +81,7 @@ def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]
     assert look(
         run_pages["main"],
         "run",
-        lambda page: "x smaller. int8 is" in _text(page) and "headline/size_ratio" in _text(page),
+        lambda page: "x smaller. Against the fastest float" in _text(page) and "headline/size_ratio" in _text(page),
     )
 
     def curves(page: webdriver.Chrome) -> bool:

@@ -94,7 +94,8 @@ def test_int8_version_in_a_bare_process_gives_the_logits_of_the_loaded_model(
 def test_loaded_int8_model_computes_with_int8_kernels(client: mlflow.MlflowClient) -> None:
     model = registry.load_version("models:/smallnet-digits-int8/1")
     graph = str(model.inlined_graph)
-    assert graph.count("quantized::conv2d_relu") == 6 and graph.count("quantized::linear") == 1
+    # The last layer is one of oneDNN's, which give float logits.
+    assert graph.count("quantized::conv2d_relu") == 6 and graph.count("onednn::qlinear_pointwise") > 0
     assert "aten::conv2d" not in graph and "aten::linear" not in graph
 
 

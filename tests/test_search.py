@@ -136,7 +136,12 @@ def test_two_objectives(in_use: Finished, tmp_path: Path) -> None:
     for point in result.points:
         values = [point.top1_percent, float(point.size_bytes or 0)]
         assert values in [trial.values for trial in study.trials]
-        assert (point.size_bytes or 0) > 1.2 * 450_000 if point.fp32_layers else (point.size_bytes or 0) < 1.2 * 450_000
+        if not point.fp32_layers:
+            assert (point.size_bytes or 0) < 1.2 * 450_000
+    by_layers = {
+        kept: [point.size_bytes or 0 for point in result.points if point.fp32_layers == kept] for kept in (0, 2)
+    }
+    assert max(by_layers[0], default=0) < min(by_layers[2], default=1 << 60)  # two layers take four times as much
     assert result.fp32_cost and result.fp32_cost > 1_700_000
     front = {(point.top1_percent, point.cost) for point in result.front}
     assert front == {tuple(trial.values) for trial in study.best_trials}

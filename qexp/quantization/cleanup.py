@@ -85,6 +85,7 @@ def _copied(model: nn.Module) -> nn.Module:
 def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
     traced: Any = remove_dropout(model)
     _spell_out_factors(traced)
+    _reshape_instead_of_view(traced)
     replace_attention(traced)
     _spare_shared_layers(traced)
     with torch.no_grad():
@@ -105,6 +106,14 @@ def _spell_out_factors(model: fx.GraphModule) -> None:
             with model.graph.inserting_before(node):
                 scaled = model.graph.call_function(operator.mul, (node.args[1], factor))
             node.args, node.kwargs = (node.args[0], scaled), {}
+    model.recompile()
+
+
+def _reshape_instead_of_view(model: fx.GraphModule) -> None:
+    """int8 convolutions give channels-last maps, of which a view may not be possible."""
+    for node in model.graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(argument, torch.dtype) for argument in node.args):
+            node.target = "reshape"
     model.recompile()
 
 
@@ -172,10 +181,27 @@ def _repeat_instead_of_averaging(model: fx.GraphModule, example: Tensor) -> None
             elif isinstance(layer, nn.Flatten):
                 arguments = (node.args[0], layer.start_dim, layer.end_dim)
                 same = model.graph.call_function(torch.flatten, arguments)
+            elif _averages_one_value(node):
+                same = model.graph.call_function(torch.flatten, (node.args[0], 1))
         if same is not None:
             node.replace_all_uses_with(same)
             model.graph.erase_node(node)
     model.recompile()
+
+
+def _averages_one_value(node: fx.Node) -> bool:
+    """Of `x.mean([2, 3])` on 1x1 maps, for which torch has no int8 kernel."""
+    if (
+        node.target not in (torch.mean, "mean")
+        or len(node.args) != 2
+        or node.kwargs
+        or not isinstance(node.args[0], fx.Node)
+    ):
+        return False
+    shape, dims = node.args[0].meta["tensor_meta"].shape, node.args[1]
+    return (
+        len(shape) == 4 and shape[2:] == (1, 1) and isinstance(dims, list | tuple) and {d % 4 for d in dims} == {2, 3}
+    )
 
 
 def _pool_before(node: fx.Node, modules: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ MOST_IMAGES = 64
 BATCH_SIZE = 32
 # What int8 kernels round otherwise than the quantized program moves the logits by up to about the error that
 # quantization has made (0 to 1.5 times its power over all networks of the tests); a wrong kernel by 100 times and more.
-MOST_ERRORS = 10.0
+MOST_ERRORS = 4.0
 CLOSE_DB = 40.0  # closer than this to the signal is the same, however small the error of quantization
 SAME_DB = 100.0  # the rounding of float32
 EXACT_DB = 60.0  # of two fp32 models that are the same but for the order in which they sum; they have 90 and more

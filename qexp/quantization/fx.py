@@ -84,8 +84,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
         mapping = _qconfig_mapping(options, reduce_range, saturating, limits)
         reference, converted = _calibrate_and_convert(model, batches, mapping, expected)
-        _give_floats(converted, example, limits)
-        module = _trace(converted, example)
+        module = _trace(converted, example, limits)
     int8, floats = _int8_layers(converted), _float_products(converted)
     return EngineResult(
         module, reference, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating
@@ -248,10 +247,12 @@ def _calibrate_and_convert(
         raise StageError(f"engine fx cannot quantize this model: {with_place(error)}") from error
 
 
-def _trace(converted: fx.GraphModule, example: Tensor) -> torch.jit.ScriptModule:
-    # Freezing would turn packed weights into constants, which cannot be saved.
-    packed = [name for name, module in converted.named_modules() if isinstance(module, PackedConv | PackedLinear)]
+def _trace(converted: fx.GraphModule, example: Tensor, limits: Mapping[str, float]) -> torch.jit.ScriptModule:
     try:
+        converted(example)  # before ShapeProp, whose errors hold the whole graph
+        _give_floats(converted, example, limits)
+        # Freezing would turn packed weights into constants, which cannot be saved.
+        packed = [name for name, module in converted.named_modules() if isinstance(module, PackedConv | PackedLinear)]
         traced = torch.jit.trace(converted, example, check_trace=False).eval()
         return torch.jit.freeze(traced, preserved_attrs=packed)
     except Exception as error:  # an operation for which there is no int8 kernel

@@ -241,6 +241,9 @@ def _leave_logits_float(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
+    used = {name for node in graph.node for name in node.input}
+    for constant in [constant for constant in graph.initializer if constant.name not in used]:
+        graph.initializer.remove(constant)
 
 
 def _shield(graph: onnx.GraphProto, kept: set[str]) -> None:

@@ -12,7 +12,7 @@ from qexp.data import Dataset, calibration_subset
 from qexp.evaluation import measure_accuracy, predict_logits, top_k_credit
 from qexp.evidence import SearchPoint
 from qexp.host import Host
-from qexp.latency import LatencyRow, Run, measure_latency
+from qexp.latency import AGAIN, LatencyRow, Run, measure_latency
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.search.paired import pack
 from qexp.stages import Fp32
@@ -93,7 +93,8 @@ def time_against_fp32(fp32: Fp32, quantized: QuantizedModel | None, batch_size: 
 
     def prepare(batch_size: int) -> dict[str, Run]:
         int8 = quantized.reloaded() if quantized else fp32.model
-        return {"fp32": lambda: fp32.model(images), "int8": lambda: int8(images)}
+        again = quantized.reloaded() if quantized else fp32.model
+        return {"fp32": lambda: fp32.model(images), "int8": lambda: int8(images), AGAIN: lambda: again(images)}
 
     options = LatencyConfig(batch_sizes=[batch_size], min_repeats=ROUNDS, min_seconds=0.0)
     with torch.no_grad():
