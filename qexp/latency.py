@@ -141,12 +141,15 @@ class LatencyRow:
         judged by, the fastest of equal ones looks faster than it is."""
         if len(self.loads) < 2:
             return self.mean(self.fastest(slow), fast)
-        by_load = {name: self._log_of_loads(name, fast) for name in slow}
-        totals = {name: sum(effects) for name, effects in by_load.items()}
-        places = range(len(self.loads))
-        return mean_of(
-            [min((totals[name] - effects[i], effects[i]) for name, effects in by_load.items())[1] for i in places]
-        )
+        effects = {name: self._log_of_loads(name, fast) for name in slow}
+        totals = {name: sum(values) for name, values in effects.items()}
+        chosen = [
+            min((totals[name] - effects[name][place], name) for name in slow)[1] for place in range(len(self.loads))
+        ]
+        value = statistics.fmean(effects[name][place] for place, name in enumerate(chosen))
+        # Loads that choose from the same times depend on each other: their own spread would be too small.
+        variance = max(mean_of(effects[name]).variance for name in set(chosen))
+        return Mean(value, variance, len(self.loads) - 1)
 
     def _log_of_loads(self, slow: str, fast: str) -> list[float]:
         ends = np.cumsum([0, *self.loads]).tolist()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qexp.activity import Activity, watch_machine
+from qexp.host import read_cpus
 
 STAT = """cpu  400 20 60 1000 10 5 5 0 0 0
 cpu0 {user} 10 30 500 5 2 3 {steal} 0 0
@@ -46,7 +47,16 @@ def test_time_of_others_is_what_is_not_idle_and_not_our_own(tmp_path: Path) -> N
     stat.write_text(text.format(user=200 + 30 * ticks, steal=10 * ticks))  # 40 s, of which 10 went to other machines
     found = ended()
     assert found and found.others_cpu_s == pytest.approx(40 - found.own_cpu_s, abs=0.1)
-    assert found.threads == 1 and found.cores == len(os.sched_getaffinity(0))
+    assert found.threads == 1 and found.cores == read_cpus().physical
+
+
+def test_time_that_the_quota_takes_counts_as_busy(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text(STAT.format(user=200, steal=0))
+    waited = iter([1.0, 3.5])
+    found = watch_machine(1, stat, lambda: next(waited))()
+    assert found and found.throttled_s == 2.5
+    assert Activity(10.0, 5.0, 0.0, 2, 2, throttled_s=2.5).busy_percent == pytest.approx(25)
 
 
 def test_where_the_kernel_tells_nothing_nothing_is_known(tmp_path: Path) -> None:

@@ -60,10 +60,12 @@ def test_without_bf16_nothing_is_said_of_it(evidence: Evidence) -> None:
 def test_for_size_only_the_fastest_float_is_named(evidence: Evidence) -> None:
     level = _with_times(evidence, {1: {"fp32_onnx": 1.0, "int8_fx": 1.0}, 8: {"fp32_onnx": 1.0, "int8_fx": 1.0}})
     first, instead = advice.recommendation(level)
-    assert first.startswith("**Ship int8 for its size only**: 1.00x as fast as the fastest float (")
+    assert first.startswith("**Ship int8 for its size only**: in the mean 1.00x as fast as the fastest float (")
     assert instead == (
         "If time matters more than size, `fp32_onnx` (made of the same weights, not registered) is the fastest float."
     )
+    failed = replace(level.versions[0], gate=GateResult("failed", ("too slow",), ("min_speedup",)))
+    assert "`--min-speedup 0` lets it pass" in advice.recommendation(replace(level, versions=(failed,)))[1]
     alone = advice.recommendation(_with_times(evidence, {1: {"int8_fx": 4.0}}))
     assert alone[1].startswith("If time matters more than size, `fp32` (the registered version)")
 

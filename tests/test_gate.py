@@ -96,7 +96,7 @@ def test_a_network_that_guesses_never_passes() -> None:
     lucky, learnt = (_decide(NO_LIMITS, fp32_top1=top1) for top1 in (10.5, 10.7))
     assert learnt.passed
     least, _ = share_interval(10.5, 10_000)
-    expected = f"fp32 top-1 10.5 %, lower end {least:.4g}, is not better than guessing, 10 %"
+    expected = f"fp32 top-1 10.5 %, lower end {least:.4g}, is not shown to be better than guessing, 10 %"
     assert lucky.word == "failed" and lucky.failed_limits == ("trained",) and lucky.reasons == (expected,)
 
 
@@ -222,7 +222,13 @@ def test_the_seen_regression_does_not_become_champion() -> None:
 
 def test_nothing_rests_on_times_that_are_not_good_enough() -> None:
     found = _succession(Ratio(3.0, 2.0, 4.0), 0.1, ("2 rounds in 2 loads",))
-    assert not found.replaces and found.reasons == ("2 rounds in 2 loads",)
+    assert not found.replaces and not found.compared and found.reasons == ("2 rounds in 2 loads",)
+
+
+def test_one_that_is_shown_to_be_less_accurate_does_not() -> None:
+    """However little, and however fast: ten losses of 0.4 points are four points."""
+    found = _succession(Ratio(1.5, 1.4, 1.6), 0.5, points=0.4, low_points=0.22, high_points=0.58)
+    assert not found.replaces and found.reasons[0].startswith("shown to be less accurate: top-1 +0.40 points")
 
 
 def _successions(seed: int, accuracy_spread: float, time_spread: float) -> list[tuple[float, float]]:

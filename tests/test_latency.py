@@ -195,7 +195,7 @@ def test_all_models_at_every_batch_size() -> None:
 def test_the_noise_is_a_second_measurement_of_one_model_in_every_round() -> None:
     machine = Machine()
     rows = _measure(machine, [])
-    # Three loads, each with a warm-up, and seven rounds in all.
+    # Three loads, each with a pass to warm up, and seven rounds in all.
     assert machine.calls.count("int8 2") == 2 * 10 and machine.calls.count("fp32 2") == 10
     assert all(row.noise == Ratio(1, 1, 1) and AGAIN not in row.stats | row.round_ms | row.speedups for row in rows)
 
@@ -215,6 +215,14 @@ def test_models_are_loaded_anew_several_times_for_a_batch_size() -> None:
     half = scipy.stats.t.ppf(0.975, 3) * statistics.stdev(effects) / 2
     low, middle, high = (math.exp(statistics.fmean(effects) + sign * half) for sign in (-1, 0, 1))
     assert rows[0].speedups["int8"] == Ratio(*(pytest.approx(value) for value in (middle, low, high)))
+
+
+def test_only_the_first_load_is_warmed_up_at_length() -> None:
+    machine = Machine()
+    config = LatencyConfig(batch_sizes=[1], warmup=5, loads=3, min_repeats=6, min_seconds=0)
+    calls = {"fp32": machine.make("fp32", 1.0), "int8": machine.make("int8", 0.5)}
+    measure_latency(lambda size: calls, "fp32", "int8", config, machine.clock, machine.rest)
+    assert machine.calls.count("fp32") == 5 + 1 + 1 + 6
 
 
 def test_fewer_rounds_than_loads_are_a_load_each() -> None:
@@ -330,6 +338,27 @@ def _findings_of_equal_models(seed: int, sizes: int = 8, models: int = 4) -> int
 def test_equal_models_are_called_different_in_at_most_5_of_100_sweeps() -> None:
     """Whole sweeps as they are made by default: eight batch sizes, five loads, twenty rounds."""
     assert sum(_findings_of_equal_models(seed) > 0 for seed in range(200)) <= 10
+
+
+def _rows_of_equal_floats(seed: int, floats: int, sizes: int = 8) -> LatencyResult:
+    """int8 and some floats, all of which take as long: a load moves each by 1 %, a round by 3 %."""
+    draw, rows = np.random.RandomState(seed), []
+    for n in range(sizes):
+        names = [*(f"float{k}" for k in range(floats)), "int8"]
+        round_ms = {
+            name: tuple(np.exp(np.repeat(0.01 * draw.randn(5), 4) + 0.03 * draw.randn(20)).tolist()) for name in names
+        }
+        rows.append(replace(latency_row(2**n, {"float0": 1.0}), round_ms=round_ms, loads=(4,) * 5, stats={}))
+    return LatencyResult("float0", tuple(rows), (), 2)
+
+
+@pytest.mark.parametrize("floats", [1, 3, 5])
+def test_the_fastest_of_equal_floats_is_no_faster_than_int8(floats: int) -> None:
+    """Chosen by the times that it is judged by, the fastest of five would look faster in 58 of 100 sweeps."""
+    names = [f"float{k}" for k in range(floats)]
+    found = [_rows_of_equal_floats(seed, floats).mean_ratio(names, "int8") for seed in range(150)]
+    assert sum(ratio.high < 1 or ratio.low > 1 for ratio in found) <= 0.1 * len(found)
+    assert abs(np.mean([math.log(ratio.median) for ratio in found])) < 0.002
 
 
 # --- told apart

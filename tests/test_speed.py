@@ -52,7 +52,7 @@ def test_mixed(evidence: Evidence) -> None:
     first = speed.faster_where(with_speedups(evidence, {1: 0.5, 2: 1.0, 8: 2.0, 16: 3.0, 32: 1.005}))
     assert (
         "int8 is faster at batch size 8, 16; slower at batch size 1; not shown to be faster or slower at batch size 2, "
-        "32: 0.50x to 3.00x as fast"
+        "32 (at a confidence that leaves 5 % for all comparisons of the sweep): 0.50x to 3.00x as fast"
     ) in first
 
 

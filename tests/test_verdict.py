@@ -29,7 +29,8 @@ INT8, FLOAT = "models:/smallnet-digits-int8/1", "bf16"
         (PASSED, SLOWER, "ship int8 for its size only", INT8),  # by a gate that asks for no speed
         (SLOW, LEVEL, "ship int8 for its size only", INT8),
         (SLOW, SLOWER, "keep float", FLOAT),
-        (SLOW, FASTER, "keep float", FLOAT),  # in the mean, but not at a batch size
+        (SLOW, FASTER, "ship int8 for its size only", INT8),  # in the mean, but not shown at each batch size
+        (SLOW, Ratio(1.0, 0.5, 2.0), "ship int8 for its size only", INT8),
         (INACCURATE, FASTER, "keep float", FLOAT),
         (BUSY, FASTER, "not measured well enough", None),
         (GUESSING, FASTER, "not trained", None),
@@ -39,6 +40,19 @@ def test_verdict(gate: GateResult, ratio: Ratio, word: str, ship: str | None) ->
     found = decide_verdict(gate, ratio, INT8, FLOAT)
     assert (found.word, found.ship) == (word, ship)
     assert gate.reasons[0] in found.reason
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (FASTER, "1.20x as fast as the fastest float (1.10 to 1.30): faster"),
+        (LEVEL, ": not shown to be faster"),
+        (SLOWER, ": slower"),
+    ],
+)
+def test_a_verdict_for_size_says_how_int8_compares_in_time(ratio: Ratio, words: str) -> None:
+    permissive = PASSED if ratio is not FASTER else SLOW
+    assert words in decide_verdict(permissive, ratio, INT8, FLOAT).reason
 
 
 def test_a_model_that_guesses_is_not_trained_whatever_else_failed() -> None:
@@ -77,6 +91,16 @@ def test_a_champion_that_stays_is_what_to_ship(evidence: Evidence) -> None:
     )
     replaced = replace(found, champion=True, succession=Succession(True, ("better: size",)))
     assert replaced.verdict.ship == evidence.int8.version_uri
+
+
+def test_what_was_not_compared_with_the_champion_ships_by_itself(evidence: Evidence) -> None:
+    """The champion may be for another image size: its name beside the candidate's figures would mislead."""
+    why = Succession(False, ("it was made with other data or another image size",), compared=False)
+    found = replace(evidence, champion=False, succession=why, before_uri="models:/smallnet-digits-int8/7")
+    assert found.verdict.ship == evidence.int8.version_uri
+    assert "It was not compared with the champion, `models:/smallnet-digits-int8/7`, which stays" in claims.verdict(
+        found
+    )
 
 
 def test_a_better_version_beside_the_one_asked_for_is_what_to_ship(evidence: Evidence) -> None:
