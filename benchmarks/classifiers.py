@@ -52,7 +52,7 @@ class Row:
     first_validation_loss: float | None
     best_validation_top1_percent: float
     test_top1_percent: float | None
-    skipped_steps: int
+    skipped_steps: int | None
     duration_s: float
     error: str = ""
 
@@ -74,7 +74,8 @@ def train(model_name: str, seed: int, options: TrainConfig, image_size: int, unt
         if until is not None and epoch.validation_top1_percent >= until:
             raise _ReachedError
 
-    started, skipped, error = time.monotonic(), 0, ""
+    started, error = time.monotonic(), ""
+    skipped: int | None = None  # not known of a training that ends early
     with tempfile.TemporaryDirectory() as folder:
         try:
             skipped = train_model(model, dataset, options, seed, note, Path(folder)).skipped_steps

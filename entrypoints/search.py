@@ -4,6 +4,7 @@ from typing import Any
 
 from entrypoints.options import ModelUri, given_or_none, run_alone, with_options
 from qexp.config import Config
+from qexp.environment import wait_as_the_user_does
 
 
 @with_options("model", "seed", "threads", "output_dir", "data", "train", "quantize", "latency", "gate", "search")
@@ -12,6 +13,8 @@ def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
 
     Without --model-uri: the newest registered fp32 version of this model and data set, trained first if there is none.
     """
+    if config.search.objective == "top1+latency":  # its trials are timed in this process
+        wait_as_the_user_does()
     from qexp.search import run_search
 
     return run_search(config, given_or_none(model_uri))

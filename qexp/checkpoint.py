@@ -37,6 +37,7 @@ class Position:
     total_s: float = 0.0  # spent in all, without the pauses between processes
     times_resumed: int = 0
     skipped_steps: int = 0  # whose gradient was not finite
+    skipped_in_epoch: int = 0
 
 
 def checkpoint_folder(run_id: str) -> Path:

@@ -32,6 +32,13 @@ def wait_without_spinning() -> None:
         os.environ.update({WAIT_POLICY: "passive", SET_BY_QEXP: "1"})
 
 
+def wait_as_the_user_does() -> None:
+    """Undo `wait_without_spinning`, for a command that times models in its own process; call it before importing
+    torch."""
+    if os.environ.pop(SET_BY_QEXP, None):
+        os.environ.pop(WAIT_POLICY, None)
+
+
 def as_the_user_set(variables: dict[str, str]) -> dict[str, str]:
     """`variables` without what `wait_without_spinning` has set: for a process that is timed as a user would run it."""
     ours = {WAIT_POLICY, SET_BY_QEXP} if SET_BY_QEXP in variables else set()

@@ -9,18 +9,22 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from qexp.bf16 import padding_seen_in_fp32
 from qexp.config import TrainConfig
 from qexp.data import Split
 from qexp.distributed import read_group, threads_each
+from qexp.errors import InputError
 from qexp.evaluation import to_float
 from qexp.files import replacing
+from qexp.models import Classifier
 from qexp.progress import say
 
 FILE = "execution.json"  # in the folder of the training
@@ -78,7 +82,10 @@ def settle_execution(options: TrainConfig, device: str, model: nn.Module, train:
     """
     file = folder / FILE
     if file.is_file():
-        begun = TypeAdapter(Settled).validate_json(file.read_text())
+        try:
+            begun = TypeAdapter(Settled).validate_json(file.read_text())
+        except ValidationError:
+            raise InputError(f"{file}: damaged; remove it, and what it held is timed anew") from None
         given = {name: getattr(options, name) for name in begun.options()}
         return replace(begun, **{name: value for name, value in given.items() if value is not None})
     total = options.train_threads or torch.get_num_threads()
@@ -132,9 +139,11 @@ def fastest_execution(
     ):
         return start, ()
     before = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
+    network = copy.deepcopy(model)
+    as_trained = padding_seen_in_fp32(network, has_bf16) if isinstance(network, Classifier) else nullcontext()
+    with torch.random.fork_rng(devices=[]), as_trained:
         try:
-            step = _step_of(copy.deepcopy(model), train)
+            step = _step_of(network, train)
             images = _images(step, start, min(options.batch_size, len(train)))
             return choose(step, start, images, options, has_bf16)
         finally:

@@ -52,7 +52,9 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
-        file.write_text(to_yaml(config))
+        # The number of threads that `auto` stands for is no number that was given: training times its own.
+        as_given = config if config.train.train_threads else config.model_copy(update={"threads": None})
+        file.write_text(to_yaml(as_given))
         arguments = ["-m", f"entrypoints.{command}", "--config", str(file)]
         if resume:  # the run's own configuration counts, but for these
             arguments += ["--resume", resume, *_free_options(config, command)]

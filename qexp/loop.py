@@ -18,7 +18,7 @@ from qexp.errors import StageError
 from qexp.evaluation import to_float, top_k_credit
 from qexp.interrupts import StopRequest
 from qexp.models import Classifier
-from qexp.progress import track
+from qexp.progress import say, track
 from qexp.recipe import make_optimizer, steps_of
 
 EVALUATION_BATCH_SIZE = 256
@@ -58,7 +58,9 @@ class Loop:
 
     def count_skipped(self) -> None:
         """Add the steps skipped to those of `position`."""
-        self.position.skipped_steps += round(self.skipped.item())
+        skipped = round(self.skipped.item())
+        self.position.skipped_steps += skipped
+        self.position.skipped_in_epoch += skipped
         self.skipped.zero_()
 
 
@@ -233,12 +235,25 @@ def estimate_batch_norm(loop: Loop, train: Split) -> None:
         norm.momentum = None  # the mean over all batches
         norm.train()
     with torch.no_grad():
-        for batch in chosen.chunk(math.ceil(len(chosen) / loop.options.batch_size)):
+        # Of equal size: batch norm cannot take the statistics of one image, and every process must have one.
+        for batch in chosen.tensor_split(max(1, len(chosen) // loop.options.batch_size)):
             share = slice(loop.group.rank, None, loop.group.size)
             images = _augmented(loop, train, batch, generator)[share]
             _forward(loop, loop.model, images, _on_device(loop, train.labels[batch])[share])
     for norm, momentum in zip(lagging, momenta, strict=True):
         norm.momentum = momentum
+
+
+def check_skipped(position: Position) -> None:
+    """Say how many steps of the epoch had no finite gradient; raise StageError if none had one."""
+    skipped = position.skipped_in_epoch
+    if skipped and skipped >= position.step:
+        raise StageError(
+            f"training stopped in epoch {position.epoch}: no step had a finite gradient; lower --learning-rate, or "
+            "--bf16 false"
+        )
+    if skipped:
+        say(f"warning: {skipped} of {position.step} steps had no finite gradient and were skipped")
 
 
 def validate(loop: Loop, split: Split) -> tuple[float, float, float]:

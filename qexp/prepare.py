@@ -50,7 +50,7 @@ def prepare(
         if resume:
             resumed.check_data(resume, dataset)
         tracking.use_experiment(dataset.name, resume)
-    if config.threads and not (config.train.train_threads or resume):
+    if config.threads and not (config.train.train_threads or resume or model_uri):
         train = config.train.model_copy(update={"train_threads": config.threads})
         config = config.model_copy(update={"train": train})
     config = config.model_copy(update={"threads": host.threads})

@@ -93,6 +93,8 @@ def make_optimizer(
     """
     peak, decay = options.learning_rate or 0.0, options.weight_decay or 0.0
     groups = parameter_groups(model, peak)
+    if options.optimizer == "adamw":
+        groups = [part for group in groups for part in _by_decay(group)]
     optimizer: torch.optim.Optimizer
     if options.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=decay, fused=True)
@@ -122,6 +124,15 @@ def parameter_groups(model: Classifier, peak: float) -> list[dict[str, Any]]:
     first = list(model.network.get_submodule("classifier.0").parameters())
     others = [parameter for parameter in model.parameters() if all(parameter is not one for one in first)]
     return [{"params": others, "lr": peak}, {"params": first, "lr": peak / copies}]
+
+
+def _by_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The weights of layers, which decay, and what does not, as those have it who proposed AdamW's networks: biases,
+    scales of norms, tokens and position embeddings."""
+    decaying = [one for one in group["params"] if one.dim() in (2, 4)]
+    others = [one for one in group["params"] if one.dim() not in (2, 4)]
+    parts = [group | {"params": decaying}, group | {"params": others, "weight_decay": 0.0}]
+    return [part for part in parts if part["params"]]
 
 
 def steps_of(images: int, options: TrainConfig) -> int:

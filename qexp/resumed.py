@@ -1,5 +1,6 @@
 """Going on with a run that was stopped or killed: which run, with which configuration, and whether it can."""
 
+import os
 from typing import Any
 
 from qexp import metrics, tracking
@@ -42,7 +43,10 @@ def config_of_run(overrides: dict[str, dict[str, Any]], run_id: str, command: st
     except InputError as error:
         why = f"its configuration cannot be read: {error}"
         raise InputError(f"--resume {run_id}: {why}; if it stopped before it was recorded, start a new run") from None
-    config = _with_free_options(recorded, parse_options(overrides), run_id)
+    given = parse_options(overrides)
+    if "threads" in given.get("", {}) and "WORLD_SIZE" not in os.environ:  # as at the start: those of training, too
+        given.setdefault("train", {}).setdefault("train_threads", given[""]["threads"])
+    config = _with_free_options(recorded, given, run_id)
     if stage == "train" and leads:
         check_checkpoint(run)
     return config

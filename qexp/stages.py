@@ -24,7 +24,7 @@ from qexp.errors import InputError, StageError
 from qexp.evaluation import Accuracy, guess_percent, measure_accuracy, predict_logits
 from qexp.evidence import DataFacts, Evidence, Fp32Evidence
 from qexp.fastest import settle_execution
-from qexp.host import Host
+from qexp.host import Host, freed_memory_reused
 from qexp.models import Classifier, ModelSpec, build_classifier, save_classifier
 from qexp.progress import say
 from qexp.registry import Registered
@@ -58,7 +58,9 @@ def train_stage(config: Config, host: Host, dataset: Dataset, resume: str | None
         if resume:
             leftovers.discard_versions(resume)
         model, folder = fresh_classifier(config, dataset), checkpoint_folder(run_id)
-        settled = settle_execution(config.train, config.train.device or "cpu", model, dataset.train, folder)
+        tracking.log_setup(config, host)  # what timing settles is left out: a run that is stopped now can be resumed
+        with freed_memory_reused():  # as the training that follows
+            settled = settle_execution(config.train, config.train.device or "cpu", model, dataset.train, folder)
         config = with_execution(config, settled.options())
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, SPLITS)

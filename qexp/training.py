@@ -80,7 +80,7 @@ class TrainResult:
     @property
     def execution(self) -> dict[str, bool | int]:
         """How the steps were computed, as options of training."""
-        return Settled(self.bf16, self.threads, self.channels_last).options()
+        return Settled(self.bf16, self.threads, self.channels_last).options() if self.threads else {}
 
 
 def train_model(
@@ -105,13 +105,15 @@ def train_model(
         InputError: the checkpoint in `folder` is of another training.
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came, and the checkpoint is written.
     """
-    options = settle_options(options, dataset.name, model)
+    options, given_threads = settle_options(options, dataset.name, model), options.train_threads
     threads, device = torch.get_num_threads(), options.device or "cpu"
     with stop_requests() as stop, freed_memory_reused(), joined(device) as group:
         settled = settle_execution(options, device, model, dataset.train, folder) if group.leads else None
         settled = group.from_leader(settled)
         options = options.model_copy(update=settled.options())
-        torch.set_num_threads(threads_each(settled.train_threads, group))
+        # Other machines may have fewer cores than the leader's, where the steps were timed.
+        total = settled.train_threads if given_threads or group.leads else min(threads, settled.train_threads)
+        torch.set_num_threads(threads_each(total, group))
         if options.batch_size < 2 * group.size:
             raise InputError(
                 f"--batch-size {options.batch_size}: must be at least 2 for each of {group.size} processes"
@@ -152,6 +154,8 @@ def _run_epoch(loop: Loop, dataset: Dataset, keeper: "_Keeper") -> EpochResult:
     """The rest of the epoch under way; ends with a checkpoint at the beginning of the next."""
     position = loop.position
     passes.train_pass(loop, dataset.train, keeper.after_step)
+    loop.count_skipped()
+    passes.check_skipped(position)
     passes.estimate_batch_norm(loop, dataset.train)
     validation = passes.validate(loop, dataset.validation)
     if loop.group.size == 1:
@@ -165,7 +169,6 @@ def _run_epoch(loop: Loop, dataset: Dataset, keeper: "_Keeper") -> EpochResult:
         best_epoch = position.epoch
         keeper.save_best()
     epochs, times = [*position.epochs, asdict(result)], position.times_resumed
-    loop.count_skipped()
     skipped = position.skipped_steps
     loop.position = Position(
         position.epoch + 1, epochs=epochs, best_epoch=best_epoch, times_resumed=times, skipped_steps=skipped
