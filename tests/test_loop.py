@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qexp import loop as passes
 from qexp.augmentation import augment
+from qexp.checkpoint import Position
 from qexp.config import TrainConfig
 from qexp.data import Dataset
 from qexp.distributed import Group
@@ -170,3 +171,30 @@ def test_memory_layout_is_as_asked(tiny: Dataset, channels_last: bool) -> None:
     _pass(tiny, model, channels_last=channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert all(images.is_contiguous(memory_format=layout) for images in seen)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 11, 31, 53])
+def test_batch_norm_is_never_estimated_from_one_image(tiny: Dataset, batch_size: int) -> None:
+    """On maps of 1x1, one image has no variance: torch refuses it."""
+
+    class Map(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            assert len(images) >= 2
+            return images
+
+    model = build_tiny(tiny)
+    model.network.insert(0, Map())
+    loop = _loop(tiny, model, batch_size=batch_size)
+    for norm in _batch_norms(model):
+        norm.momentum = 1e-6  # so that its averages lag at any number of steps
+    passes.estimate_batch_norm(loop, tiny.train)
+    assert all(norm.running_var.isfinite().all() for norm in _batch_norms(model))
+
+
+def test_skipped_steps_are_said_and_an_epoch_of_nothing_else_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    passes.check_skipped(Position(step=4))
+    assert capsys.readouterr().err == ""
+    passes.check_skipped(Position(step=4, skipped_in_epoch=1))
+    assert "warning: 1 of 4 steps had no finite gradient and were skipped" in capsys.readouterr().err
+    with pytest.raises(StageError, match="training stopped in epoch 1: no step had a finite gradient"):
+        passes.check_skipped(Position(step=4, skipped_in_epoch=4))

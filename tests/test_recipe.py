@@ -102,3 +102,13 @@ def test_momentum_zero_is_plain_descent(tiny: Dataset) -> None:
     for momentum, nesterov in ((0.0, False), (0.9, True)):
         options = TrainConfig(momentum=momentum, learning_rate=0.1, optimizer="sgd")
         assert make_optimizer(build_tiny(tiny), options, steps=10)[0].defaults["nesterov"] is nesterov
+
+
+def test_adamw_lets_only_the_weights_of_layers_decay(tiny: Dataset) -> None:
+    model = build_tiny(tiny)
+    options = settle_options(TrainConfig(optimizer="adamw"), "p", model)
+    optimizer, _ = make_optimizer(model, options, 100)
+    decays = {id(one): group["weight_decay"] for group in optimizer.param_groups for one in group["params"]}
+    assert set(decays) == {id(one) for one in model.parameters()}
+    for name, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0.05 if parameter.dim() > 1 else 0.0), name
