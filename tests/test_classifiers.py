@@ -50,7 +50,7 @@ CASES = [
     for name in TABLE
     for engine in ENGINES
 ]
-LARGE = ("vit_b_16",)  # needs more memory than a test process may have
+LARGE = ("resnet50", "convnext_tiny", "vit_b_16")  # need more memory than a test process may have
 LEAST_SQNR_DB = 15  # of the logits; a scale that is wrong in one layer leaves less than 5
 INT8 = (
     "quantized::conv2d", "quantized::conv2d_relu", "quantized::linear", "quantized::linear_relu",
