@@ -1,4 +1,4 @@
-"""Writes what repeats the options of qexp/options.py and entrypoints/: config.yaml and MLproject (`make generate`)."""
+"""Writes what repeats the options of qexp/config.py and entrypoints/: config.yaml and MLproject (`make generate`)."""
 
 import inspect
 from importlib import import_module

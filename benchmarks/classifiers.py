@@ -19,13 +19,13 @@ import torch
 from pydantic import TypeAdapter
 
 from qexp.config import DataConfig, TrainConfig
-from qexp.data import load_dataset
+from qexp.data.datasets import load_dataset
 from qexp.errors import StageError
-from qexp.evaluation import measure_accuracy, predict_logits
-from qexp.host import read_host
-from qexp.models import ModelSpec, build_classifier
-from qexp.recipe import settle_options
-from qexp.training import EpochResult, train_model
+from qexp.measurement.accuracy import measure_accuracy, predict_logits
+from qexp.measurement.host import read_host
+from qexp.models.classifier import ModelSpec, build_classifier
+from qexp.training.recipe import settle_options
+from qexp.training.train import EpochResult, train_model
 
 # Those of tests/test_classifiers.py that take 32 px, and the two that the reports are about.
 MODELS = (

@@ -60,11 +60,11 @@ def train_here(model_name: str, options: dict[str, bool | int | None], threads: 
 
     import torch
 
-    from qexp import training
     from qexp.config import TrainConfig
-    from qexp.data import Dataset, Split
-    from qexp.fastest import settle_execution
-    from qexp.models import ModelSpec, build_classifier
+    from qexp.data.datasets import Dataset, Split
+    from qexp.models.classifier import ModelSpec, build_classifier
+    from qexp.training import train as training
+    from qexp.training.execution import settle_execution
 
     torch.set_num_threads(threads)
     classes = tuple("abcdefghij")
@@ -162,7 +162,7 @@ def main() -> None:
     if given.train:
         print(json.dumps(asdict(train_here(given.train, json.loads(given.options), threads))))
         return
-    from qexp.host import read_host
+    from qexp.measurement.host import read_host
 
     rows = measure_all(given.models.split(","), given.rounds, threads)
     print(markdown(rows))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from qexp.config import QuantizeConfig
-from qexp.evaluation import to_float
-from qexp.models import Classifier
+from qexp.measurement.accuracy import to_float
+from qexp.models.classifier import Classifier
+from qexp.models.onnx_file import INPUT, OnnxClassifier, export
 from qexp.quantization import quantize_model
 from qexp.quantization.cleanup import folded_layers
-from qexp.quantization.onnx import INPUT, OnnxClassifier, export
 
 Predict = Callable[[Tensor], Tensor]
 FOLDED = "fx_folded"

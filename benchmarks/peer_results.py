@@ -8,10 +8,10 @@ from limits import Limits, Operation
 from matplotlib.figure import Figure
 from peer_models import FOLDED, OURS, PEERS
 
-from qexp.host import Host
-from qexp.latency import LatencyRow, Ratio
-from qexp.report import table
-from qexp.speed import span, three_digits
+from qexp.measurement.host import Host
+from qexp.measurement.latency import LatencyRow, Ratio
+from qexp.report.page import table
+from qexp.report.speed import span, three_digits
 
 DEFAULT = "fx"  # what `qexp run` does unless told otherwise, as a plain load runs it
 PROFILED = "fx_onednn"

@@ -29,16 +29,17 @@ from peer_results import DEFAULT, PROFILED, Entry, Peers, draw, render
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from qexp import registered, registry
 from qexp.config import Config, DataConfig, LatencyConfig
-from qexp.cost import measure_cost
-from qexp.data import Dataset, calibration_count, calibration_subset, load_dataset
+from qexp.data.datasets import Dataset, calibration_count, calibration_subset, load_dataset
 from qexp.errors import InputError
-from qexp.evaluation import Comparison, compare, measure_accuracy, predict_logits
-from qexp.evidence import from_json, to_json
-from qexp.host import read_host
-from qexp.latency import AGAIN, FEWEST_ROUNDS, LatencyRow, measure_latency
-from qexp.store import use_store
+from qexp.files import from_json, to_json
+from qexp.measurement.accuracy import Comparison, compare, measure_accuracy, predict_logits
+from qexp.measurement.cost import measure_cost
+from qexp.measurement.host import read_host
+from qexp.measurement.latency import AGAIN, FEWEST_ROUNDS, LatencyRow, measure_latency
+from qexp.pipeline import loading as registered
+from qexp.tracking import registry
+from qexp.tracking.store import use_store
 
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
 

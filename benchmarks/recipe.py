@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from qexp import loop as passes
-from qexp import recipe
-from qexp.augmentation import augment
 from qexp.config import DataConfig, TrainConfig
-from qexp.data import Dataset, Split, load_dataset
-from qexp.host import read_host
-from qexp.loop import Loop
-from qexp.models import Classifier, ModelSpec, build_classifier
-from qexp.recipe import make_optimizer, recipe_for
-from qexp.training import TrainResult, train_model
+from qexp.data.datasets import Dataset, Split, load_dataset
+from qexp.measurement.host import read_host
+from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.training import loop as passes
+from qexp.training import recipe
+from qexp.training.augmentation import augment
+from qexp.training.loop import Loop
+from qexp.training.recipe import make_optimizer, recipe_for
+from qexp.training.train import TrainResult, train_model
 
 EMA_DECAY = 0.99  # a step
 SMALL_SIZE, SMALL_SHARE = 24, 0.4  # pixels, and the share of the epochs that see images of that size

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config import Config, load_config
-from qexp.evaluation import measure_accuracy
+from qexp.measurement.accuracy import measure_accuracy
 from qexp.search import queue, runs, worker
 from qexp.search.joining import get_ready, set_up
 from qexp.search.storage import open_place, storages_of
 from qexp.search.study import Params, Study, grid_of
 from qexp.search.trials import Bench, _logits, _quantized, options_for
-from qexp.store import use_store
+from qexp.tracking.store import use_store
 
 
 def seconds(work: Callable[[], object]) -> float:

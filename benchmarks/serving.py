@@ -32,9 +32,9 @@ import mlflow
 import numpy as np
 import torch
 
-from qexp import registry
-from qexp.host import read_host
-from qexp.store import use_store
+from qexp.measurement.host import read_host
+from qexp.tracking import registry
+from qexp.tracking.store import use_store
 
 KINDS = ("fp32", "int8")
 START_SECONDS, WARM_UP_REQUESTS = 120, 5

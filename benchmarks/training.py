@@ -24,18 +24,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from qexp import loop as passes
-from qexp.augmentation import augment
 from qexp.config import TrainConfig
-from qexp.data import Dataset, Split
-from qexp.distributed import Group
-from qexp.evaluation import to_float
-from qexp.host import read_host, reuse_freed_memory
-from qexp.interrupts import StopRequest
-from qexp.loop import Loop
-from qexp.models import Classifier, ModelSpec, build_classifier
-from qexp.recipe import settle_options
-from qexp.vision import torchvision
+from qexp.data.datasets import Dataset, Split
+from qexp.measurement.accuracy import to_float
+from qexp.measurement.host import read_host, reuse_freed_memory
+from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.vision import torchvision
+from qexp.training import loop as passes
+from qexp.training.augmentation import augment
+from qexp.training.distributed import Group
+from qexp.training.interrupts import StopRequest
+from qexp.training.loop import Loop
+from qexp.training.recipe import settle_options
 
 CLASSES = tuple("abcdefghij")
 IMAGE_SIZE, BATCH_SIZE, WARM_UP_STEPS = 32, 128, 2

@@ -9,7 +9,7 @@ from qexp.config import Config
 @with_options("threads", "latency")
 def latency(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
     """Time a registered int8 version against the fp32 version that it came from."""
-    from qexp.pipeline import run_latency
+    from qexp.pipeline.jobs import run_latency
 
     return run_latency(config, model_uri)
 

@@ -14,7 +14,7 @@ def main(
 
     With --model-uri, a registered fp32 version takes the place of training.
     """
-    from qexp.pipeline import run_main
+    from qexp.pipeline.jobs import run_main
 
     return run_main(config, given_or_none(model_uri), given_or_none(resume), overrides)
 

@@ -20,7 +20,7 @@ def models(name: Pattern = "auto", json: Json = "auto") -> None:
     """
 
     def action() -> dict[str, Any] | None:
-        from qexp.store.catalog import as_table, list_models
+        from qexp.tracking.catalog import as_table, list_models
 
         shown, rows = not is_true("--json", json), list_models(given_or_none(name))
         terminal = shown and sys.stdout.isatty()

@@ -1,6 +1,6 @@
 """Command-line options made from the configuration's models, and the one way in which every command ends.
 
-An option is declared once: as a field of a model in qexp/options.py. Its text goes to pydantic, which checks type and
+An option is declared once: as a field of a model in qexp/config.py. Its text goes to pydantic, which checks type and
 range for the command line and the file alike; `auto` means not given, since MLproject has no other word for that.
 """
 
@@ -21,10 +21,9 @@ import typer.exceptions
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from qexp.config import Config, load_config
+from qexp.config import Config, load_config, option_name
 from qexp.environment import wait_without_spinning
 from qexp.errors import InputError, StageError, first_line, hide_passwords
-from qexp.options import option_name
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 NOT_GIVEN = ("auto", "")

@@ -9,7 +9,7 @@ from qexp.config import Config
 @with_options("threads", "data_dir", "quantize", "batch_sizes")
 def quantize(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
     """Quantize a registered fp32 version, compare both on the same images and register the int8 version."""
-    from qexp.pipeline import run_quantize
+    from qexp.pipeline.jobs import run_quantize
 
     return run_quantize(config, model_uri)
 

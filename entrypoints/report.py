@@ -9,7 +9,7 @@ from qexp.config import Config
 @with_options("output_dir", "gate")
 def report(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
     """Write the report on a registered int8 version from what its runs have logged."""
-    from qexp.pipeline import run_report
+    from qexp.pipeline.jobs import run_report
 
     return run_report(config, model_uri)
 

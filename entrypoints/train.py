@@ -9,7 +9,7 @@ from qexp.config import Config
 @with_options("model", "seed", "threads", "data", "train")
 def train(config: Config, *, resume: Resume = "auto", overrides: Overrides) -> dict[str, Any] | None:
     """Train a classifier, measure it in fp32 and register it."""
-    from qexp.pipeline import run_train
+    from qexp.pipeline.jobs import run_train
 
     return run_train(config, given_or_none(resume), overrides)
 

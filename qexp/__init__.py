@@ -1,7 +1,7 @@
 """qexp answers one question with evidence: can this image classifier ship as int8 on this CPU?
 
-Read the modules as the data flows: config > data > models > training > quantization > evaluation > cost > latency >
-tracking > registry > plots > report, called in this order by pipeline.
+The packages are the stages, in the order in which data passes through them; each imports only packages before it:
+models > measurement > data > quantization > training > report > tracking > pipeline > search.
 """
 
 from typing import Any
@@ -16,6 +16,6 @@ def load(uri: str) -> Any:
     because TorchScript packs int8 weights at load, for whatever engine the process has chosen. A version of engine
     `onnx` is run by ONNX Runtime, on as many threads as torch.
     """
-    from qexp.registry import load_version
+    from qexp.tracking.registry import load_version
 
     return load_version(uri)

@@ -1,49 +1,320 @@
-"""The configuration: options.py says what there is; the file overrides its defaults, the command line the file.
+"""The configuration: every option once, with its type, range, default, unit and help, and how values are read.
 
-The word `auto` means "not given" everywhere: it leaves the default, which None stands for where the value is chosen by
-a later stage.
+The commands make their options from these models; `config.yaml` and `MLproject` are generated from them
+(`make generate`). A file overrides the defaults, the command line the file. `auto` means "not given" everywhere: it
+leaves the default, which None stands for where the value is chosen by a later stage.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
 from qexp.errors import InputError
-from qexp.options import (
-    DATASETS,
-    HOW_TO_TRAIN,
-    Config,
-    DataConfig,
-    GateConfig,
-    LatencyConfig,
-    ModelGate,
-    QuantizeConfig,
-    SearchConfig,
-    TrainConfig,
-    option_name,
-)
 
-__all__ = [
-    "DATASETS",
-    "HOW_TO_TRAIN",
-    "Config",
-    "DataConfig",
-    "GateConfig",
-    "LatencyConfig",
-    "QuantizeConfig",
-    "SearchConfig",
-    "TrainConfig",
-    "flat_params",
-    "given_otherwise",
-    "load_config",
-    "parse_options",
-    "parse_yaml",
-    "to_yaml",
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+# Options of training that may differ when it is resumed: where and how fast, not what is computed.
+HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes", "train_threads")
+DATASETS = ("digits", "cifar10", "imagefolder")
+Engine = Literal["fx", "pt2e", "onnx"]
+Observer = Literal["histogram", "minmax", "batch_average", "percentile"]
+Scale = Literal["channel", "layer"]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
+
+
+def _renamed(value: Any) -> Any:
+    """`moving_average`, an observer of earlier versions, as the one that has taken its place."""
+    if isinstance(value, list):
+        return [_renamed(name) for name in value]
+    return "batch_average" if value == "moving_average" else value
+
+
+def _as_list(value: Any) -> Any:
+    """A file may say `engine: fx` instead of `engine: [fx]`."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _once(names: list[str]) -> list[str]:
+    """Each choice once, in the order given."""
+    return list(dict.fromkeys(names))
+
+
+Engines = Annotated[list[Engine], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once)]
+Names = Annotated[
+    list[Annotated[str, StringConstraints(strip_whitespace=True)]], BeforeValidator(_as_list), AfterValidator(_once)
 ]
+Baselines = Annotated[
+    list[Literal["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"]],
+    BeforeValidator(lambda value: [] if value in ("none", ["none"]) else _as_list(value)),
+    AfterValidator(_once),
+]
+
+
+class DataConfig(BaseModel):
+    model_config = STRICT
+    dataset: Literal["digits", "cifar10", "imagefolder"] = Field("digits", description="data set")
+    data_dir: str | None = Field(
+        None, description="folder of cifar10 (auto: data/cifar10-python) or imagefolder (must be given)"
+    )
+    image_size: int = Field(32, ge=8, le=1024, description="height and width of the model's input, pixels")
+    validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of the training images kept for validation")
+
+
+class TrainConfig(BaseModel):
+    model_config = STRICT
+    epochs: int = Field(20, ge=1, le=10_000, description="passes over the training images, at most")
+    batch_size: int = Field(128, ge=2, description="images a step")
+    optimizer: Literal["sgd", "adamw"] | None = Field(
+        None, description="optimizer; auto: adamw for networks with layer norm and SqueezeNet, else sgd"
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak of the one-cycle schedule; auto: adamw 0.001, sgd 0.2 (deep 0.05, without batch norm 0.03)",
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum of sgd (plain SGD at 0)")
+    weight_decay: float | None = Field(
+        None, ge=0, description="L2 penalty of sgd, decoupled decay of adamw; auto: 0.0005 with sgd, 0.05 with adamw"
+    )
+    clip_norm: float = Field(
+        5.0, gt=0, description="norm to which the gradient of all weights is scaled down, if larger"
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
+    crop_padding: int = Field(4, ge=0, description="random crop after reflecting so many pixels at each border")
+    flip: bool | None = Field(None, description="random horizontal flip; auto: on, off for digits")
+    bf16: bool | None = Field(None, description="bf16 autocast; auto: on where timed steps are faster by a fifth")
+    channels_last: bool | None = Field(None, description="channels-last memory layout; auto: as timed steps are faster")
+    train_threads: int | None = Field(
+        None, ge=1, description="CPU threads of training; auto: threads if given, else as timed steps are faster"
+    )
+    device: Literal["cpu", "cuda"] | None = Field(None, description="where to train; auto: cuda if there is one")
+    processes: int = Field(1, ge=1, le=64, description="training processes on this machine, started by torchrun")
+    checkpoint_minutes: float = Field(
+        5.0, gt=0, description="minutes between checkpoints inside an epoch; each epoch ends with one anyway"
+    )
+    patience: int = Field(
+        6,
+        ge=1,
+        description="epochs without a better validation top-1, or the same with a lower loss, before training stops",
+    )
+
+
+class QuantizeConfig(BaseModel):
+    model_config = STRICT
+    engine: Engines = Field(["fx"], description="quantization engines, side by side: fx, pt2e, onnx")
+    backend: Literal["x86", "onednn"] | None = Field(
+        None, description="int8 kernels of engine fx; auto: the faster ones, as measured (a plain load uses x86)"
+    )
+    calibration_samples: int | None = Field(
+        None, ge=1, description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer"
+    )
+    calibration_batch_size: int = Field(64, ge=1, description="images a calibration step")
+    observer: Annotated[Observer, BeforeValidator(_renamed)] = Field(
+        "histogram", description="how activation ranges are chosen: histogram, minmax, batch_average, percentile"
+    )
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="share of the activations inside the range of observer percentile, percent"
+    )
+    per_channel: bool = Field(True, description="one weight scale an output channel instead of one a layer")
+    fold_pool: bool = Field(
+        False, description="fold a pool that only repeats a 1x1 map (VGG at 32 px) into the linear layer after it"
+    )
+    keep_fp32: Names | None = Field(None, description="layers that stay fp32, by their names in the network")
+    allow_float: bool = Field(False, description="accept Conv2d and Linear layers that cannot be quantized")
+    max_top1_drop: float | None = Field(
+        None,
+        ge=0,
+        description="budget: layers go back to fp32 until validation top-1 drops by at most this (upper end), points",
+        json_schema_extra={"option": "quantize_max_top1_drop"},
+    )
+    max_tries: int = Field(10, ge=1, description="quantizations that the budget may cost")
+    sensitivity_images: int = Field(
+        256, ge=0, description="validation images on which each layer's sensitivity is measured; 0: not measured"
+    )
+
+    @property
+    def percentile_used(self) -> float | None:
+        """The percentile, where the observer has one."""
+        return self.percentile if self.observer == "percentile" else None
+
+    def only(self, engine: str) -> "QuantizeConfig":
+        """These options with one engine."""
+        return self.model_copy(update={"engine": [engine]})
+
+
+def _as_weights(value: Any) -> Any:
+    """`1:3,128:1` on the command line; JSON has made text of the numbers of a mapping."""
+    if isinstance(value, list):  # of one or more parts, already split at the commas
+        value = ",".join(map(str, value))
+    if isinstance(value, str):
+        pairs = (part.partition(":") for part in value.split(","))
+        value = {size: weight or "1" for size, _, weight in pairs}
+    return {_number(key): _number(weight) for key, weight in value.items()} if isinstance(value, dict) else value
+
+
+def _number(value: Any) -> Any:
+    """Text as the number that it stands for; anything else, and text that is no number, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.strip().isdecimal() else float(value)
+    except ValueError:
+        return value
+
+
+Weights = Annotated[dict[PositiveInt, Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_as_weights)]
+
+
+class LatencyConfig(BaseModel):
+    model_config = STRICT
+    batch_sizes: Counts = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
+    baselines: Baselines = Field(
+        ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"],
+        description="timed beside fp32 and int8, or none: fp32_eager, fp32_traced, bf16 (if the CPU has it), fp32_onnx",
+    )
+    profile: Weights | None = Field(
+        None, description="how much each batch size counts, 1:3,128:1; those left out do not; auto: all alike"
+    )
+    warmup: int = Field(5, ge=1, description="untimed passes of each model after each load")
+    loads: int = Field(5, ge=1, description="loads of all models at each batch size; at least 3 for a verdict")
+    min_repeats: int = Field(20, ge=2, description="rounds at each batch size, at least; each times every model")
+    min_seconds: float = Field(1.0, ge=0, description="seconds of timing at each batch size, at least")
+    max_busy_percent: float = Field(
+        5.0,
+        ge=0,
+        le=100,
+        description="share of the timed cores that others may take, percent; above it no verdict rests on the times",
+    )
+
+
+NotNegative = Annotated[float, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class ModelGate(BaseModel):
+    """Limits of one registered model; those left out are the gate's own."""
+
+    model_config = STRICT
+    max_top1_drop: float | None = None
+    min_size_ratio: NotNegative | None = None
+    min_speedup: NotNegative | None = None
+    min_top1: Percent | None = None
+    champion_top1_margin: NotNegative | None = None
+    champion_slowdown_percent: NotNegative | None = None
+
+
+def _int8_name(name: str) -> str:
+    if not name.endswith("-int8") or set(name) & set("*?["):
+        raise ValueError("must be the whole name of a registered int8 model, which ends with -int8")
+    return name
+
+
+class GateConfig(BaseModel):
+    model_config = STRICT
+    max_top1_drop: float = Field(
+        2.0, description="drop of test top-1 from fp32 to int8 that the 95 % interval may reach, percentage points"
+    )
+    min_size_ratio: float = Field(3.0, ge=0, description="smallest fp32 size over int8 size, as stored")
+    min_speedup: float = Field(
+        1.0,
+        ge=0,
+        description="time of the fastest float over int8's, below which no 95 % interval may go, at any batch size",
+    )
+    min_top1: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="int8 test top-1 that its 95 % interval must not go below, percent; auto: no such limit",
+    )
+    champion_top1_margin: float = Field(
+        1.0,
+        ge=0,
+        description="points of top-1 below the champion's that a successor's 95 % interval may reach",
+    )
+    champion_slowdown_percent: float = Field(
+        5.0, ge=0, description="how much slower than the champion a successor's 95 % interval may reach, percent"
+    )
+    models: dict[Annotated[str, AfterValidator(_int8_name)], ModelGate] = Field(
+        {},
+        description="limits of single models instead of those above: {vgg16-cifar10-int8: {max_top1_drop: 0.5}}",
+        json_schema_extra={"option": ""},
+    )
+
+    def of(self, name: str) -> "GateConfig":
+        """The limits that count for a registered model."""
+        own = self.models.get(name)
+        return self.model_copy(update=own.model_dump(exclude_none=True)) if own else self
+
+
+class SearchConfig(BaseModel):
+    model_config = STRICT
+    objective: Literal["top1", "top1+latency", "top1+size"] = Field(
+        "top1", description="validation top-1, alone or with p50 latency or size on disk as a second objective"
+    )
+    sample_counts: Counts = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
+    observers: (
+        Annotated[list[Observer], Field(min_length=1), BeforeValidator(_renamed), AfterValidator(_once)] | None
+    ) = Field(None, description="observers to try; auto: the one of quantize.observer")
+    weight_scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_once)] | None = Field(
+        None, description="one weight scale a channel or a layer, to try; auto: quantize.per_channel"
+    )
+    fp32_layer_counts: Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))
+    ] = Field([0], description="how many layers stay fp32, most sensitive first, to try; 0: none")
+    latency_batch_size: int = Field(1, ge=1, description="images a forward pass when a trial is timed")
+    seeds_per_point: int = Field(3, ge=1, description="calibration subsets drawn for each point")
+    sampler: Literal["grid", "tpe", "nsga2"] = Field(
+        "grid", description="grid: every point once; tpe, nsga2: Optuna's samplers of these names"
+    )
+    trials: int = Field(20, ge=1, description="trials of tpe and nsga2, over all workers; the grid has its own number")
+    study: str | None = Field(None, description="name of the study; auto: made from the model version and the options")
+    study_dir: str = Field("studies", description="folder of the study's journal file")
+    storage: str | None = Field(
+        None, description="database of a study with several workers, postgresql://USER@HOST/DATABASE; auto: study_dir"
+    )
+    heartbeat_seconds: int = Field(
+        5,
+        ge=1,
+        le=3600,
+        description="seconds between heartbeats of a worker; after six missed ones its trial is redone",
+    )
+    register_best: bool = Field(False, description="quantize again with the winner, measure and register it")
+
+
+class Config(BaseModel):
+    model_config = STRICT
+    model: str = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
+    seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"
+    )
+    output_dir: str | None = Field(None, description="folder that gets a copy of the report; auto: only MLflow has it")
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    latency: LatencyConfig = LatencyConfig()
+    gate: GateConfig = GateConfig()
+    search: SearchConfig = SearchConfig()
+
+
+def option_name(section: str, key: str) -> str:
+    """The command line's name of a field, with underscores: its key, unless two sections have the same key; empty for
+    what only the file can say."""
+    owner = type(Config.model_fields[section].default) if section else Config
+    return str((owner.model_fields[key].json_schema_extra or {}).get("option", key))  # type: ignore[union-attr]
 
 
 class _Yaml12Loader(yaml.SafeLoader):

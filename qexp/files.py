@@ -1,12 +1,17 @@
-"""Files that are either complete or not there: written beside their place, synced to disk, then renamed."""
+"""Files that are either complete or not there, and results as JSON in them."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter
 
 from qexp.errors import StageError, first_line
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -52,3 +57,13 @@ def _room(folder: Path) -> str:
         return f"; {shutil.disk_usage(folder).free / 1e6:.0f} MB free there"
     except OSError:
         return ""
+
+
+def to_json(result: object) -> str:
+    """A result as indented JSON."""
+    return TypeAdapter(type(result)).dump_json(result, indent=2).decode()
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """The result that `to_json` wrote."""
+    return TypeAdapter(kind).validate_json(text)

@@ -22,17 +22,17 @@ from stores import new_store
 from torch import nn
 
 from qexp.config import DataConfig, TrainConfig
-from qexp.cost import FLOP_COUNTER, Cost
-from qexp.data import Dataset, load_dataset
-from qexp.evaluation import Accuracy, Comparison
-from qexp.evidence import DataFacts, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
-from qexp.gate import GateResult
-from qexp.host import Host, give_back_freed_memory
-from qexp.latency import LatencyResult, LatencyRow, LatencyStats, Ratio, StartUp
-from qexp.models import Classifier, ModelSpec, build_classifier
+from qexp.data.datasets import Dataset, load_dataset
+from qexp.measurement.accuracy import Accuracy, Comparison
+from qexp.measurement.cost import FLOP_COUNTER, Cost
+from qexp.measurement.gate import GateResult
+from qexp.measurement.host import Host, give_back_freed_memory
+from qexp.measurement.latency import LatencyResult, LatencyRow, LatencyStats, Ratio, StartUp
+from qexp.models.classifier import Classifier, ModelSpec, build_classifier
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
-from qexp.training import EpochResult, TrainResult, train_model
+from qexp.report.results import DataFacts, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
+from qexp.training.train import EpochResult, TrainResult, train_model
 
 # For tests that need a run and look at neither: a sweep has no more models than int8 needs, no layer is tried alone.
 PLAIN = "--baselines none --sensitivity-images 0".split()

@@ -6,6 +6,7 @@ for the bare processes in which qexp verifies a model. As a program, this is suc
 
 import atexit
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -33,8 +34,9 @@ BARE = (
     "sqlalchemy.dialects.sqlite",
 )  # fmt: skip
 WITH_QEXP = (
-    *BARE, "qexp.pipeline", "qexp.search", "qexp.prediction", "qexp.promotion", "qexp.sync", "qexp.verification",
-    "qexp.vision", "matplotlib.figure", "sklearn.datasets", "torchvision.models",
+    *BARE, "qexp.pipeline.jobs", "qexp.search", "qexp.pipeline.prediction", "qexp.pipeline.promotion",
+    "qexp.pipeline.sync", "qexp.pipeline.verification",
+    "qexp.models.vision", "matplotlib.figure", "sklearn.datasets", "torchvision.models",
     "torch.distributed.elastic.multiprocessing", "entrypoints.options",
 )  # fmt: skip
 _files = tempfile.TemporaryDirectory(prefix="qexp-")
@@ -142,7 +144,7 @@ def _number(connection: socket.socket) -> int:
 def children_are_forks() -> None:
     """What qexp starts from this process, for sweeps and verifications, is a fork as well."""
     ours = SimpleNamespace(run=_run_forked, DEVNULL=subprocess.DEVNULL)
-    for module in ("qexp.sweep", "qexp.bare_process"):
+    for module in ("qexp.measurement.sweep", "qexp.tracking.clean_process"):
         importlib.import_module(module).subprocess = ours  # type: ignore[attr-defined]
 
 
@@ -150,7 +152,8 @@ def run_apart(test: Callable[..., None], *arguments: object) -> None:
     """Call a function of a test module in a process of its own, whose memory ends with it; what it raises is an
     AssertionError here. Arguments are plain values."""
     call = f"import {test.__module__}; {test.__module__}.{test.__name__}(*{arguments!r})"
-    words = ["-c", f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r}); {call}"]
+    folders = [str(Path(inspect.getfile(test)).parent), str(REPOSITORY / "tests")]
+    words = ["-c", f"import sys; sys.path[:0] = {folders!r}; {call}"]
     with tempfile.TemporaryDirectory() as name:
         out, err = f"{name}/out", f"{name}/err"
         environment = dict(os.environ) | {"OMP_NUM_THREADS": str(importlib.import_module("torch").get_num_threads())}
@@ -197,7 +200,7 @@ def _become(request: dict[str, Any], made: dict[str, str]) -> None:
 def _run(request: dict[str, Any], made: dict[str, str]) -> int:
     try:
         _become(request, made)
-        if "qexp.sweep" in sys.modules:
+        if "qexp.measurement.sweep" in sys.modules:
             children_are_forks()
         exec(request["before"], {"__name__": "before"})
         kind, what, *_ = request["command"]

@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 from conftest import REPOSITORY, latency_row
 
-from qexp.evidence import Evidence, from_json
-from qexp.latency import LatencyRow
+from qexp.files import from_json
+from qexp.measurement.latency import LatencyRow
+from qexp.report.results import Evidence
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 PROGRAMS = ("peers", "recipe", "search", "serving", "training", "classifiers", "execution")

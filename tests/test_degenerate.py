@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
-from qexp.data import Dataset
-from qexp.evaluation import to_float
-from qexp.models import Classifier, build_classifier
+from qexp.data.datasets import Dataset
+from qexp.measurement.accuracy import to_float
+from qexp.models.classifier import Classifier, build_classifier
+from qexp.models.onnx_file import OnnxClassifier
 from qexp.quantization import QuantizedModel, quantize_model
-from qexp.quantization.onnx import OnnxClassifier
-from qexp.training import TrainResult
+from qexp.training.train import TrainResult
 
 LAYERS = tuple(f"network.{place}" for place in (0, 3, 7, 10, 14, 17, 22))
 ENGINES = ("fx", "pt2e", "onnx")

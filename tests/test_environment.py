@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from qexp import registry
 from qexp.environment import SET_BY_QEXP, WAIT_POLICY, as_the_user_set, wait_without_spinning, waiting
+from qexp.tracking import registry
 
 
 @pytest.fixture(autouse=True)

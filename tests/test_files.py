@@ -14,7 +14,7 @@ from qexp.files import replacing
 FULL = """
 import resource, sys, torch
 from pathlib import Path
-from qexp.checkpoint import save_checkpoint
+from qexp.training.checkpoint import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # what a full disk does, at 100 kB
 save_checkpoint(Path(sys.argv[1]), {"position": {"best_epoch": 0}, "model": torch.zeros(1_000_000)})
 """

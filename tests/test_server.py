@@ -15,11 +15,11 @@ import pytest
 from conftest import environment_for
 from postgres import skip_unless_installed
 
-from qexp import pipeline
 from qexp.config import load_config
 from qexp.errors import InputError
+from qexp.pipeline import jobs as pipeline
 from qexp.postgres import free_port
-from qexp.store import use_store
+from qexp.tracking.store import use_store
 
 PASSWORD = "correct-horse-battery"
 

@@ -23,12 +23,12 @@ import torch
 from conftest import Finished, build_tiny, environment_for
 from PIL import Image
 
-from qexp import registry
 from qexp.config import QuantizeConfig
-from qexp.data import Dataset
-from qexp.evaluation import to_float
-from qexp.prediction import predict_files
+from qexp.data.datasets import Dataset
+from qexp.measurement.accuracy import to_float
+from qexp.pipeline.prediction import predict_files
 from qexp.quantization import quantize_model
+from qexp.tracking import registry
 
 CHAMPION = "models:/smallnet-digits-int8@champion"
 FP32 = "models:/smallnet-digits-fp32/1"

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError, StageError
-from qexp.evaluation import to_float
-from qexp.quantization import fx, onnx, pt2e
+from qexp.measurement.accuracy import to_float
 from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
+from qexp.quantization.engines import fx, onnx, pt2e
 from qexp.quantization.equivalence import check_kernels
 from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
 

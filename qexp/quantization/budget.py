@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
-from qexp.evaluation import Comparison, paired_drop_interval
+from qexp.measurement.accuracy import Comparison, paired_drop_interval
 from qexp.progress import say
 from qexp.quantization import QuantizedModel, quantize_model
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import StageError, first_line
-from qexp.evaluation import to_float
+from qexp.measurement.accuracy import to_float
 
 MOST_IMAGES = 64
 BATCH_SIZE = 32

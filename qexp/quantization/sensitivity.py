@@ -22,9 +22,9 @@ from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, obse
 from torch.nn.functional import kl_div
 
 from qexp.config import QuantizeConfig
-from qexp.evaluation import to_float, top_k_credit
+from qexp.measurement.accuracy import to_float, top_k_credit
 from qexp.progress import track
-from qexp.quantization import fx
+from qexp.quantization.engines import fx
 from qexp.quantization.observers import calibration_batches, observer_class
 
 BATCH_SIZE = 32  # stays in the caches of a CPU: SmallNet takes half the time that it does at 256, VGG16 the same

@@ -4,12 +4,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from qexp import pipeline, registered, registry, stages
 from qexp.config import Config
 from qexp.errors import InputError, StageError, hide_passwords
-from qexp.evaluation import measure_accuracy
-from qexp.evidence import SearchResult
+from qexp.measurement.accuracy import measure_accuracy
+from qexp.pipeline import jobs as pipeline
+from qexp.pipeline import loading as registered
+from qexp.pipeline import stages
 from qexp.progress import say
+from qexp.report.results import SearchResult
 from qexp.search import runs
 from qexp.search.conclusion import conclude
 from qexp.search.findings import log_findings, summary
@@ -18,7 +20,8 @@ from qexp.search.storage import open_place, storages_of
 from qexp.search.study import Study, failures, points_of
 from qexp.search.trials import Bench, options_for
 from qexp.search.worker import do_trials
-from qexp.store import use_store
+from qexp.tracking import registry
+from qexp.tracking.store import use_store
 
 
 def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:

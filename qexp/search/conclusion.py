@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import sqrt
 
-from qexp.evidence import BelowBest, SearchPoint, SearchResult
+from qexp.report.results import BelowBest, SearchPoint, SearchResult
 from qexp.search.paired import compare_with_best
 
 

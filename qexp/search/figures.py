@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from qexp.evidence import SearchPoint, SearchResult
-from qexp.plots import FP32, INT8, Axes, save_figure
+from qexp.report.figures import FP32, INT8, Axes, save_figure
+from qexp.report.results import SearchPoint, SearchResult
 
 MARKERS = "os^Dvp*"  # by observer
 COLORS = ("#e07b39", "#3b7a57", "#7a4b9c")  # by engine

@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qexp import metrics, tracking
-from qexp.evidence import SearchPoint, SearchResult
+from qexp.report.results import SearchPoint, SearchResult
 from qexp.search import figures
+from qexp.tracking import metrics
+from qexp.tracking import runs as tracking
 
 MOST_ROWS = 15  # of the front, in a note
 

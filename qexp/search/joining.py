@@ -7,20 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from qexp import quantizing, registered, registry, stages, tracking
 from qexp.config import Config, given_otherwise
-from qexp.data import Dataset, dataset_name
+from qexp.data.datasets import Dataset, dataset_name
 from qexp.errors import InputError
-from qexp.host import Host
-from qexp.models import ModelSpec, outline
-from qexp.prepare import prepare, with_quantization_checked
+from qexp.measurement.host import Host
+from qexp.models.classifier import ModelSpec, outline
+from qexp.pipeline import loading as registered
+from qexp.pipeline import quantize_stage as quantizing
+from qexp.pipeline import stages
+from qexp.pipeline.setup import prepare, with_quantization_checked
 from qexp.progress import say
 from qexp.quantization.sensitivity import most_sensitive_first
 from qexp.search import runs
 from qexp.search.storage import Place
 from qexp.search.study import Study, find_study, make_study, search_space
 from qexp.search.trials import Bench, time_against_fp32
-from qexp.store import uri_of
+from qexp.tracking import registry
+from qexp.tracking import runs as tracking
+from qexp.tracking.store import uri_of
 
 # Options of quantization that the space varies, or that no trial looks at: they make no other study.
 OF_NO_TRIAL = {

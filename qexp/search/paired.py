@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit
 
-from qexp.evidence import BelowBest, SearchPoint
+from qexp.report.results import BelowBest, SearchPoint
 
 
 def pack(correct: ArrayLike) -> str:

@@ -16,8 +16,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from qexp.evidence import SearchPoint, to_json
+from qexp.files import to_json
 from qexp.progress import say
+from qexp.report.results import SearchPoint
 from qexp.search.study import MOST_DEATHS, Params, Study, deaths_of, grid_of, trials_by_slot
 
 LARGEST_POPULATION = 50  # Optuna's own size of a generation

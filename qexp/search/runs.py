@@ -8,11 +8,11 @@ import mlflow
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from qexp import tracking
 from qexp.errors import InputError, StageError, first_line
-from qexp.evidence import SearchPoint
 from qexp.progress import say
-from qexp.store import is_missing, store_name
+from qexp.report.results import SearchPoint
+from qexp.tracking import runs as tracking
+from qexp.tracking.store import is_missing, store_name
 
 OF_SETUP = ("train", "sensitivity")  # stages below the parent that come before the first trial
 

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qexp.config import Config
 from qexp.errors import InputError
-from qexp.evidence import SearchPoint, from_json
+from qexp.files import from_json
+from qexp.report.results import SearchPoint
 from qexp.search.storage import Place
 
 MOST_DEATHS = 3  # workers that one trial may take with it

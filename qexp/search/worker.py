@@ -4,14 +4,14 @@ import time
 
 import optuna
 
-from qexp import tracking
 from qexp.config import flat_params
 from qexp.errors import first_line
-from qexp.evidence import SearchPoint
 from qexp.progress import say
+from qexp.report.results import SearchPoint
 from qexp.search import queue, runs
 from qexp.search.study import Params, Study, known_point
 from qexp.search.trials import Bench, measure_point, options_for
+from qexp.tracking import runs as tracking
 
 WAIT_S = 1.0  # between two looks at what other workers are at
 

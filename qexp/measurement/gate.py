@@ -1,0 +1,176 @@
+"""Whether an int8 model may become `champion`: limits, each held against the unfavourable end of what was measured, and
+the comparison with the model that is champion now."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from qexp.config import GateConfig
+from qexp.measurement.accuracy import Accuracy, Comparison, share_interval
+from qexp.measurement.latency import Ratio, Speedup
+
+PASSED: Final = "passed"
+FAILED: Final = "failed"
+UNMEASURED: Final = "not measured well enough"
+Word = Literal["passed", "failed", "not measured well enough"]
+TRAINED, VERIFIED, DROP, SIZE, SPEED, TOP1 = (
+    "trained", "verified", "max_top1_drop", "min_size_ratio", "min_speedup", "min_top1",
+)  # fmt: skip
+SMALLER = 0.99  # a successor of at most this share of the champion's size is smaller: files differ by their metadata
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The decision, its reasons as sentences (those that decided, or all of them when it passed), and the limits that
+    failed."""
+
+    word: Word
+    reasons: tuple[str, ...]
+    failed_limits: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether all limits were kept, by measurements that say so."""
+        return self.word == PASSED
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return f"{self.word}: {'; '.join(self.reasons)}"
+
+
+@dataclass(frozen=True)
+class _Check:
+    limit: str
+    kept: bool
+    text: str
+
+
+def decide_gate(
+    limits: GateConfig,
+    fp32: Accuracy,
+    int8: Accuracy,
+    guess_percent: float,
+    drop: Comparison,
+    size_ratio: float,
+    speedup: Speedup,
+    shortcomings: Sequence[str],
+    verified: bool,
+) -> GateResult:
+    """Hold an int8 model against the limits; a value exactly on its limit passes. Unverified versions never pass, nor
+    does what came from a model that guesses.
+
+    Args:
+        limits: those that count for its name.
+        fp32, int8: on the test images.
+        guess_percent: top-1 of always naming the most frequent class.
+        drop: int8 against fp32 on the test images; the upper end of its 95 % interval counts.
+        size_ratio: fp32 over int8, in bytes as stored.
+        speedup: over the fastest float, where its interval reaches lowest; the lower end counts.
+        shortcomings: why no verdict may rest on the times. Limits that need no times fail all the same.
+        verified: whether both versions gave the same bits in a clean subprocess.
+    """
+    others = [
+        _Check(VERIFIED, verified, "a version does not reload bit for bit"),
+        _better_than_guessing(fp32, guess_percent),
+        _at_most(
+            DROP,
+            f"top-1 drop {drop.top1_drop_points:.4g} points, upper end {drop.top1_drop_high_points:.4g}",
+            drop.top1_drop_high_points,
+            limits.max_top1_drop,
+        ),
+        _at_least(SIZE, f"size ratio {size_ratio:.4g}", size_ratio, limits.min_size_ratio),
+    ]
+    if limits.min_top1 is not None:
+        least, _ = share_interval(int8.top1_percent, int8.images)
+        text = f"int8 top-1 {int8.top1_percent:.4g} %, lower end {least:.4g}"
+        others.append(_at_least(TOP1, text, least, limits.min_top1))
+    at = f"over {speedup.over} at batch size {speedup.batch_size}"
+    faster = f"speed-up {speedup.ratio.median:.4g} {at}, lower end {speedup.ratio.low:.4g}"
+    speed = _at_least(SPEED, faster, speedup.ratio.low, limits.min_speedup)
+    failed = [check for check in (*others, *([] if shortcomings else [speed])) if not check.kept]
+    if failed:
+        return GateResult(FAILED, tuple(check.text for check in failed), tuple(check.limit for check in failed))
+    if shortcomings:
+        return GateResult(UNMEASURED, tuple(shortcomings))
+    return GateResult(PASSED, tuple(check.text for check in (*others, speed) if check.limit != VERIFIED))
+
+
+def _better_than_guessing(fp32: Accuracy, guess_percent: float) -> _Check:
+    least, _ = share_interval(fp32.top1_percent, fp32.images)
+    found = f"fp32 top-1 {fp32.top1_percent:.4g} %, lower end {least:.4g}"
+    if least > guess_percent:
+        return _Check(TRAINED, True, f"{found} (guessing gives {guess_percent:.4g})")
+    return _Check(TRAINED, False, f"{found}, is not shown to be better than guessing, {guess_percent:.4g} %")
+
+
+def _at_most(limit: str, text: str, value: float, most: float) -> _Check:
+    if value <= most:
+        return _Check(limit, True, f"{text} (at most {most:g})")
+    return _Check(limit, False, f"{text} (too high by {_amount(value - most)}) is not at most {most:g}")
+
+
+def _at_least(limit: str, text: str, value: float, least: float) -> _Check:
+    if value >= least:
+        return _Check(limit, True, f"{text} (at least {least:g})")
+    return _Check(limit, False, f"{text} (too low by {_amount(least - value)}) is not at least {least:g}")
+
+
+def _amount(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Succession:
+    """Whether a candidate takes the champion's place, and why, as sentences; `compared` is False where that could not
+    be measured."""
+
+    replaces: bool
+    reasons: tuple[str, ...]
+    compared: bool = True
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        word = "replaces the champion" if self.replaces else "the champion stays"
+        return f"{word}: {'; '.join(self.reasons)}"
+
+
+def decide_succession(
+    limits: GateConfig,
+    drop: Comparison,
+    champion_over_candidate: Ratio,
+    size_ratio: float,
+    shortcomings: Sequence[str],
+) -> Succession:
+    """A candidate takes the champion's place if it is shown not to be worse by more than the margins of `limits`, is
+    not shown to be less accurate, and is shown to be better in accuracy, speed or size. An equal one does not: the
+    champion stays, which is no failure.
+
+    A non-inferiority test in two quantities (Wellek, Testing Statistical Hypotheses of Equivalence and Noninferiority,
+    2010): the unfavourable end of each 95 % interval must lie within its margin.
+
+    Args:
+        drop: the candidate against the champion, as int8 against fp32, on the same test images.
+        champion_over_candidate: time, the weighted geometric mean over the batch sizes, with its interval.
+        size_ratio: the candidate's bytes over the champion's.
+        shortcomings: why nothing may rest on the times.
+    """
+    low, high = drop.top1_drop_low_points, drop.top1_drop_high_points
+    below = f"top-1 {drop.top1_drop_points:+.2f} points below the champion's"
+    accuracy = f"{below} (95 % interval {low:+.2f} to {high:+.2f}, at most {limits.champion_top1_margin:g})"
+    ratio, slowest = champion_over_candidate, 1 / (1 + limits.champion_slowdown_percent / 100)
+    speed = f"{ratio.median:.3f}x as fast ({ratio.low:.3f} to {ratio.high:.3f}, at least {slowest:.3f})"
+    size = f"{size_ratio:.3f} of its size"
+    if shortcomings:
+        return Succession(False, tuple(shortcomings), compared=False)
+    if low > 0:  # however little: many small losses are a large one
+        return Succession(False, (f"shown to be less accurate: {accuracy}",))
+    if high > limits.champion_top1_margin or ratio.low < slowest:
+        worse = [accuracy] * (high > limits.champion_top1_margin) + [speed] * (ratio.low < slowest)
+        return Succession(False, ("not shown to be as good: " + "; ".join(worse),))
+    better = [accuracy] * (high < 0) + [speed] * (ratio.low > 1) + [size] * (size_ratio <= SMALLER)
+    if not better:
+        return Succession(False, (f"as good, but in nothing better: {accuracy}; {speed}; {size}",))
+    level = [text for text in (accuracy, speed) if text not in better]
+    return Succession(True, (f"better: {'; '.join(better)}", *level))

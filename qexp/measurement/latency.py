@@ -1,0 +1,447 @@
+"""Latency: models timed in short rounds, in random order, loaded anew several times; and the statistics of that.
+
+`measure_latency` runs in a process of its own (see sweep.py), with nothing else in it but the models.
+
+A model that is loaded anew may differ by a percent from what it was: its memory lies elsewhere. So loads, not rounds,
+are what a comparison rests on: of each load, the median of the rounds' ratios of two models; of all loads, the mean of
+their logarithms, with the interval of Student's t. Ratios of several batch sizes are combined by their weights, with
+the degrees of freedom of Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
+"""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+from scipy.special import stdtrit
+
+from qexp.config import LatencyConfig
+from qexp.measurement.activity import Activity
+
+Run = Callable[[], object]
+Watch = Callable[[], Callable[[], Activity | None]]  # starts to watch the machine; what it returns ends that
+IDLE_S, IDLE_SHARE = 0.005, 0.1  # nothing computes any more: less than so much CPU time in so many seconds
+MOST_WAITS = 100
+SETTLE_S = 0.02  # of a block, in which threads wake up and weights come into the caches
+LONG_S = 10 * SETTLE_S  # a call of which settling is a small part: the first one of a block counts already
+BLOCK_S = 0.04  # of one model in one round, settling included; longer until one call has counted
+FEWEST_LOADS, FEWEST_ROUNDS = 3, 6  # with fewer, no verdict rests on the times
+CONFIDENCE = 0.95
+AGAIN = "again"  # name of the second copy of one of the models
+
+
+@dataclass(frozen=True)
+class LatencyStats:
+    """Wall time of one forward pass of one batch, over all passes of all rounds, of which there are `repeats`.
+
+    Images a second are those at the median. A percentile is None where too few passes lie beyond it to know it.
+    """
+
+    p50_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
+    images_per_second: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one model takes as another: the centre and the ends of its 95 % interval.
+
+    The centre is the geometric mean over the loads, of each the median of its rounds' ratios.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """A model over the fastest of some others, `over`, at one batch size."""
+
+    batch_size: int
+    over: str
+    ratio: Ratio
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of logarithms of ratios, the variance of that mean, and its degrees of freedom."""
+
+    value: float
+    variance: float
+    freedom: float
+
+    def ratio(self, confidence: float = CONFIDENCE) -> Ratio:
+        """As a ratio with the interval of Student's t."""
+        if self.variance == 0 or self.freedom <= 0:
+            half = 0.0
+        else:
+            half = float(stdtrit(self.freedom, 0.5 + confidence / 2)) * math.sqrt(self.variance)
+        return Ratio(*(_exp(end) for end in (self.value, self.value - half, self.value + half)))
+
+
+def _exp(value: float) -> float:
+    """Limited to what JSON holds: two loads alone may have an interval without a sensible end."""
+    return math.exp(max(-300.0, min(300.0, value)))
+
+
+def mean_of(effects: Sequence[float]) -> Mean:
+    """Of independent values of equal weight."""
+    count = len(effects)
+    variance = statistics.variance(effects) / count if count > 1 else 0.0
+    return Mean(statistics.fmean(effects), variance, count - 1)
+
+
+def weighted_mean(means: Sequence[Mean], weights: Sequence[float]) -> Mean:
+    """Of independent means."""
+    shares = [weight / sum(weights) for weight in weights]
+    parts = [share**2 * mean.variance for share, mean in zip(shares, means, strict=True)]
+    variance = sum(parts)
+    squares = sum(part**2 / mean.freedom for part, mean in zip(parts, means, strict=True) if part)
+    value = sum(share * mean.value for share, mean in zip(shares, means, strict=True))
+    return Mean(value, variance, variance**2 / squares if squares else 0.0)
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """All models at one batch size, by name.
+
+    `round_ms` has each round's median, `loads` the number of rounds of each load, one after the other. `speedups`
+    compares with the baseline; `noise` is the control: one model against a second copy of it, in each load. Of
+    `comparisons` in the whole sweep, all together show a false difference in at most 5 of 100 sweeps. `activity` says
+    what else the machine did.
+    """
+
+    batch_size: int
+    stats: dict[str, LatencyStats]
+    round_ms: dict[str, tuple[float, ...]]
+    speedups: dict[str, Ratio]
+    noise: Ratio
+    loads: tuple[int, ...] = ()
+    comparisons: int = 1
+    activity: Activity | None = None
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are as many loads and rounds as an interval needs."""
+        return len(self.loads) >= FEWEST_LOADS and sum(self.loads) >= FEWEST_ROUNDS
+
+    def mean(self, slow: str, fast: str) -> Mean:
+        """Of the logarithm of how many times as long `slow` takes as `fast`."""
+        return _mean_of_rounds(self.round_ms[slow], self.round_ms[fast], self.loads)
+
+    def mean_over_fastest(self, slow: Sequence[str], fast: str) -> Mean:
+        """As `mean`, of the fastest of `slow`. For each load the other loads choose it: chosen by the times that it is
+        judged by, the fastest of equal ones looks faster than it is."""
+        if len(self.loads) < 2:
+            return self.mean(self.fastest(slow), fast)
+        effects = {name: self._log_of_loads(name, fast) for name in slow}
+        totals = {name: sum(values) for name, values in effects.items()}
+        chosen = [
+            min((totals[name] - effects[name][place], name) for name in slow)[1] for place in range(len(self.loads))
+        ]
+        value = statistics.fmean(effects[name][place] for place, name in enumerate(chosen))
+        # Loads that choose from the same times depend on each other: their own spread would be too small.
+        variance = max(mean_of(effects[name]).variance for name in set(chosen))
+        return Mean(value, variance, len(self.loads) - 1)
+
+    def _log_of_loads(self, slow: str, fast: str) -> list[float]:
+        ends = np.cumsum([0, *self.loads]).tolist()
+        logs = [math.log(a / b) for a, b in zip(self.round_ms[slow], self.round_ms[fast], strict=True)]
+        return [statistics.median(logs[start:end]) for start, end in pairwise(ends)]
+
+    def ratio(self, slow: str, fast: str) -> Ratio:
+        """How many times as long `slow` takes as `fast`."""
+        return self.mean(slow, fast).ratio()
+
+    def compared(self, slow: str, fast: str) -> int:
+        """1 if `fast` is faster than `slow`, -1 if it is slower, 0 if that cannot be told.
+
+        The interval, at a confidence that leaves 5 % for all comparisons of the sweep, must not hold 1, and the centre
+        must lie beyond what one model showed against its own copy.
+        """
+        if not self.enough:
+            return 0
+        ratio = self.mean(slow, fast).ratio(1 - (1 - CONFIDENCE) / self.comparisons)
+        edge = max(self.noise.high, 1 / self.noise.low, 1.0)
+        return int(ratio.low > 1 and ratio.median > edge) - int(ratio.high < 1 and ratio.median < 1 / edge)
+
+    def typical_ms(self, name: str) -> float:
+        """The geometric mean over the loads of the median round."""
+        ones = (1.0,) * len(self.round_ms[name])
+        return math.exp(_mean_of_rounds(self.round_ms[name], ones, self.loads).value)
+
+    def fastest(self, names: Sequence[str]) -> str:
+        """Of these models, the one that takes least time."""
+        return min(names, key=self.typical_ms)
+
+
+def _mean_of_rounds(slow: Sequence[float], fast: Sequence[float], loads: Sequence[int]) -> Mean:
+    """Loads are what is independent. Of one load alone (as in results of earlier versions): the median of its rounds,
+    with the spread of these."""
+    logs = [math.log(a / b) for a, b in zip(slow, fast, strict=True)]
+    if len(loads) < 2:
+        return replace(mean_of(logs), value=statistics.median(logs))
+    ends = np.cumsum([0, *loads]).tolist()
+    return mean_of([statistics.median(logs[start:end]) for start, end in pairwise(ends)])
+
+
+@dataclass(frozen=True)
+class StartUp:
+    """One model in a process of its own: loading it, the first forward pass, and the process's peak memory."""
+
+    model: str
+    load_s: float
+    first_call_ms: float
+    peak_memory_mb: float
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """One row a batch size, at `threads` CPU threads; `baseline` is the registered fp32 model.
+
+    `weights` say how much each batch size counts (those left out: nothing; an empty dict: all alike).
+    `max_busy_percent` is the share of the timed cores that others may take before no verdict rests on the times.
+    """
+
+    baseline: str
+    rows: tuple[LatencyRow, ...]
+    startups: tuple[StartUp, ...]
+    threads: int
+    weights: dict[int, float] = field(default_factory=dict)
+    max_busy_percent: float = 100.0
+
+    @property
+    def counted(self) -> tuple[LatencyRow, ...]:
+        """The rows of the batch sizes that count."""
+        return tuple(row for row in self.rows if self._weight(row) > 0)
+
+    def _weight(self, row: LatencyRow) -> float:
+        return self.weights.get(row.batch_size, 0.0) if self.weights else 1.0
+
+    @property
+    def shortcomings(self) -> tuple[str, ...]:
+        """Why no verdict may rest on these times; empty where one may."""
+        found = []
+        if few := [row for row in self.counted if not row.enough]:
+            need = f"{FEWEST_ROUNDS} rounds in {FEWEST_LOADS} loads are needed (--min-repeats, --loads)"
+            loads = max(1, len(few[0].loads))
+            rounds = len(next(iter(few[0].round_ms.values())))
+            had = f"{rounds} rounds in {loads} {'load' if loads == 1 else 'loads'}"
+            found.append(f"{had} at batch size {_listed(few)}: at least {need}")
+        busy = [row for row in self.counted if row.activity and row.activity.busy_percent > self.max_busy_percent]
+        if busy:
+            most = max(row.activity.busy_percent for row in busy if row.activity)
+            limit = f"at most {self.max_busy_percent:g} % (--max-busy-percent)"
+            found.append(
+                f"the machine was busy: others took up to {most:.0f} % of the timed cores at batch size "
+                f"{_listed(busy)}, {limit}"
+            )
+        return tuple(found)
+
+    def mean_ratio(self, slow: Sequence[str], fast: str, confidence: float = CONFIDENCE) -> Ratio:
+        """How many times as long the fastest of `slow` at each batch size takes as `fast`: the weighted geometric mean
+        over the batch sizes that count, with the interval of that mean."""
+        return self._mean(slow, fast).ratio(confidence)
+
+    def _mean(self, slow: Sequence[str], fast: str) -> Mean:
+        rows = self.counted
+        return weighted_mean([row.mean_over_fastest(slow, fast) for row in rows], [self._weight(row) for row in rows])
+
+    def winner(self, names: Sequence[str]) -> str:
+        """The fastest in the weighted geometric mean; of those that cannot be told apart from it, the first named."""
+        best = min(names, key=lambda name: self._mean([name], names[0]).value)
+        if not all(row.enough for row in self.counted):
+            return names[0]
+        confidence = 1 - (1 - CONFIDENCE) / max(1, len(names) - 1)
+        return next(name for name in names if name == best or self.mean_ratio([name], best, confidence).low <= 1)
+
+    def speedups(self, name: str, over: Sequence[str]) -> tuple[Speedup, ...]:
+        """Of a model over the fastest of some others, at each batch size that counts."""
+        found = []
+        for row in self.counted:
+            slow = row.fastest(over)
+            found.append(Speedup(row.batch_size, slow, row.ratio(slow, name)))
+        return tuple(found)
+
+    def least_speedup(self, name: str, over: Sequence[str]) -> Speedup:
+        """The one whose interval reaches lowest."""
+        return min(self.speedups(name, over), key=lambda found: found.ratio.low)
+
+    def smallest_speedup(self, name: str, over: Sequence[str]) -> float:
+        """The smallest of these speed-ups."""
+        return min(found.ratio.median for found in self.speedups(name, over))
+
+    def mean_speedup(self, name: str) -> float:
+        """The weighted geometric mean of a model's speed-ups over the baseline."""
+        return self.mean_ratio([self.baseline], name).median
+
+
+def _listed(rows: Sequence[LatencyRow]) -> str:
+    return ", ".join(str(row.batch_size) for row in rows)
+
+
+def wait_until_idle(
+    cpu_s: Callable[[], float] = time.process_time, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Return when no thread of this process computes, or after half a second.
+
+    Those of ONNX Runtime spin for 40 ms after a pass, OpenMP's for 10 ms: on a core that the next model needs, which
+    then took twice as long.
+    """
+    for _ in range(MOST_WAITS):
+        before = cpu_s()
+        sleep(IDLE_S)
+        if cpu_s() - before < IDLE_SHARE * IDLE_S:
+            return
+
+
+def measure_latency(
+    prepare: Callable[[int], Mapping[str, Run]],
+    baseline: str,
+    repeated: str,
+    options: LatencyConfig,
+    clock: Callable[[], float] = time.perf_counter,
+    rest: Callable[[], None] = wait_until_idle,
+    on_row: Callable[[LatencyRow], None] = lambda row: None,
+    watch: Watch = lambda: lambda: None,
+) -> tuple[LatencyRow, ...]:
+    """Time models at every batch size.
+
+    Args:
+        prepare: from a batch size, the calls to time by name, on models that are loaded anew; AGAIN is another copy of
+            `repeated`, if there is one.
+        baseline: what `speedups` refer to.
+        repeated: the model that is measured twice in each round, for the noise.
+        clock: seconds.
+        rest: called between two models.
+        on_row: told of each batch size as it is done.
+        watch: watches what else the machine does, from its call until that of what it returns.
+    """
+    rows = []
+    for batch_size in options.batch_sizes:
+        ended = watch()
+        blocks, loads = _time_batch_size(prepare, batch_size, repeated, options, clock, rest)
+        rows.append(_row(batch_size, blocks, loads, baseline, repeated, len(options.batch_sizes), ended()))
+        on_row(rows[-1])
+    return tuple(rows)
+
+
+def _time_batch_size(
+    prepare: Callable[[int], Mapping[str, Run]],
+    batch_size: int,
+    repeated: str,
+    options: LatencyConfig,
+    clock: Callable[[], float],
+    rest: Callable[[], None],
+) -> tuple[dict[str, list[list[float]]], tuple[int, ...]]:
+    """As `time_rounds`, over all loads, and the number of rounds of each."""
+    loads = min(options.loads, options.min_repeats)
+    blocks: dict[str, list[list[float]]] = {}
+    counts = []
+    for done in range(loads):
+        repeats = options.min_repeats * (done + 1) // loads - options.min_repeats * done // loads
+        update = {"min_repeats": repeats, "min_seconds": options.min_seconds / loads}
+        update |= {"warmup": 1} if done else {}  # what there is to warm up beyond a model is warm
+        part = options.model_copy(update=update)
+        found = _time_load(prepare(batch_size), repeated, part, clock, rest, seed=done)
+        for name, rounds in found.items():
+            blocks.setdefault(name, []).extend(rounds)
+        counts.append(len(found[repeated]))
+    return blocks, tuple(counts)
+
+
+def _time_load(
+    runs: Mapping[str, Run],
+    repeated: str,
+    options: LatencyConfig,
+    clock: Callable[[], float],
+    rest: Callable[[], None],
+    seed: int,
+) -> dict[str, list[list[float]]]:
+    """As `time_rounds`; nothing holds the models afterwards, when they are loaded anew."""
+    return time_rounds({AGAIN: runs[repeated]} | dict(runs), options, clock, rest, seed)
+
+
+def _row(
+    batch_size: int,
+    blocks: dict[str, list[list[float]]],
+    loads: tuple[int, ...],
+    baseline: str,
+    repeated: str,
+    batch_sizes: int,
+    activity: Activity | None,
+) -> LatencyRow:
+    round_ms = {name: tuple(1000 * statistics.median(block) for block in found) for name, found in blocks.items()}
+    again = round_ms.pop(AGAIN)
+    seconds = {name: [value for block in blocks[name] for value in block] for name in round_ms}
+    stats = {name: summarize(values, batch_size) for name, values in seconds.items()}
+    speedups = {name: _mean_of_rounds(round_ms[baseline], found, loads).ratio() for name, found in round_ms.items()}
+    noise = _mean_of_rounds(round_ms[repeated], again, loads).ratio()
+    comparisons = batch_sizes * max(1, len(round_ms) - 1)
+    return LatencyRow(batch_size, stats, round_ms, speedups, noise, loads, comparisons, activity)
+
+
+def time_rounds(
+    runs: dict[str, Run],
+    options: LatencyConfig,
+    clock: Callable[[], float],
+    rest: Callable[[], None],
+    seed: int = 0,
+) -> dict[str, list[list[float]]]:
+    """Seconds of each call, by model and round; each round has a block of every model, in a new random order.
+
+    A slow moment of the machine hits all models of a round. After `warmup` untimed passes of each model: at least
+    `min_repeats` rounds and `min_seconds` of timing.
+    """
+    for run in runs.values():
+        for _ in range(options.warmup):
+            run()
+    order, shuffled = list(runs), random.Random(seed)
+    blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
+    started = clock()
+    while len(blocks[order[0]]) < options.min_repeats or clock() - started < options.min_seconds:
+        shuffled.shuffle(order)
+        for name in order:
+            rest()
+            blocks[name].append(_time_block(runs[name], clock))
+    return blocks
+
+
+def _time_block(run: Run, clock: Callable[[], float]) -> list[float]:
+    """Seconds of the calls of one model in one round, without those in which it settles."""
+    started = clock()
+    settled: list[float] = []
+    while True:
+        before = clock()
+        run()
+        after = clock()
+        if before - started >= SETTLE_S or after - before >= LONG_S:
+            settled.append(after - before)
+        if settled and after - started >= BLOCK_S:
+            return settled
+
+
+def summarize(seconds: Sequence[float], batch_size: int) -> LatencyStats:
+    """Percentiles in ms and throughput of one model's passes at a batch size."""
+    p50 = statistics.median(seconds)
+    return LatencyStats(
+        p50_ms=1000 * p50,
+        p90_ms=_percentile_ms(seconds, 90),
+        p99_ms=_percentile_ms(seconds, 99),
+        images_per_second=batch_size / p50,
+        repeats=len(seconds),
+    )
+
+
+def _percentile_ms(seconds: Sequence[float], percent: int) -> float | None:
+    """Linear between two samples; None unless one sample at least is expected beyond it."""
+    if len(seconds) * (100 - percent) < 100:
+        return None
+    return float(1000 * np.percentile(seconds, percent))

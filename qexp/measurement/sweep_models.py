@@ -1,0 +1,78 @@
+"""The models of a latency sweep, and how each is loaded: as a user would load it.
+
+fp32 is the stored version, an exported program. The fair baselines are made from its weights: the Python module
+(eager), traced and frozen by TorchScript, the same in bf16, and exported to ONNX for ONNX Runtime. int8 models are
+stored versions, each with one choice of kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qexp.models.classifier import load_classifier
+from qexp.models.stored import load_stored
+
+Predict = Callable[[Tensor], object]
+BASELINE = "fp32"
+EAGER = "fp32_eager"
+BF16 = "bf16"
+
+
+@dataclass(frozen=True)
+class SweepModel:
+    """A name, the folder of a stored version's files, and torch's engine for int8 kernels (None: any)."""
+
+    name: str
+    folder: str
+    backend: str | None = None
+
+
+def int8_models(folder: str, engine: str, backends: tuple[str | None, ...]) -> tuple[SweepModel, ...]:
+    """A stored int8 version once for each choice of kernels; the first keeps the engine's plain name."""
+    return tuple(
+        SweepModel(f"int8_{engine}" if backend in (None, "x86") else f"int8_{engine}_{backend}", folder, backend)
+        for backend in backends
+    )
+
+
+def prepare_baseline(weights: Path, name: str, image_size: int, folder: Path) -> None:
+    """Write what `load` needs for the baseline of this name into `folder`, from a weights file of `save_classifier`."""
+    with torch.no_grad():
+        model = load_classifier(weights)
+    example = torch.zeros(2, 3, image_size, image_size)
+    if name == "fp32_onnx":
+        from qexp.models.onnx_file import export
+
+        return export(model, example, folder / f"{name}.onnx")
+    if name == EAGER:
+        return torch.save(model, folder / f"{name}.pt")
+    torch.jit.save(freeze(model, image_size, torch.bfloat16 if name == BF16 else torch.float32), folder / f"{name}.pt")
+
+
+def freeze(model: nn.Module, image_size: int, kind: torch.dtype) -> torch.jit.ScriptModule:
+    """The model traced and frozen by TorchScript with weights of this kind, which `model` has afterwards too."""
+    example = torch.zeros(2, 3, image_size, image_size, dtype=kind)
+    with torch.no_grad():
+        return torch.jit.freeze(torch.jit.trace(model.to(kind), example, check_trace=False).eval())
+
+
+def in_bf16(module: torch.jit.ScriptModule) -> Callable[[Tensor], Tensor]:
+    """A module of bf16 as a model of float images and float logits."""
+    return lambda images: module(images.bfloat16()).float()
+
+
+def load(model: SweepModel, folder: Path) -> Predict:
+    """The model, freshly loaded from its own folder or from what `prepare_baseline` has written to `folder`."""
+    if model.name == "fp32_onnx":
+        from qexp.models.onnx_file import OnnxClassifier
+
+        return OnnxClassifier(folder / "fp32_onnx.onnx")
+    if model.name == EAGER:
+        return torch.load(folder / f"{EAGER}.pt", weights_only=False)  # a whole module, that this process has written
+    if model.name in ("fp32_traced", BF16):
+        module = torch.jit.load(folder / f"{model.name}.pt")
+        return in_bf16(module) if model.name == BF16 else module
+    return load_stored(Path(model.folder), model.backend)

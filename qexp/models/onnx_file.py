@@ -1,0 +1,45 @@
+"""A classifier as an ONNX file: written from a PyTorch module, run by ONNX Runtime."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+INPUT, OUTPUT = "images", "logits"
+MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
+OPSET = 20
+
+
+class OnnxClassifier:
+    """Float images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on as many threads as torch has.
+
+    Not `optimized`, each operation of the file runs as it stands, in fp32 between QuantizeLinear and DequantizeLinear.
+    """
+
+    def __init__(self, model: onnx.ModelProto | Path, optimized: bool = True) -> None:
+        options = onnxruntime.SessionOptions()
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        given = str(model) if isinstance(model, Path) else model.SerializeToString()
+        self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {INPUT: images.numpy()})[0])
+
+
+def export(model: nn.Module, example: Tensor, file: Path) -> None:
+    """Write the fp32 classifier as ONNX, for batches of any size; `example` is float [N >= 2, 3, H, W]."""
+    batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            model.eval(), (example,), str(file), dynamo=True, dynamic_shapes=({0: batch},), input_names=[INPUT],
+            output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The jobs: train, quantize, measure, decide, report, promote; and resuming them."""

@@ -1,0 +1,81 @@
+"""A registered version loaded in a bare process, measured again, and held against what its tags say."""
+
+from math import ceil
+from typing import Any
+
+from qexp.config import Config
+from qexp.data.datasets import load_dataset
+from qexp.errors import StageError
+from qexp.measurement.accuracy import Accuracy, measure_accuracy
+from qexp.measurement.host import Host, read_host
+from qexp.pipeline import loading as registered
+from qexp.progress import say
+from qexp.tracking import registry
+from qexp.tracking.clean_process import bare_logits
+from qexp.tracking.integrity import checked_copy
+from qexp.tracking.store import ModelVersion, uri_of, use_store
+
+OTHER_CPU_SHARE = 0.002  # of the images: int8 kernels of other instructions round otherwise, which moves near ties
+
+
+def run_verify(config: Config, uri: str) -> dict[str, Any]:
+    """Load the version `uri` in a bare process, measure its accuracy on the test images again, and compare.
+
+    Raises:
+        InputError: the version does not exist or is not ours, or the data are not those that it was made with.
+        StageError: its files are gone or others, it does not load, or its accuracy is another.
+    """
+    use_store()
+    found = registry.find_version(uri, "fp32", "int8", option="URI")
+    uri = uri_of(found)
+    config = registered.config_of_version(config, uri, found.tags["kind"])
+    registry.refuse_pickled(found)
+    host = read_host(config.threads or int(registry.number_of(found, "threads")))
+    dataset = load_dataset(config.data, config.seed)
+    registered.check_data(uri, dataset, found.tags["kind"])
+    with checked_copy(found) as copy:
+        say(f"{uri}: {len(dataset.test)} test images in a bare process, {host.threads} threads")
+        try:
+            logits = bare_logits(str(copy), dataset.test.images, registry.child_environment(host.threads))
+        except StageError as error:
+            raise StageError(f"{uri}: {error}") from None
+    accuracy = measure_accuracy(logits, dataset.test.labels)
+    allowed = _allowed(found, host, len(dataset.test))
+    recorded = _compare(found, accuracy, allowed)
+    measured = {"top1_percent": accuracy.top1_percent, "top3_percent": accuracy.top3_percent}
+    facts = {"test_images": accuracy.images, "same_cpu_features": allowed == 0}
+    return {"command": "verify", "uri": uri, "verified": True, **measured, **recorded, **facts}
+
+
+def _allowed(found: ModelVersion, host: Host, images: int) -> int:
+    """By how many test images the count may differ: none on a CPU with the same instructions."""
+    made_on, here = found.tags.get("cpu_features", ""), ",".join(host.features)
+    if made_on == here:
+        return 0
+    allowed = ceil(OTHER_CPU_SHARE * images)
+    say(
+        f"this CPU ({host.cpu}: {here or 'instructions unknown'}) differs from the recorded one "
+        f"({found.tags.get('cpu')}: {made_on or 'instructions unknown'}): {allowed} images may differ"
+    )
+    return allowed
+
+
+def _compare(found: ModelVersion, accuracy: Accuracy, allowed: int) -> dict[str, float]:
+    """What was recorded; StageError if something else was measured."""
+    recorded = {}
+    figures = (
+        ("top1", accuracy.top1_percent, accuracy.top1_correct, accuracy.top1_tied_images),
+        ("top3", accuracy.top3_percent, accuracy.top3_correct, accuracy.top3_tied_images),
+    )
+    for name, percent, now, tied in figures:
+        before = recorded[f"recorded_{name}_percent"] = registry.number_of(found, f"test_{name}_percent")
+        then = registry.number_of(found, f"test_{name}_correct")
+        # Versions without this tag counted each tied image as right or wrong, by the numbers of the classes.
+        most = allowed if f"test_{name}_tied" in found.tags else allowed + tied
+        if abs(now - then) > most + 1e-6:
+            raise StageError(
+                f"{uri_of(found)}: {name} is {percent:.2f} % now ({now:g} of {accuracy.images} test images) and was "
+                f"{before:.2f} % when it was registered ({then:g}): {abs(now - then):g} images differ, "
+                f"allowed {'none' if most == 0 else most}"
+            )
+    return recorded

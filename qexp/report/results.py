@@ -1,0 +1,337 @@
+"""What the stages found, put together: the only thing that figures, report and `metrics.json` are made from."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from qexp.data.duplicates import Duplicates
+from qexp.measurement.accuracy import Accuracy, Comparison
+from qexp.measurement.cost import Cost
+from qexp.measurement.gate import GateResult, Succession
+from qexp.measurement.host import Host
+from qexp.measurement.latency import LatencyResult, Ratio, Speedup
+from qexp.measurement.verdict import Verdict, decide_verdict
+from qexp.models.contents import FileContents
+from qexp.quantization.budget import BudgetResult
+from qexp.quantization.result import QuantizeResult
+from qexp.quantization.sensitivity import SensitivityResult
+from qexp.training.train import TrainResult
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The data set of a run; `digest` covers decoded pixels and labels.
+
+    `duplicates` is None where an earlier version has not counted them. `guess_percent` is the top-1 of always naming
+    the class that is most frequent among the test images.
+    """
+
+    name: str
+    source: str
+    digest: str
+    classes: tuple[str, ...]
+    image_size_px: int
+    train_images: int
+    validation_images: int
+    test_images: int
+    duplicates: Duplicates | None = None
+    guess_percent: float | None = None
+
+    @property
+    def guess(self) -> float:
+        """Top-1 of guessing, in percent; of results of earlier versions, that among equally frequent classes."""
+        return 100 / len(self.classes) if self.guess_percent is None else self.guess_percent
+
+
+@dataclass(frozen=True)
+class Fp32Evidence:
+    """The trained model: registered version, size of its file there, accuracy by split (train, validation, test)."""
+
+    model: str
+    seed: int
+    version_uri: str
+    size_bytes: int
+    data: DataFacts
+    train: TrainResult
+    accuracy: dict[str, Accuracy]
+    contents: FileContents | None = None
+
+
+@dataclass(frozen=True)
+class BudgetCost:
+    """What layers that went back to fp32 cost: bytes as saved, and time over that with all layers in int8, by batch.
+
+    `told_apart` has the batch sizes at which the two differ beyond the noise.
+    """
+
+    all_int8_bytes: int
+    size_bytes: int
+    slowdown: dict[int, Ratio]
+    told_apart: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Int8Evidence:
+    """A quantized model, and its comparison with the fp32 model by split.
+
+    `fp32_cost` counts the fp32 model; `cost` the int8 model, which differs where a pool was folded away.
+    """
+
+    version_uri: str
+    size_bytes: int
+    quantize: QuantizeResult
+    calibration_digest: str
+    fp32_cost: Cost
+    cost: Cost
+    accuracy: dict[str, Accuracy]
+    comparison: dict[str, Comparison]
+    sensitivity: SensitivityResult | None = None
+    budget: BudgetResult | None = None
+    budget_cost: BudgetCost | None = None
+    contents: FileContents | None = None
+
+
+@dataclass(frozen=True)
+class Bf16Evidence:
+    """The baseline bf16, the only one that rounds: bytes as saved by TorchScript, accuracy on the test images, and the
+    drop there, fp32 minus bf16, with its 95 % interval."""
+
+    size_bytes: int
+    accuracy: Accuracy
+    top1_drop_points: float
+    top1_drop_low_points: float
+    top1_drop_high_points: float
+
+
+@dataclass(frozen=True)
+class LatencyEvidence:
+    """The latency sweep of registered versions and the machine that it ran on.
+
+    `contenders` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
+    there where that baseline was timed by a job that had the test images.
+    """
+
+    fp32_uri: str
+    contenders: dict[str, tuple[str, ...]]
+    latency: LatencyResult
+    host: Host
+    run_id: str
+    bf16: Bf16Evidence | None = None
+
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """The names in the table that are not int8."""
+        int8 = {name for names in self.contenders.values() for name in names}
+        return tuple(name for name in self.latency.rows[0].stats if name not in int8)
+
+    def name_of(self, uri: str) -> str:
+        """The model of the table that stands for an int8 version: with the kernels that `qexp.load` gives."""
+        return self.contenders[uri][0]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An int8 version with what it was timed as, the name in the latency table, and the gate's decision."""
+
+    int8: Int8Evidence
+    name: str
+    gate: GateResult
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that answers the question: can this classifier ship as int8 on this CPU?
+
+    `versions` are the int8 versions, the chosen one first. `champion` says whether that one has the alias.
+    `failed_engines` says of each engine that could not quantize the model why. `succession` is the decision against
+    the previous champion, `before_uri`, where there was another one; `now_uri` is what has become champion since.
+    `floats` are the models that int8 is compared with: all that are not int8, bf16 only if it is accurate enough.
+    """
+
+    fp32: Fp32Evidence
+    versions: tuple[Judged, ...]
+    measured: LatencyEvidence
+    champion: bool
+    floats: tuple[str, ...] = ()
+    failed_engines: dict[str, str] = field(default_factory=dict)
+    succession: Succession | None = None
+    before_uri: str | None = None
+    now_uri: str | None = None
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The one answer that everything shows."""
+        return decide_verdict(self.gate, self.over_floats(self.name), self._int8_to_ship, self._float_to_ship)
+
+    @property
+    def champion_stays(self) -> bool:
+        """Whether the version chosen does not take the place of the champion that it was held against."""
+        return self.succession is not None and not self.succession.replaces
+
+    @property
+    def better(self) -> Judged | None:
+        """A version timed beside the one that was asked for, which `qexp run` would have chosen instead."""
+        passed = {judged.name: judged for judged in self.versions if judged.gate.passed}
+        if self.name not in passed:
+            return None
+        best = passed[self.latency.winner(list(passed))]
+        return None if best.name == self.name else best
+
+    @property
+    def _int8_to_ship(self) -> str:
+        if self.champion_stays and self.succession and self.succession.compared:
+            return str(self.now_uri or self.before_uri)
+        return (self.better.int8 if self.better else self.int8).version_uri
+
+    @property
+    def _float_to_ship(self) -> str:
+        """The fastest over all batch sizes, as a reader can find it: only fp32 is registered."""
+        best = self.latency.winner(self.floats)
+        uri = self.fp32.version_uri
+        return uri if best == self.latency.baseline else f"{best}, made from {uri}"
+
+    def over_floats(self, name: str) -> Ratio:
+        """The fastest float's time at each batch size over that of an int8 model: the weighted geometric mean."""
+        return self.latency.mean_ratio(self.floats, name)
+
+    @property
+    def speedups_over_floats(self) -> tuple[Speedup, ...]:
+        """Of the version chosen over the fastest float, at each batch size that counts."""
+        return self.latency.speedups(self.name, self.floats)
+
+    @property
+    def decision(self) -> dict[str, Any]:
+        """Verdict, gate and succession, as a summary line shows them."""
+        verdict = {"verdict": self.verdict.word, "verdict_reason": self.verdict.reason, "ship": self.verdict.ship}
+        found: dict[str, Any] = {"gate": self.gate.word, "gate_reason": self.gate.summary, "champion": self.champion}
+        return verdict | found | ({"against_champion": self.succession.summary} if self.succession else {})
+
+    @property
+    def int8(self) -> Int8Evidence:
+        """The version chosen."""
+        return self.versions[0].int8
+
+    @property
+    def gate(self) -> GateResult:
+        """The gate's decision on the version chosen."""
+        return self.versions[0].gate
+
+    @property
+    def name(self) -> str:
+        """The version chosen, as the latency table calls it."""
+        return self.versions[0].name
+
+    @property
+    def latency(self) -> LatencyResult:
+        """All models' times."""
+        return self.measured.latency
+
+    @property
+    def speedups(self) -> list[float]:
+        """Of the version chosen over the registered fp32 version, at each batch size that counts."""
+        return [row.speedups[self.name].median for row in self.latency.counted]
+
+    @property
+    def size_ratio(self) -> float:
+        """fp32 bytes over int8 bytes, of the files as stored."""
+        return self.fp32.size_bytes / self.int8.size_bytes
+
+    @property
+    def images_seen_before(self) -> dict[str, int]:
+        """How many test images equal images of training, as a summary line shows it; empty where nobody has counted."""
+        found = self.fp32.data.duplicates
+        return {"test_images_also_in_training": found.test_images_seen} if found else {}
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The figures that a summary line shows. A speed-up without a name is that over the fastest float."""
+        over_floats = [found.ratio.median for found in self.speedups_over_floats]
+        return {
+            "fp32_top1_percent": self.fp32.accuracy["test"].top1_percent,
+            "int8_top1_percent": self.int8.accuracy["test"].top1_percent,
+            "top1_drop_points": self.int8.comparison["test"].top1_drop_points,
+            "fp32_size_mb": self.fp32.size_bytes / 1e6,
+            "int8_size_mb": self.int8.size_bytes / 1e6,
+            "size_ratio": self.size_ratio,
+            "mean_speedup": self.over_floats(self.name).median,
+            "smallest_speedup": min(over_floats),
+            "largest_speedup": max(over_floats),
+            "smallest_speedup_over_fp32": min(self.speedups),
+            "largest_speedup_over_fp32": max(self.speedups),
+        }
+
+
+@dataclass(frozen=True)
+class SearchPoint:
+    """One way to quantize: validation top-1 over calibration subsets drawn with several seeds, and what it costs.
+
+    `fp32_layers` of the most sensitive layers stayed fp32, beside those that no trial may quantize. `size_bytes` and
+    `speedup` (over fp32, timed in turns) are there where the search looks at them; `latency_p50_ms` is the study's p50
+    of fp32 over that speed-up, and `noise` what int8 showed against itself. `correct_by_seed` says for each seed which
+    validation images int8 gets right (see search/paired.py); empty in trials of earlier versions, and in a result.
+    """
+
+    calibration_samples: int
+    observer: str
+    engine: str
+    weight_scale: str
+    fp32_layers: int
+    top1_percent: float
+    spread_points: float
+    top1_by_seed_percent: tuple[float, ...]
+    size_bytes: int | None = None
+    latency_p50_ms: float | None = None
+    speedup: Ratio | None = None
+    noise: Ratio | None = None
+    correct_by_seed: tuple[str, ...] = ()
+
+    @property
+    def cost(self) -> float | None:
+        """The second objective, of which less is better: ms or bytes."""
+        return self.latency_p50_ms if self.latency_p50_ms is not None else self.size_bytes
+
+
+@dataclass(frozen=True)
+class BelowBest:
+    """How far the validation top-1 of a point lies below the best point's, and the margin within which that may be
+    chance: the half width of its interval, simultaneous for all points."""
+
+    difference_points: float
+    margin_points: float
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the point is worse beyond chance."""
+        return self.difference_points > self.margin_points + 1e-9
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All points; `best` has the highest mean top-1, `front` is the Pareto front, the cheapest point first.
+
+    `winner` is, of the points not shown to be worse than the best, the one with the smallest sample count, or the
+    fastest or smallest one where there is a second objective. `below_best` says of each point how it compares with the
+    best; it is empty in results of earlier versions. `noise_points` is the median of the margins. `is_paired` says
+    whether they come from the same images, image by image, or from the spread between seeds alone, which leaves out
+    that other images would give other figures. `fp32_cost` is that of the fp32 model, in ms or bytes.
+    """
+
+    study: str
+    objective: str
+    points: tuple[SearchPoint, ...]
+    best: SearchPoint
+    winner: SearchPoint
+    front: tuple[SearchPoint, ...]
+    noise_points: float
+    fp32_top1_percent: float
+    validation_images: int
+    latency_batch_size: int | None = None
+    fp32_cost: float | None = None
+    failed_trials: int = 0
+    below_best: tuple[BelowBest, ...] = ()
+    is_paired: bool = False
+
+    @property
+    def not_told_apart(self) -> int:
+        """How many points, beside the best, are not shown to be worse than it."""
+        return max(0, sum(not found.is_shown for found in self.below_best) - 1)

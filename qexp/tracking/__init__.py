@@ -1,0 +1,1 @@
+"""All of MLflow: store, runs, metrics, registry, lineage, and the verification of registered versions."""

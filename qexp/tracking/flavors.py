@@ -1,0 +1,65 @@
+"""How a model goes into MLflow: flavour, format, signature, example, requirements."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+from qexp.models.classifier import ModelSpec
+
+FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
+OUTPUTS = {"pytorch": None, "onnx": "logits"}  # what the flavour calls the output: with a name, a server gives it so
+
+
+def log_version(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str) -> Any:
+    """Log and register a model in the active run: signature, example, pinned requirements; MLflow's ModelInfo.
+
+    `kind` and `stored` are as in `qexp.tracking.registry.register`; `flavor` is MLflow's: pytorch or onnx.
+    """
+    shape = (3, spec.image_size, spec.image_size)
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype("float32"), (-1, *shape))]),
+        Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)), OUTPUTS[flavor])]),
+    )
+    packages = {"pytorch": ("mlflow", "torch", "numpy"), "onnx": ("mlflow", "onnx", "onnxruntime", "numpy")}[flavor]
+    own: dict[str, dict[str, Any]] = {
+        "pytorch": {"serialization_format": FORMATS[kind]},
+        "onnx": {"save_as_external_data": False, "onnx_execution_providers": ["CPUExecutionProvider"]},
+    }
+    log_model: Any = {"pytorch": mlflow.pytorch.log_model, "onnx": mlflow.onnx.log_model}[flavor]
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        return log_model(
+            stored.eval() if flavor == "pytorch" else stored,
+            name=f"{spec.architecture}-{kind}",
+            registered_model_name=name,
+            signature=signature,
+            input_example=np.zeros((2, *shape), np.float32),  # two: an export from one image fixes the batch at one
+            pip_requirements=[f"{package}=={installed_version(package).split('+')[0]}" for package in packages],
+            metadata={
+                "classes": list(spec.classes),
+                "input": "float32 RGB in [0, 1]",
+                "architecture": spec.architecture,
+            },
+            model_type="classifier",
+            **own[flavor],
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without MLflow's advice against pickle, which does not apply: a ScriptModule is saved by torch.jit.save."""
+    logger = logging.getLogger("mlflow")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,221 @@
+"""How a network trains fastest on this CPU, found by timing a few steps: precision, threads and memory layout.
+
+None of the three is faster for all networks. bf16 is 2.9 times as fast for SmallNet and 3.6 times as slow for
+efficientnet_b0 on the same CPU; two threads beside another busy process can be slower than one, since every parallel
+region waits for its slowest thread. So each choice that was left open is timed, on a copy of the network.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from qexp.config import TrainConfig
+from qexp.data.datasets import Split
+from qexp.errors import InputError
+from qexp.files import replacing
+from qexp.measurement.accuracy import to_float
+from qexp.models.classifier import Classifier
+from qexp.progress import say
+from qexp.training.bf16 import padding_seen_in_fp32
+from qexp.training.distributed import read_group, threads_each
+
+FILE = "execution.json"  # in the folder of the training
+
+FIRST_IMAGES, MOST_IMAGES = 8, 64  # images a timed step: of the first one, and of the others at most
+LONGEST_STEP_S = 1.0  # of the choice that the others are compared with; slow networks get fewer images
+ROUNDS = 3  # timed steps of each of two choices, in turns
+HOPELESS = 2.0  # times as slow in the first round: no more rounds
+# How many times faster a choice must be than the one it replaces. bf16 rounds, and may replace fp32 only where that
+# pays; the others must be faster by more than the noise of so few steps, so that repeated trials agree.
+BF16_GAIN, OTHER_GAIN = 1.2, 1.1
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the steps are computed; `threads` are those of one process."""
+
+    bf16: bool
+    threads: int
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to compute the steps, with the median pace of its timed forward and backward passes."""
+
+    bf16: bool
+    threads: int
+    channels_last: bool
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What `auto` stands for in the options of these names, and the trials by which it was found."""
+
+    bf16: bool
+    train_threads: int
+    channels_last: bool
+    trials: tuple[Trial, ...] = ()
+
+    def options(self) -> dict[str, bool | int]:
+        """The options by name."""
+        return {"bf16": self.bf16, "train_threads": self.train_threads, "channels_last": self.channels_last}
+
+
+def settle_execution(options: TrainConfig, device: str, model: nn.Module, train: Split, folder: Path) -> Settled:
+    """What the training in `folder` computes its steps with: options that are given as they are, the others as it has
+    begun, or else as a few steps of the network are fastest here. On a GPU nothing is timed.
+
+    Of several processes only the leader calls it. Called again it gives the same: what was timed is kept in `folder`.
+
+    Raises:
+        StageError: the folder cannot be written.
+    """
+    file = folder / FILE
+    if file.is_file():
+        try:
+            begun = TypeAdapter(Settled).validate_json(file.read_text())
+        except ValidationError:
+            raise InputError(f"{file}: damaged; remove it, and what it held is timed anew") from None
+        given = {name: getattr(options, name) for name in begun.options()}
+        return replace(begun, **{name: value for name, value in given.items() if value is not None})
+    total = options.train_threads or torch.get_num_threads()
+    if device == "cuda":
+        bf16 = has_bf16(device) if options.bf16 is None else options.bf16
+        return Settled(bf16, total, options.channels_last is not False)
+    group = read_group()
+    threads = threads_each(total, group)
+    found, trials = fastest_execution(options, model, train, threads, has_bf16(device))
+    total = total if found.threads == threads else found.threads * group.local_size
+    settled = Settled(found.bf16, total, found.channels_last, trials)
+    if trials:
+        with replacing(file) as temporary:
+            temporary.write_bytes(TypeAdapter(Settled).dump_json(settled))
+        paces = ", ".join(f"{_describe(trial)} {trial.images_per_second:.0f}" for trial in trials)
+        say(f"training in {_describe(found)}; images/s of a few steps: {paces}")
+    return settled
+
+
+def _describe(execution: "Execution | Trial") -> str:
+    words = ["bf16" if execution.bf16 else "fp32", f"{execution.threads} threads"]
+    return " ".join(words + ([] if execution.channels_last else ["contiguous"]))
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the device computes in bf16."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+Step = Callable[[Execution, int], float]  # wall time in seconds of a step with so many images
+
+
+def fastest_execution(
+    options: TrainConfig, model: nn.Module, train: Split, threads: int, has_bf16: bool
+) -> tuple[Execution, tuple[Trial, ...]]:
+    """The fastest way to compute the steps among those that `options` leave open, and what was timed to find it.
+
+    Args:
+        model: on the CPU; left as it is, as are the random states.
+        train: images to time with.
+        threads: CPU threads that the process may use; `options.train_threads` must be None or this.
+        has_bf16: whether the CPU computes in bf16.
+    """
+    start = Execution(bool(options.bf16), threads, options.channels_last is not False)
+    if not (
+        (options.bf16 is None and has_bf16)
+        or options.channels_last is None
+        or (options.train_threads is None and threads > 1)
+    ):
+        return start, ()
+    before = torch.get_num_threads()
+    network = copy.deepcopy(model)
+    as_trained = padding_seen_in_fp32(network, has_bf16) if isinstance(network, Classifier) else nullcontext()
+    with torch.random.fork_rng(devices=[]), as_trained:
+        try:
+            step = _step_of(network, train)
+            images = _images(step, start, min(options.batch_size, len(train)))
+            return choose(step, start, images, options, has_bf16)
+        finally:
+            torch.set_num_threads(before)
+
+
+def choose(
+    step: Step, start: Execution, images: int, options: TrainConfig, has_bf16: bool
+) -> tuple[Execution, tuple[Trial, ...]]:
+    """Change one choice at a time and keep the change where it is faster by enough: threads first, since what other
+    processes take from this one decides the most."""
+    times: dict[Execution, list[float]] = {}
+
+    def is_faster(challenger: Execution, gain: float) -> bool:
+        return _gain(step, best, challenger, images, times) > gain
+
+    best = start
+    while options.train_threads is None and best.threads > 1:
+        fewer = replace(best, threads=best.threads // 2)
+        if not is_faster(fewer, OTHER_GAIN):
+            break
+        best = fewer
+    if options.bf16 is None and has_bf16 and is_faster(replace(best, bf16=True), BF16_GAIN):
+        best = replace(best, bf16=True)
+    if options.channels_last is None and is_faster(replace(best, channels_last=False), OTHER_GAIN):
+        best = replace(best, channels_last=False)
+    return best, tuple(
+        Trial(one.bf16, one.threads, one.channels_last, images / statistics.median(found))
+        for one, found in times.items()
+    )
+
+
+def _gain(
+    step: Step, best: Execution, challenger: Execution, images: int, times: dict[Execution, list[float]]
+) -> float:
+    """How many times faster the challenger is: the median over rounds in which both take turns."""
+    gains: list[float] = []
+    for execution in (best, challenger):
+        step(execution, images)  # kernels are made at the first step of their kind
+    for _ in range(ROUNDS):
+        best_s, challenger_s = step(best, images), step(challenger, images)
+        times.setdefault(best, []).append(best_s)
+        times.setdefault(challenger, []).append(challenger_s)
+        gains.append(best_s / challenger_s)
+        if gains[0] < 1 / HOPELESS:
+            break
+    return statistics.median(gains)
+
+
+def _images(step: Step, start: Execution, batch_size: int) -> int:
+    """Images a timed step, so that one takes no longer than LONGEST_STEP_S."""
+    few = min(FIRST_IMAGES, batch_size)
+    step(start, few)
+    fitting = int(few * LONGEST_STEP_S / step(start, few))
+    return max(few, min(fitting, MOST_IMAGES, batch_size))
+
+
+def _step_of(model: nn.Module, train: Split) -> Step:
+    """Forward and backward pass of `model`, which is changed."""
+    model.train()
+
+    def step(execution: Execution, images: int) -> float:
+        layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+        torch.set_num_threads(execution.threads)
+        model.to(memory_format=layout)  # type: ignore[call-overload]
+        started = time.perf_counter()
+        batch = to_float(train.images[:images]).contiguous(memory_format=layout)
+        with torch.autocast("cpu", torch.bfloat16, enabled=execution.bf16):
+            logits = model(batch).float()
+        nn.functional.cross_entropy(logits, train.labels[:images]).backward()
+        ended = time.perf_counter()
+        model.zero_grad()
+        return ended - started
+
+    return step

@@ -1,0 +1,298 @@
+"""Folders of images: decoding of every kind of file, what is refused, and the cache."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qexp.config import DataConfig
+from qexp.data.datasets import Dataset, load_dataset
+from qexp.data.imagefolder import decode_files, list_folder
+from qexp.errors import InputError
+
+RED, BLUE = (200, 10, 20), (5, 30, 220)
+
+
+def _save(file: Path, color: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(file)
+    return file
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Red cats and blue dogs: four of each to train with, two to test with."""
+    root = tmp_path / "pets"
+    for part, count in (("train", 4), ("test", 2)):
+        for name, (red, green, blue) in (("dog", BLUE), ("cat", RED)):
+            for number in range(count):
+                _save(root / part / name / f"{number}.png", (red, green + number, blue))
+    return root
+
+
+def _load(root: Path, image_size: int = 8) -> Dataset:
+    options = DataConfig(dataset="imagefolder", data_dir=str(root), image_size=image_size, validation_share=0.25)
+    return load_dataset(options, seed=0)
+
+
+def _refusal(root: Path) -> str:
+    with pytest.raises(InputError) as refused:
+        _load(root)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def _decode(image: Image.Image, file: Path, image_size: int) -> Tensor:
+    image.save(file)
+    decoded = decode_files([str(file)], image_size)
+    assert decoded.shape == (1, 3, image_size, image_size) and decoded.dtype == torch.uint8
+    return decoded[0]
+
+
+def test_rgb_png_keeps_every_pixel(tmp_path: Path) -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (6, 6, 3), dtype=np.uint8)
+    decoded = _decode(Image.fromarray(pixels), tmp_path / "a.png", 6)
+    assert torch.equal(decoded, torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_jpeg_is_near_the_original(tmp_path: Path) -> None:
+    decoded = _decode(Image.new("RGB", (16, 16), RED), tmp_path / "a.jpeg", 16)
+    assert (decoded.float() - torch.tensor(RED).view(3, 1, 1)).abs().max() <= 3
+
+
+def test_grey_becomes_three_equal_channels(tmp_path: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    decoded = _decode(Image.fromarray(pixels), tmp_path / "a.png", 8)
+    assert all(torch.equal(channel, torch.from_numpy(pixels)) for channel in decoded)
+
+
+def test_grey_with_16_bits_keeps_its_levels(tmp_path: Path) -> None:
+    """Medical and depth images: 65535 is white, not everything above 255."""
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    decoded = _decode(Image.fromarray(levels), tmp_path / "a.png", 8)
+    assert (decoded[0].int() - torch.from_numpy(levels.astype(np.int32)) // 257).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bits_a_pixel_are_refused(tmp_path: Path, kind: type[np.generic]) -> None:
+    """Nothing says what white is; read as 16 bits, an image of 0 to 255 would be black."""
+    with pytest.raises(InputError, match=r"a\.tiff: has 32 bits a pixel, .* save it with 8 or 16 bits"):
+        _decode(Image.fromarray(np.full((8, 8), 200, kind)), tmp_path / "a.tiff", 8)
+
+
+@pytest.mark.parametrize("opacity", [0, 128, 255])
+def test_opacity_is_left_out(tmp_path: Path, opacity: int) -> None:
+    decoded = _decode(Image.new("RGBA", (8, 8), (*RED, opacity)), tmp_path / "a.png", 8)
+    assert decoded[:, 3, 3].tolist() == list(RED)
+
+
+def test_palette_numbers_become_colours(tmp_path: Path) -> None:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([*BLUE, *RED])
+    image.putpixel((2, 5), 0)
+    decoded = _decode(image, tmp_path / "a.gif", 8)
+    assert decoded[:, 0, 0].tolist() == list(RED)
+    assert decoded[:, 5, 2].tolist() == list(BLUE)  # row 5, column 2
+
+
+def test_black_and_white(tmp_path: Path) -> None:
+    image = Image.new("1", (8, 8), 1)
+    image.putpixel((0, 0), 0)
+    decoded = _decode(image, tmp_path / "a.bmp", 8)
+    assert decoded[:, 0, 0].tolist() == [0, 0, 0] and decoded[:, 7, 7].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 10), (5, 9)])
+def test_other_sizes_are_resized_whole(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Nothing is cropped: the left end stays red and the right end blue."""
+    image = Image.new("RGB", size, RED)
+    image.paste(BLUE, (size[0] // 2, 0, size[0], size[1]))
+    decoded = _decode(image, tmp_path / "a.png", 8)
+    assert decoded[:, :, 0].T.tolist() == [list(RED)] * 8
+    assert decoded[:, :, 7].T.tolist() == [list(BLUE)] * 8
+
+
+def test_images_keep_the_order_of_the_files(tmp_path: Path) -> None:
+    files = [str(_save(tmp_path / f"{level}.png", (level, 0, 0))) for level in (9, 3, 250, 77)]
+    assert decode_files(files, 8)[:, 0, 0, 0].tolist() == [9, 3, 250, 77]
+
+
+def test_folder_becomes_a_dataset(pets: Path) -> None:
+    dataset = _load(pets)
+    assert dataset.classes == ("cat", "dog")
+    assert (dataset.name, dataset.source) == ("pets", str(pets.resolve()))
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (6, 2, 4)
+    for part in (dataset.train, dataset.validation, dataset.test):
+        assert part.labels.dtype == torch.int64
+        assert (part.images[:, 0, 0, 0] == RED[0]).tolist() == (part.labels == 0).tolist()
+
+
+def test_sub_folders_and_suffixes_in_capitals_count(pets: Path) -> None:
+    _save(pets / "test" / "cat" / "more" / "x.PNG", RED)
+    assert len(_load(pets).test) == 5
+
+
+def test_hidden_files_and_other_files_are_ignored(pets: Path) -> None:
+    for name in (".hidden.png", "notes.txt", "Thumbs.db", "README"):
+        (pets / "train" / "cat" / name).write_text("no image")
+    (pets / "train" / ".git").mkdir()
+    (pets / "train" / "index.html").write_text("no class")
+    dataset = _load(pets)
+    assert dataset.classes == ("cat", "dog")
+    assert len(dataset.train) + len(dataset.validation) == 8
+
+
+def test_hidden_folders_in_a_class_are_ignored(pets: Path) -> None:
+    """Jupyter leaves copies in .ipynb_checkpoints: counted, a training image would come twice."""
+    _save(pets / "train" / "cat" / ".ipynb_checkpoints" / "0-checkpoint.png", RED)
+    dataset = _load(pets)
+    assert len(dataset.train) + len(dataset.validation) == 8
+
+
+@pytest.mark.parametrize("keep", [0, 20, 50], ids=["empty", "header", "cut_off"])
+def test_cut_off_image_is_named(pets: Path, keep: int) -> None:
+    file = pets / "train" / "dog" / "2.png"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert f"broken image {file}" in _refusal(pets)
+
+
+def test_cut_off_jpeg_is_named(pets: Path) -> None:
+    file = _save(pets / "test" / "cat" / "big.jpg", RED, (64, 64))
+    file.write_bytes(file.read_bytes()[:-200])
+    assert f"broken image {file}" in _refusal(pets)
+
+
+def test_text_in_an_image_file_is_named(pets: Path) -> None:
+    file = pets / "test" / "cat" / "1.png"
+    file.write_text("<html>404 Not Found</html>")
+    assert f"broken image {file}" in _refusal(pets)
+
+
+def test_link_to_nowhere_is_named(pets: Path) -> None:
+    link = pets / "train" / "cat" / "gone.png"
+    link.symlink_to(pets / "absent.png")
+    assert str(link) in _refusal(pets)
+
+
+def test_empty_class_is_named(pets: Path) -> None:
+    (pets / "train" / "emu").mkdir()
+    (pets / "test" / "emu").mkdir()
+    message = _refusal(pets)
+    assert "class emu is empty" in message and str(pets / "train" / "emu") in message
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_class_in_one_part_only_is_named(pets: Path, part: str) -> None:
+    _save(pets / part / "emu" / "0.png", RED)
+    message = _refusal(pets)
+    assert "same classes" in message and f"emu is only in {part}" in message
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_missing_part_is_named(pets: Path, part: str) -> None:
+    (pets / part).rename(pets / "elsewhere")
+    message = _refusal(pets)
+    assert f"no folder {pets / part}" in message and "DIR/train/<class>/" in message
+
+
+def test_one_class_is_not_enough(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        _save(tmp_path / part / "cat" / "0.png", RED)
+    assert "at least 2 class folders" in _refusal(tmp_path)
+
+
+def test_folder_that_does_not_exist_or_was_not_given(tmp_path: Path) -> None:
+    assert f"--data-dir {tmp_path / 'absent'}: no such folder" in _refusal(tmp_path / "absent")
+    with pytest.raises(InputError, match="--data-dir: must be given"):
+        load_dataset(DataConfig(dataset="imagefolder"), seed=0)
+
+
+def test_list_folder_is_sorted(pets: Path) -> None:
+    classes, files = list_folder(pets)
+    assert classes == ("cat", "dog")
+    assert [[Path(file).name for file in of_class] for of_class in files["train"]] == [
+        ["0.png", "1.png", "2.png", "3.png"]
+    ] * 2
+
+
+def _fail(*arguments: object, **options: object) -> Tensor:
+    raise AssertionError("an image was decoded")
+
+
+def _caches(root: Path) -> list[str]:
+    return sorted(file.name for file in root.glob(".qexp-cache-*"))
+
+
+def test_second_load_reads_no_image(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _load(pets)
+    monkeypatch.setattr("qexp.data.datasets.decode_files", _fail)
+    second = _load(pets)
+    assert first.digest == second.digest
+    for before, after in ((first.train, second.train), (first.test, second.test)):
+        assert torch.equal(before.images, after.images) and torch.equal(before.labels, after.labels)
+
+
+def test_changed_file_makes_a_new_cache_and_drops_the_old(pets: Path) -> None:
+    """The file keeps its name and, as BMP is not compressed, its size: the time alone tells that it changed."""
+    file = _save(pets / "test" / "cat" / "0.bmp", RED)
+    size, first, before = file.stat().st_size, _load(pets), _caches(pets)
+    _save(file, (250, 0, 0))
+    os.utime(file, ns=(1, 1))  # the clock of a file system may be too coarse to tell the two writes apart
+    second, after = _load(pets), _caches(pets)
+    assert file.stat().st_size == size
+    assert second.test.images[0, 0, 0, 0] == 250 and first.test.images[0, 0, 0, 0] == RED[0]
+    assert second.digest != first.digest
+    assert len(before) == len(after) == 1 and before != after
+
+
+def test_new_and_removed_files_are_noticed(pets: Path) -> None:
+    _load(pets)
+    _save(pets / "test" / "dog" / "new.png", BLUE)
+    assert len(_load(pets).test) == 5
+    (pets / "test" / "dog" / "new.png").unlink()
+    assert len(_load(pets).test) == 4
+
+
+def test_each_image_size_has_a_cache_of_its_own(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _load(pets, image_size=8)
+    _load(pets, image_size=16)
+    assert len(_caches(pets)) == 2
+    monkeypatch.setattr("qexp.data.datasets.decode_files", _fail)
+    assert _load(pets, image_size=8).test.images.shape[-1] == 8
+    assert _load(pets, image_size=16).test.images.shape[-1] == 16
+
+
+def test_read_only_folder_works_without_a_cache(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(tensors: dict[str, Tensor], file: Path) -> None:
+        raise OSError(30, "Read-only file system", str(file))
+
+    monkeypatch.setattr("qexp.data.imagefolder.save_file", refuse)
+    assert len(_load(pets).test) == 4
+    assert _caches(pets) == []
+    assert "no cache of the decoded images" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_no_part_of_a_cache(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(tensors: dict[str, Tensor], file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qexp.data.imagefolder.save_file", fill)
+    assert len(_load(pets).test) == 4
+    assert _caches(pets) == []
+
+
+@pytest.mark.parametrize("keep", [0, 30, -5], ids=["empty", "cut_off_header", "cut_off_end"])
+def test_damaged_cache_is_rebuilt(pets: Path, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _load(pets)
+    (cache,) = pets.glob(".qexp-cache-*")
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:keep])
+    assert _load(pets).digest == first.digest
+    assert cache.read_bytes() == whole

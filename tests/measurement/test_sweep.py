@@ -1,0 +1,121 @@
+"""The latency sweep as a process of its own, what it compares with, and what happens when it fails."""
+
+import os
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from conftest import Finished
+
+from qexp.config import LatencyConfig
+from qexp.data.datasets import Dataset
+from qexp.errors import StageError
+from qexp.measurement import sweep, sweep_models
+from qexp.measurement.accuracy import to_float
+from qexp.measurement.latency import StartUp
+from qexp.measurement.sweep import SweepRequest, run_sweep
+from qexp.measurement.sweep_models import SweepModel, int8_models
+from qexp.pipeline.latency_stage import local_files
+from qexp.tracking import registry
+
+BASELINES = ["bf16", "fp32_traced", "fp32_onnx", "fp32_eager"]
+OPTIONS = LatencyConfig(batch_sizes=[1, 4], baselines=BASELINES, warmup=1, loads=3, min_repeats=6, min_seconds=0.0)
+
+
+def _request(fp32: str, int8: str, weights: Path, options: LatencyConfig = OPTIONS) -> SweepRequest:
+    floats = [SweepModel(name, fp32) for name in ("fp32", *options.baselines)]
+    int8s = int8_models(int8, "fx", ("x86", "onednn"))
+    return SweepRequest((*floats, *int8s), int8s[0].name, str(weights), 16, 1, options)
+
+
+def test_sweep_of_registered_versions(finished: Finished) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    names = ["fp32", *BASELINES, "int8_fx", "int8_fx_onednn"]
+    fp32, int8 = finished.summary["fp32"], finished.summary["int8"]
+    with local_files(fp32, int8) as (weights, folders):
+        result = run_sweep(_request(folders[fp32], folders[int8], weights), registry.child_environment(1))
+    assert result.threads == 1 and result.baseline == "fp32" and [row.batch_size for row in result.rows] == [1, 4]
+    for row in result.rows:
+        assert list(row.stats) == list(row.speedups) == names and set(row.round_ms) == set(names)
+        assert all(len(times) == 6 and min(times) > 0 for times in row.round_ms.values())
+        assert all(stats.repeats >= 6 and stats.p50_ms > 0 for stats in row.stats.values())
+        assert row.loads == (2, 2, 2) and row.enough and row.comparisons == 2 * 6
+        assert row.activity is None or row.activity.own_cpu_s > 0 < row.activity.wall_s
+        assert row.noise.low <= row.noise.median <= row.noise.high
+        assert row.speedups["int8_fx"] == row.ratio("fp32", "int8_fx") and row.speedups["fp32"].median == 1
+    assert [found.model for found in result.startups] == names
+    for found in result.startups:
+        assert 0 < found.load_s < 300 and found.first_call_ms > 0 and found.peak_memory_mb > 50
+
+
+def test_a_sweep_that_fails_is_a_stage_error_that_names_its_models(tmp_path: Path) -> None:
+    bare = OPTIONS.model_copy(update={"baselines": []})
+    request = _request(str(tmp_path), str(tmp_path), tmp_path / "model.safetensors", bare)
+    with pytest.raises(StageError, match=r"latency sweep of fp32, int8_fx, int8_fx_onednn failed with exit code 1"):
+        run_sweep(request, registry.child_environment(1))
+
+
+def test_baselines_compute_what_the_registered_fp32_version_computes(
+    finished: Finished, digits: Dataset, tmp_path: Path
+) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    fp32 = finished.summary["fp32"]
+    images = to_float(digits.test.images[:32])
+    with torch.no_grad(), local_files(fp32) as (weights, folders):
+        for name in BASELINES:
+            sweep_models.prepare_baseline(weights, name, 16, tmp_path)
+        expected = sweep_models.load(SweepModel("fp32", folders[fp32]), tmp_path)(images)
+        found = {name: sweep_models.load(SweepModel(name, folders[fp32]), tmp_path)(images) for name in BASELINES}
+    for name in ("fp32_traced", "fp32_onnx", "fp32_eager"):
+        assert torch.allclose(found[name], expected, atol=1e-4), name
+    assert found["bf16"].dtype == torch.float32 and not torch.equal(found["bf16"], expected)
+    assert torch.allclose(found["bf16"], expected, atol=0.3)
+    assert (found["bf16"].argmax(1) == expected.argmax(1)).float().mean() > 0.9
+
+
+def test_names_of_int8_models() -> None:
+    both = int8_models("a", "fx", ("x86", "onednn"))
+    assert both == (SweepModel("int8_fx", "a", "x86"), SweepModel("int8_fx_onednn", "a", "onednn"))
+    assert int8_models("a", "onnx", (None,)) == (SweepModel("int8_onnx", "a"),)
+
+
+def test_a_version_is_loaded_with_the_kernels_that_it_names(finished: Finished, tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    try:
+        int8 = finished.summary["int8"]
+        with local_files(finished.summary["fp32"], int8) as (_, folders):
+            for model in int8_models(folders[int8], "fx", ("onednn", "x86")):
+                sweep_models.load(model, tmp_path)
+                assert torch.backends.quantized.engine == model.backend
+    finally:
+        torch.backends.quantized.engine = "x86"
+
+
+def test_baselines_that_cannot_be_made_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(weights: Path, name: str, *given: object) -> None:
+        if name == "fp32_onnx":
+            raise ValueError("no such operator")
+        if name == "bf16":
+            os._exit(9)  # as if it had been killed
+
+    def start(model: SweepModel, *given: object) -> StartUp:
+        if model.name == broken:
+            raise ValueError("no such instruction")
+        return StartUp(model.name, 1.0, 1.0, 1.0)
+
+    broken = "fp32_traced"
+    monkeypatch.setattr(sweep, "prepare_baseline", refuse)
+    monkeypatch.setattr(sweep, "_start_up", start)
+    able = sweep._start_all(_request("a", "b", tmp_path), tmp_path)
+    assert [one.name for one in able] == ["fp32", "fp32_eager", "int8_fx", "int8_fx_onednn"]
+    assert [found.model for found in able.values()] == ["fp32", "fp32_eager", "int8_fx", "int8_fx_onednn"]
+    said = capsys.readouterr().err
+    assert "baseline fp32_traced is left out: no such instruction" in said
+    assert "baseline fp32_onnx is left out: no such operator" in said
+    assert "baseline bf16 is left out: the process that loads it ended with exit code 9" in said
+    broken = "int8_fx"
+    with pytest.raises(StageError, match="int8_fx: no such instruction"):
+        sweep._start_all(_request("a", "b", tmp_path), tmp_path)

@@ -1,0 +1,403 @@
+"""The commands, on the store of a finished run: quantize, latency and report work on registered versions."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import PLAIN, Finished, run_qexp
+from PIL import Image
+
+from qexp.config import Config, QuantizeConfig, parse_yaml
+from qexp.data.datasets import Dataset
+from qexp.errors import InputError, StageError
+from qexp.files import from_json
+from qexp.measurement.accuracy import to_float
+from qexp.pipeline import jobs as pipeline
+from qexp.pipeline import loading as registered
+from qexp.pipeline import quantize_stage as quantizing
+from qexp.pipeline import resumed
+from qexp.pipeline.setup import with_quantization_checked
+from qexp.report.results import Evidence
+from qexp.tracking import registry
+from qexp.tracking import runs as tracking
+
+TIMES = "--batch-sizes 1,4 --min-repeats 6 --loads 3 --max-busy-percent 100 --min-seconds 0 --warmup 1".split()
+SWEEP = [*TIMES, *PLAIN]
+
+
+def test_metrics_json_is_what_the_summary_and_the_tags_say(finished: Finished) -> None:
+    evidence = from_json(Evidence, (finished.folder / "report" / "metrics.json").read_text())
+    for name, value in evidence.headline.items():
+        assert finished.summary[name] == pytest.approx(value, abs=1e-4)
+    mlflow.set_tracking_uri(finished.uri)
+    tags = mlflow.MlflowClient().get_model_version("smallnet-digits-int8", "1").tags
+    assert float(tags["test_top1_percent"]) == pytest.approx(evidence.int8.accuracy["test"].top1_percent, abs=1e-3)
+    assert evidence.int8.quantize.float_layers == () and evidence.int8.cost.int8_percent == 100
+    assert evidence.gate.passed == (tags["gate"] == "passed") == evidence.champion
+    main = mlflow.MlflowClient().get_run(finished.summary["run_id"]).data.tags
+    shown = ("verdict", "gate", "fp32", "int8")
+    assert [main[f"qexp.{name}"] for name in shown] == [finished.summary[name] for name in shown]
+    assert finished.summary["engine"] == "fx"
+    assert tags["smallest_speedup"] == f"{evidence.headline['smallest_speedup']:.3f}"
+    assert tags["smallest_speedup_over_fp32"] == f"{min(evidence.speedups):.3f}"
+    assert tags["verdict"] == evidence.verdict.word == finished.summary["verdict"]
+    assert tags["verdict_reason"] == evidence.verdict.reason == finished.summary["verdict_reason"]
+    assert main["mlflow.note.content"].startswith(f"**{evidence.verdict.word.capitalize()}**: ")
+
+
+def test_report_of_the_run_says_what_to_ship(finished: Finished) -> None:
+    text = (finished.folder / "report" / "report.md").read_text()
+    section = text.split("## What to ship")[1].split("\n## ")[0]
+    assert section.strip().startswith(f"- **{finished.summary['verdict'].capitalize()}**: ")
+    assert "of wall time, the timed process used" in text or not Path("/proc/stat").exists()
+    sensitivity = text.split("## Layer sensitivity")[1]
+    assert "On 16 validation images, top-1 is " in sensitivity and "`network.22`" in sensitivity
+
+
+def test_sizes_are_those_of_the_stored_files(finished: Finished) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    for kind, file in (("fp32", "model.pt2"), ("int8", "model.pth")):
+        folder = Path(mlflow.artifacts.download_artifacts(finished.summary[kind]))
+        assert finished.summary[f"{kind}_size_mb"] == pytest.approx(
+            (folder / "data" / file).stat().st_size / 1e6, abs=1e-4
+        )
+
+
+def test_nothing_is_left_in_the_working_folder(finished: Finished) -> None:
+    assert {path.name for path in finished.folder.iterdir()} <= {"mlflow.db", "mlruns", "mlartifacts", "report"}
+
+
+def test_the_logged_configuration_says_what_auto_stood_for(finished: Finished) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    config = tracking.read_config(finished.summary["run_id"])
+    assert config.train.learning_rate == 0.2 and config.train.flip is False and config.train.bf16 is not None
+    assert config.threads is not None and config.quantize.calibration_samples == 64
+
+
+def test_options_that_contradict_the_version_are_refused(in_use: Finished) -> None:
+    for option, value in (("--model", "vgg16"), ("--seed", "7"), ("--epochs", "9"), ("--image-size", "64")):
+        done = run_qexp(in_use.folder, "run", "--model-uri", in_use.summary["fp32"], option, value)
+        assert done.code == 2 and f"{option} {value}: {in_use.summary['fp32']} was made with" in done.stderr
+
+
+def _champion(finished: Finished) -> str:
+    client = mlflow.MlflowClient(tracking_uri=finished.uri)
+    return str(client.get_model_version_by_alias("smallnet-digits-int8", "champion").version)
+
+
+def _challenger(finished: Finished) -> str:
+    client = mlflow.MlflowClient(tracking_uri=finished.uri)
+    return str(client.get_model_version_by_alias("smallnet-digits-int8", "challenger").version)
+
+
+def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) -> None:
+    champion = _champion(in_use)
+    (in_use.folder / "quick.yaml").write_text("latency: {batch_sizes: [1], min_repeats: 2, min_seconds: 0}\n")
+    options = "--calibration-samples 32 --observer minmax --per-channel false --fold-pool true --sensitivity-images 8 "
+    options += "--quantize-max-top1-drop 0 --max-tries 2 --config quick.yaml"
+    fp32 = "models:/smallnet-digits-fp32@champion"
+    # As on a CPU that has AVX2 alone:
+    without_vnni = "import qexp.measurement.host\nqexp.measurement.host.INT8_DOT_PRODUCTS = set()"
+    quantized = run_qexp(in_use.folder, "quantize", "--model-uri", fp32, *options.split(), before=without_vnni)
+    assert quantized.code == 0, quantized.stderr
+    assert "has no int8 dot product" in quantized.stderr
+    assert "smallnet has no pool that only repeats" in quantized.stderr
+    assert "accuracy budget, try 1 of 2: validation top-1 drop" in quantized.stderr
+    uri = quantized.summary["int8"]
+    version = mlflow.MlflowClient(tracking_uri=in_use.uri).get_model_version(*uri.removeprefix("models:/").split("/"))
+    assert version.tags["reduce_range"] == "true"
+    assert version.tags["reduce_range_reason"].startswith("no int8 dot product: sums of two products")
+    assert version.tags["observer"] == "minmax" and version.tags["per_channel"] == "false"
+    assert version.tags["fp32_uri"] == in_use.summary["fp32"] and version.tags["fold_pool"] == "false"
+
+    early = run_qexp(in_use.folder, "report", "--model-uri", uri)
+    assert early.code == 2 and "qexp latency --model-uri" in early.stderr
+
+    latency = run_qexp(in_use.folder, "latency", "--model-uri", uri, *TIMES, "--baselines", "none")
+    assert latency.code == 0, latency.stderr
+    assert set(latency.summary["speedup_by_batch_size"]) == {"1", "4"} and len(latency.summary["run_id"]) == 32
+
+    report = run_qexp(in_use.folder, "report", "--model-uri", uri, "--output-dir", "second", "--min-size-ratio", "99")
+    assert report.code == 0, report.stderr
+    text = (in_use.folder / "second" / "report.md").read_text()
+    assert "minmax observer, weights per layer, range reduced by one bit" in text
+    assert re.search(r"The budget of 0 points on validation images (is met|\*\*is not met\*\*) after [12] tr", text)
+    assert "is not at least 99; `champion` stays where it was" in text and report.summary["gate"] == "failed"
+    assert _champion(in_use) == champion
+
+
+def test_an_engine_that_fails_does_not_end_the_job_nor_does_a_gate(in_use: Finished) -> None:
+    """From a registered fp32 version, with an engine onnx that cannot quantize the model."""
+    uri, champion = in_use.summary["fp32"], _champion(in_use)
+    broken = """
+from qexp import quantization
+from qexp.errors import StageError
+def refuse(*given):
+    raise StageError("engine onnx cannot quantize this model")
+quantization.ENGINES["onnx"] = refuse
+"""
+    options = ["--model-uri", uri, *SWEEP, "--min-speedup", "1000", "--engine", "onnx,pt2e"]
+    done = run_qexp(in_use.folder, "run", *options, before=broken)
+    assert done.code == 0, done.stderr
+    assert "continuing without engine onnx: engine onnx cannot quantize this model" in done.stderr
+    summary = done.summary
+    assert summary["fp32"] == uri and summary["gate"] == "failed" and summary["engine"] == "pt2e"
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    version = client.get_model_version(*summary["int8"].removeprefix("models:/").split("/"))
+    assert version.tags["gate"] == "failed" and "at least 1000" in version.tags["gate_reason"]
+    assert version.tags["engine"] == "pt2e" and version.tags["verified"] == "true" and "backend" not in version.tags
+    assert str(client.get_model_version_by_alias("smallnet-digits-int8", "challenger").version) == str(version.version)
+    assert _champion(in_use) == champion
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{summary['run_id']}'")
+    statuses = {run.info.run_name: run.info.status for run in children}
+    assert statuses.pop("quantize-onnx-256") == "FAILED"
+    assert set(statuses) == {"quantize-pt2e-256", "latency-smallnet", "report"} and set(statuses.values()) == {
+        "FINISHED"
+    }
+
+
+def test_all_engines_that_fail_end_the_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(config: Config, *given: object) -> None:
+        raise StageError(f"no {','.join(config.quantize.engine)}")
+
+    monkeypatch.setattr(quantizing, "quantize_stage", fail)
+    monkeypatch.setattr(quantizing, "sensitivity_stage", lambda *given: None)
+    config = parse_yaml("quantize: {engine: [fx, onnx]}")
+    nothing: Any = None
+    with pytest.raises(StageError, match=r"^no onnx$"):
+        pipeline.quantize_all(config, nothing, nothing, nothing)
+    assert "continuing without engine fx: no fx" in capsys.readouterr().err
+
+
+def test_sensitivity_that_was_measured_before_a_stop_is_used(
+    finished: Finished, in_use: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.set_tracking_uri(in_use.uri)
+    assert resumed.sensitivity_below(in_use.summary["run_id"]) is None  # its options leave it out
+    mlflow.set_tracking_uri(finished.uri)
+    found = resumed.sensitivity_below(finished.summary["run_id"])
+    assert found and found.images == 16 and [layer.layer for layer in found.layers][:2] == ["network.0", "network.3"]
+    given = list[Any]()
+    monkeypatch.setattr(quantizing, "quantize_stage", lambda *arguments: given.append(arguments[-1]))
+    nothing: Any = None
+    pipeline.quantize_all(parse_yaml("quantize: {engine: [fx, onnx]}"), nothing, nothing, nothing, (), found)
+    assert given == [found, found]
+
+
+@pytest.fixture(scope="module")
+def side_by_side(in_use: Finished) -> Finished:
+    """`qexp run` with two engines and every baseline on the registered fp32 version."""
+    options = ["--sensitivity-images", "0", "--engine", "fx,onnx", "--output-dir", "both"]
+    options += ["--min-speedup", "0", "--max-top1-drop", "100"]  # the present champion alone can be in its way
+    done = run_qexp(in_use.folder, "run", "--model-uri", in_use.summary["fp32"], *TIMES, *options)
+    assert done.code == 0, done.stderr
+    return done
+
+
+def _versions_of(done: Finished) -> dict[str, Any]:
+    """The int8 versions of a run, by engine."""
+    client = mlflow.MlflowClient(tracking_uri=done.uri)
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{done.summary['run_id']}'")
+    ids = {run.info.run_id for run in children}
+    found = [version for version in client.search_model_versions() if version.run_id in ids]
+    return {version.tags["engine"]: version for version in found}
+
+
+def test_engines_side_by_side(side_by_side: Finished) -> None:
+    client = mlflow.MlflowClient(tracking_uri=side_by_side.uri)
+    versions = _versions_of(side_by_side)
+    assert set(versions) == {"fx", "onnx"}
+    assert {engine: version.tags["flavor"] for engine, version in versions.items()} == {"fx": "pytorch", "onnx": "onnx"}
+    for version in versions.values():
+        assert version.tags["verified"] == "true" and version.tags["gate"] == "passed"
+        assert version.tags["latency_run_id"] == versions["fx"].tags["latency_run_id"]
+    parent = f"tags.`mlflow.parentRunId` = '{side_by_side.summary['run_id']}'"
+    assert "promote-smallnet-digits-int8" in {run.info.run_name for run in client.search_runs(["1"], parent)}
+    chosen = versions[side_by_side.summary["engine"]]
+    replaces = side_by_side.summary["champion"]
+    assert chosen.tags["promotion"] == ("passed" if replaces else "champion stays")
+    assert side_by_side.summary["int8"] == f"models:/{chosen.name}/{chosen.version}"
+    aliases = {alias: str(client.get_model_version_by_alias(chosen.name, alias).version) for alias in ("challenger",)}
+    assert aliases["challenger"] == str(chosen.version)
+    assert (_champion(side_by_side) == str(chosen.version)) == replaces
+    assert side_by_side.summary["ship"] == f"models:/{chosen.name}/{_champion(side_by_side)}"
+
+
+def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
+    text = (side_by_side.folder / "both" / "report.md").read_text()
+    evidence = from_json(Evidence, (side_by_side.folder / "both" / "metrics.json").read_text())
+    uris = {f"models:/{version.name}/{version.version}" for version in _versions_of(side_by_side).values()}
+    assert {judged.int8.version_uri for judged in evidence.versions} == uris == set(evidence.measured.contenders)
+    assert evidence.int8.version_uri == side_by_side.summary["int8"] and all(f"`{uri}`" in text for uri in uris)
+    (header,) = [line for line in text.splitlines() if line.startswith("| Batch size | fp32 | ")]
+    bf16 = ["bf16"] if evidence.measured.host.has_bf16 else []
+    names = ["fp32", "fp32_eager", "fp32_traced", *bf16, "fp32_onnx", "int8_fx", "int8_fx_onednn", "int8_onnx"]
+    assert header.strip("| ").split(" | ")[1:] == names
+    assert [found.model for found in evidence.latency.startups] == names
+    assert bool(evidence.measured.bf16) == evidence.measured.host.has_bf16 == ("| smallnet bf16 |" in text)
+    mlflow.set_tracking_uri(side_by_side.uri)
+    assert all(registered.bf16_of(one.tags) == evidence.measured.bf16 for one in _versions_of(side_by_side).values())
+    assert f"## What to ship\n\n- **{side_by_side.summary['verdict'].capitalize()}**: " in text
+    assert "## Layer sensitivity" not in text
+
+
+def test_onnx_version_is_served_without_torch(side_by_side: Finished, digits: Dataset, tmp_path: Path) -> None:
+    """By mlflow.pyfunc with what its requirements name, and with the bits of the model that qexp loads."""
+    version = _versions_of(side_by_side)["onnx"]
+    uri = f"models:/{version.name}/{version.version}"
+    mlflow.set_tracking_uri(side_by_side.uri)
+    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    pins = (folder / "requirements.txt").read_text().split()
+    assert {pin.split("==")[0] for pin in pins} == {"mlflow", "onnx", "onnxruntime", "numpy"}
+    assert all("==" in pin for pin in pins) and (folder / "model.onnx").is_file()
+    assert float(version.tags["size_mb"]) == pytest.approx((folder / "model.onnx").stat().st_size / 1e6)
+    info = mlflow.models.get_model_info(uri)
+    assert info.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert "mlflow.pyfunc.load_model" in version.description and "backend" not in version.tags
+    script = """
+import sys
+import mlflow, numpy
+found = mlflow.pyfunc.load_model(sys.argv[1]).predict(numpy.load(sys.argv[2]))
+numpy.save(sys.argv[3], found["logits"])
+assert not {"torch", "qexp"} & set(sys.modules)
+"""
+    images = to_float(digits.test.images[:40])
+    np.save(tmp_path / "images.npy", images.numpy())
+    command = [sys.executable, "-c", script, uri, str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
+    environment = registry.child_environment(1)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    logits = np.load(tmp_path / "logits.npy")
+    assert np.array_equal(logits, registry.load_version(uri)(images).numpy())
+    assert (logits.argmax(1) == digits.test.labels[:40].numpy()).mean() > 0.7
+
+
+def test_evidence_of_one_version_of_two(side_by_side: Finished) -> None:
+    """The one that was asked for comes first; one that was deleted since is left out."""
+    mlflow.set_tracking_uri(side_by_side.uri)
+    versions = _versions_of(side_by_side)
+    chosen = side_by_side.summary["int8"]
+    (other,) = (one for one in versions.values() if f"models:/{one.name}/{one.version}" != chosen)
+    uri = f"models:/{other.name}/{other.version}"
+    both = registered.evidence_of_version(Config(), uri)
+    assert [judged.int8.version_uri for judged in both.versions] == [uri, chosen] and not both.champion
+    mlflow.MlflowClient().delete_model_version(other.name, other.version)
+    one = registered.evidence_of_version(Config(), chosen)
+    assert [judged.int8.version_uri for judged in one.versions] == [chosen]
+    assert set(one.measured.contenders) == {chosen, uri}
+
+
+@pytest.fixture(scope="module")
+def picture_folder(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real scans as PNG files: three classes, 24 train and 8 test images each, 20 x 20 pixels."""
+    root = tmp_path_factory.mktemp("pictures") / "Three Digits"
+    for part, split, count in (("train", digits.train, 24), ("test", digits.test, 8)):
+        for label in range(3):
+            folder = root / part / f"digit {label}"
+            folder.mkdir(parents=True)
+            for number, image in enumerate(split.images[split.labels == label][:count]):
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((20, 20))
+                picture.save(folder / f"{number}.png")
+    return root
+
+
+def test_the_whole_job_on_a_folder_of_pictures(picture_folder: Path, tmp_path: Path) -> None:
+    """Two of the test images are training images, too."""
+    for label in (1, 2):
+        source, target = (picture_folder / part / f"digit {label}" for part in ("test", "train"))
+        shutil.copy(source / "0.png", target / "copy.png")
+    data = ["--dataset", "imagefolder", "--data-dir", str(picture_folder), "--image-size", "24"]
+    options = ["--epochs", "2", "--batch-size", "16", "--output-dir", "out", *SWEEP]
+    done = run_qexp(tmp_path, "run", *data, *options)
+    assert done.code == 0, done.stderr
+    assert done.summary["int8"] == "models:/smallnet-three-digits-int8/1"
+    facts = json.loads((tmp_path / "out" / "metrics.json").read_text())["fp32"]["data"]
+    assert facts["classes"] == ["digit 0", "digit 1", "digit 2"] and facts["test_images"] == 24
+    assert facts["train_images"] + facts["validation_images"] == 74
+    told = "2 of 24 test images equal a training or validation image"
+    assert done.summary["test_images_also_in_training"] == 2 == facts["duplicates"]["test_images_seen"]
+    assert f"warning: {told}" in done.stderr and f"**{told}" in (tmp_path / "out" / "report.md").read_text()
+
+    (picture_folder / "train" / "digit 0" / "0.png").write_bytes(b"no picture")
+    broken = run_qexp(tmp_path, "run", *data)
+    assert broken.code == 2 and re.search(r"broken image .*digit 0/0\.png", broken.stderr)
+    (picture_folder / "train" / "digit 0" / "0.png").unlink()
+    other = run_qexp(tmp_path, "quantize", "--model-uri", "models:/smallnet-three-digits-fp32/1")
+    assert other.code == 2 and "is not what models:/smallnet-three-digits-fp32/1 was trained on" in other.stderr
+
+
+@pytest.mark.slow
+def test_another_torchvision_classifier(tmp_path: Path) -> None:
+    options = "--model resnet18 --epochs 1 --image-size 16 --calibration-samples 16".split()
+    done = run_qexp(tmp_path, "run", *options, *SWEEP)
+    assert done.code == 0, done.stderr
+    assert done.summary["size_ratio"] > 3.5
+
+
+def test_a_loss_that_is_no_number_fails_the_run_in_one_line(tmp_path: Path) -> None:
+    done = run_qexp(tmp_path, "train", "--learning-rate", "1e30")
+    assert done.code == 1
+    assert re.search(r"^error: training stopped in epoch 1: the loss is (nan|inf)", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    client = mlflow.MlflowClient(tracking_uri=done.uri)
+    experiment = client.get_experiment_by_name("qexp-digits")
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FAILED"]
+
+
+def test_engines_that_mlflow_would_not_load_are_refused(monkeypatch: pytest.MonkeyPatch, digits: Dataset) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    config = Config(quantize=QuantizeConfig(engine=["fx", "onnx"]))
+    with pytest.raises(InputError, match=r"^--engine fx: with MLFLOW_ALLOW\w*=false it must be onnx;"):
+        with_quantization_checked(config, digits)
+    with_quantization_checked(Config(quantize=QuantizeConfig(engine=["onnx"])), digits)
+
+
+def test_kernels_of_an_engine_without_a_choice_are_refused(digits: Dataset) -> None:
+    with pytest.raises(InputError, match=r"^--backend onednn: must be auto with --engine pt2e,onnx, "):
+        with_quantization_checked(Config(quantize=QuantizeConfig(engine=["pt2e", "onnx"], backend="onednn")), digits)
+
+
+def test_two_rounds_are_no_verdict_and_move_no_alias(in_use: Finished) -> None:
+    aliases = _champion(in_use), _challenger(in_use)
+    few = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --max-busy-percent 100 --min-speedup 0".split()
+    done = run_qexp(in_use.folder, "run", "--model-uri", in_use.summary["fp32"], *few, *PLAIN, "--output-dir", "few")
+    assert done.code == 0 and "warning: no verdict rests on these times: 2 rounds in 2 loads" in done.stderr
+    assert done.summary["verdict"] == done.summary["gate"] == "not measured well enough"
+    assert done.summary["ship"] is None and not done.summary["champion"]
+    assert (_champion(in_use), _challenger(in_use)) == aliases
+    assert "**Not measured well enough**: 2 rounds in 2 loads" in (in_use.folder / "few" / "report.md").read_text()
+
+
+def test_a_model_that_guesses_is_not_trained(in_use: Finished) -> None:
+    """One epoch at a rate at which nothing is learnt: whatever the limits, it does not ship."""
+    aliases = _champion(in_use), _challenger(in_use)
+    guessing = "--epochs 1 --learning-rate 1e-9 --image-size 16 --min-speedup 0 --max-top1-drop 100".split()
+    done = run_qexp(in_use.folder, "run", *guessing, *SWEEP)
+    assert done.code == 0 and done.summary["verdict"] == "not trained" and done.summary["gate"] == "failed"
+    assert "is not shown to be better than guessing" in done.summary["verdict_reason"]
+    assert _champion(in_use) == aliases[0]
+
+
+def test_a_busy_machine_is_said_and_moves_no_alias(in_use: Finished) -> None:
+    """The sweep beside a process that computes without end on the same cores."""
+    aliases = _champion(in_use), _challenger(in_use)
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(len(os.sched_getaffinity(0)))]
+    times = "--batch-sizes 1 --min-repeats 6 --loads 3 --min-seconds 0 --warmup 1 --min-speedup 0".split()
+    try:
+        done = run_qexp(in_use.folder, "run", "--model-uri", in_use.summary["fp32"], *times, *PLAIN)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert done.code == 0 and "the machine was busy: others took up to" in done.stderr
+    assert done.summary["verdict"] == "not measured well enough"
+    assert (_champion(in_use), _challenger(in_use)) == aliases

@@ -1,0 +1,112 @@
+"""The accuracy of the baseline bf16, and which int8 version is chosen where none passes the gate."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from qexp.config import Config, GateConfig, parse_yaml
+from qexp.data.datasets import Dataset
+from qexp.measurement.accuracy import Accuracy, predict_logits
+from qexp.measurement.gate import GateResult
+from qexp.measurement.host import Host
+from qexp.models.classifier import Classifier
+from qexp.pipeline.latency_stage import _able, decide, fair_floats, measure_bf16
+from qexp.pipeline.stages import Fp32
+from qexp.report.results import Bf16Evidence, Evidence, Judged
+from qexp.training.train import TrainResult
+
+CONFIG = parse_yaml("data: {image_size: 16}")
+
+
+@pytest.fixture
+def host(evidence: Evidence) -> Host:
+    return replace(evidence.measured.host, features=("AVX512-BF16",))
+
+
+@pytest.fixture
+def fp32(trained: tuple[Classifier, TrainResult], digits: Dataset) -> Fp32:
+    model, nothing = trained[0].eval(), cast(Any, None)
+    return Fp32(model, nothing, nothing, {"test": predict_logits(model, digits.test.images)})
+
+
+def _measure(config: Config, host: Host, digits: Dataset, fp32: Fp32) -> Bf16Evidence | None:
+    return measure_bf16(config, host, digits, fp32.model, fp32.logits["test"])
+
+
+def test_bf16_is_compared_with_fp32_on_the_test_images(fp32: Fp32, digits: Dataset, host: Host) -> None:
+    before = {name: tensor.clone() for name, tensor in fp32.model.state_dict().items()}
+    found = _measure(CONFIG, host, digits, fp32)
+    assert found and found.accuracy.images == len(digits.test)
+    weights = sum(parameter.numel() for parameter in fp32.model.parameters())
+    assert 2 * weights < found.size_bytes < 2.5 * weights
+    right = fp32.logits["test"].argmax(1) == digits.test.labels
+    drop = 100 * right.double().mean().item() - found.accuracy.top1_percent
+    assert found.top1_drop_points == pytest.approx(drop)
+    assert found.top1_drop_low_points < drop < found.top1_drop_high_points and abs(drop) < 3
+    assert all(torch.equal(before[name], tensor) for name, tensor in fp32.model.state_dict().items())
+
+
+def test_of_versions_that_all_failed_accuracy_comes_first(evidence: Evidence) -> None:
+    failed = GateResult("failed", ("speed-up 0.9",), ("min_speedup",))
+
+    def judged(name: str, drop: float) -> Judged:
+        found = replace(evidence.int8.comparison["test"], top1_drop_points=drop, top1_drop_high_points=drop + 0.5)
+        return Judged(replace(evidence.int8, comparison={"test": found}), name, failed)
+
+    fast, good, bad = judged("fast", 47.0), judged("good", 0.5), judged("bad", 3.0)
+    assert _able(CONFIG, [fast, good, bad]) == [good]
+    assert _able(CONFIG, [fast, bad]) == [bad]
+    passed = replace(fast, gate=GateResult("passed", ()))
+    assert _able(CONFIG, [good, passed]) == [passed]
+
+
+def test_it_is_measured_where_it_is_timed(fp32: Fp32, digits: Dataset, host: Host) -> None:
+    assert _measure(CONFIG, replace(host, features=("AVX512-VNNI",)), digits, fp32) is None
+    assert _measure(parse_yaml("latency: {baselines: [fp32_traced]}"), host, digits, fp32) is None
+
+
+def test_a_model_that_does_not_run_in_bf16_is_said(
+    fp32: Fp32, digits: Dataset, host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OnlyFloat(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.inv(images.flatten(1)[:, :4].reshape(-1, 2, 2)).flatten(1)
+
+    broken = replace(fp32, model=OnlyFloat())  # type: ignore[arg-type]
+    assert _measure(CONFIG, host, digits, broken) is None
+    assert "the accuracy of bf16 is not measured: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("limits", "high", "counts"),
+    [
+        (GateConfig(), 1.9, True),
+        (GateConfig(), 2.1, False),
+        (GateConfig(max_top1_drop=0.5), 1.9, False),
+        (GateConfig(min_top1=80.0), 1.9, True),
+        (GateConfig(min_top1=93.0), 1.9, False),  # 93.9 % of 359 images: its interval begins at 91
+    ],
+)
+def test_bf16_counts_where_it_keeps_the_limits_on_accuracy(
+    evidence: Evidence, limits: GateConfig, high: float, counts: bool
+) -> None:
+    bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), 0.1, -0.2, high)
+    floats = fair_floats(limits, replace(evidence.measured, bf16=bf16))
+    assert floats == ("fp32", "fp32_traced", *(["bf16"] if counts else []), "fp32_onnx")
+
+
+def test_bf16_of_unknown_accuracy_does_not_count(evidence: Evidence) -> None:
+    assert fair_floats(GateConfig(), evidence.measured) == ("fp32", "fp32_traced", "fp32_onnx")
+
+
+def test_the_gate_asks_for_more_than_the_registered_program_gives(evidence: Evidence) -> None:
+    """int8 in a quarter of fp32's time, but slower than the same weights in another runtime."""
+    strict = CONFIG.model_copy(update={"gate": GateConfig(min_speedup=3.0)})
+    found = decide(strict, evidence.fp32, evidence.int8, evidence.measured, verified=True)
+    assert found.failed_limits == ("min_speedup",) and "over fp32_onnx at batch size 1" in found.summary
+    row = evidence.latency.rows[0]
+    alone = replace(row, stats={name: row.stats[name] for name in ("fp32", "int8_fx")})
+    latency = replace(evidence.measured, latency=replace(evidence.latency, rows=(alone,)))
+    assert decide(strict, evidence.fp32, evidence.int8, latency, verified=True).passed

@@ -1,0 +1,165 @@
+"""`qexp promote`: what is rejected leaves the alias where it is, what is forced is recorded, what passes moves it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from conftest import Finished, run_qexp
+
+from qexp.config import Config, GateConfig, LatencyConfig
+from qexp.errors import InputError, StageError
+from qexp.measurement.gate import Succession
+from qexp.pipeline import promotion
+from qexp.pipeline.loading import evidence_of_version
+from qexp.pipeline.promotion import run_promote, succeed
+from qexp.report import claims
+from qexp.tracking import registry
+from qexp.tracking.store import uri_of
+
+NAME = "smallnet-digits-int8"
+TIMES = LatencyConfig(
+    batch_sizes=[1], baselines=["fp32_traced"], loads=3, min_repeats=6, min_seconds=0, warmup=1, max_busy_percent=100
+)
+LOOSE = GateConfig(max_top1_drop=100, min_size_ratio=0, min_speedup=0)
+
+
+@pytest.fixture(scope="module")
+def client(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> mlflow.MlflowClient:
+    """Of a copy of the database, with a second version that is the first again: the finished run stays as it is."""
+    folder = tmp_path_factory.mktemp("promotion")
+    shutil.copy(finished.folder / "mlflow.db", folder / "mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    client = mlflow.MlflowClient()
+    first = client.get_model_version(NAME, "1")
+    client.create_model_version(NAME, first.source, first.run_id, tags=first.tags)
+    return client
+
+
+def _champions(client: mlflow.MlflowClient) -> list[str]:
+    names = (NAME, "smallnet-digits-fp32")
+    return [str(client.get_model_version_by_alias(name, "champion").version) for name in names]
+
+
+def _tags(client: mlflow.MlflowClient, number: str) -> dict[str, str]:
+    return client.get_model_version(NAME, number).tags
+
+
+@pytest.mark.slow
+def test_rejected_then_forced_then_the_champion_stays(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    own = GateConfig(models={NAME: {"min_size_ratio": 99.0, "min_top1": 100.0}}).models
+    with pytest.raises(StageError) as rejected:
+        run_promote(Config(latency=TIMES, gate=LOOSE.model_copy(update={"models": own})), NAME, "2")
+    words = (
+        f"models:/{NAME}/2 is not promoted: rejected: size ratio",
+        ") is not at least 99; int8 top-1",
+        "too low by",
+    )
+    assert all(word in str(rejected.value) for word in words)
+    assert str(rejected.value).endswith(f"; the champion is still models:/{NAME}/1")
+    assert _champions(client) == ["1", "1"]
+    tags = _tags(client, "2")
+    assert tags["promotion"] == "rejected" and "is not at least 99" in tags["promotion_reason"]
+    assert tags["gate"] == "passed" and "forced_by" not in tags  # that of its own job stays
+    run = client.get_run(tags["promotion_run_id"])
+    assert run.info.run_name == f"promote-{NAME}" and run.info.status == "FINISHED"
+
+    times = "--batch-sizes 1 --min-repeats 6 --min-seconds 0 --warmup 1 --baselines none --min-size-ratio 99".split()
+    done = run_qexp(tmp_path, "promote", NAME, "--force", "--version", "2", *times, uri=mlflow.get_tracking_uri())
+    assert done.code == 0, done.stderr
+    assert done.summary["decision"] == "forced" and done.summary["champion_before"] == f"models:/{NAME}/1"
+    assert _champions(client) == ["2", "1"]
+    tags = _tags(client, "2")
+    assert "is not at least 99" in tags["forced_reason"] and tags["forced_by"] and tags["forced_at"].startswith("20")
+    assert not evidence_of_version(Config(gate=LOOSE), f"models:/{NAME}/2").champion_stays  # beside itself
+
+    # The first version is the second: as good, but in nothing better.
+    found = run_promote(Config(latency=TIMES, gate=LOOSE), NAME, "1")
+    assert found["decision"] == "champion stays" and found["top1_below_champion_points"] == 0
+    (reason,) = found["reasons"]
+    assert reason.startswith(f"beside models:/{NAME}/2: ") and "as fast (" in reason
+    assert _champions(client) == ["2", "1"] and _tags(client, "1")["promotion"] == "champion stays"
+    tags = _tags(client, "1")
+    assert tags["champion_kept"] == f"models:/{NAME}/2" and tags["champion_kept_reason"] == reason
+    again = evidence_of_version(Config(gate=LOOSE), f"models:/{NAME}/1")
+    assert again.gate.passed and again.champion_stays and again.verdict.ship == f"models:/{NAME}/2"
+    assert claims.verdict(again).endswith(f"It is the champion, which stays: {reason}.")
+
+
+@pytest.mark.slow
+def test_a_smaller_one_that_is_as_good_takes_the_place(
+    client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By margins that a hundred images and six rounds on a busy machine can show to be kept."""
+    margins = LOOSE.model_copy(update={"champion_top1_margin": 100.0, "champion_slowdown_percent": 10_000.0})
+    before = _champions(client)
+    client.set_registered_model_alias(NAME, "champion", "2")
+    own = registry._stored_bytes
+    twice = lambda uri: own(uri) * (2 if uri == f"models:/{NAME}/2" else 1)  # noqa: E731  # the champion's file
+    monkeypatch.setattr(registry, "_stored_bytes", twice)
+    client.set_model_version_tag(NAME, "1", "gate", "failed")  # as if the machine had been busy
+    found = run_promote(Config(latency=TIMES, gate=margins), NAME, "1")
+    assert found["decision"] == "passed" and _champions(client) == ["1", "1"]
+    assert any("better: " in reason and "0.500 of its size" in reason for reason in found["reasons"])
+    tags = _tags(client, "1")
+    assert tags["champion_kept"] == "none" and tags["gate"] == "passed"
+    assert tags["latency_run_id"] == tags["promotion_run_id"]  # what was decided on
+    client.set_registered_model_alias(NAME, "champion", before[0])
+
+
+def test_a_champion_of_other_data_stays(client: mlflow.MlflowClient) -> None:
+    number = _champions(client)[0]
+    digest = _tags(client, number)["data_digest"]
+    client.set_model_version_tag(NAME, number, "data_digest", "0" * 16)
+    found = run_promote(Config(latency=TIMES, gate=LOOSE), NAME, "1" if number == "2" else "2")
+    client.set_model_version_tag(NAME, number, "data_digest", digest)
+    said = f"it was made with other data or another image size (digest {'0' * 16}, not {digest})"
+    assert found["decision"] == "champion stays" and found["reasons"] == [f"beside models:/{NAME}/{number}: {said}"]
+
+
+def test_a_champion_that_moves_while_one_is_compared_with_it(
+    client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _champions(client)
+    monkeypatch.setattr(promotion, "succeed", lambda uri, champion: False)
+    monkeypatch.setattr(promotion, "decide_succession", lambda *given: Succession(True, ("better: size",)))
+    number = "1" if before[0] == "2" else "2"
+    with pytest.raises(StageError, match=f"/{number} is not promoted: another version has become champion meanwhile"):
+        run_promote(Config(latency=TIMES, gate=LOOSE), NAME, number)
+    assert _champions(client) == before and _tags(client, number)["promotion"] == "rejected"
+
+
+def test_another_champion_is_not_replaced_unseen(client: mlflow.MlflowClient) -> None:
+    """Of jobs that end at the same time, each must have been compared with the one before."""
+    first, second = (client.get_model_version(NAME, number) for number in "12")
+    before = _champions(client)
+    client.set_registered_model_alias(NAME, "champion", "1")
+    assert not succeed(uri_of(second), None) and not succeed(uri_of(first), second)
+    assert _champions(client)[0] == "1"
+    assert succeed(uri_of(second), first) and _champions(client) == ["2", "1"]
+    client.set_registered_model_alias(NAME, "champion", before[0])
+
+
+def test_a_challenger_of_somebody_else_is_bad_input(client: mlflow.MlflowClient) -> None:
+    first = client.get_model_version(NAME, "1")
+    number = client.create_model_version(NAME, first.source).version
+    client.set_registered_model_alias(NAME, "challenger", number)
+    with pytest.raises(InputError, match=f"^NAME models:/{NAME}@challenger: must be a version of kind int8"):
+        run_promote(Config(), NAME)
+    client.delete_model_version(NAME, number)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("nothing",), "NAME nothing: no registered int8 model; there are: smallnet-digits-int8"),
+        (("smallnet-digits-fp32",), "NAME smallnet-digits-fp32: no registered int8 model"),
+        ((NAME, "9"), "--version 9: does not exist"),
+        ((NAME, "9" * 20), "--version 9+: must be a version number"),
+        ((NAME, "newest"), "--version newest: must be a version number"),
+    ],
+)
+def test_what_is_no_int8_version(given: Any, message: str, client: mlflow.MlflowClient) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        run_promote(Config(), *given)

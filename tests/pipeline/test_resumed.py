@@ -1,0 +1,191 @@
+"""Killed and resumed: the same run, the same weights bit for bit, a curve without gaps or doubled steps."""
+
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from conftest import NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
+
+from qexp.config import DataConfig
+from qexp.data.datasets import load_dataset
+from qexp.errors import InputError
+from qexp.pipeline.resumed import check_data
+
+OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split() + NOT_TIMED
+EPOCHS = list(range(1, 21))
+CURVES = ("train/loss", "train/top1", "val/loss", "val/top1", "train/learning_rate")
+
+
+def _run_id(folder: Path) -> str:
+    return next((path.name for path in (folder / "checkpoints").glob("*")), "")
+
+
+def _weights(folder: Path, run_id: str) -> bytes:
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    file = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/weights/model.safetensors")
+    return Path(file).read_bytes()
+
+
+def _run(folder: Path, run_id: str) -> mlflow.entities.Run:
+    return mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(run_id)
+
+
+def _steps(folder: Path, run_id: str, name: str) -> list[int]:
+    history = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").get_metric_history(run_id, name)
+    return sorted(metric.step for metric in history)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A training that nothing interrupts."""
+    done = run_qexp(tmp_path_factory.mktemp("not interrupted"), "train", *OPTIONS)
+    assert done.code == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_gives_the_same_bits(reference: Finished, tmp_path: Path) -> None:
+    """Three kills or more, each up to two epochs and a moment after it has begun or gone on; one is inside an epoch."""
+    moments = random.Random()  # other moments in every run of the tests
+    run_id, steps = "", list[int]()
+    while len(steps) < 3 or not any(steps):
+        process = start_qexp(tmp_path, "train", *(["--resume", run_id] if run_id else OPTIONS))
+        line = process.wait_for_line("going on" if run_id else "epoch 1/")
+        steps.append(int(line.split()[-1]) if run_id else 0)
+        for _ in range(moments.randrange(3)):
+            process.wait_for_line("epoch ")
+        time.sleep(moments.uniform(0, 0.2))
+        assert process.poll() is None, "training was over before the kill: too few epochs for this machine"
+        process.kill()
+        run_id = _run_id(tmp_path)
+        assert _run(tmp_path, run_id).info.status == "RUNNING"
+    done = run_qexp(tmp_path, "train", "--resume", run_id)
+    assert done.code == 0 and done.summary["run_id"] == run_id, done.stderr
+    assert _run(tmp_path, run_id).info.status == "FINISHED"
+    assert _weights(tmp_path, run_id) == _weights(reference.folder, reference.summary["run_id"])
+    assert {name: _steps(tmp_path, run_id, name) for name in CURVES} == {name: EPOCHS for name in CURVES}
+    assert len(mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])) == 1
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_signal_ends_the_run_as_killed_and_it_goes_on(reference: Finished, tmp_path: Path) -> None:
+    process = start_qexp(tmp_path, "train", *OPTIONS)
+    process.wait_for_line("epoch 1/")
+    run_id = _run_id(tmp_path)
+    refused = run_qexp(tmp_path, "train", "--resume", run_id)
+    assert refused.code == 2 and f"process {process.pid} is still at work" in refused.stderr
+    process.send_signal(signal.SIGINT)
+    if (ended := process.wait(60)) == 0:
+        pytest.fail("training was over before the signal came: too few epochs for this machine")
+    assert ended == 130 and "error: " in process.stderr and "Traceback" not in process.stderr
+    assert f"stopped; `qexp train --resume {run_id}` goes on" in process.stderr
+    assert _run(tmp_path, run_id).info.status == "KILLED"
+    done = run_qexp(tmp_path, "train", "--resume", run_id)
+    assert done.code == 0, done.stderr
+    assert _run(tmp_path, run_id).info.status == "FINISHED"
+    assert _weights(tmp_path, run_id) == _weights(reference.folder, reference.summary["run_id"])
+
+
+@pytest.mark.slow
+def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
+    """Killed in the middle of training: the run of `qexp run` goes on, with the training below it."""
+    sweep = "--batch-sizes 1,2 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
+    process = start_qexp(tmp_path, "run", *OPTIONS, *sweep, *PLAIN)
+    process.wait_for_line("epoch 2/")
+    process.kill()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    before = {run.data.tags["qexp.stage"]: run for run in client.search_runs(["1"])}
+    assert {stage: run.info.status for stage, run in before.items()} == {"main": "RUNNING", "train": "RUNNING"}
+    main, train = before["main"].info.run_id, before["train"].info.run_id
+    wrong = run_qexp(tmp_path, "train", "--resume", main)
+    assert wrong.code == 2 and f"use `qexp run --resume {main}`" in wrong.stderr
+    process = start_qexp(tmp_path, "run", "--resume", main)
+    process.wait_for_line("latency at batch size 1")
+    process.kill()  # once more, after quantization: that is not done again
+    done = run_qexp(tmp_path, "run", "--resume", main)
+    assert done.code == 0, done.stderr
+    assert done.summary["run_id"] == main and done.summary["int8"] == "models:/smallnet-digits-int8/1"
+    found = client.search_runs(["1"])
+    stages = sorted((run.data.tags["qexp.stage"], run.info.status) for run in found)
+    finished = [(stage, "FINISHED") for stage in ("main", "quantize", "report", "train")]
+    assert stages == sorted([*finished, ("latency", "FINISHED"), ("latency", "KILLED")])
+    runs = {run.data.tags["qexp.stage"]: run for run in found}
+    assert runs["train"].info.run_id == train
+    assert _weights(tmp_path, train) == _weights(reference.folder, reference.summary["run_id"])
+
+
+@pytest.mark.slow
+def test_killed_after_it_has_registered_its_version_registers_one(tmp_path: Path) -> None:
+    """The moment between the version in the registry and the end of the run."""
+    dies = """
+import os, signal
+from qexp.tracking import registry
+register = registry.register
+def register_and_die(*given, **named):
+    register(*given, **named)
+    os.kill(os.getpid(), signal.SIGKILL)
+registry.register = register_and_die
+"""
+    died = run_qexp(tmp_path, "train", "--epochs", "1", "--image-size", "8", before=dies)
+    assert died.code == -signal.SIGKILL
+    client, run_id = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), _run_id(tmp_path)
+    assert [version.version for version in client.search_model_versions()] == [1]
+    done = run_qexp(tmp_path, "train", "--resume", run_id)
+    assert done.code == 0, done.stderr
+    (version,) = client.search_model_versions()
+    assert done.summary["fp32"] == f"models:/smallnet-digits-fp32/{version.version}" and version.run_id == run_id
+    assert client.get_model_version_by_alias(version.name, "challenger").version == version.version
+
+
+@pytest.mark.slow
+def test_folder_or_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    done = run_qexp(tmp_path, "train", "--image-size", "8")
+    assert done.code == 1 and "checkpoints cannot be written there" in done.stderr and "Traceback" not in done.stderr
+    (run,) = mlflow.MlflowClient(done.uri).search_runs(["1"])
+    assert run.info.status == "FAILED"
+    full = (tmp_path / "mlflow.db").stat().st_size  # no file may grow above that: as on a full disk
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({full}, {full}))"
+    died = run_qexp(tmp_path, "train", "--image-size", "8", before=limit)
+    assert died.code in (1, 2) and "Traceback" not in died.stderr, died.stderr
+    assert [line for line in died.stderr.splitlines() if line.startswith("error: ")], died.stderr
+
+
+def test_what_cannot_go_on_is_said(reference: Finished, tmp_path: Path) -> None:
+    done = reference
+    run_id = done.summary["run_id"]
+    for arguments, said in (
+        (["--resume", "nothing"], "--resume nothing: no such run"),
+        (["--resume", run_id], f"--resume {run_id}: this run has finished"),
+    ):
+        refused = run_qexp(done.folder, "train", *arguments)
+        assert refused.code == 2 and f"error: {said}" in refused.stderr and "Traceback" not in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+    client = mlflow.MlflowClient(done.uri)
+    client.set_terminated(run_id, "KILLED")  # as if it had been stopped; its checkpoints are gone
+    try:
+        refused = run_qexp(done.folder, "train", "--resume", run_id)
+        assert refused.code == 2 and f"no checkpoint in checkpoints{os.sep}{run_id}" in refused.stderr
+        refused = run_qexp(done.folder, "train", "--resume", run_id, "--batch-size", "128")  # the default, but given
+        assert refused.code == 2 and f"--batch-size 128: run {run_id} was started with 32" in refused.stderr
+    finally:
+        client.set_terminated(run_id, "FINISHED")
+
+
+def test_other_images_are_refused(reference: Finished) -> None:
+    mlflow.set_tracking_uri(reference.uri)
+    own = load_dataset(DataConfig(image_size=8), seed=0)
+    check_data(reference.summary["run_id"], own)
+    other = replace(own, train=own.train.subset(torch.arange(100)))
+    with pytest.raises(InputError, match="other images than run"):
+        check_data(reference.summary["run_id"], other)
+    elsewhere = replace(other, name="another-folder")
+    with pytest.raises(InputError, match="other images than run"):
+        check_data(reference.summary["run_id"], elsewhere)

@@ -1,0 +1,206 @@
+"""The search with a journal, on the store of a finished run: trials, resuming, failing, the registered winner."""
+
+import signal
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import optuna
+import pytest
+from conftest import PLAIN, Finished, run_qexp, start_qexp
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from qexp.config import load_config
+from qexp.files import from_json
+from qexp.report.results import SearchResult
+from qexp.search.joining import _newest
+
+COUNTS = ["--sample-counts", "8,32,128", "--seeds-per-point", "2", "--observers", "minmax,histogram"]
+
+
+def _trials(in_use: Finished, parent: str) -> list[mlflow.entities.Run]:
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    experiment = client.get_experiment_by_name("qexp-digits")
+    children = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`qexp.stage` = 'trial'"
+    return list(client.search_runs([experiment.experiment_id], children))
+
+
+def _study(in_use: Finished, name: str) -> optuna.Study:
+    file = in_use.folder / "studies" / f"{name}.journal"
+    return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(file))))
+
+
+def test_grid_search_runs_every_point_once_and_goes_on_where_it_stopped(in_use: Finished) -> None:
+    done = run_qexp(in_use.folder, "search", *COUNTS)
+    assert done.code == 0, done.stderr
+    trials = _trials(in_use, done.summary["run_id"])
+    assert sorted(run.info.run_name for run in trials) == [f"trial-{number:03d}" for number in range(6)]
+    for run in trials:
+        assert run.info.status == "FINISHED" and 0 < run.data.metrics["val/top1_mean"] <= 100
+    points = {
+        (t.params["calibration_samples"], t.params["observer"]) for t in _study(in_use, done.summary["study"]).trials
+    }
+    assert points == {(count, observer) for count in (8, 32, 128) for observer in ("minmax", "histogram")}
+    artifacts = mlflow.MlflowClient(tracking_uri=in_use.uri).list_artifacts(done.summary["run_id"], "figures")
+    assert [file.path for file in artifacts] == ["figures/search.png"]
+
+    again = run_qexp(in_use.folder, "search", *COUNTS)
+    assert again.code == 0, again.stderr
+    assert again.summary["run_id"] == done.summary["run_id"]  # one for the study
+    assert len(_trials(in_use, again.summary["run_id"])) == 6
+    parent = mlflow.MlflowClient(tracking_uri=in_use.uri).get_run(again.summary["run_id"])
+    assert parent.info.status == "FINISHED" and "are enough" in parent.data.tags["mlflow.note.content"]
+    assert len(_study(in_use, done.summary["study"]).trials) == 6
+    assert again.summary["winner"] == done.summary["winner"]
+
+
+def test_the_test_images_are_not_looked_at(in_use: Finished) -> None:
+    done = run_qexp(in_use.folder, "search", "--sample-counts", "8", "--seeds-per-point", "1")
+    assert done.code == 0, done.stderr
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    for run in [client.get_run(done.summary["run_id"]), *_trials(in_use, done.summary["run_id"])]:
+        assert not [name for name in run.data.metrics if name.startswith("test/")]
+    assert "test images" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)], ids=["killed", "stopped"])
+def test_a_search_that_was_cut_off_goes_on(number: signal.Signals, code: int, in_use: Finished) -> None:
+    name = number.name
+    options = ["--sample-counts", "4,8,12,16", "--seeds-per-point", "2", "--study", name]
+    process = start_qexp(in_use.folder, "search", *options, uri=in_use.uri)
+    process.wait_for_line("trial 1:")
+    process.send_signal(number)
+    assert process.wait() == code
+    before = [trial for trial in _study(in_use, name).trials if trial.state.is_finished() and trial.values]
+    assert 2 <= len(before) < 4
+    done = run_qexp(in_use.folder, "search", *options)
+    assert done.code == 0, done.stderr
+    trials = _trials(in_use, done.summary["run_id"])
+    ended = Counter(run.info.status for run in trials)
+    assert ended["FINISHED"] == 4 and ended.total() - ended["KILLED"] == 4
+    complete = [trial for trial in _study(in_use, name).trials if trial.state == TrialState.COMPLETE]
+    assert sorted(trial.params["calibration_samples"] for trial in complete) == [4, 8, 12, 16]
+    assert mlflow.MlflowClient(tracking_uri=in_use.uri).get_run(done.summary["run_id"]).info.status == "FINISHED"
+
+
+BROKEN = """
+from qexp import quantization
+from qexp.errors import StageError
+
+def refuse(*given):
+    raise StageError("engine onnx cannot quantize this model: no reason")
+
+quantization.ENGINES["onnx"] = refuse
+"""
+ONE = ["--sample-counts", "4", "--seeds-per-point", "1"]
+
+
+def test_a_trial_that_fails_says_why_and_the_study_goes_on(in_use: Finished) -> None:
+    done = run_qexp(in_use.folder, "search", *ONE, "--engine", "onnx,fx", "--study", "half", before=BROKEN)
+    assert done.code == 0, done.stderr
+    summary = done.summary
+    assert (summary["failed_trials"], summary["winner"]["engine"]) == (1, "fx")
+    by_state = {trial.state: trial for trial in _study(in_use, "half").trials}
+    assert "no reason" in by_state[TrialState.FAIL].user_attrs["error"]
+    runs = {run.info.status: run for run in _trials(in_use, summary["run_id"])}
+    assert (
+        runs["FAILED"].data.params["quantize.engine"] == "['onnx']"
+        and "no reason" in runs["FAILED"].data.tags["qexp.error"]
+    )
+    assert set(runs) == {"FAILED", "FINISHED"}
+
+
+def test_a_study_in_which_all_trials_fail_fails(in_use: Finished) -> None:
+    done = run_qexp(in_use.folder, "search", *ONE, "--engine", "onnx", "--study", "none", before=BROKEN)
+    assert (done.code, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert "all 1 trials failed" in last and "no reason" in last
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    run_id = _study(in_use, "none").user_attrs["run_id"]
+    assert client.get_run(run_id).info.status == "FAILED"
+
+
+def test_two_objectives(in_use: Finished, tmp_path: Path) -> None:
+    options = ["--objective", "top1+size", "--sampler", "tpe", "--trials", "4", "--seeds-per-point", "1"]
+    space = ["--sample-counts", "8,64", "--weight-scales", "channel,layer", "--fp32-layer-counts", "0,2"]
+    done = run_qexp(in_use.folder, "search", *options, *space)
+    assert done.code == 0, done.stderr
+    study = _study(in_use, done.summary["study"])
+    assert len(study.trials) == 4 and [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    run = done.summary["run_id"]
+    assert [file.path for file in client.list_artifacts(run, "figures")] == ["figures/pareto.png"]
+    assert "tables/pareto.json" in [file.path for file in client.list_artifacts(run, "tables")]
+    result = from_json(SearchResult, Path(client.download_artifacts(run, "results/search.json", tmp_path)).read_text())
+    for point in result.points:
+        values = [point.top1_percent, float(point.size_bytes or 0)]
+        assert values in [trial.values for trial in study.trials]
+        if not point.fp32_layers:
+            assert (point.size_bytes or 0) < 1.2 * 450_000
+    by_layers = {
+        kept: [point.size_bytes or 0 for point in result.points if point.fp32_layers == kept] for kept in (0, 2)
+    }
+    assert max(by_layers[0], default=0) < min(by_layers[2], default=1 << 60)  # two layers take four times as much
+    assert result.fp32_cost and result.fp32_cost > 1_700_000
+    front = {(point.top1_percent, point.cost) for point in result.front}
+    assert front == {tuple(trial.values) for trial in study.best_trials}
+
+
+def test_latency_is_measured_against_fp32_and_its_winner_registered(in_use: Finished) -> None:
+    options = ["--objective", "top1+latency", "--latency-batch-size", "8", "--seeds-per-point", "1"]
+    space = ["--sample-counts", "16", "--fp32-layer-counts", "0,3"]
+    register = ["--register-best", "true", "--batch-sizes", "8", "--min-repeats", "3", "--min-seconds", "0", *PLAIN]
+    done = run_qexp(in_use.folder, "search", *options, *space, *register)
+    assert done.code == 0, done.stderr
+    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
+    study, winner = _study(in_use, done.summary["study"]), done.summary["winner"]
+    for run in _trials(in_use, done.summary["run_id"]):
+        speedup = run.data.metrics["latency/speedup"]
+        assert run.data.metrics["latency/p50_ms"] == pytest.approx(study.user_attrs["fp32_p50_ms"] / speedup)
+        assert run.data.metrics["latency/speedup_low"] <= speedup <= run.data.metrics["latency/speedup_high"]
+    version = client.get_model_version(*done.summary["int8"].removeprefix("models:/").split("/"))
+    assert version.tags["calibration_samples"] == "16" and version.tags["observer"] == winner["observer"]
+    kept = study.user_attrs["layers_most_sensitive_first"][: winner["fp32_layers"]]
+    assert set(version.tags["float_layers"].split(",")) == (set(kept) or {"none"})
+
+
+def test_a_lock_left_by_a_killed_search_is_taken_over(in_use: Finished) -> None:
+    (in_use.folder / "studies").mkdir(exist_ok=True)
+    (in_use.folder / "studies" / "locked.journal.lock").touch()
+    options = ["--study", "locked", "--sample-counts", "4", "--seeds-per-point", "1"]
+    done = run_qexp(in_use.folder, "search", *options, timeout_s=120)
+    assert done.code == 0, done.stderr
+
+
+def test_a_study_is_not_mixed_with_other_options(in_use: Finished) -> None:
+    first = ["--study", "mine", "--sample-counts", "4", "--seeds-per-point", "1"]
+    assert run_qexp(in_use.folder, "search", *first).code == 0
+    done = run_qexp(in_use.folder, "search", "--study", "mine", "--sample-counts", "4,16", "--seeds-per-point", "1")
+    assert done.code == 2 and "--study mine" in done.stderr
+
+
+def test_newest_version_is_the_newest_that_fits(finished: Finished) -> None:
+    mlflow.set_tracking_uri(finished.uri)
+    uri = finished.summary["fp32"]
+    for values in ({}, {"data": {"image_size": "16"}}, {"train": {"epochs": "7"}}):
+        assert _newest(load_config(None, values)) == uri
+    assert _newest(load_config(None, {"data": {"image_size": "8"}})) is None
+    for other in ({"seed": 5}, {"model": "vgg16"}):
+        assert _newest(load_config(None, {}).model_copy(update=other)) is None
+
+
+def test_without_a_registered_model_one_is_trained_first(tmp_path: Path) -> None:
+    done = run_qexp(tmp_path, "search", "--epochs", "1", "--sample-counts", "8", "--seeds-per-point", "1")
+    assert done.code == 0, done.stderr
+    assert done.summary["fp32"] == "models:/smallnet-digits-fp32/1"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--sampler=random", "--observers=best", "--seeds-per-point=0", "--objective=speed", "--fp32-layer-counts=7"],
+)
+def test_bad_search_options(option: str, in_use: Finished) -> None:
+    done = run_qexp(in_use.folder, "search", option)
+    assert done.code == 2 and option.split("=")[0] in done.stderr

@@ -1,0 +1,207 @@
+"""The registry, on a real SQLite store: what a version carries, verification, aliases, a bare process."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from conftest import Finished
+from stores import new_store
+
+from qexp.data.datasets import Dataset
+from qexp.errors import InputError, StageError
+from qexp.measurement.accuracy import to_float
+from qexp.models.classifier import Classifier, ModelSpec, load_classifier
+from qexp.tracking import registry
+from qexp.training.train import TrainResult
+
+BARE = """
+import sys
+import mlflow, numpy
+model = mlflow.pyfunc.load_model(sys.argv[1])
+numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2])))
+assert "qexp" not in sys.modules
+"""
+
+
+@pytest.fixture
+def client(finished: Finished) -> mlflow.MlflowClient:
+    mlflow.set_tracking_uri(finished.uri)
+    return mlflow.MlflowClient()
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_version_has_signature_example_pins_classes_and_lineage(
+    kind: str, finished: Finished, client: mlflow.MlflowClient
+) -> None:
+    uri = finished.summary[kind]
+    info = mlflow.models.get_model_info(uri)
+    assert info.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert info.signature.outputs.inputs[0].shape == (-1, 10)
+    assert info.metadata["classes"] == list("0123456789")
+    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    pins = (folder / "requirements.txt").read_text().split()
+    assert {pin.split("==")[0] for pin in pins} == {"mlflow", "torch", "numpy"} and all("==" in pin for pin in pins)
+    assert (folder / "input_example.json").is_file()
+    assert (folder / "data" / {"fp32": "model.pt2", "int8": "model.pth"}[kind]).is_file()
+    tags = client.get_model_version(*uri.removeprefix("models:/").split("/")).tags
+    expected = {"kind", "verified", "dataset", "data_digest", "cpu_features", "test_top1_percent", "size_mb"}
+    expected |= {"config_uri", "git_commit", "cpu", "threads", "test_top1_correct", "test_images", "artifact_sha256"}
+    int8 = {"fp32_uri", "observer", "engine", "flavor", "backend", "calibration_samples", "gate_reason", "fold_pool"}
+    int8 |= {"calibration_digest", "top1_drop_points", "top1_drop_high_points"}
+    assert expected | {"fp32": {"weights_uri"}, "int8": int8}[kind] <= set(tags)
+    assert tags["verified"] == "true"
+    if kind == "int8":
+        assert tags["engine"] == "fx" and tags["flavor"] == "pytorch" and tags["backend"] in ("x86", "onednn")
+        assert tags["per_channel"] == "true" and tags["fold_pool"] == "false" and tags["float_layers"] == "none"
+
+
+def test_descriptions_fit_into_a_database_with_any_number_of_classes() -> None:
+    """PostgreSQL takes 5,000 characters."""
+    spec = ModelSpec("resnet18", tuple(f"a class of birds {number}" for number in range(1000)), 32)
+    text = registry._description("int8", "models:/resnet18-birds-int8/1", spec, "pytorch")
+    assert len(text) < 1000 and "logits [N, 1000] in the order of the tag `classes`" in text
+    few = registry._description("int8", "models:/a-int8/1", ModelSpec("resnet18", ("cat", "dog"), 32), "onnx")
+    assert "logits [N, 2] in the order cat, dog." in few
+
+
+def test_both_versions_are_challenger_and_champion(client: mlflow.MlflowClient) -> None:
+    for name in ("smallnet-digits-fp32", "smallnet-digits-int8"):
+        for alias in ("challenger", "champion"):
+            assert client.get_model_version_by_alias(name, alias).version == 1
+
+
+def test_int8_version_in_a_bare_process_gives_the_logits_of_the_loaded_model(
+    finished: Finished, client: mlflow.MlflowClient, digits: Dataset, tmp_path: Path
+) -> None:
+    images = to_float(digits.test.images[:40])
+    np.save(tmp_path / "images.npy", images.numpy())
+    uri = "models:/smallnet-digits-int8@champion"
+    environment = registry.child_environment(torch.get_num_threads())
+    command = [sys.executable, "-c", BARE, uri, str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
+    subprocess.run(command, env=environment, check=True)
+    logits = np.load(tmp_path / "logits.npy")
+    with torch.no_grad():
+        loaded = registry.load_version(uri)(images).numpy()
+    assert np.array_equal(logits, loaded)
+    assert (logits.argmax(1) == digits.test.labels[:40].numpy()).mean() > 0.7
+
+
+def test_loaded_int8_model_computes_with_int8_kernels(client: mlflow.MlflowClient) -> None:
+    model = registry.load_version("models:/smallnet-digits-int8/1")
+    graph = str(model.inlined_graph)
+    # The last layer is one of oneDNN's, which give float logits.
+    assert graph.count("quantized::conv2d_relu") == 6 and graph.count("onednn::qlinear_pointwise") > 0
+    assert "aten::conv2d" not in graph and "aten::linear" not in graph
+
+
+def test_weights_file_of_the_fp32_version_rebuilds_it(client: mlflow.MlflowClient, digits: Dataset) -> None:
+    weights = client.get_model_version("smallnet-digits-fp32", "1").tags["weights_uri"]
+    model = load_classifier(Path(mlflow.artifacts.download_artifacts(weights)))
+    images = to_float(digits.test.images[:16])
+    with torch.no_grad():
+        assert torch.equal(model(images), registry.load_version("models:/smallnet-digits-fp32/1")(images))
+
+
+def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
+    tmp_path: Path, trained: tuple[Classifier, TrainResult], digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    model, _ = trained
+    sample = digits.train.images[:8]
+    spec = ModelSpec("smallnet", digits.classes, 16)
+    # What was stored is not what is in memory: one weight changes between logging and verification.
+    damaged = registry.log_version
+
+    def log_then_change(kind: str, module: Classifier, *given: object) -> object:
+        info = damaged(kind, module, *given)
+        with torch.no_grad():
+            module.network[0].weight[0, 0, 0, 0] += 0.25
+        return info
+
+    before = model.network[0].weight.detach().clone()
+    monkeypatch.setattr(registry, "log_version", log_then_change)
+    try:
+        with mlflow.start_run(experiment_id="0"):  # not one that a test before this has set
+            version = registry.register("fp32", model, "damaged", spec, sample, {})
+    finally:
+        with torch.no_grad():
+            model.network[0].weight.copy_(before)
+    assert not version.verified
+    registry.make_challenger(version)
+    found = mlflow.MlflowClient().get_model_version("damaged", version.version)
+    assert found.tags["verified"] == "false"
+    assert found.aliases == []
+
+
+def test_load_sets_the_engine_of_the_version(client: mlflow.MlflowClient) -> None:
+    import qexp
+
+    before = client.get_model_version("smallnet-digits-int8", "1").tags["backend"]
+    client.set_model_version_tag("smallnet-digits-int8", "1", "backend", "onednn")
+    try:
+        qexp.load("models:/smallnet-digits-int8/1")
+        assert torch.backends.quantized.engine == "onednn"
+        registry.load_version("models:/smallnet-digits-int8/1", "x86")  # as the latency sweep asks for others
+        assert torch.backends.quantized.engine == "x86"
+    finally:
+        torch.backends.quantized.engine = "x86"
+        client.set_model_version_tag("smallnet-digits-int8", "1", "backend", before)
+
+
+@pytest.mark.parametrize("uri", ["smallnet", "models:/a", "models:/a/b", "runs:/1/model", "models:/a/1/2"])
+def test_other_uris_are_refused(uri: str, client: mlflow.MlflowClient) -> None:
+    with pytest.raises(InputError, match="must be models:/NAME/VERSION"):
+        registry.find_version(uri, "fp32")
+
+
+def test_latest_is_the_newest_version(client: mlflow.MlflowClient) -> None:
+    assert registry.find_version("models:/smallnet-digits-int8/latest", "int8").version == 1
+    assert registry.newest_version("no-such-model") == registry.newest_version("no'such") == "0"
+
+
+def test_a_version_looked_up_knows_its_logged_model(client: mlflow.MlflowClient) -> None:
+    for kind in ("fp32", "int8"):
+        found = registry.from_entity(client.get_model_version(f"smallnet-digits-{kind}", "1"))
+        assert client.get_logged_model(found.model_id).name == f"smallnet-{kind}"
+
+
+def test_a_version_that_is_being_made_is_none_yet(finished: Finished, tmp_path: Path) -> None:
+    shutil.copy(finished.folder / "mlflow.db", tmp_path / "mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    client = mlflow.MlflowClient()
+    first = client.get_model_version("smallnet-digits-int8", "1")
+    made = client.create_model_version("smallnet-digits-int8", first.source, first.run_id)
+    assert registry.newest_version("smallnet-digits-int8") == "1"
+    with pytest.raises(InputError, match="must be a version of kind int8"):
+        registry.find_version(f"models:/smallnet-digits-int8/{made.version}", "int8")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"), KeyboardInterrupt()])
+def test_a_version_that_cannot_be_completed_is_removed(
+    error: BaseException,
+    tmp_path: Path,
+    trained: tuple[Classifier, TrainResult],
+    digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(uri: str) -> str:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    monkeypatch.setattr(registry, "stored_facts", fail)  # after the version was made and verified
+    monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
+    model, _ = trained
+    expected = StageError if isinstance(error, Exception) else KeyboardInterrupt
+    with pytest.raises(expected), mlflow.start_run(experiment_id="0") as run:
+        registry.register("fp32", model, "unfinished", model.spec, digits.train.images[:8], {})
+    client = mlflow.MlflowClient()
+    assert client.search_model_versions("name = 'unfinished'") == []
+    assert client.search_logged_models(["0"]) == [] and not list(tmp_path.rglob("model.pt2"))
+    assert client.get_run(run.info.run_id).outputs.model_outputs  # it had been logged

@@ -1,0 +1,181 @@
+"""What the runs of a real pipeline look like in a real store."""
+
+import os
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import Finished
+from mlflow.entities import Run
+from stores import new_store
+
+from qexp.config import Config, load_config
+from qexp.errors import InputError
+from qexp.quantization.sensitivity import SensitivityResult
+from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.tracking import runs as tracking
+from qexp.tracking.store import use_store
+
+
+@pytest.fixture
+def runs(finished: Finished) -> dict[str, Run]:
+    """Runs of the finished pipeline by name."""
+    mlflow.set_tracking_uri(finished.uri)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("qexp-digits")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_run_tree(runs: dict[str, Run], finished: Finished) -> None:
+    children = {"train-smallnet", "sensitivity-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
+    assert set(runs) == {"main"} | children
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    assert runs["main"].info.run_id == finished.summary["run_id"]
+    for name in children:
+        assert runs[name].data.tags["mlflow.parentRunId"] == runs["main"].info.run_id
+    assert all(len(run.data.tags["mlflow.note.content"]) > 20 for run in runs.values())
+
+
+def test_every_run_has_the_resolved_configuration_and_the_host(runs: dict[str, Run]) -> None:
+    for run in runs.values():
+        config = tracking.read_config(run.info.run_id)
+        assert config.train.epochs == 4 and config.latency.batch_sizes == [1, 8]
+        assert run.data.params["train.epochs"] == "4"
+        assert '"cpu"' in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/host.json")
+
+
+def test_curves_have_one_value_an_epoch(runs: dict[str, Run]) -> None:
+    client = mlflow.MlflowClient()
+    names = ["train/loss", "train/top1", "train/top3", "val/loss", "val/top1", "val/top3"]
+    for name in [*names, "train/learning_rate", "train/images_per_s"]:
+        history = client.get_metric_history(runs["train-smallnet"].info.run_id, name)
+        assert [metric.step for metric in history] == [1, 2, 3, 4], name
+
+
+def test_each_model_has_its_own_metrics(runs: dict[str, Run]) -> None:
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("qexp-digits")
+    models = client.search_logged_models([experiment.experiment_id])
+    assert sorted(model.name for model in models) == ["smallnet-fp32", "smallnet-int8"]
+    for model in models:
+        kind = model.name.removeprefix("smallnet-")
+        stage = {"fp32": "train-smallnet", "int8": "quantize-fx-64"}[kind]
+        assert model.source_run_id == runs[stage].info.run_id
+        names = {metric.key for metric in model.metrics}
+        assert {"test/top1", "test/top3", "model/size_mb", "model/params", "model/macs", "latency/p50_ms"} <= names
+        own = runs[stage].data.metrics["model/size_mb"]
+        assert [metric.value for metric in model.metrics if metric.key == "model/size_mb"] == [own]
+
+
+def test_latency_by_batch_size_and_as_scalars(runs: dict[str, Run]) -> None:
+    client = mlflow.MlflowClient()
+    run_id = runs["latency-smallnet"].info.run_id
+    names = ["latency/fp32_p50_ms", "latency/int8_p99_ms", "latency/speedup"]
+    for name in [*names, "latency/fp32_traced_p50_ms", "latency/int8_fx_speedup", "latency/int8_fx_onednn_p50_ms"]:
+        assert [metric.step for metric in client.get_metric_history(run_id, name)] == [1, 8]
+    metrics = runs["latency-smallnet"].data.metrics
+    measured = tracking.read_result(LatencyEvidence, run_id, "latency")
+    (chosen, *_) = measured.contenders["models:/smallnet-digits-int8/1"]
+    speedup = measured.latency.rows[1].speedups[chosen].median
+    assert metrics["latency/speedup_batch8"] == metrics["latency/int8_speedup_batch8"] == pytest.approx(speedup)
+    assert metrics["latency/int8_p50_ms_batch8"] == pytest.approx(measured.latency.rows[1].stats[chosen].p50_ms)
+
+
+def test_each_model_has_its_own_latency(runs: dict[str, Run]) -> None:
+    """And none of another: baselines and kernels that were not chosen are no models of the registry."""
+    client = mlflow.MlflowClient()
+    run = runs["latency-smallnet"].data.metrics
+    for model in client.search_logged_models([client.get_experiment_by_name("qexp-digits").experiment_id]):
+        kind = model.name.removeprefix("smallnet-")
+        own = {metric.key: metric.value for metric in model.metrics if metric.key.startswith("latency/")}
+        assert own["latency/p50_ms_batch8"] == run[f"latency/{kind}_p50_ms_batch8"]
+        assert not [name for name in own if "fp32" in name or "int8" in name]
+
+
+def test_sensitivity_is_a_table_and_a_result(runs: dict[str, Run]) -> None:
+    run_id = runs["sensitivity-smallnet"].info.run_id
+    found = tracking.read_result(SensitivityResult, run_id, "sensitivity")
+    assert len(found.layers) == 7 and found.images == 16
+    columns = mlflow.artifacts.load_dict(f"runs:/{run_id}/tables/sensitivity.json")
+    assert [row[0] for row in columns["data"]] == [layer.layer for layer in found.layers]
+    int8 = tracking.read_result(Int8Evidence, runs["quantize-fx-64"].info.run_id, "int8")
+    assert int8.sensitivity == found and int8.budget is None
+
+
+def test_datasets_are_inputs_with_digests(runs: dict[str, Run]) -> None:
+    inputs = runs["quantize-fx-64"].inputs.dataset_inputs
+    contexts = {tag.value: item.dataset for item in inputs for tag in item.tags}
+    assert set(contexts) == {"train", "validation", "test", "calibration"}
+    assert len({dataset.digest for dataset in contexts.values()}) == 4
+
+
+def test_report_and_tables_are_artifacts(runs: dict[str, Run]) -> None:
+    client = mlflow.MlflowClient()
+    for name in ("main", "report"):
+        files = {file.path for file in client.list_artifacts(runs[name].info.run_id, "report")}
+        assert {"report/report.html", "report/report.md", "report/metrics.json", "report/figures"} <= files
+        figures = client.list_artifacts(runs[name].info.run_id, "report/figures")
+        assert len(figures) == 8 and all((file.file_size or 0) > 5000 for file in figures)
+    for name, table in (("quantize-fx-64", "accuracy"), ("latency-smallnet", "latency")):
+        columns = mlflow.artifacts.load_dict(f"runs:/{runs[name].info.run_id}/tables/{table}.json")
+        assert len(columns["data"]) == {"accuracy": 6, "latency": 2 * 4}[table]
+
+
+def test_results_read_back(runs: dict[str, Run]) -> None:
+    fp32 = tracking.read_result(Fp32Evidence, runs["train-smallnet"].info.run_id, "fp32")
+    assert len(fp32.train.epochs) == 4 and fp32.data.test_images == 359
+    latency = tracking.read_result(LatencyEvidence, runs["latency-smallnet"].info.run_id, "latency")
+    assert [row.batch_size for row in latency.latency.rows] == [1, 8]
+    with pytest.raises(InputError, match="nothing"):
+        tracking.read_result(Fp32Evidence, runs["main"].info.run_id, "nothing")
+
+
+@pytest.fixture
+def empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    use_store()
+    tracking.use_experiment("test")
+    return mlflow.MlflowClient()
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("broken"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_run_ends_whatever_happens(error: BaseException, status: str, empty_store: mlflow.MlflowClient) -> None:
+    with pytest.raises(type(error)), tracking.start_run("outer", "note") as outer:
+        with tracking.start_run("inner", "note") as inner:
+            raise error
+    assert [empty_store.get_run(run_id).info.status for run_id in (outer, inner)] == [status, status]
+    if status == "FAILED":
+        assert "broken" in empty_store.get_run(inner).data.tags["qexp.error"]
+
+
+def test_inside_mlflow_run_the_given_run_is_used_and_named(
+    empty_store: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = empty_store.get_experiment_by_name("qexp-test").experiment_id
+    for given, expected in (("caring-toad-123", "main"), ("my own name", "my own name")):
+        run = empty_store.create_run(experiment, run_name=given)
+        # What mlflow.projects has logged before the program starts must not clash with our parameters.
+        empty_store.log_param(run.info.run_id, "epochs", "'auto'")
+        monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+        with tracking.start_run("main", "note") as run_id:
+            tracking.log_setup(Config(), tracking_host())
+        assert run_id == run.info.run_id
+        found = empty_store.get_run(run_id)
+        assert (found.info.run_name, found.info.status) == (expected, "FINISHED")
+        assert "MLFLOW_RUN_ID" not in os.environ
+
+
+def tracking_host() -> "tracking.Host":
+    from qexp.measurement.host import read_host
+
+    return read_host(None)
+
+
+def test_configuration_artifact_reads_back(empty_store: mlflow.MlflowClient) -> None:
+    config = load_config(None, {"train": {"epochs": "7"}})
+    with tracking.start_run("main", "note") as run_id:
+        tracking.log_setup(config, tracking_host())
+    assert tracking.read_config(run_id) == config

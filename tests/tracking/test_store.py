@@ -1,0 +1,153 @@
+"""Several processes on one store that is new to all of them: nothing is lost, nothing is broken."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import start_qexp
+from mlflow.exceptions import MlflowException
+from servers import start_server
+
+from qexp.errors import InputError
+from qexp.tracking.store import again, use_store
+
+PROCESSES, ROUNDS = 4, 3
+PIPELINE = (  # a gate that nothing passes: else each would be compared with every champion before it
+    "run --epochs 1 --image-size 16 --calibration-samples 8 --sensitivity-images 0 --batch-sizes 1 --baselines none "
+    "--min-repeats 2 --min-seconds 0 --warmup 1 --threads 1 --min-size-ratio 99"
+).split()
+# What a pipeline does to a store, but for the model: all at the same moment, several times.
+WORKER = """
+import sys, time
+import mlflow, torch
+from qexp.tracking import store
+from qexp.tracking import runs as tracking
+from qexp.tracking import aliases
+from qexp.data.datasets import Dataset, Split
+number, start, rounds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])  # those of no command of qexp
+split = Split(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+dataset = Dataset("race", "none", ("a",), split, split, split, "0" * 16)
+open(f"{start}.{number}", "w").close()
+while not __import__("os").path.exists(start):
+    time.sleep(0.005)
+store.use_store()
+tracking.use_experiment("race")
+client = mlflow.MlflowClient()
+for at in range(rounds):
+    with tracking.start_run(f"main-{number}-{at}", "note") as run_id:
+        tracking.log_dataset(split, dataset, "test", f"{at:016d}")
+        uris = {}
+        for kind in ("fp32", "int8"):
+            try:
+                client.create_registered_model(f"race-{kind}")
+            except mlflow.exceptions.MlflowException as error:
+                assert error.error_code == "RESOURCE_ALREADY_EXISTS", error
+            tags = {"kind": kind, "fp32_uri": uris.get("fp32", "none")}
+            made = client.create_model_version(f"race-{kind}", mlflow.get_artifact_uri(kind), run_id, tags=tags)
+            uris[kind] = f"models:/race-{kind}/{made.version}"
+            aliases.set_alias("challenger", uris[kind])
+        aliases.move_champion(uris["int8"])
+sys.exit(0)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """An MLflow server on a new SQLite file."""
+    with start_server(tmp_path) as started:
+        yield started.url
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "server"])
+def test_pipelines_that_start_at_once_register_all_their_versions(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = request.getfixturevalue("server") if kind == "server" else f"sqlite:///{tmp_path}/new folder/mlflow.db"
+    pipelines = [start_qexp(tmp_path, *PIPELINE, uri=uri) for _ in range(PROCESSES)]
+    codes = [pipeline.wait() for pipeline in pipelines]
+    assert codes == [0] * PROCESSES, "\n".join(pipeline.stderr for pipeline in pipelines)
+    summaries = [json.loads(pipeline.stdout) for pipeline in pipelines]
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    numbers = {str(number) for number in range(1, PROCESSES + 1)}
+    for kind in ("fp32", "int8"):
+        name = f"smallnet-digits-{kind}"
+        assert {summary[kind] for summary in summaries} == {f"models:/{name}/{number}" for number in numbers}
+        versions = client.search_model_versions(f"name = '{name}'")
+        assert {str(version.version) for version in versions} == numbers
+        assert {version.tags["verified"] for version in versions} == {"true"}
+        if kind == "int8":
+            sources = {f"models:/{name}/{version.version}": version.tags["fp32_uri"] for version in versions}
+            assert sources == {summary["int8"]: summary["fp32"] for summary in summaries}
+    experiment = client.get_experiment_by_name("qexp-digits")
+    runs = client.search_runs([experiment.experiment_id])
+    names = Counter(run.info.run_name for run in runs)
+    assert {run.info.status for run in runs} == {"FINISHED"} and names["main"] == PROCESSES
+    assert set(names.values()) == {PROCESSES}
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_lose_nothing(tmp_path: Path) -> None:
+    """With many more writes at the same moment than pipelines make."""
+    uri, start = f"sqlite:///{tmp_path}/new folder/mlflow.db", tmp_path / "start"
+    workers = [
+        start_qexp(tmp_path, str(number), str(start), str(ROUNDS), uri=uri, before=WORKER)
+        for number in range(PROCESSES)
+    ]
+    while len(list(tmp_path.glob("start.*"))) < PROCESSES and all(one.poll() is None for one in workers):
+        time.sleep(0.05)
+    start.touch()
+    codes = [worker.wait() for worker in workers]
+    assert codes == [0] * PROCESSES, "\n".join(worker.stderr for worker in workers)
+
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    assert {experiment.name for experiment in client.search_experiments()} == {"Default", "qexp-race"}
+    experiment = client.get_experiment_by_name("qexp-race")
+    runs = client.search_runs([experiment.experiment_id])
+    expected = {f"main-{number}-{at}" for number in range(PROCESSES) for at in range(ROUNDS)}
+    assert {run.info.run_name for run in runs} == expected and len(runs) == len(expected)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all(len(run.inputs.dataset_inputs) == 1 for run in runs)
+    for name in ("race-fp32", "race-int8"):
+        versions = client.search_model_versions(f"name = '{name}'")
+        assert sorted(int(version.version) for version in versions) == list(range(1, len(expected) + 1))
+        assert {version.run_id for version in versions} == {run.info.run_id for run in runs}
+    int8, fp32 = (client.get_model_version_by_alias(f"race-{kind}", "champion") for kind in ("int8", "fp32"))
+    assert int8.tags["fp32_uri"] == f"models:/race-fp32/{fp32.version}"  # whoever was last, the two belong together
+
+
+def test_again_repeats_what_lost_a_race_and_nothing_else() -> None:
+    tried = []
+
+    def lose(code: int, times: int) -> str:
+        tried.append(code)
+        if len(tried) <= times:
+            raise MlflowException("UNIQUE constraint failed", error_code=code)
+        return "written"
+
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_DOES_NOT_EXIST
+
+    assert again(lambda: lose(BAD_REQUEST, 2)) == "written" and len(tried) == 3
+    tried.clear()
+    with pytest.raises(MlflowException):
+        again(lambda: lose(RESOURCE_DOES_NOT_EXIST, 99))
+    assert len(tried) == 1
+    with pytest.raises(MlflowException):
+        again(lambda: lose(BAD_REQUEST, 99))
+    assert 3 < len(tried) < 20
+
+
+def test_first_use_leaves_the_database_alone_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/deep/in/mlflow.db")
+    use_store()
+    assert [path.name for path in (tmp_path / "deep" / "in").iterdir()] == ["mlflow.db"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "deep"]
+    (tmp_path / "file").touch()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/file/mlflow.db")
+    with pytest.raises(InputError, match="does not answer"):
+        use_store()
