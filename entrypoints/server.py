@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from entrypoints.options import finish, given_or_none, run_app
+from .ending import finish
+from .options import given_or_none
+from .program import run_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

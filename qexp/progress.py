@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -17,6 +16,7 @@ from qexp.errors import hide_passwords
 QUIET = os.environ.get("RANK", "0") != "0"  # of several training processes, the first speaks
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
+_announced: list[str] = []
 BAR = "{l_bar}{bar}| {elapsed}, {remaining} left"
 
 
@@ -24,21 +24,24 @@ def say(line: str) -> None:
     """One plain line on standard error; standard output is kept for the result at the end."""
     if QUIET:
         return
+    clear_line()
     tqdm.write(hide_passwords(line), file=sys.stderr)
     sys.stderr.flush()
 
 
-@contextmanager
-def waiting_for(what: str) -> Iterator[None]:
-    """Show on a terminal what the block does, for as long as it does it; nothing elsewhere."""
-    shown = sys.stderr.isatty() and not QUIET
-    if shown:
-        print(f"\r{what} …", end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        if shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+def announce(what: str) -> None:
+    """Show on a terminal what is being done, until the next line or bar; nothing elsewhere."""
+    if sys.stderr.isatty() and not QUIET:
+        clear_line()
+        print(f"{what} …", end="", file=sys.stderr, flush=True)
+        _announced.append(what)
+
+
+def clear_line() -> None:
+    """Take away what `announce` has shown."""
+    if _announced:
+        _announced.clear()
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -55,6 +58,7 @@ class Progress:
         self.label, self.total, self.done, self.counted = label, total, initial, counted
         self._initial, self._started = initial, time.monotonic()
         self._last = self._started
+        clear_line()
         bar = sys.stderr.isatty() and not QUIET
         form = None if counted else BAR
         self._bar = (
