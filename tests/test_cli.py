@@ -162,11 +162,15 @@ def test_what_is_wrong_is_refused_at_once_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_help_has_every_name_whole_and_the_common_options_first(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_has_every_name_whole_and_the_common_options_first(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     for command in COMMANDS:
-        shown = CliRunner().invoke(app, [command, "-h"]).output
-        assert shown == CliRunner().invoke(app, [command, "--help"]).output
+        app([command, "-h"], standalone_mode=False)
+        shown = capsys.readouterr().out
+        app([command, "--help"], standalone_mode=False)
+        assert capsys.readouterr().out == shown
         widest = max(map(len, shown.splitlines()))
         assert widest <= columns and (command != "search" or widest > columns - 10), "at the terminal's width"
         first = shown.partition("Common options:")[2].partition("\n\n")[0]
