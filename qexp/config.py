@@ -326,8 +326,8 @@ class Config(BaseModel):
     output_dir: str | None = Field(None, description="folder that gets a copy of the report; auto: only MLflow has it")
     quick: bool = Field(
         False,
-        description="less of everything that is not given: 6 epochs, 64 sensitivity images, batch sizes 1, 8, 64, "
-        "baselines fp32_traced and fp32_onnx, 9 rounds in 3 loads; a verdict is still possible",
+        description="less of everything that is not given: 5 epochs, 64 sensitivity images, batch sizes 1, 8, 64, "
+        "baselines fp32_traced and fp32_onnx, 6 rounds in 3 loads; a verdict is still possible",
     )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -339,14 +339,14 @@ class Config(BaseModel):
 
 # What `quick` puts in the place of defaults: at least 3 loads and 6 rounds, so that a verdict is still possible.
 QUICK: dict[str, dict[str, Any]] = {
-    "train": {"epochs": 6},
+    "train": {"epochs": 5},
     "quantize": {"sensitivity_images": 64},
     "latency": {
         "batch_sizes": [1, 8, 64],
         "baselines": ["fp32_traced", "fp32_onnx"],
         "warmup": 2,
         "loads": 3,
-        "min_repeats": 9,
+        "min_repeats": 6,
         "min_seconds": 0.0,
     },
 }

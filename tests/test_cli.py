@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import REPOSITORY, Finished, environment_for, run_qexp, start_qexp
+from mlflow.projects.utils import load_project
 from stores import new_store
 from typer.testing import CliRunner
 
@@ -243,6 +245,17 @@ def test_options_hold_what_mlproject_has_no_parameter_for() -> None:
     words = ["--model", "vgg16", "--observer", "minmax", "--study", "my study", "--flip", "--seed-of-x", "a_b"]
     assert list(_with_options_unpacked(given)) == words
     assert list(_with_options_unpacked(["--options", "auto", "--epochs", "3"])) == ["--epochs", "3"]
+
+
+def test_words_come_through_mlflow_as_they_were_given() -> None:
+    given = {"model": "vgg16", "options": "--study 'it''s $HOME; `x`' --epochs 3", "learning_rate": "0.5"}
+    entry = load_project(str(REPOSITORY)).get_entry_point("search")
+    python, _, module, *words = shlex.split(entry.compute_command(given, None))
+    assert (python, module) == ("python", "entrypoints.search")
+    unpacked = list(_with_options_unpacked(words))
+    assert unpacked[unpacked.index("--study") + 1] == "its $HOME; `x`"
+    assert unpacked[unpacked.index("--model") + 1] == "vgg16"
+    assert unpacked[-4:] == ["--epochs", "3", "--learning-rate", "0.5"], "also what MLproject does not declare"
 
 
 @pytest.mark.parametrize(
