@@ -11,11 +11,11 @@ import mlflow
 import pytest
 from conftest import PLAIN, Finished, run_qexp, start_qexp
 from forked import Forked
+from qexp.pipeline.sync import sync_run
 from servers import Server
 
 from qexp.errors import InputError, first_line, hide_passwords
 from qexp.pipeline import resumed
-from qexp.pipeline.sync import sync_run
 
 TRAIN = ["--epochs", "4", "--image-size", "8"]
 EPOCHS = list(range(1, 5))

@@ -15,7 +15,7 @@ from conftest import NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
 from qexp.config import DataConfig
 from qexp.data.datasets import load_dataset
 from qexp.errors import InputError
-from qexp.pipeline.resumed import check_data
+from qexp.pipeline.setup import check_data_of_run
 
 OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split() + NOT_TIMED
 EPOCHS = list(range(1, 21))
@@ -182,10 +182,10 @@ def test_what_cannot_go_on_is_said(reference: Finished, tmp_path: Path) -> None:
 def test_other_images_are_refused(reference: Finished) -> None:
     mlflow.set_tracking_uri(reference.uri)
     own = load_dataset(DataConfig(image_size=8), seed=0)
-    check_data(reference.summary["run_id"], own)
+    check_data_of_run(reference.summary["run_id"], own)
     other = replace(own, train=own.train.subset(torch.arange(100)))
     with pytest.raises(InputError, match="other images than run"):
-        check_data(reference.summary["run_id"], other)
+        check_data_of_run(reference.summary["run_id"], other)
     elsewhere = replace(other, name="another-folder")
     with pytest.raises(InputError, match="other images than run"):
-        check_data(reference.summary["run_id"], elsewhere)
+        check_data_of_run(reference.summary["run_id"], elsewhere)
