@@ -158,20 +158,25 @@ def open_job(host: Host, config: Config, name: str, note: str, resume: str | Non
         tracking.log_setup(config, host)
         job = Job(host, run_id)
         if resume:
-            children = tracking.children_of(run_id)
-            tracking.end_open_runs(children, "KILLED")
-            for run in children:
-                job.left.setdefault(run.info.run_name, []).append(run)
+            tracking.end_open_runs(tracking.children_of(run_id), "KILLED")
+            job.left = runs_below(run_id)
         yield job
     remove_folder(job_folder(run_id))
+
+
+def runs_below(run_id: str) -> dict[str, list[Run]]:
+    """The runs of a job's stages by name, the newest first."""
+    found: dict[str, list[Run]] = {}
+    for run in tracking.children_of(run_id):
+        found.setdefault(run.info.run_name, []).append(run)
+    return found
 
 
 def has_stage(job_run_id: str, name: str) -> bool:
     """Whether the result of a stage of a stopped job is there."""
     if (stage_folder(job_folder(job_run_id), name) / RESULT).is_file():
         return True
-    runs = tracking.children_of(job_run_id)
-    return any(run.info.run_name == name and run.info.status == "FINISHED" for run in runs)
+    return any(run.info.status == "FINISHED" for run in runs_below(job_run_id).get(name, []))
 
 
 def check_checkpoint(training: Run, folder: Path) -> None:

@@ -120,14 +120,14 @@ def test_an_int8_model_is_read_as_it_was_written(
 
 
 def test_uploading_again_changes_nothing(new: NewModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time from the files, as after a kill at the end of an upload; and after one before the version's last tag."""
+    """From the files, as after a kill at the end of an upload, and as after one before the version's last tag."""
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(new_store(tmp_path))
     tracking.use_experiment("digits")
     client, seen = mlflow.MlflowClient(), list[Any]()
     with tracking.start_run("train-smallnet", "note") as run_id:
         keep(tmp_path / "train", run_id, new)
-        for _ in range(3):
+        for _ in range(2):
             kept = kept_in(tmp_path / "train")
             assert kept is not None
             found = upload(kept.result, tmp_path / "train", kept.at_ms)
@@ -137,10 +137,9 @@ def test_uploading_again_changes_nothing(new: NewModel, tmp_path: Path, monkeypa
             curves = ("train/loss", "val/top1", "test/top1", "model/size_mb")
             points = [[(one.step, one.value) for one in client.get_metric_history(run_id, name)] for name in curves]
             tags = {key: value for key, value in version.tags.items() if key != "size_mb"}
-            seen.append(
-                (version.version, version.model_id, output.model_id, points, tags, found.version, found.evidence)
-            )
+            made = version.version, version.model_id, output.model_id, found.version
+            seen.append((made, points, tags, found.evidence))
             if len(seen) == 1:
                 client.delete_model_version_tag(version.name, version.version, "kind")
-    assert seen[0] == seen[1] == seen[2]
-    assert [step for step, _ in seen[0][3][0]] == [1, 2, 3] and len(seen[0][3][2]) == 1
+    assert seen[0] == seen[1]
+    assert [step for step, _ in seen[0][1][0]] == [1, 2, 3] and len(seen[0][1][2]) == 1
