@@ -123,25 +123,39 @@ def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_after_it_has_registered_its_version_registers_one(tmp_path: Path) -> None:
-    """The moment between the version in the registry and the end of the run."""
+    """The moment between the version in the registry and the end of the run: of training, and of quantization.
+
+    What was computed before is neither computed again nor registered again.
+    """
     dies = """
 import os, signal
+from qexp.pipeline import quantize, train
 from qexp.tracking import registry
 register = registry.register
-def register_and_die(*given, **named):
-    register(*given, **named)
-    os.kill(os.getpid(), signal.SIGKILL)
+def register_and_die(kind, *given, **named):
+    version = register(kind, *given, **named)
+    if kind == {!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return version
 registry.register = register_and_die
 """
-    died = run_qexp(tmp_path, "train", "--epochs", "1", "--image-size", "8", before=dies)
-    assert died.code == -signal.SIGKILL
+    no_training, no_quantization = "train.train_model = None", "quantize.quantize_model = None"
+    sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
+    new = ["--epochs", "1", "--image-size", "8", *sweep, *PLAIN]
+    assert run_qexp(tmp_path, "run", *new, before=dies.format("fp32")).code == -signal.SIGKILL
     client, run_id = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), _run_id(tmp_path)
-    assert [version.version for version in client.search_model_versions()] == [1]
-    done = run_qexp(tmp_path, "train", "--resume", run_id)
+    resume = ["run", "--resume", run_id]
+    died = run_qexp(tmp_path, *resume, before=f"{dies.format('int8')}\n{no_training}")
+    assert died.code == -signal.SIGKILL, died.stderr
+    before = {(one.name, one.version, one.run_id) for one in client.search_model_versions()}
+    assert {name for name, *_ in before} == {"smallnet-digits-fp32", "smallnet-digits-int8"} and len(before) == 2
+    done = run_qexp(tmp_path, *resume, before=f"{dies.format('none')}\n{no_training}\n{no_quantization}")
     assert done.code == 0, done.stderr
-    (version,) = client.search_model_versions()
-    assert done.summary["fp32"] == f"models:/smallnet-digits-fp32/{version.version}" and version.run_id == run_id
-    assert client.get_model_version_by_alias(version.name, "challenger").version == version.version
+    assert {(one.name, one.version, one.run_id) for one in client.search_model_versions()} == before
+    assert done.summary["fp32"] == "models:/smallnet-digits-fp32/1"
+    assert client.get_model_version_by_alias("smallnet-digits-fp32", "challenger").version == 1
+    assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow
