@@ -336,6 +336,10 @@ class Config(BaseModel):
     gate: GateConfig = GateConfig()
     search: SearchConfig = SearchConfig()
 
+    def with_training(self, options: dict[str, Any]) -> "Config":
+        """This configuration with these options of training."""
+        return self.model_copy(update={"train": self.train.model_copy(update=options)})
+
 
 # What `quick` puts in the place of defaults: at least 3 loads and 6 rounds, so that a verdict is still possible.
 QUICK: dict[str, dict[str, Any]] = {
