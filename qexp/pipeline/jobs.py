@@ -16,7 +16,6 @@ from qexp.pipeline.quantize_stage import Int8
 from qexp.pipeline.setup import prepare, prepare_for_version, with_quantization_checked
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
-from qexp.report import claims
 from qexp.report.results import Evidence, Fp32Evidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
@@ -44,14 +43,15 @@ def run_main(
         config = resumed.config_of_run(overrides or {}, resume, "run")
     config, host, dataset = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config = with_quantization_checked(config, dataset)
-    name, note = "main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
+    name, note = f"{config.model}-{dataset.name}", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
     trained = resume is not None and resumed.has_trained(resume)
     if model_uri or trained:
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
             return None
     elif _hand_over("main", config, host, dataset, name, note, resume):
         return None
-    with lock_of(resume), tracking.start_run(name, note, resume) as run_id, lock_of(None if resume else run_id):
+    begun = tracking.start_run(name, note, resume, "main")
+    with lock_of(resume), begun as run_id, lock_of(None if resume else run_id):
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, stages.SPLITS)
         fp32 = _fp32_of_main(config, host, dataset, model_uri, run_id)
@@ -59,12 +59,7 @@ def run_main(
             config = stages.with_execution(config, fp32.evidence.train.execution)
             tracking.log_setup(config, host)
         evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
-        tracking.log_metrics({f"headline/{name}": value for name, value in evidence.headline.items()})
-        found: dict[str, str] = {"verdict": evidence.verdict.word, "gate": evidence.gate.word}
-        found |= {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
-        for name, value in found.items():
-            tracking.set_tag(f"qexp.{name}", value)
-        tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
+        tracking.log_answer(evidence)
     remove_checkpoints(run_id)
     return _summary("run", run_id, evidence, report_uri)
 
@@ -89,7 +84,7 @@ def _hand_over(
     if not launch.is_worker():
         if config.train.processes == 1:
             return False
-        with lock_of(resume, LAUNCHER_LOCK), tracking.start_run(name, note, resume) as run_id:
+        with lock_of(resume, LAUNCHER_LOCK), tracking.start_run(name, note, resume, command) as run_id:
             tracking.log_setup(config, host)
             try:
                 launch.run_workers(command, config, run_id, resume)

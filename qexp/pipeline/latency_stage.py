@@ -45,6 +45,7 @@ def latency_stage(
     uris = ", ".join(f"`{version.uri}`" for version in (fp32, *int8s))
     with tracking.start_run(f"latency-{config.model}", f"Latency of {uris}.") as run_id:
         tracking.log_setup(config, host)
+        tracking.log_models(version.model_id for version in (fp32, *int8s))
         baselines = baselines_for(config, host)
         with local_files(fp32.uri, *(version.uri for version in int8s)) as (weights, folders):
             timed = {version: _int8_models(config, folders[version.uri], engine) for version, engine in int8s.items()}
@@ -150,7 +151,6 @@ def _log_latency(
         tags |= latency_tags(result, found[0].name)
         if found[0].backend:
             tags["backend"] = found[0].backend
-            tags["backend_speedups"] = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}" for one in found)
             registry.describe_kernels(version.uri, _about_kernels(result, found))
         registry.tag_version(version.uri, tags)
     registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | latency_tags(result, BASELINE))
@@ -162,10 +162,9 @@ def _log_latency(
 
 
 def speedup_tags(evidence: LatencyEvidence, name: str, floats: Sequence[str]) -> dict[str, str]:
-    """The smallest speed-ups of an int8 model, as tags of its version: over the fastest of `floats`, over fp32."""
-    result = evidence.latency
-    over_floats, over_fp32 = (result.smallest_speedup(name, slow) for slow in (floats, [result.baseline]))
-    return {"smallest_speedup": f"{over_floats:.3f}", "smallest_speedup_over_fp32": f"{over_fp32:.3f}"}
+    """The speed-ups of an int8 model over the fastest of `floats`, as tags of its version: the mean, the smallest."""
+    mean, least = evidence.latency.mean_ratio(floats, name), evidence.latency.smallest_speedup(name, floats)
+    return {"mean_speedup": f"{mean.median:.3f}", "smallest_speedup": f"{least:.3f}"}
 
 
 def latency_tags(result: LatencyResult, name: str) -> dict[str, str]:

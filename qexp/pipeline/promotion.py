@@ -38,7 +38,7 @@ from qexp.tracking import runs as tracking
 from qexp.tracking.aliases import CHALLENGER, CHAMPION, move_champion, version_with
 from qexp.tracking.catalog import list_models
 from qexp.tracking.integrity import checked_copy
-from qexp.tracking.store import ModelVersion, split_uri, uri_of, use_store
+from qexp.tracking.store import ModelVersion, logged_model_of, split_uri, uri_of, use_store
 
 CANDIDATE = "candidate"
 STAYS = "champion stays"
@@ -155,6 +155,7 @@ def _promotion_run(
     note = f"`{uri_of(candidate)}` against the gate{against}."
     with tracking.start_run(f"promote-{candidate.name}", note) as run_id:
         tracking.log_setup(config, host)
+        tracking.log_models(map(logged_model_of, filter(None, (candidate, champion))))
         tracking.log_datasets(dataset, ("test",))
         yield run_id
 

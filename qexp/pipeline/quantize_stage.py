@@ -44,6 +44,7 @@ def sensitivity_stage(config: Config, host: Host, dataset: Dataset, fp32: Fp32) 
     calibration, _ = _calibration(config, dataset)
     with tracking.start_run(f"sensitivity-{config.model}", f"Layer by layer: `{fp32.version.uri}` in int8."):
         tracking.log_setup(config, host)
+        tracking.log_models([fp32.version.model_id])
         held_out = dataset.validation
         chosen = stratified_sample(held_out.labels, min(wanted, len(held_out)), config.seed)
         split = held_out.subset(chosen)
@@ -64,6 +65,7 @@ def quantize_stage(
     subset, digest = _calibration(config, dataset)
     with tracking.start_run(f"quantize-{engine}-{len(subset)}", f"Quantization of `{fp32.version.uri}`.") as run_id:
         tracking.log_setup(config, host)
+        tracking.log_models([fp32.version.model_id])
         tracking.log_datasets(dataset, SPLITS)
         tracking.log_dataset(subset, dataset, "calibration", digest)
         warn_of_reduced_range(host)
@@ -75,7 +77,7 @@ def quantize_stage(
             split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS
         }
         tags = {"quantize_run_id": run_id, "fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id}
-        tags |= _facts(fp32, quantized, digest) | lineage(dataset, host, accuracy)
+        tags |= _facts(quantized, digest) | lineage(dataset, host, accuracy)
         tags |= _drop_tags(comparison["test"])
         name = fp32.version.name.removesuffix("-fp32") + "-int8"
         sample = verification_images(dataset)
@@ -166,15 +168,12 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
     return BudgetCost(all_int8.saved_bytes(), quantized.saved_bytes(), slowdown, told_apart)
 
 
-def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]:
+def _facts(quantized: QuantizedModel, digest: str) -> dict[str, Any]:
     """Tags that say how an int8 version was made."""
     result = quantized.result
-    facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor, "observer": result.observer}
-    facts |= {"percentile": result.percentile} if result.percentile is not None else {}
+    facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor}
     facts |= {"backend": result.load_backend} if result.load_backend else {}
-    facts |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range, "calibration_digest": digest}
-    facts |= {"calibration_samples": result.calibration_images}
-    facts |= {"fold_pool": bool(folded_layers(fp32.model, quantized.source))}
+    facts |= {"calibration_samples": result.calibration_images, "calibration_digest": digest}
     if result.reduce_range or result.saturating_layers:
         facts["reduce_range_reason"] = f"{_reason_of(result)}: {SATURATION}"
     return facts | {"float_layers": ",".join(result.float_layers) or "none"}
@@ -191,7 +190,7 @@ def _log_int8(fp32: Fp32, version: Registered, evidence: Int8Evidence) -> None:
     tracking.log_metrics(values | metrics.of_comparison(test, cost.int8_percent), owner=version.owner)
     for owner, counted in ((fp32.version.owner, evidence.fp32_cost), (version.owner, cost)):
         for batch_size, count in counted.macs.items():
-            tracking.log_metrics({"model/macs": count}, step=batch_size, owner=owner)
+            tracking.log_metrics({"macs": count}, step=batch_size, owner=owner)
     tracking.log_table(metrics.accuracy_table({"fp32": fp32.evidence.accuracy, "int8": accuracy}), "accuracy")
     tracking.log_result("int8", evidence)
     tracking.set_note(

@@ -30,7 +30,7 @@ from qexp.tracking import runs as tracking
 from qexp.tracking.commit import read_commit
 from qexp.tracking.outage import store_errors
 from qexp.tracking.registry import Registered
-from qexp.tracking.store import quickly
+from qexp.tracking.store import model_id_of, quickly
 from qexp.training.checkpoint import checkpoint_folder, lock_of, remove_checkpoints
 from qexp.training.execution import settle_execution
 from qexp.training.train import EpochResult, train_model
@@ -157,6 +157,7 @@ def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: 
     """Write the report, log it with its pictures (to the parent's run too), copy it to `output_dir`; the page's URI."""
     with tracking.start_run("report", f"Report on `{evidence.int8.version_uri}`: see the artifacts.") as run_id:
         tracking.log_setup(config, host)
+        tracking.log_models(map(model_id_of, (evidence.fp32.version_uri, evidence.int8.version_uri)))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name, "report")  # not the temporary one, which nobody else may read
             folder.mkdir()
@@ -165,6 +166,7 @@ def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: 
                 shutil.copytree(folder, config.output_dir, dirs_exist_ok=True)
             for owner in filter(None, (run_id, parent_run_id)):
                 tracking.log_folder(folder, "report", owner)
+        registry.tag_version(evidence.int8.version_uri, {"report_run_id": run_id})
     return f"runs:/{run_id}/report/report.html"
 
 
@@ -204,7 +206,6 @@ def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict
         "cpu": host.cpu,
         "cpu_features": ",".join(host.features),
         "threads": host.threads,
-        "test_images": test.images,
         "test_top1_correct": test.top1_correct,
         "test_top3_correct": test.top3_correct,
         "test_top1_tied": test.top1_tied_images,

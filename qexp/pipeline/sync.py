@@ -24,7 +24,6 @@ from qexp.training.checkpoint import TRAINED, check_unlocked, checkpoint_exists,
 from qexp.training.train import EpochResult
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-LAST_METRIC = "model/params"  # of what publish_trained logs: with it, only the run's end can be missing
 
 
 def sync_run(folder: Path) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def _sync_training(run: Run, folder: Path) -> str | None:
     model, trained = load_trained(folder)
     note = run.data.tags.get("mlflow.note.content", "")
     with locked(folder, run_id), tracking.start_run(f"train-{trained.evidence.model}", note, run_id):
-        if LAST_METRIC in run.data.metrics:
+        if metrics.LAST_OF_TRAINING in run.data.metrics:
             evidence = tracking.read_result(Fp32Evidence, run_id, "fp32")
         else:
             leftovers.discard_versions(run_id)
