@@ -74,7 +74,8 @@ def of_latency(
     """Values with whose they are (the model's name, None for the run) and their step: curves over the batch size.
 
     Speed-ups of a model are over the registered fp32 model. `latency/speedup_over_floats` is that of `chosen`, the
-    fastest int8 model, over the fastest of `floats`; its mean and its smallest value have no step.
+    fastest int8 model, over the fastest of `floats`: its mean and its smallest value are there too, named as the tags
+    of a version are.
     """
     for row in result.rows:
         curves = {"latency/speedup_over_floats": row.ratio(row.fastest(floats), chosen).median}
@@ -89,8 +90,8 @@ def of_latency(
             if name != result.baseline:
                 curves[f"latency/speedup_over_fp32/{name}"] = row.speedups[name].median
         yield None, row.batch_size, curves
-    summary = {"latency/mean_speedup": result.mean_ratio(floats, chosen).median}
-    yield None, None, summary | {"latency/smallest_speedup": result.smallest_speedup(chosen, floats)}
+    summary = {"mean_speedup": result.mean_ratio(floats, chosen).median}
+    yield None, None, summary | {"smallest_speedup": result.smallest_speedup(chosen, floats)}
 
 
 def latency_table(result: LatencyResult) -> dict[str, list[Any]]:

@@ -40,7 +40,9 @@ GOING_ON = {  # how a run of a stage that was stopped goes on
     "train": "`qexp train --resume {}` goes on",
     "search": "the same command goes on",
 }
-# The sections of the configuration that a stage's work depends on: their options are the parameters of its run.
+# The sections of the configuration that a stage's work depends on: their options, and those of every stage, are the
+# parameters of its run.
+OF_EVERY_STAGE = ("config.model", "config.seed", "config.threads")
 SECTIONS = {
     "train": ("data", "train"),
     "sensitivity": ("data", "quantize"),
@@ -55,7 +57,6 @@ OF_EVERY_JOB = (
     "config.model", "config.seed", "data.dataset", "data.image_size", "train.epochs",
     "quantize.engine", "quantize.calibration_samples", "quantize.observer", "latency.batch_sizes",
 )  # fmt: skip
-IDLE_UNLESS = {"quantize.percentile": ("quantize.observer", "percentile")}  # options that only go with another one
 AUTO = "auto"  # how a parameter reads that was neither given nor settled
 NOTE = "mlflow.note.content"
 EXPERIMENT_KIND = "mlflow.experimentKind"
@@ -149,7 +150,7 @@ def _describe_experiment(experiment_id: str) -> None:
 
 def _view() -> str:
     now = round(1000 * time.time())
-    state = {"selectedColumns": ["attributes.`Created`", *VIEW_COLUMNS]}
+    state = {"searchFilter": "tags.`qexp.stage` = 'main'", "selectedColumns": VIEW_COLUMNS}
     return json.dumps({"name": "Verdicts", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 
@@ -225,15 +226,17 @@ def log_setup(config: Config, host: Host) -> None:
 
 
 def params_of(stage: str, config: Config) -> dict[str, Any]:
-    """What was given or settled and matters for a stage, of which config.yaml has the rest: the options of its
-    sections, or of a whole job those that are not the defaults."""
+    """What was given or settled and matters for a stage: the options of its sections, or of a whole job those that are
+    not the defaults. config.yaml has all others."""
     values, defaults = flat_params(config), flat_params(Config())
-    idle = [name for name, (other, word) in IDLE_UNLESS.items() if values[other] != word]
-    known = {name: value for name, value in values.items() if value != AUTO and name not in idle}
+    known = {name: value for name, value in values.items() if value not in (AUTO, {})}
+    if config.quantize.percentile_used is None:
+        known.pop("quantize.percentile")
+    if config.quantize.max_top1_drop is None:
+        known.pop("quantize.max_tries")
     if stage not in SECTIONS:
         return {name: known[name] for name in known if name in OF_EVERY_JOB or known[name] != defaults[name]}
-    sections = ("config", *SECTIONS[stage])
-    return {name: value for name, value in known.items() if name.split(".")[0] in sections}
+    return {name: known[name] for name in known if name in OF_EVERY_STAGE or name.split(".")[0] in SECTIONS[stage]}
 
 
 def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
