@@ -272,27 +272,18 @@ def describe(found: ModelVersion) -> str:
     """Markdown for a version's page, from its tags: the answer, figures, links, what it takes and gives, how to load
     it. What a tag of an older version does not say is left out."""
     tags, lines = found.tags, list[str]()
-    if "verdict" in tags:
-        lines += [f"**{tags['verdict'].capitalize()}**: {tags.get('verdict_reason', '')}.", ""]
+    if "verdict" in tags:  # without Markdown: a list of versions shows how the text begins, as it is
+        lines += [f"{tags['verdict'].capitalize()}: {tags.get('verdict_reason', '')}.", ""]
     elif "gate_reason" in tags:
         lines += [f"Gate {tags['gate_reason']}.", ""]
     if tags.get("verified") == "false":
-        lines += ["**Not verified**: loaded in a clean subprocess, it did not give the same logits.", ""]
+        lines += ["Not verified: loaded in a clean subprocess, it did not give the same logits.", ""]
     lines += ["| | |", "| :-- | :-- |", *(f"| {name} | {text} |" for name, text in _rows(found) if text), ""]
-    classes, size = json.loads(tags["classes"]), tags.get("image_size", "size")
-    names = ", ".join(map(str, classes))
-    order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
     load = {
         "pytorch": f"model = mlflow.pytorch.load_model({uri_of(found)!r})",
         "onnx": f"model = mlflow.pyfunc.load_model({uri_of(found)!r})  # predict(images)['logits'], of a numpy array",
     }[tags.get("flavor", "pytorch")]
-    lines += [
-        f"Input: float32 RGB images in [0, 1], shape [N, 3, {size}, {size}]; normalisation is inside. "
-        f"Output: logits [N, {len(classes)}] in the order {order}.",
-        "",
-        f"```python\n{load}\n```",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"```python\n{load}\n```"])
 
 
 def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
@@ -300,32 +291,42 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     tags = defaultdict(str, found.tags)
 
     def told(text: str, *names: str) -> str:
-        return text.format(**tags) if set(names) <= set(found.tags) else ""
+        """`text` with these tags in it, numbers in four digits."""
+        return text.format(*(_short(tags[name]) for name in names)) if set(names) <= set(found.tags) else ""
 
-    yield "Test top-1", told("{test_top1_percent} % on {dataset}", "test_top1_percent", "dataset")
+    yield "Test top-1", told("{} % on {}", "test_top1_percent", "dataset")
     if fp32 := found.tags.get("fp32_uri"):
         drops = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
-        drop = told(
-            "{top1_drop_points} points (95 % interval {top1_drop_low_points} to {top1_drop_high_points})", *drops
-        )
-        yield "Drop from fp32", drop
+        yield "Drop from fp32", told("{} points (95 % interval {} to {})", *drops)
         yield "Made from", f"[{fp32}]({page_of_version(fp32)})"
-    calibrated = told(", {calibration_samples} calibration images", "calibration_samples")
+    calibrated = told(", {} calibration images", "calibration_samples")
     layers = tags["float_layers"].replace("none", "")
     left = f"; in fp32: {layers if len(layers) <= LONGEST_LIST else 'see tag `float_layers`'}" if layers else ""
-    yield "Engine", told("{engine}", "engine") and f"{tags['engine']}{calibrated}{left}"
-    mean = told("{mean_speedup}x in the mean, ", "mean_speedup")
-    least = told("{smallest_speedup}x where it is least", "smallest_speedup")
-    yield "Speed-up over the fastest float", f"{mean}{least}"
+    yield "Engine", tags["engine"] and f"{tags['engine']}{calibrated}{left}"
+    mean = told("{}x the fastest float in the mean over batch sizes, ", "mean_speedup")
+    yield "Speed", told(f"{mean}{{}}x where it is slowest", "smallest_speedup")
     times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
-    yield "Time (p50)", told("{p50_ms} ms at batch size {p50_batch_size} on {p50_threads} threads of {cpu}", *times)
-    yield "Size", told("{size_mb} MB", "size_mb")
+    yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
+    yield "Size", told("{} MB", "size_mb")
+    yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
+    classes = json.loads(tags["classes"])
+    names = ", ".join(map(str, classes)).replace("|", "\\|")
+    order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
+    yield "Output", f"logits [N, {len(classes)}] in the order {order}"
+    yield "Promotion", tags["promotion_reason"].replace("|", "\\|")
     runs = {"training": "train_run_id", "quantization": "quantize_run_id", "latency": "latency_run_id"}
     links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(tags[tag]))]
     if page := _page(tags["report_run_id"]):
         links.insert(0, f"[report]({page}/artifacts/report/report.html)")
-    yield "Promotion", tags["promotion_reason"]
     yield "Runs", ", ".join(links)
+
+
+def _short(text: str) -> str:
+    """A number in four digits; anything else as it is."""
+    try:
+        return text if text.isdecimal() else f"{float(text):.4g}"
+    except ValueError:
+        return text.replace("|", "\\|")
 
 
 def _page(run_id: str) -> str:
@@ -348,5 +349,5 @@ def _describe_model(name: str, kind: str, dataset: str | None) -> None:
         "int8": "Classifiers quantized to int8. The version with the alias `champion` is the one to ship",
     }[kind]
     of = f" The data set is {dataset}." if dataset else ""
-    text = f"{what}; the tags of each version say how it was made and what was measured.{of}"
+    text = f"{what}; the description of each version says what was measured and links its runs.{of}"
     client.update_registered_model(name, text)
