@@ -304,7 +304,7 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     left = f"; in fp32: {layers if len(layers) <= LONGEST_LIST else 'see tag `float_layers`'}" if layers else ""
     yield "Engine", tags["engine"] and f"{tags['engine']}{calibrated}{left}"
     mean = told("{}x the fastest float in the mean over batch sizes, ", "mean_speedup")
-    yield "Speed", told(f"{mean}{{}}x where it is slowest", "smallest_speedup")
+    yield "Speed", told(f"{mean}at least {{}}x", "smallest_speedup")
     times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
     yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
     yield "Size", told("{} MB", "size_mb")
