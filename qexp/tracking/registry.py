@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version, quiet
 from qexp.tracking.integrity import stored_facts
-from qexp.tracking.leftovers import whole_or_nothing
+from qexp.tracking.leftovers import discard_unregistered, version_of_run, version_or_nothing
 from qexp.tracking.store import (
     again,
     all_pages,
@@ -78,6 +78,8 @@ def register(
 ) -> Registered:
     """Log a model in the active run, register it, and verify it in a clean subprocess. No alias moves.
 
+    A version that this run has registered before is the one: what it lacks is added.
+
     Args:
         kind: "fp32", saved as an exported program (pt2), or "int8", as what `stored` is.
         model: what gives the logits that the reloaded version must give.
@@ -87,23 +89,32 @@ def register(
 
     Raises:
         StageError: the model cannot be stored, for instance on a full disk. Nothing of it is left in the store,
-            whatever ends this; only a kill, or a store that is away, leaves a version without the tag `kind`.
+            whatever ends this; only a kill, or a store that is away, leaves a version without the tag `kind`, which
+            the next try completes.
     """
     flavor = tags.get("flavor", "pytorch")
-    with whole_or_nothing():
-        info = log_version(kind, model if stored is None else stored, name, spec, flavor)
-        number = str(info.registered_model_version)
-        uri = f"models:/{name}/{number}"
+    with version_or_nothing():
+        active = mlflow.active_run()
+        assert active is not None
+        run_id = str(active.info.run_id)
+        if version_of_run(run_id, name) is None:
+            discard_unregistered(run_id)
+            log_version(kind, model if stored is None else stored, name, spec, flavor)
+        found = version_of_run(run_id, name)
+        assert found is not None
+        number, uri = str(found.version), uri_of(found)
+        if "kind" in found.tags:
+            return replace(from_entity(found), contents=stored_facts(uri)[1])
         without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
         environment = child_environment(torch.get_num_threads())
         verified = reloads_equal(uri, model, sample, environment, without_pickle)
         size_bytes, (digest, contents) = _stored_bytes(uri), stored_facts(uri)
         facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
-        facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": digest}
+        facts |= {"config_uri": f"runs:/{run_id}/config.yaml", "artifact_sha256": digest}
         tag_version(uri, facts | tags | {"kind": kind})  # kind comes last: with it, the version is complete
         _describe_model(name, kind, tags.get("dataset"))
-    return Registered(name, number, info.model_id, info.run_id, size_bytes, verified, contents)
+    return Registered(name, number, logged_model_of(found), run_id, size_bytes, verified, contents)
 
 
 def make_challenger(version: Registered) -> None:

@@ -27,11 +27,10 @@ from qexp.errors import InputError, first_line
 from qexp.files import from_json, to_json
 from qexp.measurement.host import Host
 from qexp.progress import say
-from qexp.report import claims
-from qexp.report.results import Evidence
 from qexp.tracking import metrics, outage
+from qexp.tracking.job_folder import forget_end, job_folder
 from qexp.tracking.outage import store_errors
-from qexp.tracking.store import again, all_pages, is_missing, model_id_of, page_of_run, store_name
+from qexp.tracking.store import again, all_pages, is_missing, store_name
 
 T = TypeVar("T")
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
@@ -103,19 +102,20 @@ def start_run(name: str, note: str, resume: str | None = None, stage: str | None
         run = _begin(name, resume, {"qexp.stage": stage, NOTE: note})
     if not told:
         say(f"run {run.info.run_id}")
-    outage.forget_end(run.info.run_id)
+    job = job_folder(run.data.tags.get("mlflow.parentRunId", run.info.run_id))
+    forget_end(job, run.info.run_id)
     try:
         _describe_experiment(run.info.experiment_id)
         yield run.info.run_id
         mlflow.end_run()
     except (KeyboardInterrupt, SystemExit):
-        outage.end_run(run.info.run_id, RunStatus.KILLED)
+        outage.end_run(run.info.run_id, RunStatus.KILLED, job)
         if not told and (hint := GOING_ON.get(stage)):
             say(f"stopped; {hint.format(run.info.run_id)}")
         raise
     except Exception as error:
-        error = outage.explain(error, run.info.run_id)
-        outage.end_run(run.info.run_id, RunStatus.FAILED, error)
+        error = outage.explain(error, job)
+        outage.end_run(run.info.run_id, RunStatus.FAILED, job, error)
         raise error
 
 
@@ -259,17 +259,25 @@ def log_dataset(split: Split, dataset: Dataset, context: str, digest: str) -> No
     again(lambda: mlflow.log_input(described, context=context))
 
 
-def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[str, str | None] | None = None) -> None:
+def log_metrics(
+    values: dict[str, float],
+    step: int | None = None,
+    owner: tuple[str, str | None] | None = None,
+    at_ms: int | None = None,
+) -> None:
     """Metrics of the active run, or of `owner` (ids of run and model), in one request; `step` is the epoch or the batch
-    size. What a model has reached on a split carries that data set, an input of the run."""
+    size. What a model has reached on a split carries that data set, an input of the run.
+
+    Logged again with the same time `at_ms`, in ms since 1970, they are there once.
+    """
     run_id, model_id = owner or (_active_run().info.run_id, None)
-    client, now = mlflow.MlflowClient(), round(1000 * time.time())
+    client, at_ms = mlflow.MlflowClient(), at_ms or round(1000 * time.time())
     splits = {name: metrics.split_of(name) for name in values} if model_id else {}
     datasets = _datasets_of(client.get_run(run_id)) if any(splits.values()) else {}
     points = []
     for name, value in values.items():
         dataset, digest = datasets.get(splits.get(name) or "", (None, None))
-        points.append(Metric(name, value, now, step or 0, model_id, dataset, digest, run_id))
+        points.append(Metric(name, value, at_ms, step or 0, model_id, dataset, digest, run_id))
     client.log_batch(run_id, metrics=points)
 
 
@@ -289,35 +297,6 @@ def log_models(inputs: Iterable[str] = (), outputs: Iterable[str] = ()) -> None:
             client.log_inputs(run.info.run_id, models=new)
         if new_outputs := [LoggedModelOutput(one, 0) for one in dict.fromkeys(outputs) if one not in made]:
             client.log_outputs(run.info.run_id, new_outputs)
-
-
-def log_answer(evidence: Evidence) -> None:
-    """What a job has found, in its run, the active one: the verdict and what it rests on, as metrics and tags that the
-    table of runs shows, as a note, and the models with it."""
-    run = _active_run()
-    headline = evidence.headline
-    log_metrics({f"headline/{name}": headline[name] for name in metrics.HEADLINE})
-    tags = {"verdict": evidence.verdict.word, "engine": evidence.int8.quantize.engine, "gate": evidence.gate.word}
-    tags |= {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
-    for name, value in tags.items():
-        set_tag(f"qexp.{name}", value)
-    fp32 = model_id_of(evidence.fp32.version_uri)
-    int8s = [model_id_of(judged.int8.version_uri) for judged in evidence.versions]
-    given = "qexp.model_uri" in run.data.tags  # then fp32 was there before
-    log_models([fp32] if given else [], int8s if given else [fp32, *int8s])
-    report = page_of_run(run.info.run_id, "artifacts/report/report.html")
-    word = evidence.verdict.word.capitalize()
-    set_note(f"**{word}**: {_figures(evidence)} [Report]({report})\n\n{claims.answer(evidence)}")
-
-
-def _figures(evidence: Evidence) -> str:
-    found, drop = evidence.headline, evidence.int8.comparison["test"]
-    interval = f"95 % interval {drop.top1_drop_low_points:.2f} to {drop.top1_drop_high_points:.2f}"
-    return (
-        f"test top-1 {found['fp32_top1_percent']:.2f} % in fp32, {found['int8_top1_percent']:.2f} % in int8 (drop "
-        f"{drop.top1_drop_points:.2f} points, {interval}); {found['mean_speedup']:.2f}x as fast as the fastest float "
-        f"in the mean; {found['fp32_size_mb']:.3g} MB in fp32, {found['int8_size_mb']:.3g} MB in int8."
-    )
 
 
 def log_table(columns: dict[str, list[Any]], name: str) -> None:
