@@ -44,13 +44,13 @@ def runs(finished: Finished) -> dict[str, Run]:
 
 
 @pytest.mark.parametrize("stage", ["main", "train", "quantize", "latency"])
-def test_metrics_of_a_run_are_those_named(stage: str, runs: dict[str, Run]) -> None:
+def test_metrics_of_a_run_are_those_named(stage: str, runs: dict[str, Run], finished: Finished) -> None:
     logged = {re.sub(r"^(latency/\w+/)\w+$", r"\1<name>", name) for name in runs[stage].data.metrics}
     always, known = _named(stage)
     assert always <= logged <= known
     for name, step, _ in _rows(stage):
         for one in set(NAME.findall(name)) & set(runs[stage].data.metrics):
-            points = mlflow.MlflowClient().get_metric_history(runs[stage].info.run_id, one)
+            points = mlflow.MlflowClient(finished.uri).get_metric_history(runs[stage].info.run_id, one)
             assert [point.step for point in points] == {"epoch": [1, 2, 3, 4], "batch size": [1, 8], "": [0]}[step], one
 
 
