@@ -9,7 +9,7 @@ instead of computed. `sync_run` uploads what is in the folder of a job. Only tra
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,12 +56,12 @@ class Inputs:
 class Job:
     """The run of a command, which the runs of its stages are below; without one, each stage is a run at the top.
 
-    `left` are the runs that a stopped process has left below the job, by name, the newest first.
+    `left` are the runs that a stopped process has left below a job that is resumed, by name, the newest first.
     """
 
     host: Host
     run_id: str | None = None
-    left: dict[str, list[Run]] = field(default_factory=dict)
+    left: dict[str, list[Run]] | None = None
 
     def stage(
         self,
@@ -105,9 +105,12 @@ class Job:
         self, name: str, note: str, read: Callable[[str], T], resume: str | None, then: Callable[[T], None]
     ) -> T | None:
         """The result of a finished run, or the one that was kept in the folder, which is uploaded now."""
-        if finished := [run for run in self.left.get(name, []) if run.info.status == "FINISHED"]:
+        if self.left is None and resume is None:  # what else is in the folder is of another job
+            return None
+        if finished := [run for run in (self.left or {}).get(name, []) if run.info.status == "FINISHED"]:
             return read(finished[0].info.run_id)
-        if not (job := self.run_id or resume) or not (kept := kept_in(self._folder(name, job))):
+        job = self.run_id or str(resume)
+        if not (kept := kept_in(self._folder(name, job))):
             return None
         with self._run(name, note, kept.run_id):
             found: T = self._send(kept, self._folder(name, job), then)
@@ -127,7 +130,7 @@ class Job:
 
     def unfinished(self, name: str) -> str | None:
         """The run of a stage that was stopped in the middle."""
-        runs = [run for run in self.left.get(name, []) if run.info.status != "FINISHED"]
+        runs = [run for run in (self.left or {}).get(name, []) if run.info.status != "FINISHED"]
         return runs[0].info.run_id if runs else None
 
     @contextmanager
@@ -235,7 +238,7 @@ def sync_run(folder: Path) -> dict[str, Any]:
         remove_folder(folder)
         say(f"run {run_id} is complete in {store_name()}")
     else:
-        more["next"] = _next(run)
+        more["next"] = _next(run, trained)
         say(f"what is left: {more['next']}")
     return {"command": "sync", "run_id": run_id, "status": status, **more}
 
@@ -261,9 +264,9 @@ def _upload_curves(folder: Path, training: Run) -> None:
     log_curves([EpochResult(**values) for values in epochs], logged, run_id)
 
 
-def _next(job: Run) -> str:
-    """The command that does what is left."""
+def _next(job: Run, trained: list[str]) -> str:
+    """The command that does what is left; `trained` are the versions that have been uploaded."""
     stage = tracking.stage_of(job)
     if stage in ("main", "train"):
         return f"qexp {'run' if stage == 'main' else 'train'} --resume {job.info.run_id}"
-    return f"qexp {stage} again"
+    return f"qexp {stage} --model-uri {trained[0]}" if trained else f"qexp {stage} again"

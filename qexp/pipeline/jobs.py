@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config import Config
-from qexp.errors import StageError, StoreError
+from qexp.errors import InputError, StageError, StoreError
 from qexp.pipeline import loading
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Inputs, Job, has_stage, open_job, run_at_the_top
@@ -89,6 +89,8 @@ def _trained_by_others(
         return True
     if config.train.processes == 1:
         return False
+    if not command:
+        raise InputError(f"--processes {config.train.processes}: only the command line starts several processes")
     with run_at_the_top(name, note, resume, LAUNCHER_LOCK, stage) as run_id:
         tracking.log_setup(config, setup.host)
         again = ["--resume", resume] if resume else None

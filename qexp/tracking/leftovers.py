@@ -4,7 +4,7 @@ A version of the registry is never removed here. One that a killed process has l
 by its run, and completed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 import mlflow
@@ -24,13 +24,12 @@ def version_of_run(run_id: str, name: str) -> ModelVersion | None:
     return next((version for version in found if version.name == name), None)
 
 
-def discard_unregistered(run_id: str) -> None:
-    """Delete logged models of a run that never became a version, and their files."""
+def discard_unregistered(run_id: str, others: Collection[str] = ()) -> None:
+    """Delete logged models of a run, but for `others`, that never became a version, and their files."""
     client = mlflow.MlflowClient()
-    outputs = client.get_run(run_id).outputs
-    if client.search_model_versions(f"run_id = '{run_id}'"):  # a run has one model
-        return
-    for model_id in [model.model_id for model in outputs.model_outputs] if outputs else []:
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    used = {version.model_id or str(version.source).removeprefix("models:/") for version in versions}
+    for model_id in _models_of(run_id) - used - set(others):
         try:
             location = client.get_logged_model(model_id).artifact_location
         except MlflowException as error:
@@ -42,6 +41,11 @@ def discard_unregistered(run_id: str) -> None:
         client.delete_logged_model(model_id)
 
 
+def _models_of(run_id: str) -> set[str]:
+    outputs = mlflow.MlflowClient().get_run(run_id).outputs
+    return {model.model_id for model in outputs.model_outputs} if outputs else set()
+
+
 @contextmanager
 def version_or_nothing() -> Iterator[None]:
     """A model that is registered in the active run in this block becomes a version, or leaves nothing in the store.
@@ -49,16 +53,19 @@ def version_or_nothing() -> Iterator[None]:
     Raises:
         StageError: it could not be stored, for instance on a full disk.
     """
+    active = mlflow.active_run()
+    assert active is not None
+    with store_errors():
+        before = _models_of(active.info.run_id)
     try:
         with store_errors():
             yield
     except BaseException as error:
-        if active := mlflow.active_run():
-            try:
-                with quickly():
-                    discard_unregistered(active.info.run_id)
-            except (MlflowException, OSError) as problem:  # `--resume` and `qexp sync` will try again
-                say(f"the partly stored model could not be removed ({first_line(problem)})")
+        try:
+            with quickly():
+                discard_unregistered(active.info.run_id, before)
+        except (MlflowException, OSError) as problem:  # `--resume` and `qexp sync` will try again
+            say(f"the partly stored model could not be removed ({first_line(problem)})")
         if isinstance(error, Exception) and not isinstance(error, StageError):  # torch has its own for a full disk
             raise StoreError(f"the model cannot be stored: {first_line(error)}") from error
         raise

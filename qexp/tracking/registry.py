@@ -74,11 +74,16 @@ class Registered:
 
 
 def register(
-    kind: str, model: Predict, name: str, spec: ModelSpec, sample: Tensor, tags: dict[str, Any], stored: Any = None
+    kind: str,
+    model: Predict,
+    name: str,
+    spec: ModelSpec,
+    sample: Tensor,
+    tags: dict[str, Any],
+    stored: Any = None,
+    once: bool = False,
 ) -> Registered:
     """Log a model in the active run, register it, and verify it in a clean subprocess. No alias moves.
-
-    A version that this run has registered before is the one: what it lacks is added.
 
     Args:
         kind: "fp32", saved as an exported program (pt2), or "int8", as what `stored` is.
@@ -86,6 +91,7 @@ def register(
         sample: uint8 [N, 3, H, W]; the images on which it must give the same bits.
         tags: lineage, as tags of the version; `flavor` is MLflow's, pytorch unless it says something else.
         stored: what MLflow stores (a module, an ONNX model); None: `model` itself.
+        once: the run has this one model. A version that it has registered before is the one; what it lacks is added.
 
     Raises:
         StageError: the model cannot be stored, for instance on a full disk. Nothing of it is left in the store,
@@ -97,13 +103,14 @@ def register(
         active = mlflow.active_run()
         assert active is not None
         run_id = str(active.info.run_id)
-        if version_of_run(run_id, name) is None:
-            discard_unregistered(run_id)
-            log_version(kind, model if stored is None else stored, name, spec, flavor)
-        found = version_of_run(run_id, name)
-        assert found is not None
+        found = version_of_run(run_id, name) if once else None
+        if found is None:
+            if once:
+                discard_unregistered(run_id)
+            info = log_version(kind, model if stored is None else stored, name, spec, flavor)
+            found = mlflow.MlflowClient().get_model_version(name, str(info.registered_model_version))
         number, uri = str(found.version), uri_of(found)
-        if "kind" in found.tags:
+        if once and "kind" in found.tags:
             return replace(from_entity(found), contents=stored_facts(uri)[1])
         without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
         environment = child_environment(torch.get_num_threads())

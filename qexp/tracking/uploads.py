@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
+from torch import Tensor
 
 from qexp.config import Config
 from qexp.errors import StageError
@@ -64,7 +65,7 @@ def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
     log_curves(evidence.train.epochs, tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH))
     name = f"{evidence.model}-{evidence.data.name}-fp32"
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(new.stored, run_id)} | new.tags
-    version = registry.register("fp32", lambda images: new.expected, name, new.spec, new.sample, tags, new.stored)
+    version = _registered("fp32", new, name, tags)
     registry.make_challenger(version)
     evidence = _with_version(evidence, version)
     tracking.log_result("fp32", evidence)
@@ -86,7 +87,7 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     name = fp32_version.name.removesuffix("-fp32") + "-int8"
     tracking.log_models([fp32_version.model_id])
     tags = {"quantize_run_id": _run_id()} | new.tags
-    version = registry.register("int8", lambda images: new.expected, name, new.spec, new.sample, tags, new.stored)
+    version = _registered("int8", new, name, tags)
     evidence = _with_version(evidence, version)
     accuracy, test, cost = evidence.accuracy, evidence.comparison["test"], evidence.cost
     values = metrics.of_model(accuracy, version.size_bytes, cost.parameters)
@@ -103,6 +104,13 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     )
     tracking.log_text(new.layers, LAYER_TABLE)
     return evidence
+
+
+def _registered(kind: str, new: NewModel, name: str, tags: dict[str, Any]) -> Registered:
+    def model(images: Tensor) -> Tensor:
+        return new.expected
+
+    return registry.register(kind, model, name, new.spec, new.sample, tags, new.stored, once=True)
 
 
 def _with_version(evidence: Any, version: Registered) -> Any:
