@@ -223,7 +223,7 @@ def test_a_version_that_is_being_made_is_none_yet(finished: Finished, tmp_path: 
 
 
 @pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"), KeyboardInterrupt()])
-def test_a_version_that_cannot_be_completed_is_removed(
+def test_a_version_that_could_not_be_completed_is_none_until_the_next_try_completes_it(
     error: BaseException,
     tmp_path: Path,
     trained: tuple[Classifier, TrainResult],
@@ -235,13 +235,17 @@ def test_a_version_that_cannot_be_completed_is_removed(
 
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(new_store(tmp_path))
-    monkeypatch.setattr(registry, "stored_facts", fail)  # after the version was made and verified
     monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
     model, _ = trained
+    given = ("fp32", model, "unfinished", model.spec, digits.train.images[:8], {})
     expected = StageError if isinstance(error, Exception) else KeyboardInterrupt
-    with pytest.raises(expected), mlflow.start_run(experiment_id="0") as run:
-        registry.register("fp32", model, "unfinished", model.spec, digits.train.images[:8], {})
-    client = mlflow.MlflowClient()
-    assert client.search_model_versions("name = 'unfinished'") == []
-    assert client.search_logged_models(["0"]) == [] and not list(tmp_path.rglob("model.pt2"))
-    assert client.get_run(run.info.run_id).outputs.model_outputs  # it had been logged
+    with mlflow.start_run(experiment_id="0"):
+        with monkeypatch.context() as broken, pytest.raises(expected):
+            broken.setattr(registry, "stored_facts", fail)  # after the version was made and verified
+            registry.register(*given, once=True)
+        assert registry.newest_version("unfinished") == "0"
+        with pytest.raises(InputError, match="must be a version of kind fp32"):
+            registry.find_version("models:/unfinished/1", "fp32")
+        assert registry.register(*given, once=True).uri == "models:/unfinished/1"
+    (version,) = mlflow.MlflowClient().search_model_versions("name = 'unfinished'")
+    assert version.tags["kind"] == "fp32" and version.description and len(list(tmp_path.rglob("model.pt2"))) == 1
