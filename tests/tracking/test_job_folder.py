@@ -123,7 +123,7 @@ def test_uploading_again_changes_nothing(new: NewModel, tmp_path: Path, monkeypa
     """From the files, as after a kill at the end of an upload, and as after one before the version's last tag."""
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(new_store(tmp_path))
-    tracking.use_experiment("digits")
+    mlflow.set_experiment("digits")
     client, seen = mlflow.MlflowClient(), list[Any]()
     with tracking.start_run("train-smallnet", "note") as run_id:
         keep(tmp_path / "train", run_id, new)
