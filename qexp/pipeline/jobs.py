@@ -65,6 +65,7 @@ def run_main(
     elif _trained_by_others(setup, "main", name, note, resume, command):
         return None
     with open_job(host, config, name, note, resume) as job:
+        tracking.log_datasets(dataset, ("train", "validation", "test"))  # which a resumed run must be given again
         if model_uri:
             fp32 = loading.fp32_from_registry(model_uri, dataset)
             tracking.set_tag("qexp.model_uri", fp32.version.uri)  # an alias may have moved when the run is resumed

@@ -301,7 +301,7 @@ def describe(found: ModelVersion) -> str:
         "pytorch": f"model = mlflow.pytorch.load_model({uri_of(found)!r})",
         "onnx": f"model = mlflow.pyfunc.load_model({uri_of(found)!r})  # predict(images)['logits'], of a numpy array",
     }[tags.get("flavor", "pytorch")]
-    return "\n".join([*lines, f"```python\n{load}\n```"])
+    return "\n".join([*lines, "To load it:", "", f"```python\n{load}\n```"])
 
 
 def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
@@ -315,7 +315,7 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     yield "Test top-1", told("{} % on {}", "test_top1_percent", "dataset")
     if fp32 := found.tags.get("fp32_uri"):
         drops = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
-        yield "Drop from fp32", told("{} points (95 % interval {} to {})", *drops)
+        yield "Drop", told("{} points (95 % interval {} to {})", *drops)
         yield "Made from", f"[{fp32}]({page_of_version(fp32)})"
     calibrated = told(", {} calibration images", "calibration_samples")
     layers = tags["float_layers"].replace("none", "")

@@ -76,7 +76,7 @@ def test_description_of_a_version_gives_the_answer_and_links_to_its_runs(
     text, tags = int8.description, int8.tags
     assert text.startswith(f"{finished.summary['verdict'].capitalize()}: {finished.summary['verdict_reason']}")
     drop = [float(tags[f"top1_drop_{name}points"]) for name in ("", "low_", "high_")]
-    assert "| Drop from fp32 | {:.4g} points (95 % interval {:.4g} to {:.4g}) |".format(*drop) in text
+    assert "| Drop | {:.4g} points (95 % interval {:.4g} to {:.4g}) |".format(*drop) in text
     assert f"| {float(tags['mean_speedup']):.4g}x the fastest float in the mean" in text
     assert f"| {float(tags['test_top1_percent']):.4g} % on digits |" in text
     runs = "#/experiments/1/runs"
