@@ -150,9 +150,9 @@ def _describe_experiment(experiment_id: str) -> None:
 
 def _view() -> str:
     now = round(1000 * time.time())
-    widths = {name: 90 + 5 * len(name) for name in VIEW_COLUMNS}  # pixels, so that names can be read
-    state = {"searchFilter": "tags.`qexp.stage` = 'main'", "selectedColumns": VIEW_COLUMNS}
-    state |= {"columnOrder": VIEW_COLUMNS, "columnWidths": widths}
+    state: dict[str, Any] = {"searchFilter": "tags.`qexp.stage` = 'main'", "selectedColumns": VIEW_COLUMNS}
+    # Pixels: columns are too narrow for their names otherwise.
+    state |= {"columnOrder": VIEW_COLUMNS, "columnWidths": {name: 60 + 5 * len(name) for name in VIEW_COLUMNS}}
     return json.dumps({"name": "Verdicts", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 
