@@ -144,12 +144,14 @@ class Job:
 
 
 @contextmanager
-def run_at_the_top(name: str, note: str, resume: str | None = None, lock: str = LOCK) -> Iterator[str]:
+def run_at_the_top(
+    name: str, note: str, resume: str | None = None, lock: str = LOCK, stage: str | None = None
+) -> Iterator[str]:
     """A run that belongs to no other, and its folder, which no other process may use meanwhile.
 
     Of one that is resumed, nothing is touched before it is known that nobody else is at work on it.
     """
-    with lock_of(resume, lock), tracking.start_run(name, note, resume) as run_id:
+    with lock_of(resume, lock), tracking.start_run(name, note, resume, stage) as run_id:
         with lock_of(None if resume else run_id, lock):
             yield run_id
 
@@ -157,7 +159,7 @@ def run_at_the_top(name: str, note: str, resume: str | None = None, lock: str = 
 @contextmanager
 def open_job(host: Host, config: Config, name: str, note: str, resume: str | None = None) -> Iterator[Job]:
     """The run of a command that has several stages, begun or resumed; its folder goes when the command has ended."""
-    with run_at_the_top(name, note, resume) as run_id:
+    with run_at_the_top(name, note, resume, stage="main") as run_id:
         tracking.log_setup(config, host)
         job = Job(host, run_id)
         if resume:

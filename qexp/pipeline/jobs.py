@@ -58,13 +58,14 @@ def run_main(
         config = config_of_run(overrides or {}, resume, "run")
     setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
-    name, note = "main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
+    name, note = f"{config.model}-{dataset.name}", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
     if model_uri or (resume and has_stage(resume, f"train-{config.model}")):
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
             return None
-    elif _trained_by_others(setup, name, note, resume, command):
+    elif _trained_by_others(setup, "main", name, note, resume, command):
         return None
     with open_job(host, config, name, note, resume) as job:
+        tracking.log_datasets(dataset, ("train", "validation", "test"))  # which a resumed run must be given again
         if model_uri:
             fp32 = loading.fp32_from_registry(model_uri, dataset)
             tracking.set_tag("qexp.model_uri", fp32.version.uri)  # an alias may have moved when the run is resumed
@@ -77,7 +78,9 @@ def run_main(
     return _summary("run", str(job.run_id), done)
 
 
-def _trained_by_others(setup: Setup, name: str, note: str, resume: str | None, command: Sequence[str]) -> bool:
+def _trained_by_others(
+    setup: Setup, stage: str, name: str, note: str, resume: str | None, command: Sequence[str]
+) -> bool:
     """Whether this process has nothing else to do: other processes do the work, or it only follows their leader."""
     config = setup.config
     if launch.is_worker():
@@ -89,10 +92,10 @@ def _trained_by_others(setup: Setup, name: str, note: str, resume: str | None, c
         return False
     if not command:
         raise InputError(f"--processes {config.train.processes}: only the command line starts several processes")
-    with run_at_the_top(name, note, resume, LAUNCHER_LOCK) as run_id:
+    with run_at_the_top(name, note, resume, LAUNCHER_LOCK, stage) as run_id:
         tracking.log_setup(config, setup.host)
         again = ["--resume", resume] if resume else None
-        if again and name == "main" and config.output_dir:
+        if again and stage == "main" and config.output_dir:
             again += ["--output-dir", config.output_dir]
         try:
             launch.run_workers(command, config, {"MLFLOW_RUN_ID": run_id}, again)
@@ -249,7 +252,7 @@ def run_train(
         config = config_of_run(overrides or {}, resume, "train")
     setup = prepare(config, None, resume=resume)
     name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {setup.dataset.name}."
-    if _trained_by_others(setup, name, note, resume, command):
+    if _trained_by_others(setup, "train", name, note, resume, command):
         return None
     fp32 = train_stage(Job(setup.host), setup, resume)
     top1 = fp32.evidence.accuracy["test"].top1_percent

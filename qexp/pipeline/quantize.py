@@ -73,7 +73,7 @@ def quantize(
         budget=budget,
         budget_cost=_budget_cost(config, host, fp32, subset, quantized) if budget else None,
     )
-    tags = {"fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id} | _facts(fp32, quantized, digest)
+    tags = {"fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id} | _facts(quantized, digest)
     tags |= lineage(dataset, host, accuracy) | _drop_tags(comparison["test"])
     sample, spec = verification_images(dataset), fp32.model.spec
     with torch.no_grad():
@@ -152,15 +152,12 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
     return BudgetCost(all_int8.saved_bytes(), quantized.saved_bytes(), slowdown, told_apart)
 
 
-def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]:
+def _facts(quantized: QuantizedModel, digest: str) -> dict[str, Any]:
     """Tags that say how an int8 version was made."""
     result = quantized.result
-    facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor, "observer": result.observer}
-    facts |= {"percentile": result.percentile} if result.percentile is not None else {}
+    facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor}
     facts |= {"backend": result.load_backend} if result.load_backend else {}
-    facts |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range, "calibration_digest": digest}
-    facts |= {"calibration_samples": result.calibration_images}
-    facts |= {"fold_pool": bool(folded_layers(fp32.model, quantized.source))}
+    facts |= {"calibration_samples": result.calibration_images, "calibration_digest": digest}
     if result.reduce_range or result.saturating_layers:
         facts["reduce_range_reason"] = f"{_reason_of(result)}: {SATURATION}"
     return facts | {"float_layers": ",".join(result.float_layers) or "none"}

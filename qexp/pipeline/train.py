@@ -83,7 +83,6 @@ def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict
         "cpu": host.cpu,
         "cpu_features": ",".join(host.features),
         "threads": host.threads,
-        "test_images": test.images,
         "test_top1_correct": test.top1_correct,
         "test_top3_correct": test.top3_correct,
         "test_top1_tied": test.top1_tied_images,

@@ -33,7 +33,7 @@ from qexp.tracking import runs as tracking
 from qexp.tracking.outage import store_errors
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, WrittenReport
-from qexp.tracking.store import quickly, split_uri
+from qexp.tracking.store import model_id_of, page_of_run, quickly, split_uri
 from qexp.training.train import EpochResult
 
 LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
@@ -85,6 +85,7 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     fp32_version = registry.from_entity(registry.find_version(new.tags["fp32_uri"], "fp32"))
     fp32 = tracking.read_result(Fp32Evidence, new.tags["train_run_id"], "fp32")
     name = fp32_version.name.removesuffix("-fp32") + "-int8"
+    tracking.log_models([fp32_version.model_id])
     tags = {"quantize_run_id": _run_id()} | new.tags
     version = _registered("int8", new, name, tags)
     evidence = _with_version(evidence, version)
@@ -94,7 +95,7 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
     for owner, counted in ((fp32_version.owner, evidence.fp32_cost), (version.owner, cost)):
         for batch_size, count in counted.macs.items():
-            tracking.log_metrics({"model/macs": count}, batch_size, owner, at_ms)
+            tracking.log_metrics({"macs": count}, batch_size, owner, at_ms)
     tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy}), "accuracy")
     tracking.log_result("int8", evidence)
     tracking.set_note(
@@ -177,6 +178,7 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     fp32 = registry.from_entity(registry.find_version(evidence.fp32_uri, "fp32"))
     versions = {uri: registry.find_version(uri, "int8") for uri in evidence.contenders}
     owners = {evidence.name_of(uri): registry.from_entity(version).owner for uri, version in versions.items()}
+    tracking.log_models(model_id for _, model_id in (fp32.owner, *owners.values()))
     fastest = found.winner(list(owners))
     floats = evidence.fair_floats(limits.of(split_uri(next(iter(versions)))[0]))
     _log_times(found, fastest, floats, {found.baseline: fp32.owner} | owners, at_ms)
@@ -189,7 +191,6 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         tags |= _latency_tags(found, models[0].name)
         if models[0].backend:
             tags["backend"] = models[0].backend
-            tags["backend_speedups"] = ", ".join(f"{one.backend} {found.mean_speedup(one.name):.2f}" for one in models)
             registry.describe_kernels(uri, _about_kernels(found, models))
         registry.tag_version(uri, tags)
     registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
@@ -216,9 +217,9 @@ def _with_kernels(engine: str, names: Sequence[str]) -> list[SweepModel]:
 
 
 def _speedup_tags(result: LatencyResult, name: str, floats: Sequence[str]) -> dict[str, str]:
-    """The smallest speed-ups of an int8 model, as tags of its version: over the fastest of `floats`, over fp32."""
-    over_floats, over_fp32 = (result.smallest_speedup(name, slow) for slow in (floats, [result.baseline]))
-    return {"smallest_speedup": f"{over_floats:.3f}", "smallest_speedup_over_fp32": f"{over_fp32:.3f}"}
+    """The speed-ups of an int8 model over the fastest of `floats`, as tags of its version: the mean, the smallest."""
+    mean, least = result.mean_ratio(floats, name), result.smallest_speedup(name, floats)
+    return {"mean_speedup": f"{mean.median:.3f}", "smallest_speedup": f"{least:.3f}"}
 
 
 def _latency_tags(result: LatencyResult, name: str) -> dict[str, str]:
@@ -245,6 +246,7 @@ def _about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
 def _promotion(result: Promotion, folder: Path, at_ms: int) -> Promotion:
     """In the run and in the version's tags: what was decided, why, when and at whose word."""
     run_id = _run_id()
+    tracking.log_models(map(model_id_of, filter(None, (result.uri, result.champion_uri))))
     found = replace(result, measured=replace(result.measured, run_id=run_id))
     _log_times(found.measured.latency, CANDIDATE, found.floats, {}, at_ms)
     tracking.log_result("latency", found.measured)
@@ -293,7 +295,9 @@ def _report(result: WrittenReport, folder: Path, at_ms: int) -> str:
     parent = tracking.find_run(run_id).data.tags.get("mlflow.parentRunId")
     for owner in filter(None, (run_id, parent)):
         tracking.log_folder(folder / "report", "report", owner)
+    tracking.log_models([model_id_of(result.int8_uri)])
     tracking.log_result("report", result)
+    registry.tag_version(result.int8_uri, {"report_run_id": run_id})
     return f"runs:/{run_id}/report/report.html"
 
 
@@ -310,13 +314,31 @@ def upload_decision(evidence: Evidence) -> None:
 
 
 def upload_answer(evidence: Evidence) -> None:
-    """The answer of a whole job, in its run."""
-    tracking.log_metrics({f"headline/{name}": value for name, value in evidence.headline.items()})
-    found: dict[str, str] = {"verdict": evidence.verdict.word, "gate": evidence.gate.word}
-    found |= {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
-    for name, value in found.items():
+    """The answer of a whole job, in its run: the verdict and what it rests on, as metrics and tags that the table of
+    runs shows, and as a note; and the models that it has read and made."""
+    run_id = _run_id()
+    tracking.log_metrics({f"headline/{name}": evidence.headline[name] for name in metrics.HEADLINE})
+    tags = {"verdict": evidence.verdict.word, "engine": evidence.int8.quantize.engine, "gate": evidence.gate.word}
+    tags |= {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
+    for name, value in tags.items():
         tracking.set_tag(f"qexp.{name}", value)
-    tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
+    fp32 = model_id_of(evidence.fp32.version_uri)
+    int8s = [model_id_of(judged.int8.version_uri) for judged in evidence.versions]
+    given = "qexp.model_uri" in tracking.find_run(run_id).data.tags  # then fp32 was there before
+    tracking.log_models([fp32] if given else [], int8s if given else [fp32, *int8s])
+    report = page_of_run(run_id, "artifacts/report/report.html")
+    word = evidence.verdict.word.capitalize()
+    tracking.set_note(f"**{word}**: {_answer(evidence)} [Report]({report})\n\n{claims.answer(evidence)}")
+
+
+def _answer(evidence: Evidence) -> str:
+    found, drop = evidence.headline, evidence.int8.comparison["test"]
+    interval = f"95 % interval {drop.top1_drop_low_points:.2f} to {drop.top1_drop_high_points:.2f}"
+    return (
+        f"test top-1 {found['fp32_top1_percent']:.2f} % in fp32, {found['int8_top1_percent']:.2f} % in int8 (drop "
+        f"{drop.top1_drop_points:.2f} points, {interval}); {found['mean_speedup']:.2f}x as fast as the fastest float "
+        f"in the mean; {found['fp32_size_mb']:.3g} MB in fp32, {found['int8_size_mb']:.3g} MB in int8."
+    )
 
 
 def _run_id() -> str:

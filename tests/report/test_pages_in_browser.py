@@ -47,8 +47,8 @@ def look(browser: webdriver.Chrome, finished: Finished, tmp_path_factory: pytest
     with start_server(tmp_path_factory.mktemp("server"), finished.uri) as server:
 
         def look_at(page: str, name: str, there: Callable[[webdriver.Chrome], object]) -> bool:
+            browser.get("about:blank")  # a change behind the # alone loads nothing anew
             browser.get(f"{server.url}/#/{page}")
-            browser.refresh()  # a change behind the # alone loads nothing anew
             try:
                 WebDriverWait(browser, PATIENCE_S, ignored_exceptions=[Exception]).until(there)
             except TimeoutException:
@@ -77,27 +77,35 @@ def _text(page: webdriver.Chrome) -> str:
 
 
 @pytest.mark.slow
-def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]) -> None:
-    assert look(
-        run_pages["main"],
-        "run",
-        lambda page: "x smaller. Against the fastest float" in _text(page) and "headline/size_ratio" in _text(page),
-    )
+def test_table_of_runs_shows_the_answer_as_columns(look: Look) -> None:
+    """In the view that each experiment has; MLflow's own columns have neither metrics nor tags."""
+    words = ("smallnet-digits", "headline/mean_speedup", "headline/top1_drop_points", "qexp.verdict", "ship int8")
+    page = "experiments/1/runs?viewStateShareKey=qexp-verdicts"
+    assert look(page, "runs", lambda page: all(word in _text(page) for word in words))
+
+
+@pytest.mark.slow
+def test_run_page_answers_and_shows_models(look: Look, run_pages: dict[str, str]) -> None:
+    words = ("Against the fastest float", "95 % interval", "smallnet-digits-int8", "headline/size_ratio")
+    assert look(run_pages["smallnet-digits"], "run", lambda page: all(word in _text(page) for word in words))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "section"), [("train-smallnet", "train"), ("latency-smallnet", "latency/p50_ms")])
+def test_charts_of_a_run_begin_with_its_curves(run: str, section: str, look: Look, run_pages: dict[str, str]) -> None:
+    """Charts that are in sight are drawn: these are curves, and none is a bar."""
 
     def curves(page: webdriver.Chrome) -> bool:
-        box = page.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']")
-        if not box.get_attribute("value"):
-            box.send_keys("loss")
-        plots = page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot")
-        drawn = [plot for plot in plots if plot.find_elements(By.CSS_SELECTOR, "path.js-line")]
-        return len(plots) == len(drawn) == 2  # training, validation
+        lines = page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot path.js-line")
+        bars = page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot .bars path")
+        return section in _text(page).split() and len(lines) >= 3 and not bars
 
-    assert look(f"{run_pages['train-smallnet']}/model-metrics", "curves", curves)
+    assert look(f"{run_pages[run]}/model-metrics", f"curves-{run.split('-')[0]}", curves)
 
 
 @pytest.mark.slow
 def test_pictures_and_report_open_in_the_artifact_view(look: Look, run_pages: dict[str, str]) -> None:
-    folder = f"{run_pages['main']}/artifacts/report"
+    folder = f"{run_pages['smallnet-digits']}/artifacts/report"
     assert look(f"{folder}/figures/accuracy_curve.png", "picture", lambda page: max(page.execute_script(WIDTHS)) > 400)
 
     def report(page: webdriver.Chrome) -> bool:
@@ -116,3 +124,13 @@ def test_registry_page_shows_aliases(kind: str, look: Look) -> None:
     assert look(
         f"models/smallnet-digits-{kind}", f"registry-{kind}", lambda page: all(word in _text(page) for word in words)
     )
+
+
+@pytest.mark.slow
+def test_version_page_answers_and_links_to_its_runs(look: Look) -> None:
+    def answers(page: webdriver.Chrome) -> bool:
+        links = [link.get_attribute("href") or "" for link in page.find_elements(By.TAG_NAME, "a")]
+        words = ("Ship int8", "Test top-1", "95 % interval", "the fastest float in the mean")
+        return all(word in _text(page) for word in words) and any("report/report.html" in link for link in links)
+
+    assert look("models/smallnet-digits-int8/versions/1", "version", answers)

@@ -134,7 +134,7 @@ def test_uploading_again_changes_nothing(new: NewModel, tmp_path: Path, monkeypa
             assert isinstance(found, Fp32) and found.version.verified and found.evidence.contents
             (version,) = client.search_model_versions()
             (output,) = client.get_run(run_id).outputs.model_outputs
-            curves = ("train/loss", "val/top1", "test/top1", "model/size_mb")
+            curves = ("train/loss", "val/top1", "test_top1_percent", "size_mb")
             points = [[(one.step, one.value) for one in client.get_metric_history(run_id, name)] for name in curves]
             tags = {key: value for key, value in version.tags.items() if key != "size_mb"}
             made = version.version, version.model_id, output.model_id, found.version

@@ -102,7 +102,7 @@ def test_server_that_stays_away_loses_nothing_and_sync_uploads_it(
     }
     assert "Connection refused" in client.get_run(main).data.tags["qexp.error"]
     assert _steps(server, train, "train/loss") == _steps(server, train, "val/top1") == EPOCHS
-    assert len(_steps(server, train, "test/top1")) == 1
+    assert len(_steps(server, train, "test_top1_percent")) == 1
     (version,) = client.search_model_versions()
     assert version.tags["verified"] == "true" and version.run_id == train
     assert client.get_model_version_by_alias(version.name, "challenger").version == version.version
