@@ -325,14 +325,15 @@ def test_examples_of_the_page_run_as_they_stand_there(tmp_path: Path) -> None:
 
 
 def _without(packages: tuple[str, ...], program: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run Python where the import of these packages fails, as it does where they are not installed."""
+    """Run Python where these packages are found as little as they are where they are not installed."""
     block = f"""
 import sys
-class Gone:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {packages!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Gone())
+from importlib.machinery import PathFinder
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {packages!r} else super().find_spec(name, path, target)
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 """
     environment = environment_for(new_store(folder)) | {"PATH": os.environ["PATH"]}
     command = [sys.executable, "-W", "ignore", "-c", block + program]
