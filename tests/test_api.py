@@ -21,7 +21,6 @@ from qexp.quantization import QuantizedModel
 from qexp.quantization.equivalence import sqnr_db
 
 PAGE = REPOSITORY / "docs" / "how-to" / "python-api.md"
-ENGINES = ("fx", "pt2e", "onnx")
 CLASSES = ["ant", "bee", "cat", "dog", "emu"]
 FAST: dict[str, Any] = {"loads": 3, "min_repeats": 6, "min_seconds": 0.0, "warmup": 1}
 
@@ -108,7 +107,7 @@ def int8(mobile: nn.Module, images: Tensor) -> QuantizedModel:
     return qexp.quantize(mobile, images, observer="minmax")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["fx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pt2e", "onnx"))])
 @pytest.mark.parametrize("kind", [Mobile, Attentive])
 def test_own_models_on_every_engine(kind: type[nn.Module], engine: Any, images: Tensor, labels: Tensor) -> None:
     model = _made(kind)
@@ -266,6 +265,7 @@ def test_other_bad_input_is_refused(mobile: nn.Module, int8: QuantizedModel, ima
         int8((255 * images).to(torch.uint8))
 
 
+@pytest.mark.slow
 def test_registered_models_load_and_the_commands_say_what_they_lack(
     mobile: nn.Module, int8: QuantizedModel, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +355,7 @@ for engine in ("pt2e", "onnx"):
 """
 
 
+@pytest.mark.slow
 def test_without_extras_engine_fx_works_and_the_others_name_them(tmp_path: Path) -> None:
     done = _without(EXTRAS, WITHOUT_EXTRAS, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -365,6 +366,7 @@ def test_without_extras_engine_fx_works_and_the_others_name_them(tmp_path: Path)
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gone", "options", "said"),
     [
