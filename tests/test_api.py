@@ -295,8 +295,11 @@ def test_registered_models_load_and_the_commands_say_what_they_lack(
     assert own_run.info.status == "FINISHED" and own_run.info.run_name == "register-own-fp32"
     listed = run_qexp(tmp_path, "models", uri=uri)
     assert listed.code == 0 and len(listed.summary["models"]) == 3
-    for words in (["quantize", "--model-uri", fp32_uri], ["latency", "--model-uri", int8_uri], ["verify", fp32_uri]):
-        done = run_qexp(tmp_path, *words, uri=uri)
+    for words in (
+        f"quantize --model-uri {fp32_uri}", f"run --model-uri {fp32_uri}", f"latency --model-uri {int8_uri}",
+        f"report --model-uri {int8_uri}", f"verify {fp32_uri}", "promote own-int8",
+    ):  # fmt: skip
+        done = run_qexp(tmp_path, *words.split(), uri=uri)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.code == 2 and "qexp.register" in line and "Traceback" not in done.stderr
 
