@@ -6,11 +6,9 @@ import re
 import runpy
 import shlex
 import sys
-import tomllib
 from importlib import import_module
 
 import pytest
-import yaml
 from conftest import REPOSITORY
 from mlflow.projects.utils import load_project
 
@@ -27,20 +25,6 @@ ONLY_IN = {
     "torchinfo": ("measurement/cost.py",),
     "typer": (),
 }
-
-
-def _requirements() -> list[str]:
-    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
-
-
-def test_conda_environment_has_the_dependencies_of_pyproject() -> None:
-    environment = yaml.safe_load((REPOSITORY / "conda.yaml").read_text())
-    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert sorted(pip) == sorted(_requirements())
-
-
-def test_every_dependency_is_bounded_on_both_sides() -> None:
-    assert all(">=" in line and "<" in line for line in _requirements())
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
@@ -94,7 +78,7 @@ def _modules() -> list[tuple[str, set[str]]]:
 def test_each_package_imports_only_packages_before_it() -> None:
     for file, imports in _modules():
         own = file.split("/")[0] if "/" in file else ""
-        if file == "__init__.py":  # the public functions, above everything
+        if file in ("__init__.py", "api.py"):  # the public functions, above everything
             continue
         packages = {name.split(".")[1] for name in imports if name.startswith("qexp.")} & set(LAYERS)
         above = {package for package in packages if LAYERS.index(package) > LAYERS.index(own)}

@@ -17,6 +17,7 @@ from qexp.data.duplicates import Duplicates, count_duplicates
 from qexp.data.folders import check_data_dir
 from qexp.data.imagefolder import cached, decode_files, list_folder
 from qexp.errors import InputError
+from qexp.extras import extra
 
 DEFAULT_CALIBRATION_SAMPLES = 256
 DIGITS_TEST_SHARE = 0.2
@@ -168,7 +169,8 @@ Read = tuple[str, tuple[str, ...], dict[str, Tensor]]  # source, class names, th
 
 def _read_digits(options: DataConfig) -> Read:
     """scikit-learn's copy of the UCI optical digits: 8x8 scans with 17 grey levels, here enlarged (bilinear) to RGB."""
-    from sklearn.datasets import load_digits
+    with extra("digits", "--dataset digits"):
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = torch.from_numpy(digits.images / 16.0)[:, None]

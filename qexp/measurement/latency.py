@@ -22,6 +22,7 @@ from scipy.special import stdtrit
 
 from qexp.config import LatencyConfig
 from qexp.measurement.activity import Activity
+from qexp.tables import Shown, Table
 
 Run = Callable[[], object]
 Watch = Callable[[], Callable[[], Activity | None]]  # starts to watch the machine; what it returns ends that
@@ -204,7 +205,7 @@ class StartUp:
 
 
 @dataclass(frozen=True)
-class LatencyResult:
+class LatencyResult(Shown):
     """One row a batch size, at `threads` CPU threads; `baseline` is the registered fp32 model.
 
     `weights` say how much each batch size counts (those left out: nothing; an empty dict: all alike).
@@ -285,6 +286,24 @@ class LatencyResult:
     def mean_speedup(self, name: str) -> float:
         """The weighted geometric mean of a model's speed-ups over the baseline."""
         return self.mean_ratio([self.baseline], name).median
+
+    def tables(self) -> tuple[Table, ...]:
+        columns = ("batch size", "model", "p50 ms", "p90 ms", "images/s", f"speed-up over {self.baseline}")
+        rows = []
+        for row in self.rows:
+            for name, stats in row.stats.items():
+                p90 = "-" if stats.p90_ms is None else f"{stats.p90_ms:.3g}"
+                times = (f"{stats.p50_ms:.3g}", p90, f"{stats.images_per_second:.0f}")
+                rows.append((str(row.batch_size), name, *times, _interval(row.speedups[name])))
+        noise = ", ".join(f"{_interval(row.noise)} at batch size {row.batch_size}" for row in self.rows)
+        notes = [f"One model over its own copy: {noise}."]
+        notes += [f"No verdict rests on these times: {found}." for found in self.shortcomings]
+        title = f"Latency on {self.threads} CPU thread{'s' if self.threads > 1 else ''}, with 95 % intervals"
+        return (Table(title, columns, tuple(rows), tuple(notes)),)
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def _listed(rows: Sequence[LatencyRow]) -> str:

@@ -155,12 +155,10 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
 def _facts(quantized: QuantizedModel, digest: str) -> dict[str, Any]:
     """Tags that say how an int8 version was made."""
     result = quantized.result
-    facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor}
-    facts |= {"backend": result.load_backend} if result.load_backend else {}
-    facts |= {"calibration_samples": result.calibration_images, "calibration_digest": digest}
+    facts = quantized.tags() | {"calibration_digest": digest}
     if result.reduce_range or result.saturating_layers:
         facts["reduce_range_reason"] = f"{_reason_of(result)}: {SATURATION}"
-    return facts | {"float_layers": ",".join(result.float_layers) or "none"}
+    return facts
 
 
 def _drop_tags(found: Comparison) -> dict[str, str]:
