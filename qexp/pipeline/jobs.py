@@ -16,7 +16,7 @@ from qexp.pipeline.quantize_stage import Int8
 from qexp.pipeline.setup import prepare, prepare_for_version, with_quantization_checked
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
-from qexp.report import claims
+from qexp.report import sentences
 from qexp.report.results import Evidence, Fp32Evidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
@@ -64,7 +64,7 @@ def run_main(
         found |= {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
         for name, value in found.items():
             tracking.set_tag(f"qexp.{name}", value)
-        tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
+        tracking.set_note(f"{sentences.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
     remove_checkpoints(run_id)
     return _summary("run", run_id, evidence, report_uri)
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qexp.measurement.host import Host, freed_memory_reused
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier, save_classifier
 from qexp.pipeline.trained import Trained, save_trained
 from qexp.progress import say
-from qexp.report.page import write_report
+from qexp.report.page import Origin, write_report
 from qexp.report.results import DataFacts, Evidence, Fp32Evidence
 from qexp.tracking import leftovers, metrics, registry
 from qexp.tracking import runs as tracking
@@ -160,7 +161,9 @@ def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name, "report")  # not the temporary one, which nobody else may read
             folder.mkdir()
-            write_report(evidence, folder)
+            owner = parent_run_id or run_id
+            date = datetime.now(UTC).date().isoformat()
+            write_report(evidence, folder, Origin(date, owner, tracking.run_page(owner)))
             if config.output_dir:  # first: it is there whatever becomes of the store
                 shutil.copytree(folder, config.output_dir, dirs_exist_ok=True)
             for owner in filter(None, (run_id, parent_run_id)):
