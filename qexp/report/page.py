@@ -12,7 +12,6 @@ from pathlib import Path
 
 import markdown
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 
 from qexp.files import to_json
 from qexp.report import sentences, tables
@@ -95,8 +94,9 @@ def render_html(text: str, evidence: Evidence, folder: Path) -> str:
 
     body = re.sub(r'<p><img alt="(?P<alt>[^"]*)" src="figures/(?P<name>\w+)\.png" ?/?></p>', inline, body)
     body = re.sub(r"<table>(.*?)</table>", r'<div class="wide"><table>\1</table></div>', body, flags=re.DOTALL)
+    body = body.replace('<a href="', '<a target="_blank" rel="noopener" href="')  # not in the frame that shows the page
     title = text.splitlines()[0].lstrip("# ")
-    return TEMPLATES.get_template("report.html.j2").render(title=title, body=Markup(body)) + "\n"
+    return TEMPLATES.get_template("report.html.j2").render(title=title, body=body) + "\n"
 
 
 def _code(text: str) -> str:

@@ -149,16 +149,16 @@ def alias(evidence: Evidence) -> str:
     """Whether the chosen version has the alias `champion`; empty where the verdict says that another one keeps it."""
     uri, found = evidence.int8.version_uri, evidence.succession
     if evidence.champion and not evidence.gate.passed:
-        return f"`{uri}` is `champion` by an earlier decision, though it does not pass this gate."
+        return f"`{uri}` has the registry alias `champion` by an earlier decision, though it does not pass this gate."
     if evidence.champion and found and found.replaces:
-        return f"`{uri}` is the new `champion`; it replaces `{evidence.before_uri}`: {_why(evidence)}."
+        return f"`{uri}` has the registry alias `champion` now; it replaces `{evidence.before_uri}`: {_why(evidence)}."
     if evidence.champion:
-        return f"`{uri}` is `champion`."
+        return f"`{uri}` has the registry alias `champion`."
     if evidence.champion_stays and evidence.verdict.ships_int8:
         return ""
     if evidence.gate.passed and not evidence.champion_stays:
-        return f"`{uri}` is not `champion`; `qexp promote` decides that."
-    return f"`{uri}` does not become `champion`: the alias stays where it is."
+        return f"`{uri}` does not have the registry alias `champion`; `qexp promote` decides that."
+    return f"`{uri}` does not get the registry alias `champion`."
 
 
 # The models

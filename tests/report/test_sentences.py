@@ -93,10 +93,10 @@ def test_a_faster_version_beside_the_one_asked_for(evidence: Evidence) -> None:
 def test_alias(evidence: Evidence) -> None:
     failed = GateResult("failed", ("too large",), ("min_size_ratio",))
     replaced = replace(evidence, succession=Succession(True, ("better: size",)), before_uri="models:/x/7")
-    assert sentences.alias(evidence).endswith("is `champion`.")
+    assert sentences.alias(evidence).endswith("has the registry alias `champion`.")
     assert "it replaces `models:/x/7`: better: size" in sentences.alias(replaced)
     assert "earlier decision" in sentences.alias(with_gate(evidence, failed, champion=True))
-    assert "does not become" in sentences.alias(with_gate(evidence, failed))
+    assert "does not get" in sentences.alias(with_gate(evidence, failed))
     assert "`qexp promote`" in sentences.alias(replace(evidence, champion=False))
 
 
