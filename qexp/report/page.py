@@ -26,6 +26,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
+UNBROKEN = re.compile(r"\([^()<>]*\)|\d (?:%|ms|MB)|(?:at least|at most|above) [\d.]+(?:x| %| points)")  # one line
 CHARTED = "inference_time"  # the figure that is a chart in the page
 
 
@@ -93,10 +94,15 @@ def render_html(text: str, evidence: Evidence, folder: Path) -> str:
         return f'<img alt="{match["alt"]}" src="data:image/png;base64,{data}">'
 
     body = re.sub(r'<p><img alt="(?P<alt>[^"]*)" src="figures/(?P<name>\w+)\.png" ?/?></p>', inline, body)
+    body = re.sub(r"<td[^>]*>.*?</td>", lambda cell: UNBROKEN.sub(_held_together, cell[0]), body)
     body = re.sub(r"<table>(.*?)</table>", r'<div class="wide"><table>\1</table></div>', body, flags=re.DOTALL)
     body = body.replace('<a href="', '<a target="_blank" rel="noopener" href="')  # not in the frame that shows the page
     title = text.splitlines()[0].lstrip("# ")
     return TEMPLATES.get_template("report.html.j2").render(title=title, body=body) + "\n"
+
+
+def _held_together(found: re.Match[str]) -> str:
+    return found[0].replace(" ", "&nbsp;")
 
 
 def _code(text: str) -> str:

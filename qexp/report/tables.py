@@ -41,12 +41,12 @@ def summary(evidence: Evidence) -> Table:
             "Size of the file",
             *(f"{size / 1e6:.3f} MB" for size in (evidence.fp32.size_bytes, evidence.int8.size_bytes)),
             sentences.times(evidence.size_ratio, "smaller", "larger"),
-            *_limit(checks.get(SIZE), "at least {:g}x smaller", "{:.4g}x"),
+            *_limit(checks.get(SIZE), "at least {:g}x", "{:.4g}x"),
         ],
         *(_time(evidence, row, checks.get(SPEED)) for row in _rows_to_show(evidence)),
         *_other_limits(checks),
     ]
-    header = ["", "Best float", "int8", "Difference", "Limit of the gate", "Measured", "Passed"]
+    header = ["", "Best float", "int8", "Difference", "Gate's limit", "Measured", "Passed"]
     return _without_gate(header, rows) if not checks else (header, rows)
 
 
@@ -69,7 +69,7 @@ def _time(evidence: Evidence, row: LatencyRow, check: GateCheck | None) -> list[
     limit = ["", "", ""]
     if check:  # the gate has compared the lowest of these ends
         kept = ratio.low >= check.bound
-        limit = [f"at least {check.bound:g}x as fast", f"{ratio.low:.4g}x", _passed(kept)]
+        limit = [f"at least {check.bound:g}x", f"{ratio.low:.4g}x", _passed(kept)]
     elif evidence.gate.checks:
         limit = ["", "", "not decided"]
     return [
