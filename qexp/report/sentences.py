@@ -441,8 +441,8 @@ def how_timed(evidence: Evidence) -> list[str]:
         "A ratio is the geometric mean over the loads; of each load, the median of its rounds counts. "
         f"{interval(rows)}",
         f"As a control, an int8 model was compared with a copy of itself: it took {low:.2f} to {high:.2f} times as "
-        "long. A model is called faster or slower only if its ratio lies beyond the control and its interval excludes "
-        "1, at a confidence that leaves 5 % for all comparisons of the sweep together.",
+        "long. A model is called faster or slower only if its ratio lies beyond the control, and if its interval "
+        "excludes 1 at a confidence corrected for the number of comparisons in the sweep.",
         *_others(evidence),
     ]
 
