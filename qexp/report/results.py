@@ -1,4 +1,4 @@
-"""What the stages of a job have found, put together in `Evidence`: types without computing.
+"""What the stages of a job have found, put together in `Evidence`.
 
 The pipeline fills them, and the report's tables, sentences, figures and `metrics.json` are made from nothing else. They
 are stored as JSON: what earlier versions have stored must still be readable, so each new field has a default.
