@@ -173,7 +173,7 @@ def explained(evidence: Evidence) -> dict[str, str]:
         made = f", quantized by engine {engine} ({ENGINES[engine]})" if engine in ENGINES else ""
         for name in names:
             backend = name.removeprefix(f"int8_{engine}").strip("_")
-            kernels = f", with {KERNELS.get(backend, backend)} kernels" if len(names) > 1 else ""
+            kernels = f", with {KERNELS.get(backend, backend)} kernels" if engine and len(names) > 1 else ""
             found[name] = f"the int8 version `{uri}`{made}{kernels}"
     return {name: found[name] for name in evidence.latency.rows[0].stats if name in found}
 

@@ -6,7 +6,9 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlflow
 import pytest
 from cases import CASES, ONNX, ORIGIN, judged, keep_float, not_measured, ship_int8, with_onnx
 from conftest import REPOSITORY, with_int8, with_rows
@@ -18,6 +20,7 @@ from qexp.measurement.sweep_models import BASELINE
 from qexp.report.page import Origin, render_html, render_markdown, write_report
 from qexp.report.results import Bf16Evidence, Evidence
 from qexp.report.tables import markdown
+from qexp.tracking.runs import run_page
 
 SECTIONS = [
     "# Can smallnet, trained on digits, ship as int8 on this CPU?",
@@ -318,6 +321,24 @@ def test_metrics_read_back_to_equal_evidence(full: Evidence, folder: Path) -> No
     assert '"date": "2026-11-26"' in text
     changed = replace(full, champion=False)
     assert from_json(Evidence, to_json(changed)) == changed != full
+
+
+def test_results_of_an_earlier_version_can_be_shown() -> None:
+    found = from_json(Evidence, (REPOSITORY / "results" / "vgg16-cifar10" / "metrics.json").read_text())
+    text = render_markdown(found)
+    assert not found.gate.checks and f"Gate {found.gate.summary}." in text
+    assert _cells(text, "vgg16 fp32")[0] == "134,301,514"
+
+
+def test_the_link_to_the_run_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(info=SimpleNamespace(experiment_id="7"))
+    monkeypatch.setattr(mlflow, "active_run", lambda: run)
+    for uri, page in (
+        ("https://ann:secret@host:5000/base/", "https://host:5000/base/#/experiments/7/runs/abc"),
+        ("sqlite:///mlflow.db", ""),
+    ):
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda uri=uri: uri)
+        assert run_page("abc") == page
 
 
 def test_published_report_is_that_of_its_results() -> None:
