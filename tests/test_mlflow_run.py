@@ -82,10 +82,10 @@ def test_main_through_mlflow_run_against_a_server(server: str, database: str, tm
     assert done.returncode == 0, done.stderr
     summary = _summary(done.stdout)
     runs = _runs(server)
-    assert set(runs) == {"main", "train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
+    assert set(runs) == {"smallnet-digits", "train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
-    assert runs["main"].info.run_id == summary["run_id"]
-    assert runs["main"].data.params["train.epochs"] == "4"
+    assert runs["smallnet-digits"].info.run_id == summary["run_id"]
+    assert runs["smallnet-digits"].data.params["train.epochs"] == "4"
     mlflow.set_tracking_uri(server)
     page = mlflow.artifacts.load_text(summary["report"])
     assert page.count("data:image/png;base64,") == 7
@@ -150,5 +150,5 @@ def test_main_in_the_environment_that_uv_builds(tmp_path: Path) -> None:
     done = _mlflow_run(_project(tmp_path), uri, "--env-manager", "uv", "-e", "main", *OPTIONS, extra=extra)
     assert done.returncode == 0, done.stderr[-3000:]
     assert _summary(done.stdout)["int8"] == "models:/smallnet-digits-int8/1"
-    assert _runs(uri)["main"].info.status == "FINISHED"
+    assert _runs(uri)["smallnet-digits"].info.status == "FINISHED"
     assert str(tmp_path / "environments") in done.stderr  # it ran there and not here

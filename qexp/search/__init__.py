@@ -7,9 +7,11 @@ from typing import Any
 from qexp.config import Config
 from qexp.errors import InputError, StageError, hide_passwords
 from qexp.measurement.accuracy import measure_accuracy
-from qexp.pipeline import jobs as pipeline
 from qexp.pipeline import loading as registered
-from qexp.pipeline import stages
+from qexp.pipeline.job import Job
+from qexp.pipeline.jobs import quantize_to_report
+from qexp.pipeline.report import copy_report
+from qexp.pipeline.setup import Setup
 from qexp.progress import say
 from qexp.report.results import SearchResult
 from qexp.search import runs
@@ -99,14 +101,15 @@ def _register(study: Study, bench: Bench, result: SearchResult, run_id: str) -> 
     with study.place.exclusive("register", "another worker registers the winner; waiting for it"):
         earlier = study.note("registered")
         if earlier and earlier["made_with"] == made_with and registry.exists(earlier["done"]["int8"]):
-            stages.copy_report(bench.config, earlier["done"]["report"])
+            copy_report(earlier["done"]["report"], bench.config.output_dir)
             return dict(earlier["done"])
         runs.end_left_open(run_id, ("sensitivity", "quantize", "latency", "report"))
         quantize = options_for(bench.config.quantize, bench.order, params)
         config = bench.config.model_copy(update={"quantize": quantize})
         fp32 = registered.fp32_from_registry(bench.fp32.version.uri, bench.dataset)
-        evidence, report_uri = pipeline.quantize_to_report(config, bench.host, bench.dataset, fp32)
-        uris = {"int8": evidence.int8.version_uri, "report": report_uri}
+        reported = quantize_to_report(Job(bench.host, run_id), Setup(config, bench.host, bench.dataset), fp32)
+        evidence = reported.evidence
+        uris = {"int8": evidence.int8.version_uri, "report": reported.report_uri}
         done = uris | evidence.decision | evidence.headline
         study.remember("registered", {"made_with": made_with, "done": done})
     return done

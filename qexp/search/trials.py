@@ -12,10 +12,10 @@ from qexp.data.datasets import Dataset, calibration_subset
 from qexp.measurement.accuracy import measure_accuracy, predict_logits, top_k_credit
 from qexp.measurement.host import Host
 from qexp.measurement.latency import AGAIN, LatencyRow, Run, measure_latency
-from qexp.pipeline.stages import Fp32
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.report.results import SearchPoint
 from qexp.search.paired import pack
+from qexp.tracking.results import Fp32
 
 ROUNDS = 10  # of 40 ms for each model: about a second
 

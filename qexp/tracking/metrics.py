@@ -1,4 +1,9 @@
-"""The names under which results appear in MLflow: a slash makes a section of the UI. Pure functions, no MLflow."""
+"""The names under which results appear in MLflow. Pure functions, no MLflow.
+
+What stages have found comes in, names and values go out to `runs.py`, which logs them. The UI draws a section of charts
+for what stands before the last slash of a name, the sections in alphabetical order, and last those without a slash:
+curves have a slash, and come first; the figures of a model have none. docs/reference/mlflow.md lists all names.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -8,9 +13,12 @@ from qexp.measurement.accuracy import Accuracy, Comparison
 from qexp.measurement.latency import LatencyResult
 from qexp.training.train import EpochResult
 
-FINAL = {"train": "train/final_", "validation": "val/final_", "test": "test/"}  # train/top1 is the curve
-
 FIRST_OF_EPOCH = "train/loss"
+LAST_OF_TRAINING = "parameters"  # of what a training logs: with it, only the run's end can be missing
+OF_COMPARISON = ("top1_drop", "top3_drop", "agreement", "only_")  # begin the names of what compares on test images
+HEADLINE = (  # of an evidence's headline, what the table of runs shows of a job
+    "fp32_top1_percent", "int8_top1_percent", "top1_drop_points", "size_ratio", "mean_speedup", "smallest_speedup",
+)  # fmt: skip
 
 
 def of_epoch(result: EpochResult) -> dict[str, float]:
@@ -28,58 +36,62 @@ def of_epoch(result: EpochResult) -> dict[str, float]:
 
 
 def of_model(accuracy: dict[str, Accuracy], size_bytes: int, parameters: int) -> dict[str, float]:
-    """Size, parameters and final accuracy by split of one model."""
-    values = {"model/size_mb": size_bytes / 1e6, "model/params": float(parameters)}
+    """Size, parameters and final accuracy by split of one model, named as the tags of its version are."""
+    values = {"size_mb": size_bytes / 1e6, LAST_OF_TRAINING: float(parameters)}
     for split, result in accuracy.items():
-        values |= {f"{FINAL[split]}top1": result.top1_percent, f"{FINAL[split]}top3": result.top3_percent}
+        values |= {f"{split}_top1_percent": result.top1_percent, f"{split}_top3_percent": result.top3_percent}
     return values
+
+
+def split_of(name: str) -> str | None:
+    """The split (train, validation, test) on whose images a metric of a model was measured; None for none."""
+    split = "test" if name.startswith(OF_COMPARISON) else name.partition("_")[0]
+    return split if split in ("train", "validation", "test") and "/" not in name else None
 
 
 def of_comparison(comparison: Comparison, int8_macs_percent: float) -> dict[str, float]:
     """int8 against fp32 on the test images."""
     return {
-        "test/top1_drop": comparison.top1_drop_points,
-        "test/top1_drop_low": comparison.top1_drop_low_points,
-        "test/top1_drop_high": comparison.top1_drop_high_points,
-        "test/top3_drop": comparison.top3_drop_points,
-        "test/agreement": comparison.agreement_percent,
-        "test/only_fp32_correct": float(comparison.only_fp32_correct_images),
-        "test/only_int8_correct": float(comparison.only_int8_correct_images),
-        "model/int8_macs_percent": int8_macs_percent,
+        "top1_drop_points": comparison.top1_drop_points,
+        "top1_drop_low_points": comparison.top1_drop_low_points,
+        "top1_drop_high_points": comparison.top1_drop_high_points,
+        "top3_drop_points": comparison.top3_drop_points,
+        "agreement_percent": comparison.agreement_percent,
+        "only_fp32_correct_images": float(comparison.only_fp32_correct_images),
+        "only_int8_correct_images": float(comparison.only_int8_correct_images),
+        "int8_macs_percent": int8_macs_percent,
     }
 
 
 def of_bf16(accuracy: Accuracy, drop_points: float) -> dict[str, float]:
     """The baseline bf16 on the test images."""
-    return {"test/bf16_top1": accuracy.top1_percent, "test/bf16_top1_drop": drop_points}
+    return {"bf16_top1_percent": accuracy.top1_percent, "bf16_top1_drop_points": drop_points}
 
 
 def of_latency(
     result: LatencyResult, chosen: str, floats: Sequence[str]
 ) -> Iterator[tuple[str | None, int | None, dict[str, float]]]:
-    """Values with whose they are (the model's name, None for the run alone) and their step, the batch size.
+    """Values with whose they are (the model's name, None for the run) and their step: curves over the batch size.
 
-    The p50 and the speed-up are there without a step too: a table of runs shows only the value at the largest one.
-    `chosen`, the fastest int8 model, is also there as `int8`. Speed-ups of a model are over the registered fp32 model;
-    `latency/speedup_over_floats` is that of `chosen` over the fastest of `floats`.
+    Speed-ups of a model are over the registered fp32 model. `latency/speedup_over_floats` is that of `chosen`, the
+    fastest int8 model, over the fastest of `floats`: its mean and its smallest value are there too, named as the tags
+    of a version are.
     """
     for row in result.rows:
-        scalar = f"_batch{row.batch_size}"
-        named = {name: (name, row.stats[name], row.speedups[name].median) for name in row.stats}
-        for prefix, (name, stats, speedup) in (named | {"int8": named[chosen]}).items():
-            quantiles = {"p50_ms": stats.p50_ms, "p90_ms": stats.p90_ms, "p99_ms": stats.p99_ms}
-            values = {key: value for key, value in quantiles.items() if value is not None}
-            values |= {"images_per_s": stats.images_per_second, "speedup": speedup}
-            owners = [(None, f"latency/{prefix}_")] + ([(name, "latency/")] if prefix == name else [])
-            for owner, start in owners:
-                yield owner, row.batch_size, {f"{start}{key}": value for key, value in values.items()}
-                yield owner, None, {f"{start}{key}{scalar}": values[key] for key in ("p50_ms", "speedup")}
-        speedup = row.speedups[chosen].median
-        yield None, row.batch_size, {"latency/speedup": speedup}
-        yield None, None, {f"latency/speedup{scalar}": speedup}
-        over_floats = row.ratio(row.fastest(floats), chosen).median
-        yield None, row.batch_size, {"latency/speedup_over_floats": over_floats}
-        yield None, None, {f"latency/speedup_over_floats{scalar}": over_floats}
+        curves = {"latency/speedup_over_floats": row.ratio(row.fastest(floats), chosen).median}
+        for name, stats in row.stats.items():
+            own = {"p50_ms": stats.p50_ms}
+            if name != result.baseline:
+                own["speedup_over_fp32"] = row.speedups[name].median
+            yield name, row.batch_size, own
+            curves[f"latency/p50_ms/{name}"] = stats.p50_ms
+            if stats.p99_ms is not None:
+                curves[f"latency/p99_ms/{name}"] = stats.p99_ms
+            if name != result.baseline:
+                curves[f"latency/speedup_over_fp32/{name}"] = row.speedups[name].median
+        yield None, row.batch_size, curves
+    summary = {"mean_speedup": result.mean_ratio(floats, chosen).median}
+    yield None, None, summary | {"smallest_speedup": result.smallest_speedup(chosen, floats)}
 
 
 def latency_table(result: LatencyResult) -> dict[str, list[Any]]:

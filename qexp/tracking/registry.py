@@ -4,8 +4,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,22 @@ from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version, quiet
 from qexp.tracking.integrity import stored_facts
-from qexp.tracking.leftovers import whole_or_nothing
-from qexp.tracking.store import again, all_pages, is_missing, registry_name, split_uri, uri_of
+from qexp.tracking.leftovers import discard_unregistered, version_of_run, version_or_nothing
+from qexp.tracking.store import (
+    again,
+    all_pages,
+    is_missing,
+    logged_model_of,
+    page_of_run,
+    page_of_version,
+    registry_name,
+    split_uri,
+    uri_of,
+)
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
-LONGEST_LIST = 1000  # characters of a description that class names may take; PostgreSQL has room for 5,000 in all
+LONGEST_LIST = 1000  # characters of a description that names of classes or layers take; PostgreSQL has room for 5,000
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -63,7 +74,14 @@ class Registered:
 
 
 def register(
-    kind: str, model: Predict, name: str, spec: ModelSpec, sample: Tensor, tags: dict[str, Any], stored: Any = None
+    kind: str,
+    model: Predict,
+    name: str,
+    spec: ModelSpec,
+    sample: Tensor,
+    tags: dict[str, Any],
+    stored: Any = None,
+    once: bool = False,
 ) -> Registered:
     """Log a model in the active run, register it, and verify it in a clean subprocess. No alias moves.
 
@@ -73,26 +91,37 @@ def register(
         sample: uint8 [N, 3, H, W]; the images on which it must give the same bits.
         tags: lineage, as tags of the version; `flavor` is MLflow's, pytorch unless it says something else.
         stored: what MLflow stores (a module, an ONNX model); None: `model` itself.
+        once: the run has this one model. A version that it has registered before is the one; what it lacks is added.
 
     Raises:
         StageError: the model cannot be stored, for instance on a full disk. Nothing of it is left in the store,
-            whatever ends this; only a kill, or a store that is away, leaves a version without the tag `kind`.
+            whatever ends this; only a kill, or a store that is away, leaves a version without the tag `kind`, which
+            the next try completes.
     """
     flavor = tags.get("flavor", "pytorch")
-    with whole_or_nothing():
-        info = log_version(kind, model if stored is None else stored, name, spec, flavor)
-        number = str(info.registered_model_version)
-        uri = f"models:/{name}/{number}"
+    with version_or_nothing():
+        active = mlflow.active_run()
+        assert active is not None
+        run_id = str(active.info.run_id)
+        found = version_of_run(run_id, name) if once else None
+        if found is None:
+            if once:
+                discard_unregistered(run_id)
+            info = log_version(kind, model if stored is None else stored, name, spec, flavor)
+            found = mlflow.MlflowClient().get_model_version(name, str(info.registered_model_version))
+        number, uri = str(found.version), uri_of(found)
+        if once and "kind" in found.tags:
+            return replace(from_entity(found), contents=stored_facts(uri)[1])
         without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
         environment = child_environment(torch.get_num_threads())
         verified = reloads_equal(uri, model, sample, environment, without_pickle)
         size_bytes, (digest, contents) = _stored_bytes(uri), stored_facts(uri)
         facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
-        facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": digest}
-        mlflow.MlflowClient().update_model_version(name, number, _description(kind, uri, spec, flavor))
+        facts |= {"config_uri": f"runs:/{run_id}/config.yaml", "artifact_sha256": digest}
         tag_version(uri, facts | tags | {"kind": kind})  # kind comes last: with it, the version is complete
-    return Registered(name, number, info.model_id, info.run_id, size_bytes, verified, contents)
+        _describe_model(name, kind, tags.get("dataset"))
+    return Registered(name, number, logged_model_of(found), run_id, size_bytes, verified, contents)
 
 
 def make_challenger(version: Registered) -> None:
@@ -195,19 +224,21 @@ def version_numbers(name: str) -> list[int]:
 
 def from_entity(found: ModelVersion) -> Registered:
     """A version of the registry as the stages use it."""
-    uri = uri_of(found)
-    verified = found.tags.get("verified") == "true"
-    model_id = found.model_id or str(found.source).removeprefix("models:/")  # MLflow keeps it in one of the two
-    return Registered(found.name, str(found.version), model_id, found.run_id or "", _stored_bytes(uri), verified)
+    verified, size_bytes = found.tags.get("verified") == "true", _stored_bytes(uri_of(found))
+    return Registered(found.name, str(found.version), logged_model_of(found), found.run_id or "", size_bytes, verified)
 
 
 def tag_version(uri: str, tags: dict[str, Any]) -> None:
-    """Set tags on a version; truth values as `true` and `false`."""
+    """Set tags on a version, truth values as `true` and `false`, and write its description anew from its tags."""
     name, number = split_uri(uri)
     client = mlflow.MlflowClient()
     for key, value in tags.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
         again(partial(client.set_model_version_tag, name, number, key, text))
+    found = client.get_model_version(name, number)
+    if "classes" in found.tags:
+        _, begins, kernels = (found.description or "").partition(KERNELS)
+        client.update_model_version(name, number, describe(found) + (f"\n\n{begins}{kernels}" if begins else ""))
 
 
 def load_version(uri: str, backend: str | None = None) -> Predict:
@@ -255,16 +286,86 @@ def describe_kernels(uri: str, measured: str) -> None:
     mlflow.MlflowClient().update_model_version(found.name, found.version, f"{text}\n\n{KERNELS} {measured}")
 
 
-def _description(kind: str, uri: str, spec: ModelSpec, flavor: str) -> str:
-    """Markdown for the version's page: what it takes and gives, and how to load it."""
-    size, names = spec.image_size, ", ".join(spec.classes)
-    order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
+def describe(found: ModelVersion) -> str:
+    """Markdown for a version's page, from its tags: the answer, figures, links, what it takes and gives, how to load
+    it. What a tag of an older version does not say is left out."""
+    tags, lines = found.tags, list[str]()
+    if "verdict" in tags:  # without Markdown: a list of versions shows how the text begins, as it is
+        lines += [f"{tags['verdict'].capitalize()}: {tags.get('verdict_reason', '')}.", ""]
+    elif "gate_reason" in tags:
+        lines += [f"Gate {tags['gate_reason']}.", ""]
+    if tags.get("verified") == "false":
+        lines += ["Not verified: loaded in a clean subprocess, it did not give the same logits.", ""]
+    lines += ["| | |", "| :-- | :-- |", *(f"| {name} | {text} |" for name, text in _rows(found) if text), ""]
     load = {
-        "pytorch": f"model = mlflow.pytorch.load_model({uri!r})",
-        "onnx": f"model = mlflow.pyfunc.load_model({uri!r})  # predict(images)['logits']; images are a numpy array",
-    }[flavor]
-    return (
-        f"{spec.architecture}, {kind}. Input: float32 RGB images in [0, 1], shape [N, 3, {size}, {size}]; "
-        f"normalisation is inside. Output: logits [N, {len(spec.classes)}] in the order {order}.\n\n"
-        f"```python\n{load}\n```"
-    )
+        "pytorch": f"model = mlflow.pytorch.load_model({uri_of(found)!r})",
+        "onnx": f"model = mlflow.pyfunc.load_model({uri_of(found)!r})  # predict(images)['logits'], of a numpy array",
+    }[tags.get("flavor", "pytorch")]
+    return "\n".join([*lines, f"```python\n{load}\n```"])
+
+
+def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
+    """The table of a version's description; an empty text where a tag is missing."""
+    tags = defaultdict(str, found.tags)
+
+    def told(text: str, *names: str) -> str:
+        """`text` with these tags in it, numbers in four digits."""
+        return text.format(*(_short(tags[name]) for name in names)) if set(names) <= set(found.tags) else ""
+
+    yield "Test top-1", told("{} % on {}", "test_top1_percent", "dataset")
+    if fp32 := found.tags.get("fp32_uri"):
+        drops = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
+        yield "Drop from fp32", told("{} points (95 % interval {} to {})", *drops)
+        yield "Made from", f"[{fp32}]({page_of_version(fp32)})"
+    calibrated = told(", {} calibration images", "calibration_samples")
+    layers = tags["float_layers"].replace("none", "")
+    left = f"; in fp32: {layers if len(layers) <= LONGEST_LIST else 'see tag `float_layers`'}" if layers else ""
+    yield "Engine", tags["engine"] and f"{tags['engine']}{calibrated}{left}"
+    mean = told("{}x the fastest float in the mean over batch sizes, ", "mean_speedup")
+    yield "Speed", told(f"{mean}at least {{}}x", "smallest_speedup")
+    times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
+    yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
+    yield "Size", told("{} MB", "size_mb")
+    yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
+    classes = json.loads(tags["classes"])
+    names = ", ".join(map(str, classes)).replace("|", "\\|")
+    order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
+    yield "Output", f"logits [N, {len(classes)}] in the order {order}"
+    yield "Promotion", tags["promotion_reason"].replace("|", "\\|")
+    runs = {"training": "train_run_id", "quantization": "quantize_run_id", "latency": "latency_run_id"}
+    links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(tags[tag]))]
+    if page := _page(tags["report_run_id"]):
+        links.insert(0, f"[report]({page}/artifacts/report/report.html)")
+    yield "Runs", ", ".join(links)
+
+
+def _short(text: str) -> str:
+    """A number in four digits; anything else as it is."""
+    try:
+        return text if text.isdecimal() else f"{float(text):.4g}"
+    except ValueError:
+        return text.replace("|", "\\|")
+
+
+def _page(run_id: str) -> str:
+    """The address of a run's page; the empty text if the run is gone."""
+    try:
+        return page_of_run(run_id) if run_id else ""
+    except MlflowException as error:
+        if is_missing(error):
+            return ""
+        raise
+
+
+def _describe_model(name: str, kind: str, dataset: str | None) -> None:
+    """Say on a registered model's page what its versions are, where nobody has said so."""
+    client = mlflow.MlflowClient()
+    if client.get_registered_model(name).description:
+        return
+    what = {
+        "fp32": "Trained classifiers in fp32. The alias `champion` follows that of the int8 model",
+        "int8": "Classifiers quantized to int8. The version with the alias `champion` is the one to ship",
+    }[kind]
+    of = f" The data set is {dataset}." if dataset else ""
+    text = f"{what}; the description of each version says what was measured and links its runs.{of}"
+    client.update_registered_model(name, text)

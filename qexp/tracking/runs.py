@@ -1,10 +1,15 @@
-"""MLflow's tracking: store, run tree, parameters, metrics, data set inputs and artifacts. Nothing is computed here."""
+"""MLflow's tracking: run tree, parameters, metrics, inputs and outputs, artifacts. Nothing is computed here.
 
+What the stages give is logged here under the names of `metrics.py`; docs/reference/mlflow.md shows what comes out.
+"""
+
+import json
 import os
 import re
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,8 +18,8 @@ from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.data.numpy_dataset import from_numpy
+from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric, RunStatus
 from mlflow.entities import Run as Run
-from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
@@ -23,7 +28,8 @@ from qexp.errors import InputError, first_line
 from qexp.files import from_json, to_json
 from qexp.measurement.host import Host
 from qexp.progress import say
-from qexp.tracking import outage
+from qexp.tracking import metrics, outage
+from qexp.tracking.job_folder import forget_end, job_folder
 from qexp.tracking.outage import store_errors
 from qexp.tracking.store import again, all_pages, is_missing, store_name
 
@@ -34,8 +40,36 @@ GOING_ON = {  # how a run of a stage that was stopped goes on
     "train": "`qexp train --resume {}` goes on",
     "search": "the same command goes on",
 }
-SETTLED_BY_TIMING = ("train.bf16", "train.channels_last", "train.train_threads")
+# The sections of the configuration that a stage's work depends on: their options, and those of every stage, are the
+# parameters of its run.
+OF_EVERY_STAGE = ("config.model", "config.seed", "config.threads")
+SECTIONS = {
+    "train": ("data", "train"),
+    "sensitivity": ("data", "quantize"),
+    "quantize": ("data", "quantize"),
+    "latency": ("latency",),
+    "report": ("gate",),
+    "promote": ("latency", "gate"),
+    "search": ("data", "quantize", "search"),
+}
+# A job's run has of all sections what differs from the defaults, and these in any case.
+OF_EVERY_JOB = (
+    "config.model", "config.seed", "data.dataset", "data.image_size", "train.epochs",
+    "quantize.engine", "quantize.calibration_samples", "quantize.observer", "latency.batch_sizes",
+)  # fmt: skip
+AUTO = "auto"  # how a parameter reads that was neither given nor settled
+NOTE = "mlflow.note.content"
 EXPERIMENT_KIND = "mlflow.experimentKind"
+ABOUT_EXPERIMENT = """Can an image classifier ship as int8 on this CPU?
+
+A job of qexp is a run named after its model and data; its stages are the runs below it. The tags `qexp.verdict` and
+`qexp.engine` and the metrics `headline/…` give the answer: *Views* > *Verdicts* shows them as columns."""
+# A saved view of the table of runs, as the UI's button *Views* stores it: the answer as columns, jobs only.
+VIEW = "mlflow.sharedViewState.qexp-verdicts"
+VIEW_COLUMNS = (
+    *(f"tags.`qexp.{name}`" for name in ("verdict", "engine")),
+    *(f"metrics.`headline/{name}`" for name in metrics.HEADLINE),
+)
 
 
 def use_experiment(dataset_name: str, resume: str | None = None) -> None:
@@ -52,31 +86,37 @@ def use_experiment(dataset_name: str, resume: str | None = None) -> None:
 
 
 @contextmanager
-def start_run(name: str, note: str, resume: str | None = None) -> Iterator[str]:
+def start_run(name: str, note: str, resume: str | None = None, stage: str | None = None) -> Iterator[str]:
     """A run that always ends: FINISHED, FAILED with its error as a tag, or KILLED on Ctrl-C and SIGTERM.
 
     Inside another run it is nested; inside `mlflow run` the first one is the run that MLflow has started. With `resume`
-    it is that run, which goes on. Yields its id. `note` is Markdown for the run's page. Raises StageError if the store
-    fails; whatever else happens in the block is raised as it is.
+    it is that run, resumed. Yields its id. Raises StageError if the store fails; whatever else happens in the block is
+    raised as it is.
+
+    Args:
+        note: Markdown for the run's page.
+        stage: main, train, quantize, …, by which the run is found again; None: what `name` begins with.
     """
+    stage = stage or name.split("-")[0]
     told = mlflow.active_run() is not None or "MLFLOW_RUN_ID" in os.environ
     with store_errors():
-        run = _begin(name, resume, {"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
+        run = _begin(name, resume, {"qexp.stage": stage, NOTE: note})
     if not told:
         say(f"run {run.info.run_id}")
-    outage.forget_end(run.info.run_id)
+    job = job_folder(run.data.tags.get("mlflow.parentRunId", run.info.run_id))
+    forget_end(job, run.info.run_id)
     try:
-        _show_as_training(run.info.experiment_id)
+        _describe_experiment(run.info.experiment_id)
         yield run.info.run_id
         mlflow.end_run()
     except (KeyboardInterrupt, SystemExit):
-        outage.end_run(run.info.run_id, RunStatus.KILLED)
-        if not told and (hint := GOING_ON.get(name.split("-")[0])):
+        outage.end_run(run.info.run_id, RunStatus.KILLED, job)
+        if not told and (hint := GOING_ON.get(stage)):
             say(f"stopped; {hint.format(run.info.run_id)}")
         raise
     except Exception as error:
-        error = outage.explain(error, run.info.run_id)
-        outage.end_run(run.info.run_id, RunStatus.FAILED, error)
+        error = outage.explain(error, job)
+        outage.end_run(run.info.run_id, RunStatus.FAILED, job, error)
         raise error
 
 
@@ -90,17 +130,29 @@ def _begin(name: str, resume: str | None, tags: dict[str, str]) -> mlflow.Active
     if "qexp.error" in run.data.tags:
         mlflow.delete_tag("qexp.error")
     if given and resume and given != resume:
-        mlflow.MlflowClient().set_tag(given, "mlflow.note.content", f"Resumed as run `{resume}`.")
+        mlflow.MlflowClient().set_tag(given, NOTE, f"Resumed as run `{resume}`.")
     if GENERATED_NAME.fullmatch(run.info.run_name or ""):
         mlflow.set_tag("mlflow.runName", name)
     return run
 
 
-def _show_as_training(experiment_id: str) -> None:
-    """Without this tag the UI guesses, and shows its pages for language models."""
+def _describe_experiment(experiment_id: str) -> None:
+    """What an experiment's page shows, where nobody has set it: its kind, without which the UI guesses and shows its
+    pages for language models; a description; a view of the table of runs. MLflow's Default belongs to others too."""
     client = mlflow.MlflowClient()
-    if EXPERIMENT_KIND not in client.get_experiment(experiment_id).tags:
-        again(lambda: client.set_experiment_tag(experiment_id, EXPERIMENT_KIND, "custom_model_development"))
+    found = client.get_experiment(experiment_id)
+    wanted = {EXPERIMENT_KIND: "custom_model_development"}
+    if found.name != "Default":
+        wanted |= {NOTE: ABOUT_EXPERIMENT, VIEW: _view()}
+    for key, value in wanted.items():
+        if key not in found.tags:
+            again(partial(client.set_experiment_tag, experiment_id, key, value))
+
+
+def _view() -> str:
+    now = round(1000 * time.time())
+    state = {"searchFilter": "tags.`qexp.stage` = 'main'", "selectedColumns": VIEW_COLUMNS}
+    return json.dumps({"name": "Verdicts", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 
 def find_run(run_id: str, option: str = "--resume") -> Run:
@@ -126,6 +178,13 @@ def children_of(run_id: str) -> list[Run]:
     experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
     below = f"tags.mlflow.parentRunId = '{run_id}'"
     return list(all_pages(partial(mlflow.MlflowClient().search_runs, [experiment], below)))
+
+
+def active_run_id() -> str:
+    """The active run's id, without asking the store."""
+    active = mlflow.active_run()
+    assert active is not None
+    return str(active.info.run_id)
 
 
 def run_page(run_id: str) -> str:
@@ -159,7 +218,7 @@ def logged_steps(run_id: str, metric: str) -> set[int]:
 
 def set_note(text: str) -> None:
     """Replace the Markdown note of the active run."""
-    set_tag("mlflow.note.content", text)
+    set_tag(NOTE, text)
 
 
 def set_tag(name: str, value: str) -> None:
@@ -174,17 +233,28 @@ def _active_run() -> Run:
 
 
 def log_setup(config: Config, host: Host) -> None:
-    """Parameters, the resolved configuration and the host. A run that goes on keeps the parameters that it has; those
-    that training will settle by timing are logged once it has."""
-    facts = {"host.cpu": host.cpu, "host.features": ",".join(host.features), "host.threads": host.threads}
-    facts |= {"host.physical_cores": host.physical_cores, "host.cpu_quota": host.cpu_quota or "none"}
-    logged = _active_run().data.params
-    params = flat_params(config) | facts
-    waiting = [name for name in SETTLED_BY_TIMING if params[name] == "auto"]
-    mlflow.log_params({name: value for name, value in params.items() if name not in [*logged, *waiting]})
+    """Parameters, the resolved configuration and the host. A resumed run keeps the parameters that it has; those that
+    training will settle by timing are logged once it has."""
+    run = _active_run()
+    params = params_of(stage_of(run), config) | {"host.cpu": host.cpu}
+    mlflow.log_params({name: value for name, value in params.items() if name not in run.data.params})
     with store_errors():
         mlflow.log_text(to_yaml(config), "config.yaml")
         mlflow.log_text(to_json(host), "host.json")
+
+
+def params_of(stage: str, config: Config) -> dict[str, Any]:
+    """What was given or settled and matters for a stage: the options of its sections, or of a whole job those that are
+    not the defaults. config.yaml has all others."""
+    values, defaults = flat_params(config), flat_params(Config())
+    known = {name: value for name, value in values.items() if value not in (AUTO, {})}
+    if config.quantize.percentile_used is None:
+        known.pop("quantize.percentile")
+    if config.quantize.max_top1_drop is None:
+        known.pop("quantize.max_tries")
+    if stage not in SECTIONS:
+        return {name: known[name] for name in known if name in OF_EVERY_JOB or known[name] != defaults[name]}
+    return {name: known[name] for name in known if name in OF_EVERY_STAGE or name.split(".")[0] in SECTIONS[stage]}
 
 
 def log_datasets(dataset: Dataset, contexts: tuple[str, ...]) -> None:
@@ -207,10 +277,44 @@ def log_dataset(split: Split, dataset: Dataset, context: str, digest: str) -> No
     again(lambda: mlflow.log_input(described, context=context))
 
 
-def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[str, str | None] | None = None) -> None:
-    """Metrics of the active run, or of `owner` (ids of run and model); `step` is the epoch or the batch size."""
-    run_id, model_id = owner or (None, None)
-    mlflow.log_metrics(values, step=step, run_id=run_id, model_id=model_id)
+def log_metrics(
+    values: dict[str, float],
+    step: int | None = None,
+    owner: tuple[str, str | None] | None = None,
+    at_ms: int | None = None,
+) -> None:
+    """Metrics of the active run, or of `owner` (ids of run and model), in one request; `step` is the epoch or the batch
+    size. What a model has reached on a split carries that data set, an input of the run.
+
+    Logged again with the same time `at_ms`, in ms since 1970, they are there once.
+    """
+    run_id, model_id = owner or (_active_run().info.run_id, None)
+    client, at_ms = mlflow.MlflowClient(), at_ms or round(1000 * time.time())
+    splits = {name: metrics.split_of(name) for name in values} if model_id else {}
+    datasets = _datasets_of(client.get_run(run_id)) if any(splits.values()) else {}
+    points = []
+    for name, value in values.items():
+        dataset, digest = datasets.get(splits.get(name) or "", (None, None))
+        points.append(Metric(name, value, at_ms, step or 0, model_id, dataset, digest, run_id))
+    client.log_batch(run_id, metrics=points)
+
+
+def _datasets_of(run: Run) -> dict[str, tuple[str, str]]:
+    """Name and digest of the data sets that a run has as inputs, by what they are used for."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    return {tag.value: (found.dataset.name, found.dataset.digest) for found in inputs for tag in found.tags}
+
+
+def log_models(inputs: Iterable[str] = (), outputs: Iterable[str] = ()) -> None:
+    """Logged models, by their ids, that the active run has read or made, those that it lacks: its page shows them."""
+    run, client = _active_run(), mlflow.MlflowClient()
+    read = {found.model_id for found in run.inputs.model_inputs} if run.inputs else set[str]()
+    made = {found.model_id for found in run.outputs.model_outputs} if run.outputs else set[str]()
+    with store_errors():
+        if new := [LoggedModelInput(one) for one in dict.fromkeys(inputs) if one not in read]:
+            client.log_inputs(run.info.run_id, models=new)
+        if new_outputs := [LoggedModelOutput(one, 0) for one in dict.fromkeys(outputs) if one not in made]:
+            client.log_outputs(run.info.run_id, new_outputs)
 
 
 def log_table(columns: dict[str, list[Any]], name: str) -> None:

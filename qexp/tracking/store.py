@@ -64,6 +64,28 @@ def split_uri(uri: str) -> tuple[str, str]:
     return name, version
 
 
+def model_id_of(uri: str) -> str:
+    """The id of the logged model that a version `models:/NAME/VERSION` was registered from."""
+    return logged_model_of(mlflow.MlflowClient().get_model_version(*split_uri(uri)))
+
+
+def logged_model_of(version: ModelVersion) -> str:
+    """The id of its logged model, which MLflow keeps in one of two places."""
+    return version.model_id or str(version.source).removeprefix("models:/")
+
+
+def page_of_run(run_id: str, tab: str = "") -> str:
+    """The address of a run's page, or of a tab there, as text of another page of the same UI links it."""
+    experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
+    return f"#/experiments/{experiment}/runs/{run_id}" + (f"/{tab}" if tab else "")
+
+
+def page_of_version(uri: str) -> str:
+    """The address of the page of a version `models:/NAME/VERSION`."""
+    name, number = split_uri(uri)
+    return f"#/models/{name}/versions/{number}"
+
+
 def store_name() -> str:
     """The tracking store's URI, as it may be shown."""
     return hide_passwords(mlflow.get_tracking_uri())

@@ -79,7 +79,7 @@ def _text(page: webdriver.Chrome) -> str:
 @pytest.mark.slow
 def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]) -> None:
     assert look(
-        run_pages["main"],
+        run_pages["smallnet-digits"],
         "run",
         lambda page: (
             "x smaller. Compared with the fastest float" in _text(page) and "headline/size_ratio" in _text(page)
@@ -99,7 +99,7 @@ def test_run_page_answers_and_shows_curves(look: Look, run_pages: dict[str, str]
 
 @pytest.mark.slow
 def test_pictures_and_report_open_in_the_artifact_view(look: Look, run_pages: dict[str, str]) -> None:
-    folder = f"{run_pages['main']}/artifacts/report"
+    folder = f"{run_pages['smallnet-digits']}/artifacts/report"
     assert look(f"{folder}/figures/accuracy_curve.png", "picture", lambda page: max(page.execute_script(WIDTHS)) > 400)
 
     def report(page: webdriver.Chrome) -> bool:

@@ -161,7 +161,8 @@ def test_latency_is_measured_against_fp32_and_its_winner_registered(in_use: Fini
         assert run.data.metrics["latency/p50_ms"] == pytest.approx(study.user_attrs["fp32_p50_ms"] / speedup)
         assert run.data.metrics["latency/speedup_low"] <= speedup <= run.data.metrics["latency/speedup_high"]
     version = client.get_model_version(*done.summary["int8"].removeprefix("models:/").split("/"))
-    assert version.tags["calibration_samples"] == "16" and version.tags["observer"] == winner["observer"]
+    params = client.get_run(version.run_id).data.params
+    assert version.tags["calibration_samples"] == "16" and params["quantize.observer"] == winner["observer"]
     kept = study.user_attrs["layers_most_sensitive_first"][: winner["fp32_layers"]]
     assert set(version.tags["float_layers"].split(",")) == (set(kept) or {"none"})
 

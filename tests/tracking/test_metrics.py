@@ -6,10 +6,23 @@ from qexp.report.results import Evidence
 from qexp.tracking import metrics
 
 
-def test_test_accuracy_has_the_short_name_and_the_curves_keep_theirs(evidence: Evidence) -> None:
+def test_curves_come_before_the_figures_of_a_model(evidence: Evidence) -> None:
+    """The UI draws names without a slash last."""
     values = metrics.of_model(evidence.int8.accuracy, 450_000, 427_178)
-    assert values["test/top1"] == 93.5 and values["train/final_top1"] == 96.5 and values["model/size_mb"] == 0.45
-    assert not set(values) & set(metrics.of_epoch(evidence.fp32.train.epochs[0]))
+    values |= metrics.of_comparison(evidence.int8.comparison["test"], 100.0)
+    assert values["test_top1_percent"] == 93.5 and values["train_top1_percent"] == 96.5 and values["size_mb"] == 0.45
+    assert not [name for name in values if "/" in name]
+    assert all("/" in name for name in metrics.of_epoch(evidence.fp32.train.epochs[0]))
+
+
+def test_figures_on_images_know_their_split(evidence: Evidence) -> None:
+    values = metrics.of_model(evidence.int8.accuracy, 450_000, 427_178)
+    values |= metrics.of_comparison(evidence.int8.comparison["test"], 100.0)
+    splits = {name: metrics.split_of(name) for name in values}
+    assert {name for name, split in splits.items() if split is None} == {"size_mb", "parameters", "int8_macs_percent"}
+    assert splits["validation_top3_percent"] == "validation" and splits["train_top1_percent"] == "train"
+    assert splits["test_top1_percent"] == splits["top1_drop_low_points"] == splits["agreement_percent"] == "test"
+    assert not any(map(metrics.split_of, metrics.of_epoch(evidence.fp32.train.epochs[0])))
 
 
 def test_an_epoch_has_every_figure(evidence: Evidence) -> None:
@@ -28,21 +41,21 @@ def test_latency_table_has_a_row_a_model_and_batch_size(evidence: Evidence) -> N
     assert ends == [found.median, found.low, found.high] and table["speedup_median"][0] == 1
 
 
-def test_latency_of_each_model_and_of_the_chosen_one(evidence: Evidence) -> None:
+def test_latency_is_one_curve_a_model_and_quantity(evidence: Evidence) -> None:
     """On the run under the models' names; on each model without one."""
     found = list(metrics.of_latency(evidence.latency, "int8_fx", evidence.floats))
     run = {(name, step): value for whose, step, values in found if whose is None for name, value in values.items()}
-    assert run["latency/fp32_p50_ms", 8] == run["latency/fp32_p50_ms_batch8", None] == 4.0
-    assert run["latency/bf16_p99_ms", 128] == 45.0 and run["latency/int8_fx_images_per_s", 1] == 4000
-    speedup = evidence.latency.rows[1].speedups["int8_fx"].median
-    names = ("latency/speedup", "latency/int8_speedup", "latency/int8_fx_speedup")
-    assert {run[name, 8] for name in names} == {run[f"{name}_batch8", None] for name in names} == {speedup}
+    assert run["latency/p50_ms/fp32", 8] == 4.0 and run["latency/p99_ms/bf16", 128] == 45.0
     row = evidence.latency.rows[1]
+    assert run["latency/speedup_over_fp32/int8_fx", 8] == row.speedups["int8_fx"].median
     over_floats = row.ratio("fp32_onnx", "int8_fx").median  # bf16 is faster, but does not count
-    assert run["latency/speedup_over_floats", 8] == run["latency/speedup_over_floats_batch8", None] == over_floats
+    assert run["latency/speedup_over_floats", 8] == over_floats
+    assert {name for name, step in run if step is None} == {"mean_speedup", "smallest_speedup"}
+    curves = {name for name, step in run if step is not None}
+    assert len(curves) == 5 + 5 + 4 + 1 and len(run) == 3 * len(curves) + 2
+    assert run["smallest_speedup", None] == min(run["latency/speedup_over_floats", size] for size in (1, 8, 128))
     own = {(name, step): value for whose, step, values in found if whose == "int8_fx" for name, value in values.items()}
-    assert own["latency/p50_ms", 8] == own["latency/p50_ms_batch8", None] == 0.8
-    assert own["latency/speedup", 8] == speedup and len(own) == 3 * 7
+    assert own["p50_ms", 8] == 0.8 and own["speedup_over_fp32", 8] == row.speedups["int8_fx"].median and len(own) == 6
     assert {whose for whose, _, _ in found} == {None, *evidence.latency.rows[0].stats}
 
 
@@ -57,4 +70,4 @@ def test_a_percentile_that_is_not_known_is_no_metric(evidence: Evidence) -> None
     stats = row.stats | {"int8_fx": replace(row.stats["int8_fx"], p99_ms=None)}
     latency = replace(evidence.latency, rows=(replace(row, stats=stats),))
     names = {name for _, _, values in metrics.of_latency(latency, "int8_fx", evidence.floats) for name in values}
-    assert "latency/int8_fx_p99_ms" not in names and {"latency/int8_fx_p90_ms", "latency/fp32_p99_ms"} <= names
+    assert "latency/p99_ms/int8_fx" not in names and {"latency/p50_ms/int8_fx", "latency/p99_ms/fp32"} <= names

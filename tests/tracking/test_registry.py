@@ -1,5 +1,6 @@
 """The registry, on a real SQLite store: what a version carries, verification, aliases, a bare process."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 from stores import new_store
 
 from qexp.data.datasets import Dataset
@@ -50,23 +52,61 @@ def test_version_has_signature_example_pins_classes_and_lineage(
     assert (folder / "data" / {"fp32": "model.pt2", "int8": "model.pth"}[kind]).is_file()
     tags = client.get_model_version(*uri.removeprefix("models:/").split("/")).tags
     expected = {"kind", "verified", "dataset", "data_digest", "cpu_features", "test_top1_percent", "size_mb"}
-    expected |= {"config_uri", "git_commit", "cpu", "threads", "test_top1_correct", "test_images", "artifact_sha256"}
-    int8 = {"fp32_uri", "observer", "engine", "flavor", "backend", "calibration_samples", "gate_reason", "fold_pool"}
+    expected |= {"config_uri", "git_commit", "cpu", "threads", "test_top1_correct", "artifact_sha256"}
+    int8 = {"fp32_uri", "engine", "flavor", "backend", "calibration_samples", "gate_reason", "mean_speedup"}
     int8 |= {"calibration_digest", "top1_drop_points", "top1_drop_high_points"}
     assert expected | {"fp32": {"weights_uri"}, "int8": int8}[kind] <= set(tags)
     assert tags["verified"] == "true"
     if kind == "int8":
         assert tags["engine"] == "fx" and tags["flavor"] == "pytorch" and tags["backend"] in ("x86", "onednn")
-        assert tags["per_channel"] == "true" and tags["fold_pool"] == "false" and tags["float_layers"] == "none"
+        assert tags["float_layers"] == "none"
 
 
-def test_descriptions_fit_into_a_database_with_any_number_of_classes() -> None:
+def _version(**tags: str) -> ModelVersion:
+    needed = {"kind": "int8", "classes": '["cat", "dog"]'}
+    return ModelVersion(
+        "resnet18-birds-int8", "1", 0, tags=[ModelVersionTag(*pair) for pair in (needed | tags).items()]
+    )
+
+
+def test_description_of_a_version_gives_the_answer_and_links_to_its_runs(
+    finished: Finished, client: mlflow.MlflowClient
+) -> None:
+    int8, fp32 = (client.get_model_version(f"smallnet-digits-{kind}", "1") for kind in ("int8", "fp32"))
+    text, tags = int8.description, int8.tags
+    assert text.startswith(f"{finished.summary['verdict'].capitalize()}: {finished.summary['verdict_reason']}")
+    drop = [float(tags[f"top1_drop_{name}points"]) for name in ("", "low_", "high_")]
+    assert "| Drop from fp32 | {:.4g} points (95 % interval {:.4g} to {:.4g}) |".format(*drop) in text
+    assert f"| {float(tags['mean_speedup']):.4g}x the fastest float in the mean" in text
+    assert f"| {float(tags['test_top1_percent']):.4g} % on digits |" in text
+    runs = "#/experiments/1/runs"
+    assert f"[report]({runs}/{tags['report_run_id']}/artifacts/report/report.html)" in text
+    assert f"[quantization]({runs}/{int8.run_id})" in text and f"[latency]({runs}/{tags['latency_run_id']})" in text
+    assert "[models:/smallnet-digits-fp32/1](#/models/smallnet-digits-fp32/versions/1)" in text
+    assert "mlflow.pytorch.load_model('models:/smallnet-digits-int8/1')" in text and "\n\nKernels: " in text
+    assert f"[training]({runs}/{fp32.run_id})" in fp32.description and "Drop" not in fp32.description
+    for kind in ("fp32", "int8"):
+        assert "digits" in client.get_registered_model(f"smallnet-digits-{kind}").description
+
+
+def test_descriptions_fit_into_a_database_with_any_number_of_names() -> None:
     """PostgreSQL takes 5,000 characters."""
-    spec = ModelSpec("resnet18", tuple(f"a class of birds {number}" for number in range(1000)), 32)
-    text = registry._description("int8", "models:/resnet18-birds-int8/1", spec, "pytorch")
+    classes = json.dumps([f"a class of birds {number}" for number in range(1000)])
+    layers = ",".join(f"features.{number}.0" for number in range(1000))
+    text = registry.describe(_version(classes=classes, engine="fx", float_layers=layers))
     assert len(text) < 1000 and "logits [N, 1000] in the order of the tag `classes`" in text
-    few = registry._description("int8", "models:/a-int8/1", ModelSpec("resnet18", ("cat", "dog"), 32), "onnx")
-    assert "logits [N, 2] in the order cat, dog." in few
+    assert "in fp32: see tag `float_layers`" in text
+    few = registry.describe(_version(flavor="onnx", engine="onnx", float_layers="none"))
+    assert "logits [N, 2] in the order cat, dog" in few and "predict(images)['logits']" in few
+    assert "| Engine | onnx |" in few
+
+
+def test_a_version_of_earlier_qexp_is_described_by_the_tags_that_it_has(client: mlflow.MlflowClient) -> None:
+    """Those that are no longer set do no harm, what is not known is left out, nor does a run that is gone."""
+    old = {"observer": "minmax", "backend_speedups": "x86 2.00", "fold_pool": "false", "smallest_speedup": "1.500"}
+    text = registry.describe(_version(test_top1_percent="93.5", dataset="birds", train_run_id="0" * 32, **old))
+    assert "| Test top-1 | 93.5 % on birds |" in text and "| Speed | at least 1.5x |" in text
+    assert "minmax" not in text and "Runs" not in text and "None" not in text
 
 
 def test_both_versions_are_challenger_and_champion(client: mlflow.MlflowClient) -> None:
@@ -183,7 +223,7 @@ def test_a_version_that_is_being_made_is_none_yet(finished: Finished, tmp_path: 
 
 
 @pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"), KeyboardInterrupt()])
-def test_a_version_that_cannot_be_completed_is_removed(
+def test_a_version_that_could_not_be_completed_is_none_until_the_next_try_completes_it(
     error: BaseException,
     tmp_path: Path,
     trained: tuple[Classifier, TrainResult],
@@ -195,13 +235,17 @@ def test_a_version_that_cannot_be_completed_is_removed(
 
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(new_store(tmp_path))
-    monkeypatch.setattr(registry, "stored_facts", fail)  # after the version was made and verified
     monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
     model, _ = trained
+    given = ("fp32", model, "unfinished", model.spec, digits.train.images[:8], {})
     expected = StageError if isinstance(error, Exception) else KeyboardInterrupt
-    with pytest.raises(expected), mlflow.start_run(experiment_id="0") as run:
-        registry.register("fp32", model, "unfinished", model.spec, digits.train.images[:8], {})
-    client = mlflow.MlflowClient()
-    assert client.search_model_versions("name = 'unfinished'") == []
-    assert client.search_logged_models(["0"]) == [] and not list(tmp_path.rglob("model.pt2"))
-    assert client.get_run(run.info.run_id).outputs.model_outputs  # it had been logged
+    with mlflow.start_run(experiment_id="0"):
+        with monkeypatch.context() as broken, pytest.raises(expected):
+            broken.setattr(registry, "stored_facts", fail)  # after the version was made and verified
+            registry.register(*given, once=True)
+        assert registry.newest_version("unfinished") == "0"
+        with pytest.raises(InputError, match="must be a version of kind fp32"):
+            registry.find_version("models:/unfinished/1", "fp32")
+        assert registry.register(*given, once=True).uri == "models:/unfinished/1"
+    (version,) = mlflow.MlflowClient().search_model_versions("name = 'unfinished'")
+    assert version.tags["kind"] == "fp32" and version.description and len(list(tmp_path.rglob("model.pt2"))) == 1

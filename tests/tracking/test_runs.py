@@ -1,5 +1,6 @@
 """What the runs of a real pipeline look like in a real store."""
 
+import json
 import os
 from pathlib import Path
 
@@ -28,11 +29,12 @@ def runs(finished: Finished) -> dict[str, Run]:
 
 def test_run_tree(runs: dict[str, Run], finished: Finished) -> None:
     children = {"train-smallnet", "sensitivity-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
-    assert set(runs) == {"main"} | children
+    assert set(runs) == {"smallnet-digits"} | children
+    assert runs["smallnet-digits"].data.tags["qexp.stage"] == "main"
     assert all(run.info.status == "FINISHED" for run in runs.values())
-    assert runs["main"].info.run_id == finished.summary["run_id"]
+    assert runs["smallnet-digits"].info.run_id == finished.summary["run_id"]
     for name in children:
-        assert runs[name].data.tags["mlflow.parentRunId"] == runs["main"].info.run_id
+        assert runs[name].data.tags["mlflow.parentRunId"] == runs["smallnet-digits"].info.run_id
     assert all(len(run.data.tags["mlflow.note.content"]) > 20 for run in runs.values())
 
 
@@ -40,7 +42,7 @@ def test_every_run_has_the_resolved_configuration_and_the_host(runs: dict[str, R
     for run in runs.values():
         config = tracking.read_config(run.info.run_id)
         assert config.train.epochs == 4 and config.latency.batch_sizes == [1, 8]
-        assert run.data.params["train.epochs"] == "4"
+        assert run.data.params["config.model"] == "smallnet"
         assert '"cpu"' in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/host.json")
 
 
@@ -62,34 +64,53 @@ def test_each_model_has_its_own_metrics(runs: dict[str, Run]) -> None:
         stage = {"fp32": "train-smallnet", "int8": "quantize-fx-64"}[kind]
         assert model.source_run_id == runs[stage].info.run_id
         names = {metric.key for metric in model.metrics}
-        assert {"test/top1", "test/top3", "model/size_mb", "model/params", "model/macs", "latency/p50_ms"} <= names
-        own = runs[stage].data.metrics["model/size_mb"]
-        assert [metric.value for metric in model.metrics if metric.key == "model/size_mb"] == [own]
-
-
-def test_latency_by_batch_size_and_as_scalars(runs: dict[str, Run]) -> None:
-    client = mlflow.MlflowClient()
-    run_id = runs["latency-smallnet"].info.run_id
-    names = ["latency/fp32_p50_ms", "latency/int8_p99_ms", "latency/speedup"]
-    for name in [*names, "latency/fp32_traced_p50_ms", "latency/int8_fx_speedup", "latency/int8_fx_onednn_p50_ms"]:
-        assert [metric.step for metric in client.get_metric_history(run_id, name)] == [1, 8]
-    metrics = runs["latency-smallnet"].data.metrics
-    measured = tracking.read_result(LatencyEvidence, run_id, "latency")
-    (chosen, *_) = measured.contenders["models:/smallnet-digits-int8/1"]
-    speedup = measured.latency.rows[1].speedups[chosen].median
-    assert metrics["latency/speedup_batch8"] == metrics["latency/int8_speedup_batch8"] == pytest.approx(speedup)
-    assert metrics["latency/int8_p50_ms_batch8"] == pytest.approx(measured.latency.rows[1].stats[chosen].p50_ms)
+        assert {"test_top1_percent", "test_top3_percent", "size_mb", "parameters", "macs", "p50_ms"} <= names
+        own = runs[stage].data.metrics["size_mb"]
+        assert [metric.value for metric in model.metrics if metric.key == "size_mb"] == [own]
 
 
 def test_each_model_has_its_own_latency(runs: dict[str, Run]) -> None:
     """And none of another: baselines and kernels that were not chosen are no models of the registry."""
     client = mlflow.MlflowClient()
-    run = runs["latency-smallnet"].data.metrics
+    measured = tracking.read_result(LatencyEvidence, runs["latency-smallnet"].info.run_id, "latency")
+    (chosen, *_) = measured.contenders["models:/smallnet-digits-int8/1"]
     for model in client.search_logged_models([client.get_experiment_by_name("qexp-digits").experiment_id]):
-        kind = model.name.removeprefix("smallnet-")
-        own = {metric.key: metric.value for metric in model.metrics if metric.key.startswith("latency/")}
-        assert own["latency/p50_ms_batch8"] == run[f"latency/{kind}_p50_ms_batch8"]
-        assert not [name for name in own if "fp32" in name or "int8" in name]
+        name = {"fp32": "fp32", "int8": chosen}[model.name.removeprefix("smallnet-")]
+        own = {metric.step: metric.value for metric in model.metrics if metric.key == "p50_ms"}
+        assert own == {row.batch_size: pytest.approx(row.stats[name].p50_ms) for row in measured.latency.rows}
+
+
+def test_experiment_has_a_description_and_a_view_of_the_answers(runs: dict[str, Run]) -> None:
+    """And keeps what people write there."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("qexp-digits")
+    assert "ship as int8 on this CPU" in experiment.tags["mlflow.note.content"]
+    view = json.loads(experiment.tags["mlflow.sharedViewState.qexp-verdicts"])
+    main = runs["smallnet-digits"].data
+    columns = json.loads(view["state"])["selectedColumns"]
+    assert set(columns) == {f"metrics.`{name}`" for name in main.metrics} | {
+        f"tags.`qexp.{name}`" for name in ("verdict", "engine")
+    }
+    assert "Default" not in [found.name for found in client.search_experiments() if "mlflow.note.content" in found.tags]
+
+
+def test_a_description_that_people_wrote_stays(empty_store: mlflow.MlflowClient) -> None:
+    experiment = empty_store.get_experiment_by_name("qexp-test").experiment_id
+    empty_store.set_experiment_tag(experiment, "mlflow.note.content", "ours")
+    with tracking.start_run("train-x", "note"):
+        pass
+    assert empty_store.get_experiment(experiment).tags["mlflow.note.content"] == "ours"
+
+
+def test_models_are_logged_once(empty_store: mlflow.MlflowClient) -> None:
+    with tracking.start_run("latency-x", "note") as run_id:
+        made = mlflow.create_external_model("made").model_id
+        read = mlflow.create_external_model("read").model_id
+        for _ in range(2):
+            tracking.log_models([read, read], [made])
+    run = empty_store.get_run(run_id)
+    assert [found.model_id for found in run.inputs.model_inputs] == [read]
+    assert [found.model_id for found in run.outputs.model_outputs].count(made) == 1
 
 
 def test_sensitivity_is_a_table_and_a_result(runs: dict[str, Run]) -> None:
@@ -111,7 +132,7 @@ def test_datasets_are_inputs_with_digests(runs: dict[str, Run]) -> None:
 
 def test_report_and_tables_are_artifacts(runs: dict[str, Run]) -> None:
     client = mlflow.MlflowClient()
-    for name in ("main", "report"):
+    for name in ("smallnet-digits", "report"):
         files = {file.path for file in client.list_artifacts(runs[name].info.run_id, "report")}
         assert {"report/report.html", "report/report.md", "report/metrics.json", "report/figures"} <= files
         figures = client.list_artifacts(runs[name].info.run_id, "report/figures")
@@ -127,7 +148,7 @@ def test_results_read_back(runs: dict[str, Run]) -> None:
     latency = tracking.read_result(LatencyEvidence, runs["latency-smallnet"].info.run_id, "latency")
     assert [row.batch_size for row in latency.latency.rows] == [1, 8]
     with pytest.raises(InputError, match="nothing"):
-        tracking.read_result(Fp32Evidence, runs["main"].info.run_id, "nothing")
+        tracking.read_result(Fp32Evidence, runs["smallnet-digits"].info.run_id, "nothing")
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_pipelines_that_start_at_once_register_all_their_versions(
     experiment = client.get_experiment_by_name("qexp-digits")
     runs = client.search_runs([experiment.experiment_id])
     names = Counter(run.info.run_name for run in runs)
-    assert {run.info.status for run in runs} == {"FINISHED"} and names["main"] == PROCESSES
+    assert {run.info.status for run in runs} == {"FINISHED"} and names["smallnet-digits"] == PROCESSES
     assert set(names.values()) == {PROCESSES}
 
 

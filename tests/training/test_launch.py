@@ -83,16 +83,21 @@ def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
     assert process.wait(90) == 143 and "Traceback" not in process.stderr, process.stderr
     client = mlflow.MlflowClient(uri)
     stopped = {run.info.run_name: run.info for run in client.search_runs(["1"])}
-    assert {name: info.status for name, info in stopped.items()} == {"main": "KILLED", "train-smallnet": "KILLED"}
-    process = start_qexp(tmp_path, "run", "--resume", stopped["main"].run_id)
+    assert {name: info.status for name, info in stopped.items()} == {
+        "smallnet-digits": "KILLED",
+        "train-smallnet": "KILLED",
+    }
+    process = start_qexp(tmp_path, "run", "--resume", stopped["smallnet-digits"].run_id)
     process.wait_for_line("going on in epoch")
-    refused = run_qexp(tmp_path, "run", "--resume", stopped["main"].run_id)
+    refused = run_qexp(tmp_path, "run", "--resume", stopped["smallnet-digits"].run_id)
     assert refused.code == 2 and "is still at work on it" in refused.stderr
     assert process.wait() == 0, process.stderr
     runs = {run.info.run_name: run.info for run in client.search_runs(["1"])}
     assert len(runs) == 5 and {info.status for info in runs.values()} == {"FINISHED"}
     train = stopped["train-smallnet"].run_id
-    assert runs["main"].run_id == stopped["main"].run_id and runs["train-smallnet"].run_id == train
+    assert (
+        runs["smallnet-digits"].run_id == stopped["smallnet-digits"].run_id and runs["train-smallnet"].run_id == train
+    )
     assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 13))
     assert process.stderr.count("going on in epoch") == 1 and len(process.stdout.splitlines()) == 1
 
