@@ -10,8 +10,8 @@ from peer_models import FOLDED, OURS, PEERS
 
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyRow, Ratio
-from qexp.report.page import table
-from qexp.report.speed import span, three_digits
+from qexp.report import tables
+from qexp.report.sentences import span, three_digits
 
 DEFAULT = "fx"  # what `qexp run` does unless told otherwise, as a plain load runs it
 PROFILED = "fx_onednn"
@@ -93,13 +93,13 @@ def render(peers: Peers) -> str:
         f"## {peers.model}",
         f"{host.cpu} ({', '.join(host.features)}), {host.threads} threads, {libraries}; {span(rounds)} "
         f"rounds at each batch size. fp32: {peers.fp32_top1_percent:.2f} % of {peers.test_images:,} test images.",
-        table(head, accuracy),
+        tables.markdown((head, accuracy)),
         "p50 in ms by batch size:",
-        table(["int8 model", *batches], times),
+        tables.markdown((["int8 model", *batches], times)),
         "Time over that of the best peer (below 1 is faster), with 95 % interval; `?`: not shown to be faster or slower"
         f"{_of_one_load(peers.rows)}. `fx` has the kernels of a plain load (`x86`), "
         f"`{PROFILED}` and `{FOLDED}` those of oneDNN:",
-        table(["int8 model", *batches], ratios),
+        tables.markdown((["int8 model", *batches], ratios)),
         _about_limits(peers),
         *(
             _profile_text(row, peers.profiles[row.batch_size], peers.profile_statistic)
@@ -166,7 +166,7 @@ def _profile_text(row: LatencyRow, found: tuple[Operation, ...], statistic: str)
         f"Where a pass of `{PROFILED}` spends its time at batch size {row.batch_size}, by torch's profiler, which adds "
         f"its own to each operation ({whole:,.0f} µs in all; {alone:,.0f} µs without it), {statistic} of 30 passes:"
     )
-    return f"{title}\n\n{table(head, rows)}"
+    return f"{title}\n\n{tables.markdown((head, rows))}"
 
 
 def draw(found: list[Peers], file: Path) -> None:

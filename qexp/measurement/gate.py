@@ -20,13 +20,25 @@ SMALLER = 0.99  # a successor of at most this share of the champion's size is sm
 
 
 @dataclass(frozen=True)
+class GateCheck:
+    """One limit of the gate: `value` is the measured figure that counts, the unfavourable end of its interval where it
+    has one; `bound` is what it is compared with."""
+
+    limit: str
+    value: float
+    bound: float
+    kept: bool
+
+
+@dataclass(frozen=True)
 class GateResult:
     """The decision, its reasons as sentences (those that decided, or all of them when it passed), and the limits that
-    failed."""
+    failed. `checks` has all limits that could be checked; it is empty in results of earlier versions."""
 
     word: Word
     reasons: tuple[str, ...]
     failed_limits: tuple[str, ...] = ()
+    checks: tuple[GateCheck, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -40,9 +52,10 @@ class GateResult:
 
 
 @dataclass(frozen=True)
-class _Check:
-    limit: str
-    kept: bool
+class _Told:
+    """A check, and what is said of it."""
+
+    check: GateCheck
     text: str
 
 
@@ -71,7 +84,7 @@ def decide_gate(
         verified: whether both versions gave the same bits in a clean subprocess.
     """
     others = [
-        _Check(VERIFIED, verified, "a version does not reload bit for bit"),
+        _Told(GateCheck(VERIFIED, float(verified), 1.0, verified), "a version does not reload bit for bit"),
         _better_than_guessing(fp32, guess_percent),
         _at_most(
             DROP,
@@ -88,32 +101,36 @@ def decide_gate(
     at = f"over {speedup.over} at batch size {speedup.batch_size}"
     faster = f"speed-up {speedup.ratio.median:.4g} {at}, lower end {speedup.ratio.low:.4g}"
     speed = _at_least(SPEED, faster, speedup.ratio.low, limits.min_speedup)
-    failed = [check for check in (*others, *([] if shortcomings else [speed])) if not check.kept]
-    if failed:
-        return GateResult(FAILED, tuple(check.text for check in failed), tuple(check.limit for check in failed))
+    told = others if shortcomings else [*others, speed]
+    checks = tuple(one.check for one in told)
+    if failed := [one for one in told if not one.check.kept]:
+        return GateResult(FAILED, tuple(one.text for one in failed), tuple(one.check.limit for one in failed), checks)
     if shortcomings:
-        return GateResult(UNMEASURED, tuple(shortcomings))
-    return GateResult(PASSED, tuple(check.text for check in (*others, speed) if check.limit != VERIFIED))
+        return GateResult(UNMEASURED, tuple(shortcomings), checks=checks)
+    return GateResult(PASSED, tuple(one.text for one in told if one.check.limit != VERIFIED), checks=checks)
 
 
-def _better_than_guessing(fp32: Accuracy, guess_percent: float) -> _Check:
+def _better_than_guessing(fp32: Accuracy, guess_percent: float) -> _Told:
     least, _ = share_interval(fp32.top1_percent, fp32.images)
     found = f"fp32 top-1 {fp32.top1_percent:.4g} %, lower end {least:.4g}"
-    if least > guess_percent:
-        return _Check(TRAINED, True, f"{found} (guessing gives {guess_percent:.4g})")
-    return _Check(TRAINED, False, f"{found}, is not shown to be better than guessing, {guess_percent:.4g} %")
+    check = GateCheck(TRAINED, least, guess_percent, least > guess_percent)
+    if check.kept:
+        return _Told(check, f"{found} (guessing gives {guess_percent:.4g})")
+    return _Told(check, f"{found}, is not shown to be better than guessing, {guess_percent:.4g} %")
 
 
-def _at_most(limit: str, text: str, value: float, most: float) -> _Check:
-    if value <= most:
-        return _Check(limit, True, f"{text} (at most {most:g})")
-    return _Check(limit, False, f"{text} (too high by {_amount(value - most)}) is not at most {most:g}")
+def _at_most(limit: str, text: str, value: float, most: float) -> _Told:
+    check = GateCheck(limit, value, most, value <= most)
+    if check.kept:
+        return _Told(check, f"{text} (at most {most:g})")
+    return _Told(check, f"{text} (too high by {_amount(value - most)}) is not at most {most:g}")
 
 
-def _at_least(limit: str, text: str, value: float, least: float) -> _Check:
-    if value >= least:
-        return _Check(limit, True, f"{text} (at least {least:g})")
-    return _Check(limit, False, f"{text} (too low by {_amount(least - value)}) is not at least {least:g}")
+def _at_least(limit: str, text: str, value: float, least: float) -> _Told:
+    check = GateCheck(limit, value, least, value >= least)
+    if check.kept:
+        return _Told(check, f"{text} (at least {least:g})")
+    return _Told(check, f"{text} (too low by {_amount(least - value)}) is not at least {least:g}")
 
 
 def _amount(value: float) -> str:

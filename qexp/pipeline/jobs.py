@@ -237,7 +237,7 @@ def report_stage(job: Job, config: Config, evidence: Evidence) -> str:
         "report",
         f"Report on `{evidence.int8.version_uri}`: see the artifacts.",
         config,
-        lambda folder: report(evidence, folder, config.output_dir),
+        lambda folder: report(evidence, folder, config.output_dir, job.run_id),
         read=str,
         holds=None,
     )

@@ -1,19 +1,24 @@
 """The report on a job, as files: written from what the stages have found, and copied to `output_dir`."""
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
-from qexp.report.page import write_report
+from qexp.report.page import Origin, write_report
 from qexp.report.results import Evidence
 from qexp.tracking import runs as tracking
 from qexp.tracking.results import WrittenReport
 
 
-def report(evidence: Evidence, folder: Path, output_dir: str | None) -> WrittenReport:
-    """Write the report to `folder`/report and copy it to `output_dir`, if that is set."""
+def report(evidence: Evidence, folder: Path, output_dir: str | None, run_id: str | None) -> WrittenReport:
+    """Write the report to `folder`/report and copy it to `output_dir`, if that is set.
+
+    `run_id` is the job's run, which the report names; None: the active run.
+    """
     place = folder / "report"
     shutil.rmtree(place, ignore_errors=True)
-    write_report(evidence, place)
+    date, owner = datetime.now(UTC).date().isoformat(), run_id or tracking.active_run_id()
+    write_report(evidence, place, Origin(date, owner, tracking.run_page(owner)))
     if output_dir:  # it is there whatever becomes of the store
         shutil.copytree(place, output_dir, dirs_exist_ok=True)
     return WrittenReport(evidence.int8.version_uri)

@@ -1,4 +1,7 @@
-"""The figures of a report, from `Evidence` alone; sized to be read at half the width of a page."""
+"""The figures of a report as PNG files, from `Evidence` alone; sized to be read at the width of the text.
+
+Only here is matplotlib imported. The report puts them into its page, and search/figures.py draws with `save_figure`.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,11 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from qexp.measurement.cost import TORCHINFO
-from qexp.report import speed
+from qexp.report.chart import FP32, INT8, styles
 from qexp.report.results import Evidence
+from qexp.report.sentences import by_batch_size, threads
 
-WIDTH_IN, HEIGHT_IN, DPI = 4.2, 3.1, 180
-FP32, INT8, FLOAT_PART = "#5b6c8f", "#e07b39", "#c9ced9"
+WIDTH_IN, HEIGHT_IN, DPI = 5.6, 3.3, 200
+FLOAT_PART = "#c9ced9"
 TRAIN, VALIDATION = "#3b7a57", "#b0413e"
 
 Result = TypeVar("Result")
@@ -109,7 +113,7 @@ def _model_size(axes: Axes, evidence: Evidence) -> None:
     labels[1:] = ["int8"] if len(labels) == 2 else [f"int8 {engine}" for engine in labels[1:]]
     bars = axes.bar(labels, sizes, 0.55, color=[FP32] + [INT8] * (len(sizes) - 1))
     axes.bar_label(bars, fmt="%.2f MB", fontsize=8)
-    axes.set(title=f"Size as stored: {evidence.size_ratio:.2f}x", ylabel="MB (10⁶ bytes)", ylim=(0, 1.12 * max(sizes)))
+    axes.set(title="Size of the stored files", ylabel="MB (10⁶ bytes)", ylim=(0, 1.12 * max(sizes)))
 
 
 def _macs(axes: Axes, evidence: Evidence) -> None:
@@ -134,25 +138,24 @@ def _macs(axes: Axes, evidence: Evidence) -> None:
 
 
 def _inference_time(axes: Axes, evidence: Evidence) -> None:
-    rows = evidence.latency.rows
+    rows, drawn = by_batch_size(evidence), styles(evidence)
     batches = [row.batch_size for row in rows]
-    main = {evidence.latency.baseline: FP32, evidence.name: INT8}
-    for name in rows[0].stats:
+    for name, style in drawn.items():
         stats = [row.stats[name] for row in rows]
-        p50, p90 = [s.p50_ms for s in stats], [s.p90_ms for s in stats]
-        if color := main.get(name):
-            axes.plot(batches, p50, "o-", ms=3, color=color, label=f"{name} p50 (band: to p90)")
-            known = [math.nan if value is None else value for value in p90]
-            axes.fill_between(batches, p50, known, color=color, alpha=0.25, lw=0)
+        p50 = [one.p50_ms for one in stats]
+        if style.is_main:
+            axes.plot(batches, p50, "o-", ms=3, color=style.color, label=f"{name} p50 (band: to p90)")
+            known = [math.nan if one.p90_ms is None else one.p90_ms for one in stats]
+            axes.fill_between(batches, p50, known, color=style.color, alpha=0.25, lw=0)
         else:
-            style = ":" if name.startswith("int8") else "--"
-            axes.plot(batches, p50, style, lw=1, label=name)
+            dashes = tuple(map(float, style.dashes.split()))
+            axes.plot(batches, p50, "o", ls=(0, dashes), ms=2, lw=1, color=style.color, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
-    title = f"Inference time by batch size, {speed.threads(evidence.latency.threads)}"
-    axes.set(title=title, xlabel="batch size", ylabel="ms a batch")
-    axes.legend(fontsize=6)
+    title = f"Inference time by batch size, {threads(evidence.latency.threads)}"
+    axes.set(title=title, xlabel="batch size", ylabel="ms per batch")
+    axes.legend(fontsize=7)
 
 
 def _sensitivity(axes: Axes, evidence: Evidence) -> None:
@@ -176,9 +179,9 @@ def _sensitivity(axes: Axes, evidence: Evidence) -> None:
         axes.set_yscale("log")
     step = max(1, len(layers) // 16)
     names = [layer.layer.removeprefix("network.") for layer in layers]
-    axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=6)
+    axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=7)
     axes.set(title="Divergence from fp32 by layer, simulated", xlabel="layer", ylabel="KL of the probabilities, nats")
-    axes.figure.legend(*axes.get_legend_handles_labels(), fontsize=6, ncols=4, loc="outside lower center")
+    axes.figure.legend(*axes.get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
 
 
 def _is_wide(values: list[float]) -> bool:

@@ -1,4 +1,8 @@
-"""What the stages found, put together: the only thing that figures, report and `metrics.json` are made from."""
+"""What the stages of a job have found, put together in `Evidence`.
+
+The pipeline fills them, and the report's tables, sentences, figures and `metrics.json` are made from nothing else. They
+are stored as JSON: what earlier versions have stored must still be readable, so each new field has a default.
+"""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,8 +28,8 @@ from qexp.training.train import TrainResult
 class DataFacts:
     """The data set of a run; `digest` covers decoded pixels and labels.
 
-    `duplicates` is None where an earlier version has not counted them. `guess_percent` is the top-1 of always naming
-    the class that is most frequent among the test images.
+    `guess_percent` is the top-1 of always naming the class that is most frequent among the test images. Both it and
+    `duplicates` are None in results of versions that did not measure them.
     """
 
     name: str
@@ -41,7 +45,7 @@ class DataFacts:
 
     @property
     def guess(self) -> float:
-        """Top-1 of guessing, in percent; of results of earlier versions, that among equally frequent classes."""
+        """Top-1 of guessing, in percent. Where it was not measured, classes are taken to be equally frequent."""
         return 100 / len(self.classes) if self.guess_percent is None else self.guess_percent
 
 
@@ -65,9 +69,8 @@ class Fp32Evidence:
 
 @dataclass(frozen=True)
 class BudgetCost:
-    """What layers that went back to fp32 cost: bytes as saved, and time over that with all layers in int8, by batch.
-
-    `told_apart` has the batch sizes at which the two differ beyond the noise.
+    """What layers that went back to fp32 cost: bytes as saved, and by batch size the time over that with all layers in
+    int8. `told_apart` has the batch sizes at which the two differ beyond the noise.
     """
 
     all_int8_bytes: int
@@ -147,7 +150,7 @@ class LatencyEvidence:
 
 @dataclass(frozen=True)
 class Judged:
-    """An int8 version with what it was timed as, the name in the latency table, and the gate's decision."""
+    """An int8 version, its name in the latency table, and the gate's decision on it."""
 
     int8: Int8Evidence
     name: str

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.data.numpy_dataset import from_numpy
@@ -179,6 +180,23 @@ def children_of(run_id: str) -> list[Run]:
     experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
     below = f"tags.mlflow.parentRunId = '{run_id}'"
     return list(all_pages(partial(mlflow.MlflowClient().search_runs, [experiment], below)))
+
+
+def active_run_id() -> str:
+    """The active run's id, without asking the store."""
+    active = mlflow.active_run()
+    assert active is not None
+    return str(active.info.run_id)
+
+
+def run_page(run_id: str) -> str:
+    """Where the MLflow UI shows a run of the active run's experiment; the empty text where no server is known."""
+    active, server = mlflow.active_run(), urlsplit(mlflow.get_tracking_uri())
+    if active is None or server.scheme not in ("http", "https"):
+        return ""
+    host = server.netloc.rpartition("@")[2]  # without a password
+    page = f"#/experiments/{active.info.experiment_id}/runs/{run_id}"
+    return f"{server.scheme}://{host}{server.path.rstrip('/')}/{page}"
 
 
 def stage_of(run: Run) -> str:

@@ -25,7 +25,7 @@ from qexp.models.classifier import Classifier, save_classifier
 from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
-from qexp.report import claims
+from qexp.report import sentences
 from qexp.report.promotion import CANDIDATE, FORCED, Promotion
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.tracking import metrics, registry
@@ -327,18 +327,7 @@ def upload_answer(evidence: Evidence) -> None:
     given = "qexp.model_uri" in tracking.find_run(run_id).data.tags  # then fp32 was there before
     tracking.log_models([fp32] if given else [], int8s if given else [fp32, *int8s])
     report = page_of_run(run_id, "artifacts/report/report.html")
-    word = evidence.verdict.word.capitalize()
-    tracking.set_note(f"**{word}**: {_answer(evidence)} [Report]({report})\n\n{claims.answer(evidence)}")
-
-
-def _answer(evidence: Evidence) -> str:
-    found, drop = evidence.headline, evidence.int8.comparison["test"]
-    interval = f"95 % interval {drop.top1_drop_low_points:.2f} to {drop.top1_drop_high_points:.2f}"
-    return (
-        f"test top-1 {found['fp32_top1_percent']:.2f} % in fp32, {found['int8_top1_percent']:.2f} % in int8 (drop "
-        f"{drop.top1_drop_points:.2f} points, {interval}); {found['mean_speedup']:.2f}x as fast as the fastest float "
-        f"in the mean; {found['fp32_size_mb']:.3g} MB in fp32, {found['int8_size_mb']:.3g} MB in int8."
-    )
+    tracking.set_note(f"{sentences.answer(evidence)}\n\n[The whole report]({report})")
 
 
 def _run_id() -> str:

@@ -267,3 +267,21 @@ def test_quality_does_not_drift_over_200_successions(seed: int) -> None:
     accuracies, times = zip(*champions, strict=True)
     assert np.mean(accuracies[-50:]) > 90.0 - 0.3 and np.mean(times[-50:]) < 1.01
     assert min(accuracies) > 89.0 and max(times) < 1.05
+
+
+@pytest.mark.parametrize(
+    ("changed", "failed"),
+    [({}, ()), ({"high": 1.25, "low": 1.4}, ("max_top1_drop", "min_speedup")), ({"verified": False}, ("verified",))],
+)
+def test_checks_have_what_counted_and_the_limit(changed: dict[str, float], failed: tuple[str, ...]) -> None:
+    result = _decide(**changed)
+    checks = {check.limit: check for check in result.checks}
+    assert checks["max_top1_drop"].value == changed.get("high", 0.75) and checks["max_top1_drop"].bound == 1.0
+    assert checks["min_speedup"].value == changed.get("low", 2.25) and checks["min_speedup"].bound == 1.5
+    assert (checks["min_size_ratio"].value, checks["trained"].bound) == (3.9, 10.0)
+    assert tuple(check.limit for check in result.checks if not check.kept) == result.failed_limits == failed
+
+
+def test_a_speed_that_was_not_measured_well_enough_is_not_checked() -> None:
+    result = _decide(shortcomings=("the machine was busy",))
+    assert "min_speedup" not in {check.limit for check in result.checks} and len(result.checks) == 4

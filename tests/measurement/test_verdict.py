@@ -8,7 +8,7 @@ from conftest import latency_row, with_gate, with_rows, with_speedups
 from qexp.measurement.gate import GateResult, Succession
 from qexp.measurement.latency import Ratio
 from qexp.measurement.verdict import Verdict, decide_verdict
-from qexp.report import advice, claims
+from qexp.report import sentences
 from qexp.report.page import render_markdown
 from qexp.report.results import Evidence, Judged
 
@@ -63,13 +63,12 @@ def test_a_model_that_guesses_is_not_trained_whatever_else_failed() -> None:
 @pytest.mark.parametrize("gate", [PASSED, SLOW, INACCURATE, BUSY, GUESSING])
 def test_the_same_verdict_stands_everywhere(evidence: Evidence, gate: GateResult) -> None:
     found = with_gate(evidence, gate)
-    words = f"**{found.verdict.word.capitalize()}**: {found.verdict.reason}."
-    page = render_markdown(found)
-    assert claims.answer(found).startswith(words) and advice.recommendation(found)[0].startswith(words)
-    assert page.count(words) == 2
+    words, page = sentences.verdict(found), render_markdown(found)
+    assert words.startswith(f"**{found.verdict.word.capitalize()}.** ")
+    assert sentences.answer(found).startswith(words) and page.count(words) == 1
     assert found.decision["verdict"] == found.verdict.word and found.decision["ship"] == found.verdict.ship
     for other in ("Ship int8", "Keep float", "Not measured well enough", "Not trained", "Ship int8 for its size only"):
-        assert (f"**{other}**" in page) == (other == found.verdict.word.capitalize())
+        assert (f"**{other}.**" in page) == (other == found.verdict.word.capitalize())
 
 
 def test_what_is_kept_is_the_fastest_float_there_is(evidence: Evidence) -> None:
@@ -86,9 +85,8 @@ def test_a_champion_that_stays_is_what_to_ship(evidence: Evidence) -> None:
     found = replace(evidence, champion=False, succession=stays, before_uri=before)
     assert (found.verdict.word, found.verdict.ship) == ("ship int8", before)
     assert replace(found, now_uri=now).verdict.ship == now
-    assert claims.verdict(found).endswith(
-        f"Ship `{before}`. It is the champion, which stays: as good, but in nothing better."
-    )
+    said = sentences.verdict(found)
+    assert f"Take `{before}`, which stays champion" in said and said.endswith(": as good, but in nothing better.")
     replaced = replace(found, champion=True, succession=Succession(True, ("better: size",)))
     assert replaced.verdict.ship == evidence.int8.version_uri
 
@@ -98,9 +96,7 @@ def test_what_was_not_compared_with_the_champion_ships_by_itself(evidence: Evide
     why = Succession(False, ("it was made with other data or another image size",), compared=False)
     found = replace(evidence, champion=False, succession=why, before_uri="models:/smallnet-digits-int8/7")
     assert found.verdict.ship == evidence.int8.version_uri
-    assert "It was not compared with the champion, `models:/smallnet-digits-int8/7`, which stays" in claims.verdict(
-        found
-    )
+    assert "It was not compared with the champion, `models:/smallnet-digits-int8/7`" in sentences.verdict(found)
 
 
 def test_a_better_version_beside_the_one_asked_for_is_what_to_ship(evidence: Evidence) -> None:
@@ -109,7 +105,7 @@ def test_a_better_version_beside_the_one_asked_for_is_what_to_ship(evidence: Evi
     timed = with_rows(evidence, latency_row(1, {"fp32": 4.0, "int8_fx": 1.0, "int8_onnx": 0.5}))
     measured = replace(timed.measured, contenders=timed.measured.contenders | {other_uri: ("int8_onnx",)})
     both = replace(timed, versions=(*timed.versions, other), measured=measured)
-    assert both.verdict.ship == other_uri and "is faster (int8_onnx)" in claims.verdict(both)
+    assert both.verdict.ship == other_uri and f"Take `{other_uri}` (`int8_onnx`)" in sentences.verdict(both)
     failed = replace(both, versions=(both.versions[0], replace(other, gate=INACCURATE)))
     assert failed.verdict.ship == evidence.int8.version_uri
 

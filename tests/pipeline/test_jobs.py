@@ -50,14 +50,14 @@ def test_metrics_json_is_what_the_summary_and_the_tags_say(finished: Finished) -
     assert tags["mean_speedup"] == f"{evidence.headline['mean_speedup']:.3f}"
     assert tags["verdict"] == evidence.verdict.word == finished.summary["verdict"]
     assert tags["verdict_reason"] == evidence.verdict.reason == finished.summary["verdict_reason"]
-    assert main["mlflow.note.content"].startswith(f"**{evidence.verdict.word.capitalize()}**: ")
+    assert main["mlflow.note.content"].startswith(f"**{evidence.verdict.word.capitalize()}.** ")
 
 
 def test_report_of_the_run_says_what_to_ship(finished: Finished) -> None:
     text = (finished.folder / "report" / "report.md").read_text()
-    section = text.split("## What to ship")[1].split("\n## ")[0]
-    assert section.strip().startswith(f"- **{finished.summary['verdict'].capitalize()}**: ")
-    assert "of wall time, the timed process used" in text or not Path("/proc/stat").exists()
+    assert text.split("\n\n")[1].startswith(f"**{finished.summary['verdict'].capitalize()}.** ")
+    assert f"MLflow run `{finished.summary['run_id']}`" in text
+    assert ", the timed process used" in text or not Path("/proc/stat").exists()
     sensitivity = text.split("## Layer sensitivity")[1]
     assert "On 16 validation images, top-1 is " in sensitivity and "`network.22`" in sensitivity
 
@@ -243,15 +243,15 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     uris = {f"models:/{version.name}/{version.version}" for version in _versions_of(side_by_side).values()}
     assert {judged.int8.version_uri for judged in evidence.versions} == uris == set(evidence.measured.contenders)
     assert evidence.int8.version_uri == side_by_side.summary["int8"] and all(f"`{uri}`" in text for uri in uris)
-    (header,) = [line for line in text.splitlines() if line.startswith("| Batch size | fp32 | ")]
+    times = text.split("Median time (p50)")[1].split("`fp32`, p90")[0]
     bf16 = ["bf16"] if evidence.measured.host.has_bf16 else []
     names = ["fp32", "fp32_eager", "fp32_traced", *bf16, "fp32_onnx", "int8_fx", "int8_fx_onednn", "int8_onnx"]
-    assert header.strip("| ").split(" | ")[1:] == names
+    assert re.findall(r"^\| \**`(\w+)`\** \|", times, re.MULTILINE) == names
     assert [found.model for found in evidence.latency.startups] == names
     assert bool(evidence.measured.bf16) == evidence.measured.host.has_bf16 == ("| smallnet bf16 |" in text)
     mlflow.set_tracking_uri(side_by_side.uri)
     assert all(loading.bf16_of(one.tags) == evidence.measured.bf16 for one in _versions_of(side_by_side).values())
-    assert f"## What to ship\n\n- **{side_by_side.summary['verdict'].capitalize()}**: " in text
+    assert f"\n\n**{side_by_side.summary['verdict'].capitalize()}.** " in text
     assert "## Layer sensitivity" not in text
 
 

@@ -14,7 +14,7 @@ from qexp.measurement.gate import Succession
 from qexp.pipeline import promote
 from qexp.pipeline.loading import evidence_of_version
 from qexp.pipeline.promote import run_promote, succeed
-from qexp.report import claims
+from qexp.report import sentences
 from qexp.tracking import registry
 from qexp.tracking.store import uri_of
 
@@ -84,7 +84,9 @@ def test_rejected_then_forced_then_the_champion_stays(client: mlflow.MlflowClien
     assert tags["champion_kept"] == f"models:/{NAME}/2" and tags["champion_kept_reason"] == reason
     again = evidence_of_version(Config(gate=LOOSE), f"models:/{NAME}/1")
     assert again.gate.passed and again.champion_stays and again.verdict.ship == f"models:/{NAME}/2"
-    assert claims.verdict(again).endswith(f"It is the champion, which stays: {reason}.")
+    said = sentences.verdict(again)
+    assert f"Take `models:/{NAME}/2`, which stays champion" in said
+    assert said.endswith(f"{reason.removeprefix(f'beside models:/{NAME}/2: ')}.")
 
 
 @pytest.mark.slow
