@@ -20,7 +20,7 @@ from entrypoints.options import fields_of, type_name
 ENTRY_POINTS = ("main", "train", "quantize", "latency", "search", "report")
 LAYERS = ("", "models", "measurement", "data", "quantization", "training", "report", "tracking", "pipeline", "search")
 ONLY_IN = {
-    "mlflow": ("tracking/", "search/runs.py"),
+    "mlflow": ("tracking/",),
     "optuna": ("search/",),
     "sqlalchemy": ("search/",),
     "matplotlib": ("report/figures.py",),

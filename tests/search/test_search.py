@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 
 from qexp.config import load_config
 from qexp.files import from_json
-from qexp.report.results import SearchResult
-from qexp.search.joining import _newest
+from qexp.search.results import SearchResult
+from qexp.search.setup import _newest
 
 COUNTS = ["--sample-counts", "8,32,128", "--seeds-per-point", "2", "--observers", "minmax,histogram"]
 
