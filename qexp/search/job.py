@@ -48,8 +48,6 @@ def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
             done |= _register_once(study, bench, result, run_id) if config.search.register_best else {}
         command = quantize_command(bench.config, bench.model_uri, _options_of(study, bench, result))
         address = place.address(study.name)
-    say(f"the study is in {address}")
-    say(f"to quantize as the winner: {command}")
     return done | {"study_storage": address, "quantize_command": command}
 
 
