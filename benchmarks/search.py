@@ -21,9 +21,10 @@ from typing import Any
 
 from qexp.config import Config, load_config
 from qexp.measurement.accuracy import measure_accuracy
+from qexp.search.queue import take_trial
 from qexp.search.setup import look_up, set_up
 from qexp.search.storage import open_place
-from qexp.search.study import Params, Study, grid_of, take_trial
+from qexp.search.study import Params, Study, grid_of
 from qexp.search.trials import Bench, do_trial, options_for, quantize_with_seed, validation_logits
 from qexp.tracking import search_runs
 from qexp.tracking.store import use_store

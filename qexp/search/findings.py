@@ -153,8 +153,8 @@ def save_figures(result: SearchResult, folder: Path) -> None:
 
 def _by_count(axes: Axes, result: SearchResult) -> None:
     """Validation top-1 against calibration sample count, with the spread between seeds."""
-    for kind in sorted({_label(point) for point in result.points}):
-        points = [point for point in result.points if _label(point) == kind]
+    for kind in sorted({_kind(point) for point in result.points}):
+        points = [point for point in result.points if _kind(point) == kind]
         counts = [point.calibration_samples for point in points]
         means, spreads = [p.top1_percent for p in points], [p.spread_points for p in points]
         axes.errorbar(counts, means, spreads, fmt="o-", ms=3, capsize=3, label=f"int8, {kind}")
@@ -170,12 +170,6 @@ def _by_count(axes: Axes, result: SearchResult) -> None:
     axes.set_title("Accuracy by calibration sample count")
     axes.set(xlabel="calibration images (bars: spread between seeds)", ylabel="validation top-1, %")
     axes.legend(fontsize=6)
-
-
-def _label(point: SearchPoint) -> str:
-    scale = ", scale a layer" if point.weight_scale == "layer" else ""
-    kept = f", {point.fp32_layers} in fp32" if point.fp32_layers else ""
-    return f"{point.engine}, {point.observer}{scale}{kept}"
 
 
 def _pareto(axes: Axes, result: SearchResult) -> None:

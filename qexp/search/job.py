@@ -14,10 +14,11 @@ from qexp.pipeline import jobs, loading, stages
 from qexp.progress import say
 from qexp.search.conclusion import conclude
 from qexp.search.findings import log_findings, quantize_command, summary
+from qexp.search.queue import failures
 from qexp.search.results import SearchResult
 from qexp.search.setup import look_up, set_up
 from qexp.search.storage import open_place
-from qexp.search.study import Study, failures, points_of
+from qexp.search.study import Study, points_of
 from qexp.search.trials import Bench, do_trials, options_for
 from qexp.tracking import registry, search_runs
 from qexp.tracking.store import use_store

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -33,18 +34,18 @@ KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_kee
 POLL_S = (0.02, 0.2)  # between two looks at a lock that another worker has: first and longest
 
 
+@dataclass(frozen=True)
 class Folder:
     """A folder of journal files. A search has its study alone, so there is nobody to wait for."""
 
+    path: Path
+    closing: ExitStack  # closes what is opened here
+    opened: dict[str, BaseStorage] = field(default_factory=dict)
     shared = False
-
-    def __init__(self, path: Path, closing: ExitStack):
-        self._path, self._closing = path, closing
-        self._storages: dict[str, BaseStorage] = {}
 
     def address(self, study: str) -> str:
         """The journal file of a study."""
-        return str(self._path / f"{study}.journal")
+        return str(self.path / f"{study}.journal")
 
     def storage(self, study: str) -> BaseStorage:
         """Optuna's storage for a study of this name, the same one each time.
@@ -52,21 +53,21 @@ class Folder:
         Raises:
             InputError: the file cannot be written, or another search is at work on it.
         """
-        if study not in self._storages:
-            self._storages[study] = self._open(study)
-        return self._storages[study]
+        if study not in self.opened:
+            self.opened[study] = self._open(study)
+        return self.opened[study]
 
     def _open(self, study: str) -> BaseStorage:
         if Path(study).name != study:
             raise InputError(f"--study {study}: must be a name that a file can have")
         file = self.address(study)
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            busy = self._closing.enter_context(Path(file).with_suffix(".busy").open("w"))
+            self.path.mkdir(parents=True, exist_ok=True)
+            busy = self.closing.enter_context(Path(file).with_suffix(".busy").open("w"))
             # A search that is killed while it writes leaves its lock behind; the next one removes it after a while.
             backend = JournalFileBackend(file, lock_obj=JournalFileOpenLock(file, grace_period=STALE_LOCK_S))
         except OSError as error:
-            raise InputError(f"--study-dir {self._path}: cannot be written ({error})") from None
+            raise InputError(f"--study-dir {self.path}: cannot be written ({error})") from None
         try:
             fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -83,30 +84,25 @@ class Folder:
         return True
 
 
+@dataclass(frozen=True)
 class Database:
     """A PostgreSQL database, with a connection for the locks of one study.
 
     `name` is what a message may say of it: it has no password.
     """
 
+    name: str
+    study: str
+    url: sqlalchemy.URL
+    connection: sqlalchemy.Connection
+    heartbeat_seconds: int
+    closing: ExitStack  # closes what is opened here
+    opened: list[BaseStorage] = field(default_factory=list)
     shared = True
-
-    def __init__(
-        self,
-        name: str,
-        study: str,
-        url: sqlalchemy.URL,
-        connection: sqlalchemy.Connection,
-        heartbeat_seconds: int,
-        closing: ExitStack,
-    ):
-        self.name, self._study, self._url, self._connection = name, study, url, connection
-        self._heartbeat_seconds, self._closing = heartbeat_seconds, closing
-        self._storage: RDBStorage | None = None
 
     def address(self, study: str) -> str:
         """The URL without its password."""
-        url = self._url.set(drivername="postgresql", password=None)
+        url = self.url.set(drivername="postgresql", password=None)
         return url.difference_update_query(["password", "connect_timeout"]).render_as_string()
 
     def storage(self, study: str) -> BaseStorage:
@@ -115,24 +111,25 @@ class Database:
         Raises:
             InputError: the database refuses.
         """
-        if self._storage is None:
+        if not self.opened:
             # Tables that two workers make at the same moment break one of them. They are one for all studies.
             with self._locked(_key("None/tables")), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # heartbeats are called experimental
                 try:
-                    self._storage = self._open()
+                    storage = self._open()
                 except Exception as error:  # no right to make tables, tables of another version: any library's
                     raise InputError(f"{self.name}: cannot hold a study ({_said(error)})") from None
-            self._closing.callback(self._storage.engine.dispose)
-        return self._storage
+            self.closing.callback(storage.engine.dispose)
+            self.opened.append(storage)
+        return self.opened[0]
 
     def _open(self) -> RDBStorage:
         make = partial(
             RDBStorage,
-            self._url.render_as_string(hide_password=False),
+            self.url.render_as_string(hide_password=False),
             engine_kwargs={"pool_pre_ping": True},
-            heartbeat_interval=self._heartbeat_seconds,
-            grace_period=MISSED_HEARTBEATS * self._heartbeat_seconds,
+            heartbeat_interval=self.heartbeat_seconds,
+            grace_period=MISSED_HEARTBEATS * self.heartbeat_seconds,
         )
         try:
             return make()
@@ -165,7 +162,7 @@ class Database:
             time.sleep(POLL_S[1])
 
     def _key(self, purpose: str) -> int:
-        return _key(f"{self._study}/{purpose}")
+        return _key(f"{self.study}/{purpose}")
 
     @contextmanager
     def _locked(self, key: int, wait_word: str = "") -> Iterator[None]:
@@ -182,7 +179,7 @@ class Database:
             self._ask("pg_advisory_unlock", key)
 
     def _ask(self, function: str, key: int) -> bool:
-        return bool(self._connection.scalar(sqlalchemy.text(f"SELECT {function}(:key)"), {"key": key}))
+        return bool(self.connection.scalar(sqlalchemy.text(f"SELECT {function}(:key)"), {"key": key}))
 
 
 Place = Folder | Database

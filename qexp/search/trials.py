@@ -1,7 +1,7 @@
 """The trials of a worker: quantize as a trial's parameters say, and measure what the search looks at.
 
-Only validation images are looked at. setup.py makes the `Bench`, which all trials of a worker use; the queue of
-study.py gives the trials and keeps what they find; each trial has a run in MLflow (tracking/search_runs.py).
+Only validation images are looked at. setup.py makes the `Bench`, which all trials of a worker use; queue.py gives
+the trials and keeps what they find; each trial has a run in MLflow (tracking/search_runs.py).
 """
 
 import statistics
@@ -23,21 +23,10 @@ from qexp.measurement.latency import AGAIN, LatencyRow, Run, measure_latency
 from qexp.models.classifier import Classifier
 from qexp.progress import say
 from qexp.quantization import QuantizedModel, quantize_model
+from qexp.search import queue
 from qexp.search.conclusion import pack
 from qexp.search.results import SearchPoint
-from qexp.search.study import (
-    Params,
-    Study,
-    alive,
-    fail,
-    finish,
-    give_back,
-    known_point,
-    open_trials,
-    suggest,
-    take_trial,
-    worker_name,
-)
+from qexp.search.study import Params, Study, known_point
 from qexp.tracking import runs as tracking
 from qexp.tracking import search_runs
 
@@ -68,10 +57,10 @@ def do_trials(study: Study, bench: Bench) -> None:
     """Return when no trial of the study waits or runs: one whose worker dies comes back to the queue."""
     waiting = False
     while True:
-        if trial := take_trial(study, _end_run_of_dead_worker):
+        if trial := queue.take_trial(study, _end_run_of_dead_worker):
             do_trial(study, bench, trial)
             waiting = False
-        elif left := open_trials(study):
+        elif left := queue.open_trials(study):
             if not waiting:
                 say(f"no trial is waiting; {left} running on other workers (repeated here if one dies)")
             waiting = True
@@ -85,8 +74,8 @@ def do_trial(study: Study, bench: Bench, trial: optuna.Trial) -> None:
     next one; whatever else fails ends the worker, and the trial is done again."""
     failed = False
     try:
-        params = suggest(study, trial)
-        with alive(study, trial), tracking.start_run(f"trial-{trial.number:03d}", _in_words(params)) as run_id:
+        params = queue.suggest(study, trial)
+        with queue.alive(study, trial), tracking.start_run(f"trial-{trial.number:03d}", _in_words(params)) as run_id:
             trial.set_user_attr("run_id", run_id)
             with search_runs.logging_params(run_id, _params_of_run(bench, params)):
                 try:
@@ -97,12 +86,12 @@ def do_trial(study: Study, bench: Bench, trial: optuna.Trial) -> None:
             search_runs.log_trial(run_id, _metrics(point), point.top1_by_seed_percent, bench.config.seed)
     except BaseException as error:
         if not failed or not isinstance(error, Exception):
-            give_back(study, trial)
+            queue.give_back(study, trial)
             raise
         say(f"trial {trial.number}: {_in_words(params)} failed: {first_line(error)}")
-        fail(study, trial, f"{type(error).__name__}: {error}"[:500])
+        queue.fail(study, trial, f"{type(error).__name__}: {error}"[:500])
         return
-    if finish(study, trial, point):
+    if queue.finish(study, trial, point):
         say(f"trial {trial.number}: {_in_words(params)}: {_found(point)}")
     else:
         search_runs.end_as_killed(run_id, "missed heartbeats: the trial was given to another worker")
@@ -189,7 +178,7 @@ def _params_of_run(bench: Bench, params: Params) -> dict[str, object]:
     quantize = options_for(bench.config.quantize, bench.order, params)
     flat = flat_params(bench.config.model_copy(update={"quantize": quantize}))
     named = {name: value for name, value in flat.items() if name.startswith("quantize.")}
-    return named | {"fp32_layers": params["fp32_layers"], "worker": worker_name()}
+    return named | {"fp32_layers": params["fp32_layers"], "worker": queue.worker_name()}
 
 
 def _metrics(point: SearchPoint) -> dict[str, float]:

@@ -18,23 +18,20 @@ from postgres import start_postgres
 
 from qexp.config import Config, SearchConfig
 from qexp.errors import InputError, hide_passwords
-from qexp.search.results import SearchPoint
-from qexp.search.storage import open_place
-from qexp.search.study import (
+from qexp.search.queue import (
     MOST_DEATHS,
-    Study,
     alive,
     fail,
     failures,
-    find_study,
     finish,
     give_back,
-    make_study,
     open_trials,
-    points_of,
     suggest,
     take_trial,
 )
+from qexp.search.results import SearchPoint
+from qexp.search.storage import open_place
+from qexp.search.study import Study, find_study, make_study, points_of
 
 
 @pytest.fixture(scope="module")
