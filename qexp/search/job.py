@@ -72,7 +72,7 @@ def _conclude(study: Study, bench: Bench) -> SearchResult:
         first = f"{failed[0]}; another --study begins anew"
         raise StageError(f"study {study.name}: all {len(failed)} trials failed, the first with {first}")
     say(f"study {study.name}: all trials are done, {len(points)} completed, {len(failed)} failed")
-    result = conclude(study.name, search.objective, points, bench.top1_percent, images)
+    result = conclude(study.name, search.objective, points, bench.fp32_top1_percent, images)
     if search.objective == "top1+latency":
         result = replace(result, latency_batch_size=search.latency_batch_size, fp32_cost=bench.fp32_p50_ms)
     elif search.objective == "top1+size":

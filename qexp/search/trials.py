@@ -38,8 +38,8 @@ WAIT_S = 1.0  # between two looks at what other workers are at
 class Bench:
     """What all trials of a worker use: nothing here is made or read again for a trial.
 
-    `order` has the layers that go back to fp32, most sensitive first; `fp32_p50_ms` is what speed-ups of trials turn
-    into ms with, None where no trial is timed.
+    `model` is the fp32 model, with its top-1 on the validation images. `order` has the layers that go back to fp32,
+    most sensitive first. `fp32_p50_ms` turns the speed-ups of trials into ms; None where no trial is timed.
     """
 
     config: Config
@@ -48,7 +48,7 @@ class Bench:
     model: Classifier
     model_uri: str
     model_bytes: int
-    top1_percent: float
+    fp32_top1_percent: float
     order: tuple[str, ...]
     fp32_p50_ms: float | None
 
