@@ -102,8 +102,8 @@ class Database:
 
     def address(self, study: str) -> str:
         """The URL without its password."""
-        url = self.url.set(drivername="postgresql", password=None)
-        return url.difference_update_query(["password", "connect_timeout"]).render_as_string()
+        url = self.url.difference_update_query(["password", "connect_timeout"])
+        return url._replace(drivername="postgresql", password=None).render_as_string()
 
     def storage(self, study: str) -> BaseStorage:
         """Optuna's storage, the same one each time.

@@ -292,6 +292,17 @@ def test_refused_storage(url: str, words: list[str]) -> None:
     assert "secret@" not in message and "ret@" not in message and "\n" not in message
 
 
+def test_the_address_of_a_study_has_no_password(postgres: str, tmp_path: Path) -> None:
+    user, _, host = postgres.removeprefix("postgresql://").partition("@")
+    name, _, password = user.partition(":")
+    assert name and password
+    for url in (postgres, f"postgresql://{name}@{host}?password={password}"):
+        with open_place(SearchConfig(storage=url, study="a")) as place:
+            assert place.address("a") == f"postgresql://{name}@{host}"
+    with open_place(SearchConfig(study_dir=str(tmp_path))) as place:
+        assert place.address("a") == str(tmp_path / "a.journal")
+
+
 def test_several_workers_need_a_name(postgres: str) -> None:
     with pytest.raises(InputError, match="--study NAME"), open_place(SearchConfig(storage=postgres)):
         pass
