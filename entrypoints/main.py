@@ -16,7 +16,7 @@ def main(
     """
     from qexp.pipeline.jobs import run_main
 
-    return run_main(config, given_or_none(model_uri), given_or_none(resume), overrides)
+    return run_main(config, given_or_none(model_uri), given_or_none(resume), overrides, ["-m", __spec__.name])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ TopK = Annotated[
 @with_options("threads")
 def predict(config: Config, *, uri: Uri, images: Images, top_k: TopK = "3") -> dict[str, Any]:
     """Print the most likely classes of image files, and their probabilities, by a registered version, fp32 or int8."""
-    from qexp.pipeline.prediction import run_predict
+    from qexp.pipeline.predict import run_predict
 
     if not (top_k.isdecimal() and int(top_k)):
         raise InputError(f"--top-k {top_k}: must be a whole number, at least 1")

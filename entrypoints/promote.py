@@ -16,7 +16,7 @@ Force = Annotated[str, typer.Option(help="move the alias even if rejected; recor
 def promote(config: Config, *, name: Name, version: Number = "auto", force: Force = "auto") -> dict[str, Any]:
     """Make an int8 version `champion` if it passes the gate and is shown to be better than the present one, and not
     to be worse by more than margins, measured side by side."""
-    from qexp.pipeline.promotion import run_promote
+    from qexp.pipeline.promote import run_promote
 
     return run_promote(config, name, given_or_none(version), is_true("--force", force))
 

@@ -11,7 +11,7 @@ def train(config: Config, *, resume: Resume = "auto", overrides: Overrides) -> d
     """Train a classifier, measure it in fp32 and register it."""
     from qexp.pipeline.jobs import run_train
 
-    return run_train(config, given_or_none(resume), overrides)
+    return run_train(config, given_or_none(resume), overrides, ["-m", __spec__.name])
 
 
 if __name__ == "__main__":

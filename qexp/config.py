@@ -309,6 +309,10 @@ class Config(BaseModel):
     gate: GateConfig = GateConfig()
     search: SearchConfig = SearchConfig()
 
+    def with_training(self, options: dict[str, Any]) -> "Config":
+        """This configuration with these options of training."""
+        return self.model_copy(update={"train": self.train.model_copy(update=options)})
+
 
 def option_name(section: str, key: str) -> str:
     """The command line's name of a field, with underscores: its key, unless two sections have the same key; empty for

@@ -34,8 +34,8 @@ BARE = (
     "sqlalchemy.dialects.sqlite",
 )  # fmt: skip
 WITH_QEXP = (
-    *BARE, "qexp.pipeline.jobs", "qexp.search", "qexp.pipeline.prediction", "qexp.pipeline.promotion",
-    "qexp.pipeline.sync", "qexp.pipeline.verification",
+    *BARE, "qexp.pipeline.jobs", "qexp.search", "qexp.pipeline.predict", "qexp.pipeline.promote",
+    "qexp.pipeline.verify",
     "qexp.models.vision", "matplotlib.figure", "sklearn.datasets", "torchvision.models",
     "torch.distributed.elastic.multiprocessing", "entrypoints.options",
 )  # fmt: skip

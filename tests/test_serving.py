@@ -26,7 +26,7 @@ from PIL import Image
 from qexp.config import QuantizeConfig
 from qexp.data.datasets import Dataset
 from qexp.measurement.accuracy import to_float
-from qexp.pipeline.prediction import predict_files
+from qexp.pipeline.predict import predict_files
 from qexp.quantization import quantize_model
 from qexp.tracking import registry
 

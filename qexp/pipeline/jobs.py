@@ -1,200 +1,286 @@
 """The commands of qexp: each calls the stages in order and returns what the last line on standard output shows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qexp.config import Config
-from qexp.data.datasets import Dataset
-from qexp.errors import StageError, StoreError
-from qexp.measurement.host import Host
-from qexp.pipeline import latency_stage as deciding
-from qexp.pipeline import loading as registered
-from qexp.pipeline import promotion, resumed, stages
-from qexp.pipeline import quantize_stage as quantizing
-from qexp.pipeline.quantize_stage import Int8
-from qexp.pipeline.setup import prepare, prepare_for_version, with_quantization_checked
+from qexp.errors import InputError, StageError, StoreError
+from qexp.pipeline import loading
+from qexp.pipeline.decide import decide
+from qexp.pipeline.job import Inputs, Job, has_stage, open_job, run_at_the_top
+from qexp.pipeline.measure import measure_bf16, time_versions
+from qexp.pipeline.promote import hold_against_champion, succeed
+from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sensitivity_images
+from qexp.pipeline.report import report
+from qexp.pipeline.setup import (
+    Overrides,
+    Setup,
+    config_of_run,
+    prepare,
+    prepare_for_version,
+    with_quantization_checked,
+)
+from qexp.pipeline.train import follow, train
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
-from qexp.report import claims
-from qexp.report.results import Evidence, Fp32Evidence
+from qexp.report.results import Bf16Evidence, Evidence, Int8Evidence, LatencyEvidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
+from qexp.tracking.job_folder import LAUNCHER_LOCK
+from qexp.tracking.results import Fp32
 from qexp.tracking.store import use_store
+from qexp.tracking.uploads import TrainingLog, upload_answer, upload_decision
 from qexp.training import launch
-from qexp.training.checkpoint import LAUNCHER_LOCK, lock_of, remove_checkpoints
 from qexp.training.distributed import read_group
-from qexp.training.train import train_model
 
 Summary = dict[str, Any]
-Overrides = dict[str, dict[str, Any]]
 
 
 def run_main(
-    config: Config, model_uri: str | None = None, resume: str | None = None, overrides: Overrides | None = None
+    config: Config,
+    model_uri: str | None = None,
+    resume: str | None = None,
+    overrides: Overrides | None = None,
+    command: Sequence[str] = (),
 ) -> Summary | None:
     """Train (or take the registered fp32 version `model_uri`), quantize, measure, gate, report.
 
-    With `resume`, go on with that run of this function, as it was started but for the options in `overrides` (section,
-    key, text) that may change. None where other processes have done the work (`processes`).
+    With `resume`, that run of this function is resumed, as it was started but for the options in `overrides` (section,
+    key, text) that may change. `command` is what Python is to run for several training processes. None where other
+    processes have done the work.
     """
     if resume:
         use_store()
         model_uri = model_uri or tracking.find_run(resume).data.tags.get("qexp.model_uri")
-        config = resumed.config_of_run(overrides or {}, resume, "run")
-    config, host, dataset = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
-    config = with_quantization_checked(config, dataset)
+        config = config_of_run(overrides or {}, resume, "run")
+    setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
+    config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     name, note = "main", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
-    trained = resume is not None and resumed.has_trained(resume)
-    if model_uri or trained:
+    if model_uri or (resume and has_stage(resume, f"train-{config.model}")):
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
             return None
-    elif _hand_over("main", config, host, dataset, name, note, resume):
+    elif _trained_by_others(setup, name, note, resume, command):
         return None
-    with lock_of(resume), tracking.start_run(name, note, resume) as run_id, lock_of(None if resume else run_id):
-        tracking.log_setup(config, host)
-        tracking.log_datasets(dataset, stages.SPLITS)
-        fp32 = _fp32_of_main(config, host, dataset, model_uri, run_id)
-        if not model_uri:  # of which config.yaml says how it was trained
-            config = stages.with_execution(config, fp32.evidence.train.execution)
-            tracking.log_setup(config, host)
-        evidence, report_uri = quantize_to_report(config, host, dataset, fp32, run_id)
-        tracking.log_metrics({f"headline/{name}": value for name, value in evidence.headline.items()})
-        found: dict[str, str] = {"verdict": evidence.verdict.word, "gate": evidence.gate.word}
-        found |= {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
-        for name, value in found.items():
-            tracking.set_tag(f"qexp.{name}", value)
-        tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
-    remove_checkpoints(run_id)
-    return _summary("run", run_id, evidence, report_uri)
+    with open_job(host, config, name, note, resume) as job:
+        if model_uri:
+            fp32 = loading.fp32_from_registry(model_uri, dataset)
+            tracking.set_tag("qexp.model_uri", fp32.version.uri)  # an alias may have moved when the run is resumed
+        else:
+            fp32 = train_stage(job, setup)
+            setup = setup._replace(config=config.with_training(fp32.evidence.train.execution))
+            tracking.log_setup(setup.config, host)  # which now says how the model was trained
+        done = quantize_to_report(job, setup, fp32)
+        upload_answer(done.evidence)
+    return _summary("run", str(job.run_id), done)
 
 
-def _fp32_of_main(config: Config, host: Host, dataset: Dataset, model_uri: str | None, run_id: str) -> stages.Fp32:
-    """The version given, the one that this run has trained before it was stopped, or a new one."""
-    training = resumed.training_below(run_id)
-    if model_uri:
-        fp32 = registered.fp32_from_registry(model_uri, dataset)
-        tracking.set_tag("qexp.model_uri", fp32.version.uri)  # an alias may have moved when the run goes on
-        return fp32
-    if training and training.info.status == "FINISHED":
-        evidence = tracking.read_result(Fp32Evidence, training.info.run_id, "fp32")
-        return registered.fp32_from_registry(evidence.version_uri, dataset)
-    return stages.train_stage(config, host, dataset, training.info.run_id if training else None)
-
-
-def _hand_over(
-    command: str, config: Config, host: Host, dataset: Dataset, name: str, note: str, resume: str | None
-) -> bool:
-    """Whether this process has nothing else to do: other processes did the work, or it only follows their leader."""
-    if not launch.is_worker():
-        if config.train.processes == 1:
+def _trained_by_others(setup: Setup, name: str, note: str, resume: str | None, command: Sequence[str]) -> bool:
+    """Whether this process has nothing else to do: other processes do the work, or it only follows their leader."""
+    config = setup.config
+    if launch.is_worker():
+        if read_group().leads:
             return False
-        with lock_of(resume, LAUNCHER_LOCK), tracking.start_run(name, note, resume) as run_id:
-            tracking.log_setup(config, host)
-            try:
-                launch.run_workers(command, config, run_id, resume)
-            finally:  # a process that was killed could not
-                tracking.end_open_runs(tracking.children_of(run_id), "FAILED")
+        follow(config, setup.dataset)
         return True
-    if read_group().leads:
+    if config.train.processes == 1:
         return False
-    model = stages.fresh_classifier(config, dataset)
-    train_model(model, dataset, config.train, config.seed, lambda epoch: None, Path("checkpoints"))
+    if not command:
+        raise InputError(f"--processes {config.train.processes}: only the command line starts several processes")
+    with run_at_the_top(name, note, resume, LAUNCHER_LOCK) as run_id:
+        tracking.log_setup(config, setup.host)
+        again = ["--resume", resume] if resume else None
+        if again and name == "main" and config.output_dir:
+            again += ["--output-dir", config.output_dir]
+        try:
+            launch.run_workers(command, config, {"MLFLOW_RUN_ID": run_id}, again)
+        finally:  # a process that was killed could not
+            tracking.end_open_runs(tracking.children_of(run_id), "FAILED")
     return True
 
 
-def quantize_to_report(
-    config: Config, host: Host, dataset: Dataset, fp32: stages.Fp32, parent_run_id: str | None = None
-) -> tuple[Evidence, str]:
-    """Everything that follows an fp32 model; the evidence and the URI of the report."""
-    done = [registered.int8_of_run(run) for run in resumed.quantized_below(parent_run_id)] if parent_run_id else []
-    sensitivity = resumed.sensitivity_below(parent_run_id) if parent_run_id else None
-    int8s, failed = quantize_all(config, host, dataset, fp32, done, sensitivity)
-    engines = {int8.version: int8.evidence.quantize.engine for int8 in int8s}
-    bf16 = deciding.measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"])
-    latency = deciding.latency_stage(config, host, fp32.version, engines, bf16)
-    evidence = deciding.gate_stage(config, fp32, int8s, latency, failed)
+def train_stage(job: Job, setup: Setup, resume: str | None = None) -> Fp32:
+    """An fp32 version of the registry, trained now, or before the job was stopped. Without a run of the job, it is the
+    run `resume` that goes on, if one is named."""
+    config, host, dataset = setup
+    log = TrainingLog(config, host)
+    name = f"train-{config.model}"
+    return job.stage(
+        name,
+        f"Training of {config.model} on {dataset.name}.",
+        config,
+        lambda folder: train(config, host, dataset, folder, log.settled, log.epoch),
+        read=lambda run_id: loading.fp32_of_run(run_id, dataset),
+        inputs=Inputs(dataset),
+        resume=resume or job.unfinished(name),
+    )
+
+
+@dataclass(frozen=True)
+class Reported:
+    """The answer of a job, and the URI of the page that gives it."""
+
+    evidence: Evidence
+    report_uri: str
+
+
+def quantize_to_report(job: Job, setup: Setup, fp32: Fp32) -> Reported:
+    """Everything that follows an fp32 model: quantize, measure, decide, report, and last of all the alias."""
+    quantized = quantize_all(job, setup, fp32)
+    config, host, dataset = setup
+    latency = latency_stage(
+        job,
+        setup.config,
+        fp32.version.uri,
+        {int8.version_uri: int8.quantize.engine for int8 in quantized.int8s},
+        lambda: measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"]),
+    )
+    evidence = decide(config, fp32.evidence, quantized.int8s, latency, quantized.failed)
+    upload_decision(evidence)
     while True:
-        judged, champion = promotion.hold_against_champion(config, host, dataset, evidence)
-        report_uri = stages.report_stage(config, host, judged, parent_run_id)
+        judged = hold_against_champion(job, setup, evidence)
+        report_uri = report_stage(job, config, judged)
         # The alias moves last: a job that fails on its way moves none.
-        if not judged.champion or promotion.succeed(judged.int8.version_uri, champion):
-            return judged, report_uri
+        if not judged.champion or succeed(judged.int8.version_uri, judged.before_uri):
+            return Reported(judged, report_uri)
         say("another version has become champion meanwhile: comparing with that one")
 
 
-def quantize_all(
-    config: Config,
-    host: Host,
-    dataset: Dataset,
-    fp32: stages.Fp32,
-    done: Sequence[Int8] = (),
-    sensitivity: SensitivityResult | None = None,
-) -> tuple[list[Int8], dict[str, str]]:
-    """An int8 version with each engine of `config`, those of `done` included, and why engines have failed, if others
-    have not.
+@dataclass(frozen=True)
+class Quantized:
+    """An int8 version with each engine that could quantize the model, and why the others could not."""
 
-    `sensitivity` is what was measured before this run was stopped.
+    int8s: list[Int8Evidence]
+    failed: dict[str, str]
+
+
+def quantize_all(job: Job, setup: Setup, fp32: Fp32) -> Quantized:
+    """Quantize with each engine of the configuration.
 
     Raises:
         StageError: no engine could quantize the model.
     """
-    int8s, failed = {int8.evidence.quantize.engine: int8 for int8 in done}, dict[str, str]()
-    left = [engine for engine in config.quantize.engine if engine not in int8s]
-    if left and sensitivity is None:
-        sensitivity = quantizing.sensitivity_stage(config, host, dataset, fp32)
-    for engine in left:
-        options = config.model_copy(update={"quantize": config.quantize.only(engine)})
+    sensitivity = sensitivity_stage(job, setup, fp32)
+    int8s, failed = list[Int8Evidence](), dict[str, str]()
+    engines = setup.config.quantize.engine
+    for engine in engines:
         try:
-            int8s[engine] = quantizing.quantize_stage(options, host, dataset, fp32, sensitivity)
+            int8s.append(quantize_stage(job, setup, fp32, engine, sensitivity))
         except StoreError:
             raise
         except StageError as error:
-            if engine == config.quantize.engine[-1] and not int8s:
+            if engine == engines[-1] and not int8s:
                 raise
             say(f"continuing without engine {engine}: {error}")
             failed[engine] = str(error)
-    return [int8s[engine] for engine in config.quantize.engine if engine in int8s], failed
+    return Quantized(int8s, failed)
 
 
-def run_train(config: Config, resume: str | None = None, overrides: Overrides | None = None) -> Summary | None:
-    """Train and register an fp32 version. `resume`, `overrides` and None are as in `run_main`."""
+def sensitivity_stage(job: Job, setup: Setup, fp32: Fp32) -> SensitivityResult | None:
+    """What each layer costs in int8; None where nobody asks for it."""
+    config, host, dataset = setup
+    if not sensitivity_images(config):
+        return None
+    return job.stage(
+        f"sensitivity-{config.model}",
+        f"Layer by layer: `{fp32.version.uri}` in int8.",
+        config,
+        lambda folder: find_sensitivity(config, host, dataset, fp32),
+        read=lambda run_id: tracking.read_result(SensitivityResult, run_id, "sensitivity"),
+    )
+
+
+def quantize_stage(
+    job: Job, setup: Setup, fp32: Fp32, engine: str, sensitivity: SensitivityResult | None
+) -> Int8Evidence:
+    """An int8 version of the registry, made with one engine."""
+    config = setup.config.model_copy(update={"quantize": setup.config.quantize.only(engine)})
+    subset, digest = calibration(config, setup.dataset)
+    return job.stage(
+        f"quantize-{engine}-{len(subset)}",
+        f"Quantization of `{fp32.version.uri}`.",
+        config,
+        lambda folder: quantize(config, setup.host, setup.dataset, fp32, sensitivity),
+        read=loading.int8_of_run,
+        inputs=Inputs(setup.dataset, calibration=(subset, digest)),
+    )
+
+
+def latency_stage(job: Job, config: Config, fp32_uri: str, engines: dict[str, str], bf16: Any) -> LatencyEvidence:
+    """The times of registered versions; `engines` has the engine of each int8 version by its URI."""
+
+    def work(folder: Path) -> LatencyEvidence:
+        found: Bf16Evidence | None = bf16()
+        with loading.local_files(fp32_uri, *engines) as files:
+            environment = registry.child_environment(job.host.threads)
+            return time_versions(config, job.host, files, engines, found, environment)
+
+    uris = ", ".join(f"`{uri}`" for uri in (fp32_uri, *engines))
+    return job.stage(
+        f"latency-{config.model}",
+        f"Latency of {uris}.",
+        config,
+        work,
+        read=lambda run_id: tracking.read_result(LatencyEvidence, run_id, "latency"),
+        holds=lambda found: set(found.contenders) == set(engines),
+    )
+
+
+def report_stage(job: Job, config: Config, evidence: Evidence) -> str:
+    """The URI of the report's page. It is always written anew: what it says of the champion may have changed."""
+    return job.stage(
+        "report",
+        f"Report on `{evidence.int8.version_uri}`: see the artifacts.",
+        config,
+        lambda folder: report(evidence, folder, config.output_dir),
+        read=str,
+        holds=None,
+    )
+
+
+def run_train(
+    config: Config, resume: str | None = None, overrides: Overrides | None = None, command: Sequence[str] = ()
+) -> Summary | None:
+    """Train and register an fp32 version. `resume`, `overrides`, `command` and None are as in `run_main`."""
     if resume:
         use_store()
-        config = resumed.config_of_run(overrides or {}, resume, "train")
-    config, host, dataset = prepare(config, None, resume=resume)
-    name, note = f"train-{config.model}", f"Training of {config.model} on {dataset.name}."
-    if _hand_over("train", config, host, dataset, name, note, resume):
+        config = config_of_run(overrides or {}, resume, "train")
+    setup = prepare(config, None, resume=resume)
+    name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {setup.dataset.name}."
+    if _trained_by_others(setup, name, note, resume, command):
         return None
-    fp32 = stages.train_stage(config, host, dataset, resume)
+    fp32 = train_stage(Job(setup.host), setup, resume)
     top1 = fp32.evidence.accuracy["test"].top1_percent
-    uri, seen = fp32.version.uri, dataset.duplicates.test_images_seen
+    uri, seen = fp32.version.uri, setup.dataset.duplicates.test_images_seen
     found = {"fp32": uri, "fp32_top1_percent": top1, "test_images_also_in_training": seen}
     return {"command": "train", "run_id": fp32.version.run_id, **found}
 
 
 def run_quantize(config: Config, model_uri: str) -> Summary:
     """Quantize the registered fp32 version `model_uri` and register the int8 version."""
-    config, host, dataset = prepare(config, model_uri)
-    config = with_quantization_checked(config, dataset)
-    fp32 = registered.fp32_from_registry(model_uri, dataset)
-    int8s, failed = quantize_all(config, host, dataset, fp32)
-    for int8 in int8s:
-        registry.make_challenger(int8.version)
-    found = [_figures_of(fp32, int8) for int8 in int8s]
+    setup = prepare(config, model_uri)
+    setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
+    fp32 = loading.fp32_from_registry(model_uri, setup.dataset)
+    quantized = quantize_all(Job(setup.host), setup, fp32)
+    versions = [registry.from_entity(registry.find_version(int8.version_uri, "int8")) for int8 in quantized.int8s]
+    for version in versions:
+        registry.make_challenger(version)
+    found = [_figures_of(fp32, int8) for int8 in quantized.int8s]
     more: Summary = {"versions": found} if len(found) > 1 else {}
-    more |= {"failed_engines": failed} if failed else {}
-    more["test_images_also_in_training"] = dataset.duplicates.test_images_seen
-    return {"command": "quantize", "run_id": int8s[0].version.run_id, "fp32": fp32.version.uri, **found[0], **more}
+    more |= {"failed_engines": quantized.failed} if quantized.failed else {}
+    more["test_images_also_in_training"] = setup.dataset.duplicates.test_images_seen
+    return {"command": "quantize", "run_id": versions[0].run_id, "fp32": fp32.version.uri, **found[0], **more}
 
 
-def _figures_of(fp32: stages.Fp32, int8: Int8) -> Summary:
+def _figures_of(fp32: Fp32, int8: Int8Evidence) -> Summary:
     return {
-        "int8": int8.version.uri,
-        "engine": int8.evidence.quantize.engine,
-        "int8_top1_percent": int8.evidence.accuracy["test"].top1_percent,
-        "top1_drop_points": int8.evidence.comparison["test"].top1_drop_points,
-        "size_ratio": fp32.version.size_bytes / int8.version.size_bytes,
+        "int8": int8.version_uri,
+        "engine": int8.quantize.engine,
+        "int8_top1_percent": int8.accuracy["test"].top1_percent,
+        "top1_drop_points": int8.comparison["test"].top1_drop_points,
+        "size_ratio": fp32.version.size_bytes / int8.size_bytes,
     }
 
 
@@ -202,15 +288,15 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     """Time the registered int8 version `model_uri` against the fp32 version that it came from."""
     config, host = prepare_for_version(config, model_uri)
     int8 = registry.find_version(model_uri, "int8")
-    fp32 = registry.find_version(int8.tags["fp32_uri"], "fp32")
-    version = registry.from_entity(int8)
-    bf16 = registered.bf16_of(int8.tags)  # timing does not change its accuracy
-    evidence = deciding.latency_stage(config, host, registry.from_entity(fp32), {version: int8.tags["engine"]}, bf16)
-    name = evidence.name_of(version.uri)
-    result, floats = evidence.latency, deciding.fair_floats(config.gate.of(version.name), evidence)
+    uri = registry.from_entity(int8).uri
+    # Timing does not change the accuracy of bf16.
+    bf16 = partial(loading.bf16_of, int8.tags)
+    evidence = latency_stage(Job(host), config, int8.tags["fp32_uri"], {uri: int8.tags["engine"]}, bf16)
+    name = evidence.name_of(uri)
+    result, floats = evidence.latency, evidence.fair_floats(config.gate.of(int8.name))
     over_fp32 = {str(row.batch_size): row.speedups[name].median for row in result.rows}
     over_floats = {str(found.batch_size): found.ratio.median for found in result.speedups(name, floats)}
-    uris = {"fp32": evidence.fp32_uri, "int8": version.uri}
+    uris = {"fp32": evidence.fp32_uri, "int8": uri}
     times = {"speedup_by_batch_size": over_floats, "speedup_over_fp32_by_batch_size": over_fp32}
     good_enough = {"shortcomings": list(result.shortcomings)} if result.shortcomings else {}
     return {"command": "latency", "run_id": evidence.run_id, **uris, **times, **good_enough}
@@ -219,13 +305,14 @@ def run_latency(config: Config, model_uri: str) -> Summary:
 def run_report(config: Config, model_uri: str) -> Summary:
     """Write the report on the registered int8 version `model_uri` from what its runs have logged."""
     config, host = prepare_for_version(config, model_uri)
-    evidence = registered.evidence_of_version(config, model_uri)
-    report_uri = stages.report_stage(config, host, evidence)
-    return _summary("report", report_uri.split("/")[1], evidence, report_uri)
+    evidence = loading.evidence_of_version(config, model_uri)
+    done = Reported(evidence, report_stage(Job(host), config, evidence))
+    return _summary("report", done.report_uri.split("/")[1], done)
 
 
-def _summary(command: str, run_id: str, evidence: Evidence, report_uri: str) -> Summary:
-    uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": report_uri}
+def _summary(command: str, run_id: str, done: Reported) -> Summary:
+    evidence = done.evidence
+    uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": done.report_uri}
     engine = {"engine": evidence.int8.quantize.engine}
     found = evidence.decision | evidence.headline | evidence.images_seen_before
     return {"command": command, "run_id": run_id, **uris, **engine, **found}

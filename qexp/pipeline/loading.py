@@ -1,21 +1,30 @@
-"""Models that are in the registry already, as the stages need them: configuration, fp32 model, evidence."""
+"""Models that are in the registry already, as the stages need them: configuration, model, files, results."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
 
 from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.data.datasets import Dataset
-from qexp.errors import InputError
+from qexp.errors import InputError, StageError, first_line
+from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.gate import Succession
 from qexp.models.classifier import load_classifier
-from qexp.pipeline.latency_stage import decide, fair_floats
-from qexp.pipeline.quantize_stage import Int8
-from qexp.pipeline.stages import SPLITS, Fp32, evaluate_splits
+from qexp.pipeline.decide import judge
+from qexp.pipeline.measure import SPLITS, LocalVersions, predict_splits
 from qexp.progress import say
-from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
+from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.aliases import CHAMPION, version_with
-from qexp.tracking.store import uri_of
+from qexp.tracking.integrity import checked_copy, copy_files
+from qexp.tracking.outage import store_errors
+from qexp.tracking.results import Fp32
+from qexp.tracking.store import ModelVersion, uri_of
 
 
 def config_of_version(config: Config, uri: str, kind: str) -> Config:
@@ -66,15 +75,22 @@ def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPL
         model = load_classifier(file)
     evidence = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
     # Those of the data at hand: an earlier version has not counted them.
-    evidence = replace(evidence, data=replace(evidence.data, duplicates=dataset.duplicates))
-    logits, _ = evaluate_splits(model, dataset, "fp32", splits)
-    return Fp32(model, registry.from_entity(found), evidence, logits)
+    data = replace(evidence.data, duplicates=dataset.duplicates)
+    version = registry.from_entity(found)
+    evidence = replace(evidence, data=data, verified=version.verified)
+    return Fp32(model, version, evidence, predict_splits(model, dataset, "fp32", splits))
 
 
-def int8_of_run(run_id: str) -> Int8:
-    """The version that a run of the quantization stage has registered."""
-    evidence = tracking.read_result(Int8Evidence, run_id, "int8")
-    return Int8(registry.from_entity(registry.find_version(evidence.version_uri, "int8")), evidence)
+def fp32_of_run(run_id: str, dataset: Dataset) -> Fp32:
+    """The version that a run has trained."""
+    return fp32_from_registry(tracking.read_result(Fp32Evidence, run_id, "fp32").version_uri, dataset)
+
+
+def int8_of_run(run_id: str) -> Int8Evidence:
+    """What a run of quantization has found, with the version that it has registered."""
+    found = tracking.read_result(Int8Evidence, run_id, "int8")
+    version = registry.find_version(found.version_uri, "int8")
+    return replace(found, verified=version.tags["verified"] == "true")
 
 
 def bf16_of(tags: dict[str, str]) -> Bf16Evidence | None:
@@ -88,6 +104,32 @@ def bf16_of(tags: dict[str, str]) -> Bf16Evidence | None:
         return None
 
 
+@contextmanager
+def local_files(fp32_uri: str, *int8_uris: str) -> Iterator[LocalVersions]:
+    """Copies of the files of registered versions, for as long as the block lasts: loading them asks no store."""
+    weights_uri = registry.find_version(fp32_uri, "fp32").tags["weights_uri"]
+    with tempfile.TemporaryDirectory() as name, tracking.downloaded(weights_uri) as weights:
+        with store_errors():
+            folders = {uri: str(copy_files(uri, Path(name))) for uri in (fp32_uri, *int8_uris)}
+        yield LocalVersions(fp32_uri, weights, folders)
+
+
+def logits_of_version(version: ModelVersion, dataset: Dataset) -> Tensor:
+    """Of the test images, from files that are those that were registered.
+
+    Raises:
+        StageError: the files are others, or do not load.
+    """
+    uri = uri_of(version)
+    registry.refuse_pickled(version)
+    with checked_copy(version) as files:
+        try:
+            model = registry.load_files(str(files), version.tags.get("backend"))
+        except Exception as error:  # files of another version of a library: any library's
+            raise StageError(f"{uri}: cannot be loaded ({first_line(error)})") from None
+        return predict_logits(model, dataset.test.images, label=f"{uri} on test images")
+
+
 def evidence_of_version(config: Config, uri: str) -> Evidence:
     """What the stages logged about a registered int8 version, held against the gate of `config`; no alias moves.
 
@@ -97,9 +139,10 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     found = registry.find_version(uri, "int8")
     if "latency_run_id" not in found.tags:
         raise InputError(f"--model-uri {uri}: its latency was not measured; run `qexp latency --model-uri {uri}` first")
-    fp32 = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
-    latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
     source = registry.find_version(found.tags["fp32_uri"], "fp32")
+    fp32 = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
+    fp32 = replace(fp32, verified=source.tags["verified"] == "true")
+    latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
     own = uri_of(found)
     judged = []
     for timed in sorted(latency.contenders, key=lambda other: other != own):  # the one that was asked for comes first
@@ -107,13 +150,10 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
             version = registry.find_version(timed, "int8")
         except InputError:  # one that was timed beside it has been deleted since: its times stay in the table
             continue
-        int8 = tracking.read_result(Int8Evidence, version.tags["quantize_run_id"], "int8")
-        verified = all(one.tags["verified"] == "true" for one in (source, version))
-        gate = decide(config, fp32, int8, latency, verified)
-        judged.append(Judged(int8, latency.name_of(timed), gate))
+        judged.append(judge(config, fp32, int8_of_run(version.tags["quantize_run_id"]), latency))
     champion = version_with(CHAMPION, found.name)
     now, before = uri_of(champion) if champion else None, found.tags.get("champion_kept", "none")
-    floats = fair_floats(config.gate.of(found.name), latency)
+    floats = latency.fair_floats(config.gate.of(found.name))
     if now == own or before == "none":
         return Evidence(fp32, tuple(judged), latency, now == own, floats)
     reason = found.tags.get("champion_kept_reason", found.tags["promotion_reason"])

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from qexp.config import GateConfig
 from qexp.data.duplicates import Duplicates
-from qexp.measurement.accuracy import Accuracy, Comparison
+from qexp.measurement.accuracy import Accuracy, Comparison, share_interval
 from qexp.measurement.cost import Cost
 from qexp.measurement.gate import GateResult, Succession
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult, Ratio, Speedup
+from qexp.measurement.sweep_models import BF16
 from qexp.measurement.verdict import Verdict, decide_verdict
 from qexp.models.contents import FileContents
 from qexp.quantization.budget import BudgetResult
@@ -45,7 +47,10 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Fp32Evidence:
-    """The trained model: registered version, size of its file there, accuracy by split (train, validation, test)."""
+    """The trained model: registered version, size of its file there, accuracy by split (train, validation, test).
+
+    `version_uri` is empty, and the size 0, until the model is registered. `verified`: it reloads bit for bit.
+    """
 
     model: str
     seed: int
@@ -55,6 +60,7 @@ class Fp32Evidence:
     train: TrainResult
     accuracy: dict[str, Accuracy]
     contents: FileContents | None = None
+    verified: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class BudgetCost:
 class Int8Evidence:
     """A quantized model, and its comparison with the fp32 model by split.
 
-    `fp32_cost` counts the fp32 model; `cost` the int8 model, which differs where a pool was folded away.
+    `version_uri`, `size_bytes` and `verified` are as in `Fp32Evidence`. `fp32_cost` counts the fp32 model; `cost` the
+    int8 model, which differs where a pool was folded away.
     """
 
     version_uri: str
@@ -89,6 +96,7 @@ class Int8Evidence:
     budget: BudgetResult | None = None
     budget_cost: BudgetCost | None = None
     contents: FileContents | None = None
+    verified: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,14 @@ class LatencyEvidence:
     def name_of(self, uri: str) -> str:
         """The model of the table that stands for an int8 version: with the kernels that `qexp.load` gives."""
         return self.contenders[uri][0]
+
+    def fair_floats(self, limits: GateConfig) -> tuple[str, ...]:
+        """What int8 is compared with: every model that is not int8, bf16 only if it keeps the limits on accuracy."""
+        found = self.bf16
+        accurate = found is not None and found.top1_drop_high_points <= limits.max_top1_drop
+        if found and accurate and limits.min_top1 is not None:
+            accurate = share_interval(found.accuracy.top1_percent, found.accuracy.images)[0] >= limits.min_top1
+        return tuple(name for name in self.floats if name != BF16 or accurate)
 
 
 @dataclass(frozen=True)

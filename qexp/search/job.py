@@ -10,7 +10,11 @@ from typing import Any
 
 from qexp.config import Config, QuantizeConfig
 from qexp.errors import InputError, StageError, hide_passwords
-from qexp.pipeline import jobs, loading, stages
+from qexp.pipeline import loading
+from qexp.pipeline.job import Job
+from qexp.pipeline.jobs import quantize_to_report
+from qexp.pipeline.report import copy_report
+from qexp.pipeline.setup import Setup
 from qexp.progress import say
 from qexp.search.conclusion import conclude
 from qexp.search.findings import log_findings, quantize_command, summary
@@ -103,13 +107,14 @@ def _register_once(study: Study, bench: Bench, result: SearchResult, run_id: str
     with study.place.exclusive("register", "another worker registers the winner; waiting for it"):
         earlier = study.note("registered")
         if earlier and earlier["made_with"] == made_with and registry.exists(earlier["done"]["int8"]):
-            stages.copy_report(bench.config, earlier["done"]["report"])
+            copy_report(earlier["done"]["report"], bench.config.output_dir)
             return dict(earlier["done"])
         search_runs.end_left_open(run_id, ("sensitivity", "quantize", "latency", "report"))
         config = bench.config.model_copy(update={"quantize": _options_of(study, bench, result)})
         fp32 = loading.fp32_from_registry(bench.model_uri, bench.dataset)
-        evidence, report_uri = jobs.quantize_to_report(config, bench.host, bench.dataset, fp32)
-        uris = {"int8": evidence.int8.version_uri, "report": report_uri}
+        found = quantize_to_report(Job(bench.host, run_id), Setup(config, bench.host, bench.dataset), fp32)
+        evidence = found.evidence
+        uris = {"int8": evidence.int8.version_uri, "report": found.report_uri}
         done = uris | evidence.decision | evidence.headline
         study.remember("registered", {"made_with": made_with, "done": done})
     return done

@@ -15,8 +15,11 @@ from qexp.errors import InputError
 from qexp.measurement.accuracy import measure_accuracy
 from qexp.measurement.host import Host
 from qexp.models.classifier import ModelSpec, outline
-from qexp.pipeline import loading, quantize_stage, stages
-from qexp.pipeline.setup import prepare, with_quantization_checked
+from qexp.pipeline import loading
+from qexp.pipeline.job import Job
+from qexp.pipeline.jobs import sensitivity_stage, train_stage
+from qexp.pipeline.quantize import BUDGET_IMAGES, warn_of_reduced_range
+from qexp.pipeline.setup import Setup, prepare, with_quantization_checked
 from qexp.progress import say
 from qexp.quantization.sensitivity import most_sensitive_first
 from qexp.search.storage import Place
@@ -24,6 +27,7 @@ from qexp.search.study import Study, find_study, make_study, search_space
 from qexp.search.trials import Bench, time_against_fp32
 from qexp.tracking import registry, search_runs
 from qexp.tracking import runs as tracking
+from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of
 
 # Options of quantization that the space varies, or that no trial looks at: they make no other study.
@@ -94,11 +98,11 @@ def _newest(config: Config) -> str | None:
 def set_up(ready: Ready, place: Place, run_id: str) -> tuple[Study, Bench]:
     """In the parent run: what the first worker makes and others find: model, study, order of layers, p50 of fp32."""
     config, host, dataset = ready.config, ready.host, ready.dataset
-    quantize_stage.warn_of_reduced_range(host)
+    warn_of_reduced_range(host)
     if ready.parent_run_id is None:
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, ("train", "validation"))
-    uri = ready.model_uri or stages.train_stage(config, host, dataset).version.uri
+    uri = ready.model_uri or train_stage(Job(host, run_id), Setup(config, host, dataset)).version.uri
     fp32 = loading.fp32_from_registry(uri, dataset, splits=("validation",))
     study = ready.study
     if study is None:
@@ -118,7 +122,7 @@ def set_up(ready: Ready, place: Place, run_id: str) -> tuple[Study, Bench]:
     return study, Bench(config, host, dataset, fp32.model, version.uri, version.size_bytes, top1, order, p50_ms)
 
 
-def _layer_order(study: Study, ready: Ready, fp32: stages.Fp32, run_id: str) -> tuple[str, ...]:
+def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[str, ...]:
     """Most sensitive first, the same for all workers; empty where no layer is to stay fp32."""
     if max(study.space["fp32_layers"]) == 0:
         return ()
@@ -126,9 +130,9 @@ def _layer_order(study: Study, ready: Ready, fp32: stages.Fp32, run_id: str) -> 
         return tuple(known)
     search_runs.end_left_open(run_id, RUNS_OF_SETUP)
     options = ready.config.quantize
-    wanted = {"sensitivity_images": options.sensitivity_images or quantize_stage.BUDGET_IMAGES}
+    wanted = {"sensitivity_images": options.sensitivity_images or BUDGET_IMAGES}
     config = ready.config.model_copy(update={"quantize": options.model_copy(update=wanted)})
-    found = quantize_stage.sensitivity_stage(config, ready.host, ready.dataset, fp32)
+    found = sensitivity_stage(Job(ready.host, run_id), Setup(config, ready.host, ready.dataset), fp32)
     assert found is not None
     order = most_sensitive_first(found)
     study.remember("layers_most_sensitive_first", list(order))

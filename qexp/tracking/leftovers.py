@@ -1,9 +1,14 @@
-"""What a run that did not come to its end has left in the registry, and in the artifact store: removed."""
+"""Models that could not be stored as a whole: what there is of them is removed, since nobody can use it.
 
-from collections.abc import Iterator
+A version of the registry is never removed here. One that a killed process has left without all its tags is found again
+by its run, and completed.
+"""
+
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 import mlflow
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -13,12 +18,18 @@ from qexp.tracking.outage import store_errors
 from qexp.tracking.store import is_missing, quickly
 
 
-def discard_versions(run_id: str) -> None:
-    """Delete versions, logged models and their files of a run that did not come to its end: others take their place."""
+def version_of_run(run_id: str, name: str) -> ModelVersion | None:
+    """The version of the registered model `name` that this run has made, complete or not."""
+    found = mlflow.MlflowClient().search_model_versions(f"run_id = '{run_id}'")
+    return next((version for version in found if version.name == name), None)
+
+
+def discard_unregistered(run_id: str, others: Collection[str] = ()) -> None:
+    """Delete logged models of a run, but for `others`, that never became a version, and their files."""
     client = mlflow.MlflowClient()
-    for found in client.search_model_versions(f"run_id = '{run_id}'"):
-        client.delete_model_version(found.name, found.version)
-    for model_id in _model_ids(client, run_id):
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    used = {version.model_id or str(version.source).removeprefix("models:/") for version in versions}
+    for model_id in _models_of(run_id) - used - set(others):
         try:
             location = client.get_logged_model(model_id).artifact_location
         except MlflowException as error:
@@ -30,28 +41,31 @@ def discard_versions(run_id: str) -> None:
         client.delete_logged_model(model_id)
 
 
+def _models_of(run_id: str) -> set[str]:
+    outputs = mlflow.MlflowClient().get_run(run_id).outputs
+    return {model.model_id for model in outputs.model_outputs} if outputs else set()
+
+
 @contextmanager
-def whole_or_nothing() -> Iterator[None]:
-    """A version that is registered in the active run in this block is there as a whole, or not at all.
+def version_or_nothing() -> Iterator[None]:
+    """A model that is registered in the active run in this block becomes a version, or leaves nothing in the store.
 
     Raises:
         StageError: it could not be stored, for instance on a full disk.
     """
+    active = mlflow.active_run()
+    assert active is not None
+    with store_errors():
+        before = _models_of(active.info.run_id)
     try:
         with store_errors():
             yield
     except BaseException as error:
-        if active := mlflow.active_run():
-            try:
-                with quickly():
-                    discard_versions(active.info.run_id)
-            except (MlflowException, OSError) as problem:  # `--resume` and `qexp sync` will try again
-                say(f"the partly stored model could not be removed ({first_line(problem)})")
+        try:
+            with quickly():
+                discard_unregistered(active.info.run_id, before)
+        except (MlflowException, OSError) as problem:  # `--resume` and `qexp sync` will try again
+            say(f"the partly stored model could not be removed ({first_line(problem)})")
         if isinstance(error, Exception) and not isinstance(error, StageError):  # torch has its own for a full disk
             raise StoreError(f"the model cannot be stored: {first_line(error)}") from error
         raise
-
-
-def _model_ids(client: mlflow.MlflowClient, run_id: str) -> list[str]:
-    outputs = client.get_run(run_id).outputs
-    return [model.model_id for model in outputs.model_outputs] if outputs else []

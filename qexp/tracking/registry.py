@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version, quiet
 from qexp.tracking.integrity import stored_facts
-from qexp.tracking.leftovers import whole_or_nothing
+from qexp.tracking.leftovers import discard_unregistered, version_of_run, version_or_nothing
 from qexp.tracking.store import again, all_pages, is_missing, registry_name, split_uri, uri_of
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
@@ -63,7 +63,14 @@ class Registered:
 
 
 def register(
-    kind: str, model: Predict, name: str, spec: ModelSpec, sample: Tensor, tags: dict[str, Any], stored: Any = None
+    kind: str,
+    model: Predict,
+    name: str,
+    spec: ModelSpec,
+    sample: Tensor,
+    tags: dict[str, Any],
+    stored: Any = None,
+    once: bool = False,
 ) -> Registered:
     """Log a model in the active run, register it, and verify it in a clean subprocess. No alias moves.
 
@@ -73,26 +80,37 @@ def register(
         sample: uint8 [N, 3, H, W]; the images on which it must give the same bits.
         tags: lineage, as tags of the version; `flavor` is MLflow's, pytorch unless it says something else.
         stored: what MLflow stores (a module, an ONNX model); None: `model` itself.
+        once: the run has this one model. A version that it has registered before is the one; what it lacks is added.
 
     Raises:
         StageError: the model cannot be stored, for instance on a full disk. Nothing of it is left in the store,
-            whatever ends this; only a kill, or a store that is away, leaves a version without the tag `kind`.
+            whatever ends this; only a kill, or a store that is away, leaves a version without the tag `kind`, which
+            the next try completes.
     """
     flavor = tags.get("flavor", "pytorch")
-    with whole_or_nothing():
-        info = log_version(kind, model if stored is None else stored, name, spec, flavor)
-        number = str(info.registered_model_version)
-        uri = f"models:/{name}/{number}"
+    with version_or_nothing():
+        active = mlflow.active_run()
+        assert active is not None
+        run_id = str(active.info.run_id)
+        found = version_of_run(run_id, name) if once else None
+        if found is None:
+            if once:
+                discard_unregistered(run_id)
+            info = log_version(kind, model if stored is None else stored, name, spec, flavor)
+            found = mlflow.MlflowClient().get_model_version(name, str(info.registered_model_version))
+        number, uri = str(found.version), uri_of(found)
+        if once and "kind" in found.tags:
+            return replace(from_entity(found), contents=stored_facts(uri)[1])
         without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
         environment = child_environment(torch.get_num_threads())
         verified = reloads_equal(uri, model, sample, environment, without_pickle)
         size_bytes, (digest, contents) = _stored_bytes(uri), stored_facts(uri)
         facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
-        facts |= {"config_uri": f"runs:/{info.run_id}/config.yaml", "artifact_sha256": digest}
+        facts |= {"config_uri": f"runs:/{run_id}/config.yaml", "artifact_sha256": digest}
         mlflow.MlflowClient().update_model_version(name, number, _description(kind, uri, spec, flavor))
         tag_version(uri, facts | tags | {"kind": kind})  # kind comes last: with it, the version is complete
-    return Registered(name, number, info.model_id, info.run_id, size_bytes, verified, contents)
+    return Registered(name, number, _model_id(found), run_id, size_bytes, verified, contents)
 
 
 def make_challenger(version: Registered) -> None:
@@ -197,8 +215,13 @@ def from_entity(found: ModelVersion) -> Registered:
     """A version of the registry as the stages use it."""
     uri = uri_of(found)
     verified = found.tags.get("verified") == "true"
-    model_id = found.model_id or str(found.source).removeprefix("models:/")  # MLflow keeps it in one of the two
-    return Registered(found.name, str(found.version), model_id, found.run_id or "", _stored_bytes(uri), verified)
+    return Registered(
+        found.name, str(found.version), _model_id(found), found.run_id or "", _stored_bytes(uri), verified
+    )
+
+
+def _model_id(found: ModelVersion) -> str:
+    return found.model_id or str(found.source).removeprefix("models:/")  # MLflow keeps it in one of the two
 
 
 def tag_version(uri: str, tags: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from qexp.files import from_json, to_json
 from qexp.measurement.host import Host
 from qexp.progress import say
 from qexp.tracking import outage
+from qexp.tracking.job_folder import forget_end, job_folder
 from qexp.tracking.outage import store_errors
 from qexp.tracking.store import again, all_pages, is_missing, store_name
 
@@ -63,19 +64,20 @@ def start_run(name: str, note: str, resume: str | None = None) -> Iterator[str]:
         run = _begin(name, resume, {"qexp.stage": name.split("-")[0], "mlflow.note.content": note})
     if not told:
         say(f"run {run.info.run_id}")
-    outage.forget_end(run.info.run_id)
+    job = job_folder(run.data.tags.get("mlflow.parentRunId", run.info.run_id))
+    forget_end(job, run.info.run_id)
     try:
         _show_as_training(run.info.experiment_id)
         yield run.info.run_id
         mlflow.end_run()
     except (KeyboardInterrupt, SystemExit):
-        outage.end_run(run.info.run_id, RunStatus.KILLED)
+        outage.end_run(run.info.run_id, RunStatus.KILLED, job)
         if not told and (hint := GOING_ON.get(name.split("-")[0])):
             say(f"stopped; {hint.format(run.info.run_id)}")
         raise
     except Exception as error:
-        error = outage.explain(error, run.info.run_id)
-        outage.end_run(run.info.run_id, RunStatus.FAILED, error)
+        error = outage.explain(error, job)
+        outage.end_run(run.info.run_id, RunStatus.FAILED, job, error)
         raise error
 
 
@@ -196,10 +198,18 @@ def log_dataset(split: Split, dataset: Dataset, context: str, digest: str) -> No
     again(lambda: mlflow.log_input(described, context=context))
 
 
-def log_metrics(values: dict[str, float], step: int | None = None, owner: tuple[str, str | None] | None = None) -> None:
-    """Metrics of the active run, or of `owner` (ids of run and model); `step` is the epoch or the batch size."""
+def log_metrics(
+    values: dict[str, float],
+    step: int | None = None,
+    owner: tuple[str, str | None] | None = None,
+    at_ms: int | None = None,
+) -> None:
+    """Metrics of the active run, or of `owner` (ids of run and model); `step` is the epoch or the batch size.
+
+    Logged again with the same time `at_ms`, in ms since 1970, they are there once.
+    """
     run_id, model_id = owner or (None, None)
-    mlflow.log_metrics(values, step=step, run_id=run_id, model_id=model_id)
+    mlflow.log_metrics(values, step=step, run_id=run_id, model_id=model_id, timestamp=at_ms)
 
 
 def log_table(columns: dict[str, list[Any]], name: str) -> None:

@@ -1,7 +1,7 @@
 """Start a command's training processes with torchrun's elastic launcher, and say in one line how one of them died.
 
-The processes run the same command again. torchrun's environment tells them that they are several (distributed.py), so
-that `torchrun … -m entrypoints.train …` on each of several machines does the same without this module.
+The processes run the command that they are given. torchrun's environment tells them that they are several
+(distributed.py), so that torchrun itself, on each of several machines, does the same without this module.
 """
 
 import logging
@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -29,8 +30,15 @@ def is_worker() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
-def run_workers(command: str, config: Config, run_id: str, resume: str | None = None) -> None:
-    """Run `entrypoints.<command>` in `config.train.processes` processes; the first takes the run `run_id`.
+def run_workers(
+    command: Sequence[str], config: Config, variables: dict[str, str], resume: Sequence[str] | None = None
+) -> None:
+    """Run Python with the arguments `command` in `config.train.processes` processes, each with `--config FILE`.
+
+    Args:
+        command: for instance -m and the name of the module that is running.
+        variables: of the processes' environment.
+        resume: arguments by which they resume a run; the options that may change then are added.
 
     Raises:
         StageError: a process has died; the message says which, and why. The others have been ended.
@@ -55,12 +63,12 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
         # The number of threads that `auto` stands for is no number that was given: training times its own.
         as_given = config if config.train.train_threads else config.model_copy(update={"threads": None})
         file.write_text(to_yaml(as_given))
-        arguments = ["-m", f"entrypoints.{command}", "--config", str(file)]
+        arguments = [*command, "--config", str(file)]
         if resume:  # the run's own configuration counts, but for these
-            arguments += ["--resume", resume, *_free_options(config, command)]
+            arguments += [*resume, *_free_options(config)]
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with environment(MLFLOW_RUN_ID=run_id):
+            with environment(**variables):
                 elastic_launch(settings, sys.executable)(*arguments)
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
@@ -75,9 +83,8 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
                 signal.signal(number, handler)
 
 
-def _free_options(config: Config, command: str) -> list[str]:
+def _free_options(config: Config) -> list[str]:
     values = {"threads": config.threads, "data_dir": config.data.data_dir}
-    values |= {"output_dir": config.output_dir} if command == "main" else {}
     values |= {name: getattr(config.train, name) for name in HOW_TO_TRAIN}
     given = {name: value for name, value in values.items() if value is not None}
     return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]

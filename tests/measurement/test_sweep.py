@@ -16,7 +16,7 @@ from qexp.measurement.accuracy import to_float
 from qexp.measurement.latency import StartUp
 from qexp.measurement.sweep import SweepRequest, run_sweep
 from qexp.measurement.sweep_models import SweepModel, int8_models
-from qexp.pipeline.latency_stage import local_files
+from qexp.pipeline.loading import local_files
 from qexp.tracking import registry
 
 BASELINES = ["bf16", "fp32_traced", "fp32_onnx", "fp32_eager"]
@@ -33,8 +33,9 @@ def test_sweep_of_registered_versions(finished: Finished) -> None:
     mlflow.set_tracking_uri(finished.uri)
     names = ["fp32", *BASELINES, "int8_fx", "int8_fx_onednn"]
     fp32, int8 = finished.summary["fp32"], finished.summary["int8"]
-    with local_files(fp32, int8) as (weights, folders):
-        result = run_sweep(_request(folders[fp32], folders[int8], weights), registry.child_environment(1))
+    with local_files(fp32, int8) as files:
+        request = _request(files.folders[fp32], files.folders[int8], files.weights)
+        result = run_sweep(request, registry.child_environment(1))
     assert result.threads == 1 and result.baseline == "fp32" and [row.batch_size for row in result.rows] == [1, 4]
     for row in result.rows:
         assert list(row.stats) == list(row.speedups) == names and set(row.round_ms) == set(names)
@@ -62,11 +63,12 @@ def test_baselines_compute_what_the_registered_fp32_version_computes(
     mlflow.set_tracking_uri(finished.uri)
     fp32 = finished.summary["fp32"]
     images = to_float(digits.test.images[:32])
-    with torch.no_grad(), local_files(fp32) as (weights, folders):
+    with torch.no_grad(), local_files(fp32) as files:
         for name in BASELINES:
-            sweep_models.prepare_baseline(weights, name, 16, tmp_path)
-        expected = sweep_models.load(SweepModel("fp32", folders[fp32]), tmp_path)(images)
-        found = {name: sweep_models.load(SweepModel(name, folders[fp32]), tmp_path)(images) for name in BASELINES}
+            sweep_models.prepare_baseline(files.weights, name, 16, tmp_path)
+        folder = files.folders[fp32]
+        expected = sweep_models.load(SweepModel("fp32", folder), tmp_path)(images)
+        found = {name: sweep_models.load(SweepModel(name, folder), tmp_path)(images) for name in BASELINES}
     for name in ("fp32_traced", "fp32_onnx", "fp32_eager"):
         assert torch.allclose(found[name], expected, atol=1e-4), name
     assert found["bf16"].dtype == torch.float32 and not torch.equal(found["bf16"], expected)
@@ -84,8 +86,8 @@ def test_a_version_is_loaded_with_the_kernels_that_it_names(finished: Finished, 
     mlflow.set_tracking_uri(finished.uri)
     try:
         int8 = finished.summary["int8"]
-        with local_files(finished.summary["fp32"], int8) as (_, folders):
-            for model in int8_models(folders[int8], "fx", ("onednn", "x86")):
+        with local_files(finished.summary["fp32"], int8) as files:
+            for model in int8_models(files.folders[int8], "fx", ("onednn", "x86")):
                 sweep_models.load(model, tmp_path)
                 assert torch.backends.quantized.engine == model.backend
     finally:

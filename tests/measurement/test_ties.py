@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from qexp.files import from_json, to_json
 from qexp.measurement.accuracy import Accuracy, compare, measure_accuracy, top_k_credit
-from qexp.pipeline.prediction import _most_likely, table
+from qexp.pipeline.predict import _most_likely, table
 from qexp.report import claims
 from qexp.report.results import Evidence
 

@@ -20,11 +20,11 @@ from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.files import from_json
 from qexp.measurement.accuracy import to_float
-from qexp.pipeline import jobs as pipeline
-from qexp.pipeline import loading as registered
-from qexp.pipeline import quantize_stage as quantizing
-from qexp.pipeline import resumed
-from qexp.pipeline.setup import with_quantization_checked
+from qexp.measurement.host import read_host
+from qexp.pipeline import jobs, loading
+from qexp.pipeline.decide import decide
+from qexp.pipeline.job import Job, runs_below
+from qexp.pipeline.setup import Setup, with_quantization_checked
 from qexp.report.results import Evidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
@@ -165,31 +165,36 @@ quantization.ENGINES["onnx"] = refuse
 
 
 def test_all_engines_that_fail_end_the_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(config: Config, *given: object) -> None:
-        raise StageError(f"no {','.join(config.quantize.engine)}")
+    def fail(job: object, setup: object, fp32: object, engine: str, sensitivity: object) -> None:
+        raise StageError(f"no {engine}")
 
-    monkeypatch.setattr(quantizing, "quantize_stage", fail)
-    monkeypatch.setattr(quantizing, "sensitivity_stage", lambda *given: None)
-    config = parse_yaml("quantize: {engine: [fx, onnx]}")
+    monkeypatch.setattr(jobs, "quantize_stage", fail)
+    monkeypatch.setattr(jobs, "sensitivity_stage", lambda *given: None)
     nothing: Any = None
     with pytest.raises(StageError, match=r"^no onnx$"):
-        pipeline.quantize_all(config, nothing, nothing, nothing)
+        jobs.quantize_all(nothing, Setup(parse_yaml("quantize: {engine: [fx, onnx]}"), nothing, nothing), nothing)
     assert "continuing without engine fx: no fx" in capsys.readouterr().err
 
 
-def test_sensitivity_that_was_measured_before_a_stop_is_used(
-    finished: Finished, in_use: Finished, monkeypatch: pytest.MonkeyPatch
+def test_stages_that_have_finished_are_read_and_not_called_again(
+    finished: Finished, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlflow.set_tracking_uri(in_use.uri)
-    assert resumed.sensitivity_below(in_use.summary["run_id"]) is None  # its options leave it out
     mlflow.set_tracking_uri(finished.uri)
-    found = resumed.sensitivity_below(finished.summary["run_id"])
+    run_id = finished.summary["run_id"]
+    config, host = tracking.read_config(run_id), read_host(1)
+    job, setup = Job(host, run_id, runs_below(run_id)), Setup(config, host, digits)
+    monkeypatch.setattr(Job, "_run", None)  # no run is opened
+    fp32 = jobs.train_stage(job, setup)
+    assert fp32.version.uri == finished.summary["fp32"] and set(fp32.logits) == {"train", "validation", "test"}
+    found = jobs.sensitivity_stage(job, setup, fp32)
     assert found and found.images == 16 and [layer.layer for layer in found.layers][:2] == ["network.0", "network.3"]
-    given = list[Any]()
-    monkeypatch.setattr(quantizing, "quantize_stage", lambda *arguments: given.append(arguments[-1]))
-    nothing: Any = None
-    pipeline.quantize_all(parse_yaml("quantize: {engine: [fx, onnx]}"), nothing, nothing, nothing, (), found)
-    assert given == [found, found]
+    int8 = jobs.quantize_stage(job, setup, fp32, "fx", found)
+    assert int8.version_uri == finished.summary["int8"] and int8.size_bytes > 0 and int8.verified
+    latency = jobs.latency_stage(job, config, fp32.version.uri, {int8.version_uri: "fx"}, lambda: None)
+    evidence = decide(config, fp32.evidence, [int8], latency)
+    assert evidence.verdict.word == finished.summary["verdict"] and latency.run_id != run_id
+    with pytest.raises(TypeError):  # another int8 version has not been timed
+        jobs.latency_stage(job, config, fp32.version.uri, {"models:/other/1": "fx"}, lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +249,7 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     assert [found.model for found in evidence.latency.startups] == names
     assert bool(evidence.measured.bf16) == evidence.measured.host.has_bf16 == ("| smallnet bf16 |" in text)
     mlflow.set_tracking_uri(side_by_side.uri)
-    assert all(registered.bf16_of(one.tags) == evidence.measured.bf16 for one in _versions_of(side_by_side).values())
+    assert all(loading.bf16_of(one.tags) == evidence.measured.bf16 for one in _versions_of(side_by_side).values())
     assert f"## What to ship\n\n- **{side_by_side.summary['verdict'].capitalize()}**: " in text
     assert "## Layer sensitivity" not in text
 
@@ -287,10 +292,10 @@ def test_evidence_of_one_version_of_two(side_by_side: Finished) -> None:
     chosen = side_by_side.summary["int8"]
     (other,) = (one for one in versions.values() if f"models:/{one.name}/{one.version}" != chosen)
     uri = f"models:/{other.name}/{other.version}"
-    both = registered.evidence_of_version(Config(), uri)
+    both = loading.evidence_of_version(Config(), uri)
     assert [judged.int8.version_uri for judged in both.versions] == [uri, chosen] and not both.champion
     mlflow.MlflowClient().delete_model_version(other.name, other.version)
-    one = registered.evidence_of_version(Config(), chosen)
+    one = loading.evidence_of_version(Config(), chosen)
     assert [judged.int8.version_uri for judged in one.versions] == [chosen]
     assert set(one.measured.contenders) == {chosen, uri}
 

@@ -14,8 +14,7 @@ from forked import Forked
 from servers import Server
 
 from qexp.errors import InputError, first_line, hide_passwords
-from qexp.pipeline import resumed
-from qexp.pipeline.sync import sync_run
+from qexp.pipeline.job import has_stage, sync_run
 
 TRAIN = ["--epochs", "4", "--image-size", "8"]
 EPOCHS = list(range(1, 5))
@@ -75,27 +74,27 @@ def test_server_that_stays_away_loses_nothing_and_sync_uploads_it(
     assert code == 1 and "Traceback" not in stderr, stderr
     assert "training goes on" in stderr and "epoch 4/4" in stderr
     error = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    (folder,) = (file.parent for file in tmp_path.glob("checkpoints/*/trained.json"))
-    train, place = folder.name, f"checkpoints{os.sep}{folder.name}"
+    (result,) = tmp_path.glob("checkpoints/*/train-smallnet/result.json")
+    folder = result.parent.parent
+    main, place = folder.name, f"checkpoints{os.sep}{folder.name}"
     assert len(error) == 1 and "no answer (Connection refused)" in error[0]
     assert f"results are in {place}" in error[0] and f"`qexp sync {place}`" in error[0]
-    assert len(list(folder.glob("best-*.safetensors"))) == 1
-    kept = json.loads((folder / "trained.json").read_text())["evidence"]
+    train, kept = json.loads(result.read_text())["run_id"], json.loads(result.read_text())["result"]
     assert len(kept["train"]["epochs"]) == 4 and kept["accuracy"]["test"]["images"] == 359
 
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(server.url)
     with pytest.raises(InputError, match=r"no answer \(Connection refused\)"):
         sync_run(Path(place))
-    assert (folder / "trained.json").exists()
+    assert result.exists()
     server.start(stack)
     client = mlflow.MlflowClient(server.url)
-    main = client.get_run(train).data.tags["mlflow.parentRunId"]
+    assert client.get_run(train).data.tags["mlflow.parentRunId"] == main
     done = run_qexp(tmp_path, "sync", place, uri=server.url)
     assert done.code == 0, done.stderr
     left = {"command": "sync", "run_id": main, "status": "FAILED", "next": f"qexp run --resume {main}"}
     assert done.summary == left | {"fp32": "models:/smallnet-digits-fp32/1"}
-    assert not folder.exists()
+    assert not result.parent.exists()
     assert sync_run(Path(place)) == left  # again: nothing is left to upload
     assert {run.info.run_id: run.info.status for run in client.search_runs(["1"])} == {
         main: "FAILED",
@@ -108,7 +107,7 @@ def test_server_that_stays_away_loses_nothing_and_sync_uploads_it(
     assert version.tags["verified"] == "true" and version.run_id == train
     assert client.get_model_version_by_alias(version.name, "challenger").version == version.version
     assert mlflow.pytorch.load_model(f"models:/{version.name}/1")
-    assert resumed.has_trained(main)  # `qexp run --resume` goes on after it
+    assert has_stage(main, "train-smallnet")  # `qexp run --resume` goes on after it
 
 
 def test_other_folders_are_refused(finished: Finished, tmp_path: Path) -> None:

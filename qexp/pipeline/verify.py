@@ -8,7 +8,7 @@ from qexp.data.datasets import load_dataset
 from qexp.errors import StageError
 from qexp.measurement.accuracy import Accuracy, measure_accuracy
 from qexp.measurement.host import Host, read_host
-from qexp.pipeline import loading as registered
+from qexp.pipeline.loading import check_data, config_of_version
 from qexp.progress import say
 from qexp.tracking import registry
 from qexp.tracking.clean_process import bare_logits
@@ -28,11 +28,11 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     use_store()
     found = registry.find_version(uri, "fp32", "int8", option="URI")
     uri = uri_of(found)
-    config = registered.config_of_version(config, uri, found.tags["kind"])
+    config = config_of_version(config, uri, found.tags["kind"])
     registry.refuse_pickled(found)
     host = read_host(config.threads or int(registry.number_of(found, "threads")))
     dataset = load_dataset(config.data, config.seed)
-    registered.check_data(uri, dataset, found.tags["kind"])
+    check_data(uri, dataset, found.tags["kind"])
     with checked_copy(found) as copy:
         say(f"{uri}: {len(dataset.test)} test images in a bare process, {host.threads} threads")
         try:

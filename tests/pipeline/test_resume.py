@@ -15,7 +15,7 @@ from conftest import NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
 from qexp.config import DataConfig
 from qexp.data.datasets import load_dataset
 from qexp.errors import InputError
-from qexp.pipeline.resumed import check_data
+from qexp.pipeline.setup import check_data_of_run
 
 OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split() + NOT_TIMED
 EPOCHS = list(range(1, 21))
@@ -123,25 +123,39 @@ def test_whole_job_goes_on(reference: Finished, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_after_it_has_registered_its_version_registers_one(tmp_path: Path) -> None:
-    """The moment between the version in the registry and the end of the run."""
+    """The moment between the version in the registry and the end of the run: of training, and of quantization.
+
+    What was computed before is neither computed again nor registered again.
+    """
     dies = """
 import os, signal
+from qexp.pipeline import quantize, train
 from qexp.tracking import registry
 register = registry.register
-def register_and_die(*given, **named):
-    register(*given, **named)
-    os.kill(os.getpid(), signal.SIGKILL)
+def register_and_die(kind, *given, **named):
+    version = register(kind, *given, **named)
+    if kind == {!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return version
 registry.register = register_and_die
 """
-    died = run_qexp(tmp_path, "train", "--epochs", "1", "--image-size", "8", before=dies)
-    assert died.code == -signal.SIGKILL
+    no_training, no_quantization = "train.train_model = None", "quantize.quantize_model = None"
+    sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
+    new = ["--epochs", "1", "--image-size", "8", *sweep, *PLAIN]
+    assert run_qexp(tmp_path, "run", *new, before=dies.format("fp32")).code == -signal.SIGKILL
     client, run_id = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), _run_id(tmp_path)
-    assert [version.version for version in client.search_model_versions()] == [1]
-    done = run_qexp(tmp_path, "train", "--resume", run_id)
+    resume = ["run", "--resume", run_id]
+    died = run_qexp(tmp_path, *resume, before=f"{dies.format('int8')}\n{no_training}")
+    assert died.code == -signal.SIGKILL, died.stderr
+    before = {(one.name, one.version, one.run_id) for one in client.search_model_versions()}
+    assert {name for name, *_ in before} == {"smallnet-digits-fp32", "smallnet-digits-int8"} and len(before) == 2
+    done = run_qexp(tmp_path, *resume, before=f"{dies.format('none')}\n{no_training}\n{no_quantization}")
     assert done.code == 0, done.stderr
-    (version,) = client.search_model_versions()
-    assert done.summary["fp32"] == f"models:/smallnet-digits-fp32/{version.version}" and version.run_id == run_id
-    assert client.get_model_version_by_alias(version.name, "challenger").version == version.version
+    assert {(one.name, one.version, one.run_id) for one in client.search_model_versions()} == before
+    assert done.summary["fp32"] == "models:/smallnet-digits-fp32/1"
+    assert client.get_model_version_by_alias("smallnet-digits-fp32", "challenger").version == 1
+    assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -182,10 +196,10 @@ def test_what_cannot_go_on_is_said(reference: Finished, tmp_path: Path) -> None:
 def test_other_images_are_refused(reference: Finished) -> None:
     mlflow.set_tracking_uri(reference.uri)
     own = load_dataset(DataConfig(image_size=8), seed=0)
-    check_data(reference.summary["run_id"], own)
+    check_data_of_run(reference.summary["run_id"], own)
     other = replace(own, train=own.train.subset(torch.arange(100)))
     with pytest.raises(InputError, match="other images than run"):
-        check_data(reference.summary["run_id"], other)
+        check_data_of_run(reference.summary["run_id"], other)
     elsewhere = replace(other, name="another-folder")
     with pytest.raises(InputError, match="other images than run"):
-        check_data(reference.summary["run_id"], elsewhere)
+        check_data_of_run(reference.summary["run_id"], elsewhere)

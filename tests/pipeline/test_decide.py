@@ -1,4 +1,4 @@
-"""The accuracy of the baseline bf16, and which int8 version is chosen where none passes the gate."""
+"""Which int8 version is chosen where none passes the gate, and what counts as a float; the accuracy of bf16."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -12,9 +12,10 @@ from qexp.measurement.accuracy import Accuracy, predict_logits
 from qexp.measurement.gate import GateResult
 from qexp.measurement.host import Host
 from qexp.models.classifier import Classifier
-from qexp.pipeline.latency_stage import _able, decide, fair_floats, measure_bf16
-from qexp.pipeline.stages import Fp32
+from qexp.pipeline.decide import _able, judge
+from qexp.pipeline.measure import measure_bf16
 from qexp.report.results import Bf16Evidence, Evidence, Judged
+from qexp.tracking.results import Fp32
 from qexp.training.train import TrainResult
 
 CONFIG = parse_yaml("data: {image_size: 16}")
@@ -93,20 +94,22 @@ def test_bf16_counts_where_it_keeps_the_limits_on_accuracy(
     evidence: Evidence, limits: GateConfig, high: float, counts: bool
 ) -> None:
     bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), 0.1, -0.2, high)
-    floats = fair_floats(limits, replace(evidence.measured, bf16=bf16))
+    floats = replace(evidence.measured, bf16=bf16).fair_floats(limits)
     assert floats == ("fp32", "fp32_traced", *(["bf16"] if counts else []), "fp32_onnx")
 
 
 def test_bf16_of_unknown_accuracy_does_not_count(evidence: Evidence) -> None:
-    assert fair_floats(GateConfig(), evidence.measured) == ("fp32", "fp32_traced", "fp32_onnx")
+    assert evidence.measured.fair_floats(GateConfig()) == ("fp32", "fp32_traced", "fp32_onnx")
 
 
 def test_the_gate_asks_for_more_than_the_registered_program_gives(evidence: Evidence) -> None:
     """int8 in a quarter of fp32's time, but slower than the same weights in another runtime."""
     strict = CONFIG.model_copy(update={"gate": GateConfig(min_speedup=3.0)})
-    found = decide(strict, evidence.fp32, evidence.int8, evidence.measured, verified=True)
+    found = judge(strict, evidence.fp32, evidence.int8, evidence.measured).gate
     assert found.failed_limits == ("min_speedup",) and "over fp32_onnx at batch size 1" in found.summary
     row = evidence.latency.rows[0]
     alone = replace(row, stats={name: row.stats[name] for name in ("fp32", "int8_fx")})
     latency = replace(evidence.measured, latency=replace(evidence.latency, rows=(alone,)))
-    assert decide(strict, evidence.fp32, evidence.int8, latency, verified=True).passed
+    assert judge(strict, evidence.fp32, evidence.int8, latency).gate.passed
+    unverified = replace(evidence.int8, verified=False)
+    assert not judge(CONFIG, evidence.fp32, unverified, evidence.measured).gate.passed

@@ -11,9 +11,9 @@ from conftest import Finished, run_qexp
 from qexp.config import Config, GateConfig, LatencyConfig
 from qexp.errors import InputError, StageError
 from qexp.measurement.gate import Succession
-from qexp.pipeline import promotion
+from qexp.pipeline import promote
 from qexp.pipeline.loading import evidence_of_version
-from qexp.pipeline.promotion import run_promote, succeed
+from qexp.pipeline.promote import run_promote, succeed
 from qexp.report import claims
 from qexp.tracking import registry
 from qexp.tracking.store import uri_of
@@ -122,8 +122,8 @@ def test_a_champion_that_moves_while_one_is_compared_with_it(
     client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = _champions(client)
-    monkeypatch.setattr(promotion, "succeed", lambda uri, champion: False)
-    monkeypatch.setattr(promotion, "decide_succession", lambda *given: Succession(True, ("better: size",)))
+    monkeypatch.setattr(promote, "succeed", lambda uri, champion: False)
+    monkeypatch.setattr(promote, "decide_succession", lambda *given: Succession(True, ("better: size",)))
     number = "1" if before[0] == "2" else "2"
     with pytest.raises(StageError, match=f"/{number} is not promoted: another version has become champion meanwhile"):
         run_promote(Config(latency=TIMES, gate=LOOSE), NAME, number)
@@ -135,9 +135,9 @@ def test_another_champion_is_not_replaced_unseen(client: mlflow.MlflowClient) ->
     first, second = (client.get_model_version(NAME, number) for number in "12")
     before = _champions(client)
     client.set_registered_model_alias(NAME, "champion", "1")
-    assert not succeed(uri_of(second), None) and not succeed(uri_of(first), second)
-    assert _champions(client)[0] == "1"
-    assert succeed(uri_of(second), first) and _champions(client) == ["2", "1"]
+    assert not succeed(uri_of(second), None) and not succeed(uri_of(second), f"models:/{NAME}/9")
+    assert _champions(client)[0] == "1" and succeed(uri_of(first), None)  # it has the alias already
+    assert succeed(uri_of(second), uri_of(first)) and _champions(client) == ["2", "1"]
     client.set_registered_model_alias(NAME, "champion", before[0])
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from qexp.config import Config
 from qexp.errors import InputError, StageError
-from qexp.pipeline.prediction import predict_files
-from qexp.pipeline.verification import run_verify
+from qexp.pipeline.predict import predict_files
+from qexp.pipeline.verify import run_verify
 
 NAME = "smallnet-digits-int8"
 

@@ -1,11 +1,11 @@
-"""What is said where ranges are reduced; the stage itself is in test_pipeline.py."""
+"""What is said where ranges are reduced; the stage itself is in test_jobs.py."""
 
 from pathlib import Path
 
 import pytest
 
 from qexp.measurement.host import read_host
-from qexp.pipeline.quantize_stage import warn_of_reduced_range
+from qexp.pipeline.quantize import warn_of_reduced_range
 
 
 @pytest.mark.parametrize(("flags", "warned"), [("avx2 avx_vnni", True), ("avx2 avx512f avx512_vnni", False)])

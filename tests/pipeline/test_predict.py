@@ -14,7 +14,7 @@ from qexp.data.datasets import Dataset
 from qexp.data.imagefolder import decode_files
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
-from qexp.pipeline import prediction
+from qexp.pipeline import predict as prediction
 from qexp.tracking.registry import load_version
 
 INT8 = "models:/smallnet-digits-int8/1"

@@ -1,0 +1,53 @@
+"""The decision: each int8 version held against the gate, and the best of them chosen. Pure functions on results."""
+
+from collections.abc import Sequence
+
+from qexp.config import Config
+from qexp.measurement.gate import GateResult, decide_gate
+from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
+from qexp.tracking.store import split_uri
+
+
+def decide(
+    config: Config,
+    fp32: Fp32Evidence,
+    int8s: Sequence[Int8Evidence],
+    latency: LatencyEvidence,
+    failed_engines: dict[str, str] | None = None,
+) -> Evidence:
+    """Hold each int8 version against the gate, and choose one.
+
+    That is the fastest of those that passed, or, if none did, of those that are accurate enough; of two that cannot be
+    told apart, that of the engine named first.
+    """
+    judged = [judge(config, fp32, int8, latency) for int8 in int8s]
+    best = latency.latency.winner([one.name for one in _able(config, judged)])
+    judged.sort(key=lambda one: one.name != best)
+    floats = latency.fair_floats(config.gate.of(split_uri(judged[0].int8.version_uri)[0]))
+    return Evidence(fp32, tuple(judged), latency, judged[0].gate.passed, floats, failed_engines or {})
+
+
+def judge(config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence) -> Judged:
+    """The gate's decision on an int8 version from what was measured."""
+    limits, name = config.gate.of(split_uri(int8.version_uri)[0]), latency.name_of(int8.version_uri)
+    gate: GateResult = decide_gate(
+        limits,
+        fp32.accuracy["test"],
+        int8.accuracy["test"],
+        fp32.data.guess,
+        int8.comparison["test"],
+        fp32.size_bytes / int8.size_bytes,
+        latency.latency.least_speedup(name, latency.fair_floats(limits)),
+        latency.latency.shortcomings,
+        fp32.verified and int8.verified,
+    )
+    return Judged(int8, name, gate)
+
+
+def _able(config: Config, judged: Sequence[Judged]) -> Sequence[Judged]:
+    """Those that passed the gate, or else lose no more accuracy than it allows, or else the one that loses least."""
+    drops = {one.name: one.int8.comparison["test"] for one in judged}
+    limits = {one.name: config.gate.of(split_uri(one.int8.version_uri)[0]).max_top1_drop for one in judged}
+    passed = [one for one in judged if one.gate.passed]
+    accurate = [one for one in judged if drops[one.name].top1_drop_high_points <= limits[one.name]]
+    return passed or accurate or [min(judged, key=lambda one: drops[one.name].top1_drop_points)]

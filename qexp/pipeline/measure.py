@@ -1,0 +1,130 @@
+"""What is measured of models: their answers on the images of a data set, and their times, all side by side.
+
+Plain functions: modules, tensors and folders go in, results come out. The figures feed `decide.py` and the report.
+"""
+
+import copy
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qexp.config import Config
+from qexp.data.datasets import Dataset
+from qexp.errors import first_line
+from qexp.measurement.accuracy import compare, measure_accuracy, predict_logits
+from qexp.measurement.host import Host
+from qexp.measurement.latency import LatencyResult
+from qexp.measurement.sweep import SweepRequest, run_sweep
+from qexp.measurement.sweep_models import BASELINE, BF16, SweepModel, freeze, in_bf16, int8_models
+from qexp.models.classifier import Classifier
+from qexp.progress import say
+from qexp.quantization import KERNELS
+from qexp.report.results import Bf16Evidence, LatencyEvidence
+
+SPLITS = ("train", "validation", "test")
+
+
+def predict_splits(
+    model: Callable[[Tensor], Tensor], dataset: Dataset, label: str, splits: tuple[str, ...] = SPLITS
+) -> dict[str, Tensor]:
+    """Logits of a model by split."""
+    return {
+        name: predict_logits(model, getattr(dataset, name).images, label=f"{label} on {name} images") for name in splits
+    }
+
+
+def measure_bf16(
+    config: Config, host: Host, dataset: Dataset, model: Classifier, fp32_logits: Tensor
+) -> Bf16Evidence | None:
+    """Size and accuracy of the baseline bf16 on the test images; None where it is not timed, or does not run."""
+    if BF16 not in config.latency.baselines or not host.has_bf16:
+        return None
+    test, saved = dataset.test, io.BytesIO()
+    try:
+        module = freeze(copy.deepcopy(model), config.data.image_size, torch.bfloat16)
+        torch.jit.save(module, saved)
+        logits = predict_logits(in_bf16(module), test.images, label="bf16 on test images")
+    except Exception as error:  # whatever an operation without bf16 raises
+        say(f"the accuracy of bf16 is not measured: {first_line(error)}")
+        return None
+    found = compare(fp32_logits, logits, test.labels)
+    drop = found.top1_drop_points, found.top1_drop_low_points, found.top1_drop_high_points
+    return Bf16Evidence(saved.tell(), measure_accuracy(logits, test.labels), *drop)
+
+
+@dataclass(frozen=True)
+class LocalVersions:
+    """Files of registered versions here: the fp32 version's weights file, and the folder of each version by URI."""
+
+    fp32_uri: str
+    weights: Path
+    folders: Mapping[str, str]
+
+    @property
+    def fp32_folder(self) -> str:
+        return self.folders[self.fp32_uri]
+
+
+def time_versions(
+    config: Config,
+    host: Host,
+    files: LocalVersions,
+    engines: Mapping[str, str],
+    bf16: Bf16Evidence | None,
+    environment: dict[str, str],
+) -> LatencyEvidence:
+    """Time int8 versions, each with all kernels that it has, and the baselines beside them, in a clean subprocess.
+
+    Args:
+        engines: the engine of each int8 version, by URI.
+        bf16: what `measure_bf16` has found, to be shown with the times if that baseline is timed.
+        environment: of the subprocess.
+    """
+    timed = {uri: _with_kernels(config, files.folders[uri], engine) for uri, engine in engines.items()}
+    models = [model for found in timed.values() for model in found]
+    result = time_models(config, host, files, models, models[0].name, environment)
+    for shortcoming in result.shortcomings:
+        say(f"warning: no verdict rests on these times: {shortcoming}")
+    names = {uri: _fastest_first(config, result, found) for uri, found in timed.items()}
+    return LatencyEvidence(files.fp32_uri, names, result, host, "", bf16 if bf16_is_timed(config, host) else None)
+
+
+def time_models(
+    config: Config,
+    host: Host,
+    files: LocalVersions,
+    int8: Sequence[SweepModel],
+    repeated: str,
+    environment: dict[str, str],
+) -> LatencyResult:
+    """Time the baselines and these int8 models in a clean subprocess, the model named `repeated` twice."""
+    baselines = [name for name in config.latency.baselines if name != BF16 or bf16_is_timed(config, host)]
+    if len(baselines) < len(config.latency.baselines):
+        say(f"baseline bf16 is left out: {host.cpu} has no bf16 instructions")
+    models = [SweepModel(name, files.fp32_folder) for name in (BASELINE, *baselines)] + list(int8)
+    size, weights = config.data.image_size, str(files.weights)
+    return run_sweep(SweepRequest(tuple(models), repeated, weights, size, host.threads, config.latency), environment)
+
+
+def bf16_is_timed(config: Config, host: Host) -> bool:
+    """Whether that baseline is asked for, and this CPU has instructions for it."""
+    return BF16 in config.latency.baselines and host.has_bf16
+
+
+def _with_kernels(config: Config, folder: str, engine: str) -> tuple[SweepModel, ...]:
+    """The default kernels, and beside them the others, or the one of them that was asked for."""
+    default, *others = KERNELS[engine]
+    asked = config.quantize.backend
+    return int8_models(folder, engine, (default, *(one for one in others if asked in (None, one))))
+
+
+def _fastest_first(config: Config, result: LatencyResult, found: Sequence[SweepModel]) -> tuple[str, ...]:
+    """The kernels that were asked for first, or else those that won; the default kernels unless others are faster."""
+    asked = config.quantize.backend
+    names = [one.name for one in found if asked in (None, one.backend)] or [one.name for one in found]
+    first = result.winner(names)
+    return tuple(one.name for one in sorted(found, key=lambda one: one.name != first))

@@ -1,0 +1,171 @@
+"""Quantization: what each layer costs in int8, then an int8 model with one engine, measured beside its fp32 model.
+
+Plain functions: a configuration, a data set and an fp32 model go in, results come out. The engines are in
+`qexp/quantization/`.
+"""
+
+from typing import Any
+
+import torch
+
+from qexp.config import Config
+from qexp.data.datasets import Dataset, Split, calibration_count, calibration_subset, stratified_sample
+from qexp.measurement.accuracy import Comparison, compare, predict_logits, to_float
+from qexp.measurement.cost import Cost, layer_table, measure_cost
+from qexp.measurement.host import Host
+from qexp.measurement.latency import AGAIN, Run, measure_latency
+from qexp.pipeline.measure import SPLITS, predict_splits
+from qexp.pipeline.train import accuracy_of, lineage, verification_images
+from qexp.progress import say
+from qexp.quantization import QuantizedModel, quantize_model
+from qexp.quantization.budget import BudgetResult, quantize_within_budget
+from qexp.quantization.cleanup import clean, folded_layers
+from qexp.quantization.result import QuantizeResult
+from qexp.quantization.sensitivity import SensitivityResult, measure_sensitivity, most_sensitive_first
+from qexp.report.results import BudgetCost, Int8Evidence
+from qexp.tracking.results import Fp32, NewModel
+
+SATURATION = "sums of two products of whole ranges do not fit into 16 bits"
+BUDGET_IMAGES = 256  # validation images that order the layers, where the options ask for none
+
+
+def sensitivity_images(config: Config) -> int:
+    """How many validation images each layer is tried with; 0 where nobody asks what it costs."""
+    options = config.quantize
+    return options.sensitivity_images or (BUDGET_IMAGES if options.max_top1_drop is not None else 0)
+
+
+def find_sensitivity(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -> SensitivityResult:
+    """What each layer costs in int8, on validation images."""
+    options, held_out = config.quantize, dataset.validation
+    subset, _ = calibration(config, dataset)
+    chosen = stratified_sample(held_out.labels, min(sensitivity_images(config), len(held_out)), config.seed)
+    split = held_out.subset(chosen)
+    source = clean(fp32.model, to_float(subset.images[:2]), options.fold_pool)
+    reduce_range = not host.has_int8_dot_product
+    return measure_sensitivity(source, subset.images, split.images, split.labels, options, reduce_range)
+
+
+def quantize(
+    config: Config, host: Host, dataset: Dataset, fp32: Fp32, sensitivity: SensitivityResult | None = None
+) -> NewModel:
+    """Quantize with the one engine of `config`, and compare both models on the same images."""
+    (engine,) = config.quantize.engine
+    subset, digest = calibration(config, dataset)
+    warn_of_reduced_range(host)
+    quantized, budget = _quantize(config, host, dataset, fp32, subset, sensitivity)
+    if layers := quantized.result.saturating_layers:
+        say(f"{_reason_of(quantized.result)}: {SATURATION}, so the weights of {len(layers)} layers have 7 bits")
+    logits = predict_splits(quantized.module, dataset, f"int8 {engine}")
+    accuracy = accuracy_of(logits, dataset)
+    comparison = {split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS}
+    fp32_cost = _cost_of_fp32(config, fp32, quantized)
+    evidence = Int8Evidence(
+        version_uri="",
+        size_bytes=0,
+        quantize=quantized.result,
+        calibration_digest=digest,
+        fp32_cost=fp32_cost,
+        cost=_cost_of_int8(config, fp32, quantized, fp32_cost),
+        accuracy=accuracy,
+        comparison=comparison,
+        sensitivity=sensitivity,
+        budget=budget,
+        budget_cost=_budget_cost(config, host, fp32, subset, quantized) if budget else None,
+    )
+    tags = {"fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id} | _facts(fp32, quantized, digest)
+    tags |= lineage(dataset, host, accuracy) | _drop_tags(comparison["test"])
+    sample, spec = verification_images(dataset), fp32.model.spec
+    with torch.no_grad():
+        expected = quantized.module(to_float(sample))
+    return NewModel(
+        evidence, quantized.stored, spec, sample, expected, logits, tags, layer_table(quantized.source, spec.image_size)
+    )
+
+
+def warn_of_reduced_range(host: Host) -> None:
+    """Say so where the CPU's int8 products would saturate."""
+    if not host.has_int8_dot_product:
+        say(f"warning: {host.cpu} has no int8 dot product: {SATURATION}, so all weights have 7 bits")
+
+
+def calibration(config: Config, dataset: Dataset) -> tuple[Split, str]:
+    """The training images that set the ranges, and the digest of which they are."""
+    return calibration_subset(dataset.train, calibration_count(config.quantize, dataset.train), config.seed)
+
+
+def _reason_of(result: QuantizeResult) -> str:
+    """Why weights have 7 bits; on a CPU that asks for it anyway, an engine has no reason of its own."""
+    if not (layers := result.saturating_layers):
+        return "no int8 dot product"
+    return f"torch's x86 kernels for depthwise convolutions ({layers[0]} and {len(layers) - 1} more)"
+
+
+def _quantize(
+    config: Config, host: Host, dataset: Dataset, fp32: Fp32, subset: Split, sensitivity: SensitivityResult | None
+) -> tuple[QuantizedModel, BudgetResult | None]:
+    options, reduce_range = config.quantize, not host.has_int8_dot_product
+    if options.max_top1_drop is None or sensitivity is None:
+        return quantize_model(fp32.model, subset.images, options, reduce_range), None
+    held_out = dataset.validation
+
+    def compared(quantized: QuantizedModel) -> Comparison:
+        logits = predict_logits(quantized.module, held_out.images, label="int8 on validation images")
+        return compare(fp32.logits["validation"], logits, held_out.labels)
+
+    order = most_sensitive_first(sensitivity)
+    return quantize_within_budget(fp32.model, subset.images, options, reduce_range, order, compared)
+
+
+def _cost_of_fp32(config: Config, fp32: Fp32, quantized: QuantizedModel) -> Cost:
+    sizes, layers = config.latency.batch_sizes, quantized.result.int8_layers
+    return measure_cost(fp32.model, fp32.model.spec.image_size, sizes, layers)
+
+
+def _cost_of_int8(config: Config, fp32: Fp32, quantized: QuantizedModel, fp32_cost: Cost) -> Cost:
+    """That of the fp32 model, unless a pool was folded away."""
+    if not config.quantize.fold_pool:
+        return fp32_cost
+    if not folded_layers(fp32.model, quantized.source):
+        say(f"fold_pool: {config.model} has no pool that only repeats a 1x1 map before a linear layer; nothing folded")
+        return fp32_cost
+    sizes, layers = config.latency.batch_sizes, quantized.result.int8_layers
+    return measure_cost(quantized.source, fp32.model.spec.image_size, sizes, layers)
+
+
+def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantized: QuantizedModel) -> BudgetCost | None:
+    """Against the same model without the layers that went back, timed in turns in this process."""
+    if not set(quantized.result.kept_layers) - set(config.quantize.keep_fp32 or ()):
+        return None
+    all_int8 = quantize_model(fp32.model, subset.images, config.quantize, not host.has_int8_dot_product)
+    size = fp32.model.spec.image_size
+
+    def prepare(batch_size: int) -> dict[str, Run]:
+        images = torch.rand(batch_size, 3, size, size)
+        kept, all_of_it, again = quantized.reloaded(), all_int8.reloaded(), all_int8.reloaded()
+        return {"kept": lambda: kept(images), "all": lambda: all_of_it(images), AGAIN: lambda: again(images)}
+
+    with torch.no_grad():
+        rows = measure_latency(prepare, "kept", "all", config.latency)
+    slowdown = {row.batch_size: row.ratio("kept", "all") for row in rows}
+    told_apart = tuple(row.batch_size for row in rows if row.compared("kept", "all"))
+    return BudgetCost(all_int8.saved_bytes(), quantized.saved_bytes(), slowdown, told_apart)
+
+
+def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]:
+    """Tags that say how an int8 version was made."""
+    result = quantized.result
+    facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor, "observer": result.observer}
+    facts |= {"percentile": result.percentile} if result.percentile is not None else {}
+    facts |= {"backend": result.load_backend} if result.load_backend else {}
+    facts |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range, "calibration_digest": digest}
+    facts |= {"calibration_samples": result.calibration_images}
+    facts |= {"fold_pool": bool(folded_layers(fp32.model, quantized.source))}
+    if result.reduce_range or result.saturating_layers:
+        facts["reduce_range_reason"] = f"{_reason_of(result)}: {SATURATION}"
+    return facts | {"float_layers": ",".join(result.float_layers) or "none"}
+
+
+def _drop_tags(found: Comparison) -> dict[str, str]:
+    names = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
+    return {name: f"{getattr(found, name):.3f}" for name in names}

@@ -1,0 +1,325 @@
+"""What each result of a stage looks like in MLflow: metrics, tables, artifacts, tags, notes, and registered versions.
+
+One function a kind of result. Each logs to the active run and can be repeated: what is there already stays as it is.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import singledispatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow
+from torch import Tensor
+
+from qexp.config import Config
+from qexp.errors import StageError
+from qexp.measurement.gate import PASSED, UNMEASURED
+from qexp.measurement.host import Host
+from qexp.measurement.latency import LatencyResult
+from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
+from qexp.models.classifier import Classifier, save_classifier
+from qexp.progress import say
+from qexp.quantization import KERNELS
+from qexp.quantization.sensitivity import SensitivityResult
+from qexp.report import claims
+from qexp.report.promotion import CANDIDATE, FORCED, Promotion
+from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.tracking import metrics, registry
+from qexp.tracking import runs as tracking
+from qexp.tracking.outage import store_errors
+from qexp.tracking.registry import Registered
+from qexp.tracking.results import Fp32, NewModel, WrittenReport
+from qexp.tracking.store import quickly, split_uri
+from qexp.training.train import EpochResult
+
+LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
+
+
+@singledispatch
+def upload(result: Any, folder: Path, at_ms: int) -> Any:
+    """Log a result in the active run; what later stages take, which knows the run and the registered version.
+
+    Args:
+        folder: of the stage, with the files that belong to the result.
+        at_ms: when the result was found; the time of all its metrics.
+
+    Raises:
+        StageError: the store fails, or the disk of its artifacts. Whatever is missing is uploaded the next time.
+    """
+    raise TypeError(type(result))
+
+
+@upload.register
+def _new_model(result: NewModel, folder: Path, at_ms: int) -> Fp32 | Int8Evidence:
+    if isinstance(result.evidence, Fp32Evidence):
+        return _fp32(result, result.evidence, at_ms)
+    return _int8(result, result.evidence, at_ms)
+
+
+def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
+    run_id = _run_id()
+    log_curves(evidence.train.epochs, tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH))
+    name = f"{evidence.model}-{evidence.data.name}-fp32"
+    tags = {"train_run_id": run_id, "weights_uri": _log_weights(new.stored, run_id)} | new.tags
+    version = _registered("fp32", new, name, tags)
+    registry.make_challenger(version)
+    evidence = _with_version(evidence, version)
+    tracking.log_result("fp32", evidence)
+    tracking.log_text(new.layers, LAYER_TABLE)
+    top1 = evidence.accuracy["test"].top1_percent
+    tracking.set_note(
+        f"{evidence.model} on {evidence.data.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
+        f"{evidence.train.best_epoch}; registered as `{version.uri}`."
+    )
+    parameters = sum(parameter.numel() for parameter in new.stored.parameters())
+    values = metrics.of_model(evidence.accuracy, version.size_bytes, parameters)
+    tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
+    return Fp32(new.stored, version, evidence, new.logits)
+
+
+def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
+    fp32_version = registry.from_entity(registry.find_version(new.tags["fp32_uri"], "fp32"))
+    fp32 = tracking.read_result(Fp32Evidence, new.tags["train_run_id"], "fp32")
+    name = fp32_version.name.removesuffix("-fp32") + "-int8"
+    tags = {"quantize_run_id": _run_id()} | new.tags
+    version = _registered("int8", new, name, tags)
+    evidence = _with_version(evidence, version)
+    accuracy, test, cost = evidence.accuracy, evidence.comparison["test"], evidence.cost
+    values = metrics.of_model(accuracy, version.size_bytes, cost.parameters)
+    values |= metrics.of_comparison(test, cost.int8_percent)
+    tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
+    for owner, counted in ((fp32_version.owner, evidence.fp32_cost), (version.owner, cost)):
+        for batch_size, count in counted.macs.items():
+            tracking.log_metrics({"model/macs": count}, batch_size, owner, at_ms)
+    tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy}), "accuracy")
+    tracking.log_result("int8", evidence)
+    tracking.set_note(
+        f"`{fp32_version.uri}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
+        f"{test.top1_drop_points:.2f} points; registered as `{version.uri}`."
+    )
+    tracking.log_text(new.layers, LAYER_TABLE)
+    return evidence
+
+
+def _registered(kind: str, new: NewModel, name: str, tags: dict[str, Any]) -> Registered:
+    def model(images: Tensor) -> Tensor:
+        return new.expected
+
+    return registry.register(kind, model, name, new.spec, new.sample, tags, new.stored, once=True)
+
+
+def _with_version(evidence: Any, version: Registered) -> Any:
+    size, contents, verified = version.size_bytes, version.contents, version.verified
+    return replace(evidence, version_uri=version.uri, size_bytes=size, contents=contents, verified=verified)
+
+
+def _log_weights(model: Classifier, run_id: str) -> str:
+    with TemporaryDirectory() as folder:
+        save_classifier(model, Path(folder, "model.safetensors"))
+        tracking.log_folder(Path(folder), "weights", run_id)
+    return f"runs:/{run_id}/weights/model.safetensors"
+
+
+class TrainingLog:
+    """A training that goes on: what it settles by timing, and its curves, epoch by epoch, in the active run.
+
+    A store that fails stops no training: what it lacks is sent with the next epoch, or at the end.
+    """
+
+    def __init__(self, config: Config, host: Host) -> None:
+        self.config, self.host = config, host
+        self.waiting: list[EpochResult] = []
+        self.logged: set[int] | None = None
+
+    def settled(self, execution: dict[str, bool | int]) -> None:
+        """How the steps are computed is part of the configuration from now on."""
+        tracking.log_setup(self.config.with_training(execution), self.host)
+
+    def epoch(self, result: EpochResult) -> None:
+        """Log an epoch that the run lacks, and those that could not be logged before it."""
+        away = bool(self.waiting)
+        self.waiting.append(result)
+        try:
+            with store_errors(), quickly() if away else nullcontext():
+                if self.logged is None or away:  # an answer may have been lost, not the request
+                    self.logged = tracking.logged_steps(_run_id(), metrics.FIRST_OF_EPOCH)
+                log_curves(self.waiting, self.logged)
+            self.waiting.clear()
+        except StageError as error:
+            if not away:
+                say(f"{error}; training goes on, its curves will be logged once the store is back")
+
+
+def log_curves(epochs: Sequence[EpochResult], logged: set[int], run_id: str | None = None) -> None:
+    """Log the epochs that are not in `logged` to a run, the active one unless named, and add them."""
+    for epoch in epochs:
+        if epoch.epoch not in logged:
+            tracking.log_metrics(metrics.of_epoch(epoch), epoch.epoch, (run_id, None) if run_id else None)
+            logged.add(epoch.epoch)
+
+
+@upload.register
+def _sensitivity(result: SensitivityResult, folder: Path, at_ms: int) -> SensitivityResult:
+    tracking.log_table(metrics.columns([asdict(layer) for layer in result.layers]), "sensitivity")
+    tracking.log_result("sensitivity", result)
+    return result
+
+
+@upload.register
+def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEvidence:
+    """To the run, to the models, and as tags of the versions."""
+    evidence, found = replace(result, run_id=_run_id()), result.latency
+    limits = tracking.read_config(evidence.run_id).gate
+    fp32 = registry.from_entity(registry.find_version(evidence.fp32_uri, "fp32"))
+    versions = {uri: registry.find_version(uri, "int8") for uri in evidence.contenders}
+    owners = {evidence.name_of(uri): registry.from_entity(version).owner for uri, version in versions.items()}
+    fastest = found.winner(list(owners))
+    floats = evidence.fair_floats(limits.of(split_uri(next(iter(versions)))[0]))
+    _log_times(found, fastest, floats, {found.baseline: fp32.owner} | owners, at_ms)
+    if evidence.bf16:
+        tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.top1_drop_points), at_ms=at_ms)
+    tracking.log_result("latency", evidence)
+    for uri, version in versions.items():
+        models = _with_kernels(version.tags["engine"], evidence.contenders[uri])
+        tags = {"latency_run_id": evidence.run_id} | _speedup_tags(found, models[0].name, floats)
+        tags |= _latency_tags(found, models[0].name)
+        if models[0].backend:
+            tags["backend"] = models[0].backend
+            tags["backend_speedups"] = ", ".join(f"{one.backend} {found.mean_speedup(one.name):.2f}" for one in models)
+            registry.describe_kernels(uri, _about_kernels(found, models))
+        registry.tag_version(uri, tags)
+    registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
+    least = found.least_speedup(fastest, floats)
+    tracking.set_note(
+        f"{fastest} over the fastest float: **{found.mean_ratio(floats, fastest).median:.2f}x** in the mean, "
+        f"{least.ratio.median:.2f}x over {least.over} at batch size {least.batch_size}, where it is least sure."
+    )
+    return evidence
+
+
+def _log_times(
+    result: LatencyResult, chosen: str, floats: Sequence[str], owners: dict[str, tuple[str, str]], at_ms: int
+) -> None:
+    for whose, step, values in metrics.of_latency(result, chosen, floats):
+        if whose is None or whose in owners:
+            tracking.log_metrics(values, step, owners[whose] if whose else None, at_ms)
+    tracking.log_table(metrics.latency_table(result), "latency")
+
+
+def _with_kernels(engine: str, names: Sequence[str]) -> list[SweepModel]:
+    by_name = {one.name: one for one in int8_models("", engine, KERNELS[engine])}
+    return [by_name[name] for name in names]
+
+
+def _speedup_tags(result: LatencyResult, name: str, floats: Sequence[str]) -> dict[str, str]:
+    """The smallest speed-ups of an int8 model, as tags of its version: over the fastest of `floats`, over fp32."""
+    over_floats, over_fp32 = (result.smallest_speedup(name, slow) for slow in (floats, [result.baseline]))
+    return {"smallest_speedup": f"{over_floats:.3f}", "smallest_speedup_over_fp32": f"{over_fp32:.3f}"}
+
+
+def _latency_tags(result: LatencyResult, name: str) -> dict[str, str]:
+    """The time of one model at the smallest batch size, as tags of its version."""
+    row = min(result.rows, key=lambda row: row.batch_size)
+    p50_ms = f"{row.stats[name].p50_ms:.4g}"
+    return {"p50_ms": p50_ms, "p50_batch_size": str(row.batch_size), "p50_threads": str(result.threads)}
+
+
+def _about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
+    first = found[0]
+    means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
+    text = f"`{first.backend}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
+    if first.backend == "x86":
+        return f"{text} They are the default kernels."
+    return (
+        f"{text} TorchScript packs int8 weights at load for the engine of the process, `x86` unless it was set: for "
+        f"the same speed without qexp, set `torch.backends.quantized.engine = {first.backend!r}` before loading. "
+        "Outputs are the same either way."
+    )
+
+
+@upload.register
+def _promotion(result: Promotion, folder: Path, at_ms: int) -> Promotion:
+    """In the run and in the version's tags: what was decided, why, when and at whose word."""
+    run_id = _run_id()
+    found = replace(result, measured=replace(result.measured, run_id=run_id))
+    _log_times(found.measured.latency, CANDIDATE, found.floats, {}, at_ms)
+    tracking.log_result("latency", found.measured)
+    tracking.log_result("promotion", found)
+    tracking.log_metrics(found.figures, at_ms=at_ms)
+    registry.tag_version(found.uri, _promotion_tags(found, run_id, at_ms))
+    tracking.set_tag("qexp.promotion", found.word)
+    tracking.set_note(f"`{found.uri}` {found.summary}.")
+    return found
+
+
+def _promotion_tags(found: Promotion, run_id: str, at_ms: int) -> dict[str, str]:
+    by = tracking.find_run(run_id).data.tags.get("mlflow.user", "unknown")
+    at = datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds")
+    stays = found.succession if found.succession and not found.succession.replaces else None
+    tags = {
+        "promotion": found.word,
+        "promotion_reason": found.summary,
+        "promotion_run_id": run_id,
+        "promotion_by": by,
+        "promotion_at": at,
+        "champion_kept": str(found.champion_uri) if stays else "none",
+        "champion_compared": str(found.succession is not None and found.succession.compared).lower(),
+        "champion_kept_reason": "; ".join(stays.reasons) if stays else "none",
+    }
+    has = registry.look_up(found.uri).tags
+    # What its own job has found stays, by limits that those of this one need not be, unless this is better news.
+    outdated = found.word == "passed" and has.get("gate") != PASSED
+    if outdated or "gate" not in has:
+        tags |= {"gate": found.gate.word, "gate_reason": found.gate.summary}
+        tags |= {"verdict": found.verdict.word, "verdict_reason": found.verdict.reason}
+    if found.word == FORCED:
+        tags |= {"forced_reason": "; ".join(found.reasons), "forced_by": by, "forced_at": at}
+    timed = has.get("latency_run_id")
+    if outdated or timed in (None, has.get("promotion_run_id")):  # by no job, or by a promotion before
+        result = found.measured.latency
+        tags |= {"latency_run_id": run_id} | _speedup_tags(result, CANDIDATE, found.floats)
+        tags |= _latency_tags(result, CANDIDATE)
+    return tags
+
+
+@upload.register
+def _report(result: WrittenReport, folder: Path, at_ms: int) -> str:
+    """To its run, and to that of the job above it; the URI of the page."""
+    run_id = _run_id()
+    parent = tracking.find_run(run_id).data.tags.get("mlflow.parentRunId")
+    for owner in filter(None, (run_id, parent)):
+        tracking.log_folder(folder / "report", "report", owner)
+    tracking.log_result("report", result)
+    return f"runs:/{run_id}/report/report.html"
+
+
+def upload_decision(evidence: Evidence) -> None:
+    """The gate's decision as tags of each int8 version, the verdict as those of the version chosen, which becomes
+    challenger. No alias moves where the times are not good enough for a verdict."""
+    for judged in evidence.versions:
+        tags = {"gate": judged.gate.word, "gate_reason": judged.gate.summary}
+        registry.tag_version(judged.int8.version_uri, tags)
+    chosen = evidence.int8.version_uri
+    registry.tag_version(chosen, {"verdict": evidence.verdict.word, "verdict_reason": evidence.verdict.reason})
+    if evidence.gate.word != UNMEASURED:
+        registry.make_challenger(registry.from_entity(registry.find_version(chosen, "int8")))
+
+
+def upload_answer(evidence: Evidence) -> None:
+    """The answer of a whole job, in its run."""
+    tracking.log_metrics({f"headline/{name}": value for name, value in evidence.headline.items()})
+    found: dict[str, str] = {"verdict": evidence.verdict.word, "gate": evidence.gate.word}
+    found |= {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri}
+    for name, value in found.items():
+        tracking.set_tag(f"qexp.{name}", value)
+    tracking.set_note(f"{claims.answer(evidence)}\n\nThe whole report: artifact `report/report.html`.")
+
+
+def _run_id() -> str:
+    active = mlflow.active_run()
+    assert active is not None
+    return str(active.info.run_id)
