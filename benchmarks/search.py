@@ -21,11 +21,12 @@ from typing import Any
 
 from qexp.config import Config, load_config
 from qexp.measurement.accuracy import measure_accuracy
-from qexp.search import queue, runs, worker
-from qexp.search.joining import get_ready, set_up
-from qexp.search.storage import open_place, storages_of
+from qexp.search.queue import take_trial
+from qexp.search.setup import look_up, set_up
+from qexp.search.storage import open_place
 from qexp.search.study import Params, Study, grid_of
-from qexp.search.trials import Bench, _logits, _quantized, options_for
+from qexp.search.trials import Bench, do_trial, options_for, quantize_with_seed, validation_logits
+from qexp.tracking import search_runs
 from qexp.tracking.store import use_store
 
 
@@ -40,14 +41,15 @@ def bare(bench: Bench, params: Params) -> None:
     """The three calls, for each seed."""
     options = options_for(bench.config.quantize, bench.order, params)
     for index in range(bench.config.search.seeds_per_point):
-        measure_accuracy(_logits(bench, _quantized(bench, options, index)), bench.dataset.validation.labels)
+        quantized = quantize_with_seed(bench, options, index)
+        measure_accuracy(validation_logits(bench, quantized), bench.dataset.validation.labels)
 
 
 def trial(study: Study, bench: Bench) -> None:
     """One trial, with asking for it."""
-    taken = queue.take_trial(study, worker._end_run_of)
+    taken = take_trial(study, lambda dead, again: None)
     assert taken is not None
-    worker._do_trial(study, bench, taken)
+    do_trial(study, bench, taken)
 
 
 def compare(study: Study, bench: Bench) -> list[tuple[float, float]]:
@@ -69,13 +71,10 @@ def compare(study: Study, bench: Bench) -> list[tuple[float, float]]:
 def run(config: Config) -> list[tuple[float, float]]:
     """Train, make the study, and compare; all in the current folder."""
     use_store()
-    with (
-        open_place(config.search) as place,
-        storages_of(place, config.search.heartbeat_seconds) as open_storage,
-    ):
-        ready = get_ready(config, place, open_storage, None)
-        with runs.study_run("Benchmark.", None, place.leave) as run_id:
-            return compare(*set_up(ready, place, open_storage, run_id))
+    with open_place(config.search) as place:
+        ready = look_up(config, place, None)
+        with search_runs.study_run("Benchmark.", None, place.leave) as run_id:
+            return compare(*set_up(ready, place, run_id))
 
 
 def main() -> None:

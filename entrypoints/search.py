@@ -11,9 +11,10 @@ from .program import run_alone
 
 @with_options("", "data", "train", "quantize", "latency", "gate", "search")
 def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
-    """Search the calibration sample count (and observer) on validation images; a stopped search goes on.
+    """Search the calibration sample count (and observer) on validation images.
 
     Without --model-uri: the newest registered fp32 version of this model and data set, trained first if there is none.
+    The same command resumes a search that was stopped. It ends with the command that quantizes as the best point was.
     """
     if config.search.objective == "top1+latency":  # its trials are timed in this process
         wait_as_the_user_does()

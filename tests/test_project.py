@@ -18,7 +18,7 @@ from entrypoints.options import COMMON, fields_of
 ENTRY_POINTS = ("main", "train", "quantize", "latency", "search", "report")
 LAYERS = ("", "models", "measurement", "data", "quantization", "training", "report", "tracking", "pipeline", "search")
 ONLY_IN = {
-    "mlflow": ("tracking/", "search/runs.py"),
+    "mlflow": ("tracking/",),
     "optuna": ("search/",),
     "sqlalchemy": ("search/",),
     "matplotlib": ("report/figures.py",),

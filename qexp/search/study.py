@@ -1,7 +1,6 @@
-"""A study of Optuna: what it is made for, what it remembers for all workers, and what its trials have found.
+"""A study of Optuna: the space that it searches, what it was made for, what it remembers, what its trials have found.
 
-It has a fixed number of places (`slot`), one for each trial that is to be completed: a point of the grid, or nothing
-yet, where a sampler chooses. queue.py fills them and hands them out.
+setup.py finds or makes it in a place of storage.py; queue.py hands out its trials; job.py reads what was found.
 """
 
 import itertools
@@ -10,16 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from qexp.config import Config
+from qexp.config import Config, SearchConfig
 from qexp.errors import InputError
 from qexp.files import from_json
-from qexp.report.results import SearchPoint
+from qexp.search.results import SearchPoint
 from qexp.search.storage import Place
 
-MOST_DEATHS = 3  # workers that one trial may take with it
 Params = dict[str, Any]
 
 
@@ -30,8 +27,7 @@ class Study:
     optuna: optuna.Study
     place: Place
     space: dict[str, list[Any]]
-    slots: int
-    sampler: str
+    options: SearchConfig
     seed: int
 
     @property
@@ -45,6 +41,10 @@ class Study:
     def remember(self, key: str, value: Any) -> None:
         """Keep a value (of JSON's types) for all workers."""
         self.optuna.set_user_attr(key, value)
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Its trials by number, all or those in these states."""
+        return self.optuna.get_trials(deepcopy=False, states=states or None)
 
 
 def search_space(config: Config) -> dict[str, list[Any]]:
@@ -64,13 +64,14 @@ def grid_of(space: dict[str, list[Any]]) -> list[Params]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
-def find_study(storage: BaseStorage, place: Place, name: str, config: Config, facts: dict[str, Any]) -> Study | None:
+def find_study(place: Place, name: str, config: Config, facts: dict[str, Any]) -> Study | None:
     """The study of this name if there is one, for a search with `facts` (an empty dict: not known yet).
 
     Raises:
         InputError: it holds trials of something else; the message names what.
     """
-    _be_quiet()
+    _silence_optuna()
+    storage = place.storage(name)
     try:
         found = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
@@ -84,25 +85,20 @@ def find_study(storage: BaseStorage, place: Place, name: str, config: Config, fa
         if theirs.get(key) != value:
             was = f"was made for {key} {theirs[key]}" if key in theirs else f"holds trials with another {key}"
             raise InputError(f"--study {name}: {was}, not {value}; give it another name, or the same options")
-    return _in_place(found, place, config)
+    return Study(found, place, search_space(config), config.search, config.seed)
 
 
-def make_study(storage: BaseStorage, place: Place, name: str, config: Config, facts: dict[str, Any]) -> Study:
+def make_study(place: Place, name: str, config: Config, facts: dict[str, Any]) -> Study:
     """A new study, made for `facts`."""
-    _be_quiet()
+    _silence_optuna()
     directions: list[Any] = ["maximize"] if config.search.objective == "top1" else ["maximize", "minimize"]
-    study = _in_place(optuna.create_study(study_name=name, storage=storage, directions=directions), place, config)
+    made = optuna.create_study(study_name=name, storage=place.storage(name), directions=directions)
+    study = Study(made, place, search_space(config), config.search, config.seed)
     study.remember("made_for", facts)
     return study
 
 
-def _in_place(study: optuna.Study, place: Place, config: Config) -> Study:
-    space = search_space(config)
-    slots = len(grid_of(space)) if config.search.sampler == "grid" else config.search.trials
-    return Study(study, place, space, slots, config.search.sampler, config.seed)
-
-
-def _be_quiet() -> None:
+def _silence_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for words in (".* is experimental", "Heartbeat of storage is supposed to be used"):  # at each call
         warnings.filterwarnings("ignore", words)
@@ -110,38 +106,15 @@ def _be_quiet() -> None:
 
 def known_point(study: Study, params: Params) -> SearchPoint | None:
     """What a trial with these parameters has found before: samplers ask again for what they liked."""
-    if study.sampler == "grid":
+    if study.options.sampler == "grid":
         return None
-    for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if trial.params == params:
-            return from_json(SearchPoint, trial.user_attrs["point"])
-    return None
+    return next((_point(trial) for trial in study.trials(TrialState.COMPLETE) if trial.params == params), None)
 
 
 def points_of(study: Study) -> list[SearchPoint]:
     """What the completed trials have found."""
-    trials = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [from_json(SearchPoint, trial.user_attrs["point"]) for trial in trials]
+    return [_point(trial) for trial in study.trials(TrialState.COMPLETE)]
 
 
-def failures(study: Study) -> list[str]:
-    """The reasons of the trials that failed for good."""
-    by_slot = trials_by_slot(study.optuna.get_trials(deepcopy=False))
-    errors = [
-        trial.user_attrs["error"] for trials in by_slot.values() for trial in trials if "error" in trial.user_attrs
-    ]
-    lost = [trials for trials in by_slot.values() if deaths_of(trials) >= MOST_DEATHS]
-    return errors + [f"its worker died {MOST_DEATHS} times" for _ in lost]
-
-
-def trials_by_slot(trials: list[FrozenTrial]) -> dict[int, list[FrozenTrial]]:
-    """Trials by the place that they were made for."""
-    found: dict[int, list[FrozenTrial]] = {}
-    for trial in trials:
-        found.setdefault(trial.user_attrs["slot"], []).append(trial)
-    return found
-
-
-def deaths_of(trials: list[FrozenTrial]) -> int:
-    """How many of these trials ended with their worker, which nobody had stopped."""
-    return sum(trial.state == TrialState.FAIL and not {"error", "stopped"} & set(trial.user_attrs) for trial in trials)
+def _point(trial: FrozenTrial) -> SearchPoint:
+    return from_json(SearchPoint, trial.user_attrs["point"])

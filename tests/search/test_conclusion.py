@@ -12,10 +12,9 @@ from PIL import Image
 
 from qexp.files import from_json, to_json
 from qexp.measurement.latency import Ratio
-from qexp.report.results import SearchPoint, SearchResult
-from qexp.search import figures, findings
-from qexp.search.conclusion import conclude, pareto_front
-from qexp.search.paired import pack, unpack
+from qexp.search import findings
+from qexp.search.conclusion import conclude, pack, pareto_front, unpack
+from qexp.search.results import SearchPoint, SearchResult
 
 
 def _point(
@@ -95,7 +94,7 @@ def test_a_point_that_was_measured_twice_counts_once() -> None:
 def test_figure_and_json(objective: str, name: str, tmp_path: Path) -> None:
     cost = {"top1": {}, "top1+latency": {"ms": 0.5}, "top1+size": {"size": 450_000}}[objective]
     result = _conclude([_point(count, 94.0, 94.0 + count / 512, **cost) for count in (8, 64, 512)], 144, objective)
-    figures.save_figures(result, tmp_path)
+    findings.save_figures(result, tmp_path)
     with Image.open(tmp_path / f"{name}.png") as image:
         assert image.width >= 500 and image.height >= 350
     assert from_json(SearchResult, to_json(result)) == result

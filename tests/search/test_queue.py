@@ -1,5 +1,6 @@
-"""The queue of a study, in a journal and on a real PostgreSQL, without anything being quantized."""
+"""A study and its queue, in a journal and on a real PostgreSQL, without anything being quantized."""
 
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,16 +11,27 @@ from threading import Barrier
 from typing import Any
 
 import optuna
+import psycopg
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from postgres import start_postgres
 
 from qexp.config import Config, SearchConfig
 from qexp.errors import InputError, hide_passwords
-from qexp.report.results import SearchPoint
-from qexp.search.queue import alive, fail, finish, give_back, open_trials, suggest, take_trial
-from qexp.search.storage import open_place, storages_of
-from qexp.search.study import MOST_DEATHS, Study, failures, find_study, make_study, points_of
+from qexp.search.queue import (
+    MOST_DEATHS,
+    alive,
+    fail,
+    failures,
+    finish,
+    give_back,
+    open_trials,
+    suggest,
+    take_trial,
+)
+from qexp.search.results import SearchPoint
+from qexp.search.storage import open_place
+from qexp.search.study import Study, find_study, make_study, points_of
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +52,15 @@ def search(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 def worker(**options: Any) -> Iterator[Study]:
     """What a worker of a study has; the first one makes it."""
     config = Config(search=SearchConfig(**options))
-    with open_place(config.search) as place, storages_of(place, config.search.heartbeat_seconds) as open_storage:
-        name = options["study"]
+    with open_place(config.search) as place:
+        asked = place, options["study"], config, {"seed": 0}
         with place.exclusive("join"):
-            study = find_study(open_storage(name), place, name, config, {"seed": 0})
-            yield_study = study or make_study(open_storage(name), place, name, config, {"seed": 0})
-        yield yield_study
+            study = find_study(*asked) or make_study(*asked)
+        yield study
 
 
 def _take(study: Study) -> optuna.Trial | None:
-    return take_trial(study, lambda trial: None)
+    return take_trial(study, lambda trial, again: None)
 
 
 def _point(params: dict[str, Any], top1: float = 90.0, size: int | None = None) -> SearchPoint:
@@ -130,16 +141,19 @@ def test_workers_that_race_for_trials_get_each_once(postgres: str) -> None:
 
 
 def test_a_trial_without_signs_of_life_goes_to_another_worker(postgres: str) -> None:
+    """The last heartbeats are dated back, instead of waiting: only the trial that goes on sending some is kept."""
     options = {"storage": postgres, "study": "silent", "sample_counts": [4, 8], "heartbeat_seconds": 1}
-    gone: list[FrozenTrial] = []
+    gone: list[int] = []
     with worker(**options) as one, worker(**options) as other:
         silent, living = _take(one), _take(one)
         assert silent and living
         with alive(one, living):
-            time.sleep(8)
-            again = take_trial(other, gone.append)
+            with psycopg.connect(postgres) as database:
+                database.execute("UPDATE trial_heartbeats SET heartbeat = heartbeat - interval '7 seconds'")
+            time.sleep(1.5)
+            again = take_trial(other, lambda trial, again: gone.append(trial.number))
         assert again and suggest(other, again) == suggest(one, silent)
-        assert [trial.number for trial in gone] == [silent.number]
+        assert gone == [silent.number]
         assert again.user_attrs["retry_of"] == silent.number
         assert not finish(one, silent, _point(suggest(one, silent)))
         _do(other, again)
@@ -147,13 +161,76 @@ def test_a_trial_without_signs_of_life_goes_to_another_worker(postgres: str) -> 
         assert len(points_of(one)) == 2 and open_trials(one) == 0
 
 
+def test_a_worker_killed_before_its_first_heartbeat_loses_no_trial(postgres: str) -> None:
+    """Optuna alone never calls such a trial stale."""
+    with worker(storage=postgres, study="early", sample_counts=[4, 8]) as study:
+        first = _take(study)
+        early = study.optuna.ask()
+        again = _take(study)
+        assert first and again and again.user_attrs["retry_of"] == early.number
+        assert suggest(study, again)["calibration_samples"] == 8 and _take(study) is None
+
+
+def test_a_queue_that_was_not_filled_to_the_end_is_filled_once(
+    search: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = optuna.Study.add_trial
+
+    def add_two(study: optuna.Study, trial: FrozenTrial) -> None:
+        if len(study.trials) == 2:
+            raise KeyboardInterrupt
+        add(study, trial)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), worker(**search) as study:
+        patched.setattr(optuna.Study, "add_trial", add_two)
+        _take(study)
+    with worker(**search) as study:
+        done = []
+        while trial := _take(study):
+            done.append(_do(study, trial)["calibration_samples"])
+    assert done == SearchConfig().sample_counts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_happens_to_workers_each_point_is_measured_once(seed: int, tmp_path: Path) -> None:
+    """Trials are completed, fail, are stopped, or their workers die, by chance."""
+    chance, died = random.Random(seed), Counter[int]()
+    ended: dict[int, str] = {}
+    while True:
+        with worker(study_dir=str(tmp_path), study="chaos", sample_counts=list(range(1, 13))) as study:
+            while trial := _take(study):
+                number = suggest(study, trial)["calibration_samples"]
+                assert number not in ended
+                event = chance.choice(["complete", "fail", "stop", "die"])
+                if event == "die":  # the worker is gone without a word
+                    died[number] += 1
+                    if died[number] == MOST_DEATHS:
+                        ended[number] = "died"
+                    break
+                if event == "stop":
+                    give_back(study, trial)
+                    break
+                ended[number] = event
+                _do(study, trial) if event == "complete" else fail(study, trial, "no reason")
+            else:
+                break
+    with worker(study_dir=str(tmp_path), study="chaos", sample_counts=list(range(1, 13))) as study:
+        how = Counter(ended.values())
+        assert how.total() == 12 and how["complete"] == len({p.calibration_samples for p in points_of(study)})
+        assert how["complete"] == len(points_of(study)) and open_trials(study) == 0
+        reasons = Counter(failures(study))
+        assert reasons == Counter({"no reason": how["fail"], f"its worker died {MOST_DEATHS} times": how["died"]})
+
+
 def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
     options = {"study_dir": str(tmp_path), "study": "deadly", "sample_counts": [4]}
     for _ in range(MOST_DEATHS):
         with worker(**options) as study:  # which ends without a word
             assert _take(study)
+    told: list[tuple[int, bool]] = []
     with worker(**options) as study:
-        assert _take(study) is None and open_trials(study) == 0
+        assert take_trial(study, lambda trial, again: told.append((trial.number, again))) is None
+        assert told == [(MOST_DEATHS - 1, False)] and open_trials(study) == 0
         assert failures(study) == [f"its worker died {MOST_DEATHS} times"]
 
 
@@ -176,9 +253,8 @@ def test_one_search_at_a_time_in_a_journal(tmp_path: Path) -> None:
 def test_a_study_of_something_else_is_refused(search: dict[str, Any]) -> None:
     with worker(**search) as study:
         config = Config(search=SearchConfig(**search))
-        storage: Any = study.optuna._storage
         with pytest.raises(InputError, match=rf"--study {study.name}: was made for seed 0, not 1"):
-            find_study(storage, study.place, study.name, config, {"seed": 1})
+            find_study(study.place, study.name, config, {"seed": 1})
 
 
 def test_the_database_of_mlflow_is_refused(postgres: str) -> None:
@@ -214,6 +290,17 @@ def test_refused_storage(url: str, words: list[str]) -> None:
     message = str(refused.value)
     assert [word for word in ["--storage", *words] if word not in message] == []
     assert "secret@" not in message and "ret@" not in message and "\n" not in message
+
+
+def test_the_address_of_a_study_has_no_password(postgres: str, tmp_path: Path) -> None:
+    user, _, host = postgres.removeprefix("postgresql://").partition("@")
+    name, _, password = user.partition(":")
+    assert name and password
+    for url in (postgres, f"postgresql://{name}@{host}?password={password}"):
+        with open_place(SearchConfig(storage=url, study="a")) as place:
+            assert place.address("a") == f"postgresql://{name}@{host}"
+    with open_place(SearchConfig(study_dir=str(tmp_path))) as place:
+        assert place.address("a") == str(tmp_path / "a.journal")
 
 
 def test_several_workers_need_a_name(postgres: str) -> None:

@@ -1,5 +1,6 @@
 """The search with a journal, on the store of a finished run: trials, resuming, failing, the registered winner."""
 
+import shlex
 import signal
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from qexp.config import load_config
+from qexp.config import Config, DataConfig, QuantizeConfig, load_config
 from qexp.files import from_json
-from qexp.report.results import SearchResult
-from qexp.search.joining import _newest
+from qexp.search.findings import quantize_command
+from qexp.search.results import SearchResult
+from qexp.search.setup import _newest
 
 COUNTS = ["--sample-counts", "8,32,128", "--seeds-per-point", "2", "--observers", "minmax,histogram"]
 
@@ -54,6 +56,12 @@ def test_grid_search_runs_every_point_once_and_goes_on_where_it_stopped(in_use: 
     assert parent.info.status == "FINISHED" and "are enough" in parent.data.tags["mlflow.note.content"]
     assert len(_study(in_use, done.summary["study"]).trials) == 6
     assert again.summary["winner"] == done.summary["winner"]
+    assert again.summary["study_storage"] == f"studies/{done.summary['study']}.journal"
+    assert (in_use.folder / again.summary["study_storage"]).is_file()
+    command, winner = shlex.split(done.summary["quantize_command"]), done.summary["winner"]
+    assert command[:4] == ["qexp", "quantize", "--model-uri", in_use.summary["fp32"]]
+    assert command[command.index("--calibration-samples") + 1] == str(winner["calibration_samples"])
+    assert command[command.index("--observer") + 1] == winner["observer"]
 
 
 def test_the_test_images_are_not_looked_at(in_use: Finished) -> None:
@@ -83,6 +91,42 @@ def test_a_search_that_was_cut_off_goes_on(number: signal.Signals, code: int, in
     complete = [trial for trial in _study(in_use, name).trials if trial.state == TrialState.COMPLETE]
     assert sorted(trial.params["calibration_samples"] for trial in complete) == [4, 8, 12, 16]
     assert mlflow.MlflowClient(tracking_uri=in_use.uri).get_run(done.summary["run_id"]).info.status == "FINISHED"
+
+
+SHOW = """
+from qexp.pipeline import jobs
+
+jobs.run_quantize = lambda config, uri: {
+    "command": "quantize", "uri": uri, "data_dir": config.data.data_dir,
+    "quantize": config.quantize.model_dump(mode="json"),
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (DataConfig(), QuantizeConfig(calibration_samples=512, observer="minmax")),
+        (
+            DataConfig(data_dir="two words"),
+            QuantizeConfig(
+                engine=["pt2e"], backend="onednn", calibration_samples=8, calibration_batch_size=4, per_channel=False,
+                observer="percentile", percentile=99.5, fold_pool=True, keep_fp32=["network.0", "network.3"],
+                allow_float=True, max_top1_drop=0.5, max_tries=3, sensitivity_images=16,
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_the_command_for_the_winner_says_all_its_options(
+    data: DataConfig, options: QuantizeConfig, tmp_path: Path
+) -> None:
+    command = quantize_command(Config(data=data), "models:/a-fp32/3", options)
+    done = run_qexp(tmp_path, *shlex.split(command)[1:], before=SHOW)
+    assert done.code == 0, done.stderr
+    understood = QuantizeConfig.model_validate(done.summary["quantize"])
+    assert (done.summary["uri"], done.summary["data_dir"], understood) == ("models:/a-fp32/3", data.data_dir, options)
+    default = "qexp quantize --model-uri models:/a-fp32/3 --engine fx --calibration-samples 512 --observer minmax"
+    assert (command == default) == (data == DataConfig())
 
 
 BROKEN = """

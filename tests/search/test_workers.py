@@ -1,9 +1,12 @@
-"""Several workers on one study in a real PostgreSQL: one is killed, and the others do what it has left."""
+"""Several workers on one study in a real PostgreSQL: one is killed, the other does its trial again, and what comes out
+is what one worker alone finds."""
 
+import json
 import signal
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import optuna
@@ -11,7 +14,9 @@ import psycopg
 import pytest
 from conftest import run_qexp, start_qexp
 from forked import Forked
-from optuna.trial import TrialState
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 from postgres import start_postgres
 from stores import new_store
 
@@ -63,6 +68,16 @@ def _kill_in_a_trial(url: str, workers: list[Forked]) -> tuple[Forked, int]:
     raise AssertionError(f"no trial: {[worker.stderr for worker in workers]}")
 
 
+def _journal(folder: Path, file: str) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(folder / file)))
+
+
+def _found(trials: list[FrozenTrial]) -> dict[tuple[Any, ...], Any]:
+    """Which validation images each point gets right, with each seed, by its parameters."""
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return {tuple(trial.params.values()): json.loads(trial.user_attrs["point"])["correct_by_seed"] for trial in done}
+
+
 @pytest.mark.slow
 def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None:
     """In an empty store: one of the two trains, the other waits for it."""
@@ -74,6 +89,7 @@ def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None
         other, cut_off = _kill_in_a_trial(url, workers)
         assert other.wait() == 0, other.stderr
         again = run_qexp(tmp_path, "search", "--storage", url, *OPTIONS)
+        alone = run_qexp(tmp_path, "search", *OPTIONS)  # in a journal file
         study = optuna.load_study(study_name="shared", storage=study_url)
         trials, remembered = study.trials, study.user_attrs
     assert f"trial {cut_off}: its worker" in other.stderr
@@ -91,6 +107,11 @@ def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None
     (killed,) = [run for run in runs if run.info.status == "KILLED"]
     assert killed.info.run_name == f"trial-{cut_off:03d}" and "is gone" in killed.data.tags["qexp.error"]
     assert len({trial.user_attrs["worker"] for trial in trials if "worker" in trial.user_attrs}) == 2
+
+    assert alone.code == 0, alone.stderr
+    in_journal = optuna.load_study(study_name="shared", storage=_journal(tmp_path, alone.summary["study_storage"]))
+    assert _found(trials) == _found(in_journal.trials) and alone.summary["winner"] == again.summary["winner"]
+    assert again.summary["study_storage"] == url.replace(f":{url.split(':')[2].split('@')[0]}@", "@")
 
     assert again.code == 0 and again.summary["run_id"] == parent.info.run_id and "trial " not in again.stderr
     password = url.split(":")[2].split("@")[0]

@@ -1,6 +1,9 @@
-"""The MLflow runs of a search: one parent for the study, whoever works on it, and below it one for each trial."""
+"""The MLflow runs of a search: one parent for the study, whoever works on it, and below it one for each trial.
 
-from collections.abc import Callable, Iterator
+Fed by search/: job.py opens the parent with `study_run`, trials.py logs each trial; what a trial is, is not known here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -10,11 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from qexp.errors import InputError, StageError, first_line
 from qexp.progress import say
-from qexp.report.results import SearchPoint
 from qexp.tracking import runs as tracking
 from qexp.tracking.store import is_missing, store_name
-
-OF_SETUP = ("train", "sensitivity")  # stages below the parent that come before the first trial
 
 
 def find_parent(run_id: str | None, study: str) -> str | None:
@@ -42,7 +42,8 @@ def study_run(note: str, run_id: str | None, leave: Callable[[Callable[[], None]
     """The parent run, new without `run_id`. `leave` takes this worker off the study and says whether it was the last;
     if not, it calls what it is given.
 
-    Only the last one ends the run, as `tracking.start_run` does; before, it stays RUNNING whatever happens to a worker.
+    Only the last worker ends the run, as `tracking.start_run` does; until then the run stays RUNNING, whatever happens
+    to a worker.
     """
     problem: BaseException | None = None
     with tracking.start_run("search", note, run_id) as run_id:
@@ -60,7 +61,7 @@ def study_run(note: str, run_id: str | None, leave: Callable[[Callable[[], None]
 def _leave_running() -> None:
     try:
         mlflow.end_run("RUNNING")
-    except Exception as error:  # the store has gone: any library's
+    except Exception as error:  # of any library, since the store is gone
         say(f"the study's run could not be left ({first_line(error)})")
 
 
@@ -74,27 +75,22 @@ def logging_params(run_id: str, params: dict[str, object]) -> Iterator[None]:
     written.result()
 
 
-def log_point(run_id: str, point: SearchPoint, seed: int) -> None:
-    """What a trial has found, as metrics of its run, in one request; the curve over seeds begins at `seed`."""
-    values = {"val/top1_mean": point.top1_percent, "val/top1_spread": point.spread_points}
-    if point.size_bytes is not None:
-        values["model/size_mb"] = point.size_bytes / 1e6
-    if point.speedup and point.noise and point.latency_p50_ms is not None:
-        values |= {"latency/p50_ms": point.latency_p50_ms, "latency/speedup": point.speedup.median}
-        values |= {"latency/speedup_low": point.speedup.low, "latency/speedup_high": point.speedup.high}
-        values |= {"latency/noise_low": point.noise.low, "latency/noise_high": point.noise.high}
+def log_trial(run_id: str, values: dict[str, float], top1_by_seed_percent: Sequence[float], first_seed: int) -> None:
+    """Metrics of a trial's run, and top-1 as a curve over the seeds, all in one request."""
     now = mlflow.utils.time.get_current_time_millis()
     metrics = [Metric(name, value, now, 0) for name, value in values.items()]
-    metrics += [Metric("val/top1", top1, now, seed + index) for index, top1 in enumerate(point.top1_by_seed_percent)]
+    metrics += [Metric("val/top1", top1, now, first_seed + index) for index, top1 in enumerate(top1_by_seed_percent)]
     mlflow.MlflowClient().log_batch(run_id, metrics=metrics)
 
 
-def end_as_killed(run_id: str, reason: str) -> None:
-    """Mark the run of a trial whose worker is gone."""
+def end_as_killed(run_id: str, reason: str) -> bool:
+    """Mark the run of a trial whose worker is gone; False where it was marked before."""
     client = mlflow.MlflowClient()
-    if client.get_run(run_id).info.status != "KILLED":
-        client.log_batch(run_id, tags=[RunTag("qexp.error", reason)])
-        client.set_terminated(run_id, "KILLED")
+    if client.get_run(run_id).info.status == "KILLED":
+        return False
+    client.log_batch(run_id, tags=[RunTag("qexp.error", reason)])
+    client.set_terminated(run_id, "KILLED")
+    return True
 
 
 def end_left_open(run_id: str, stages: tuple[str, ...]) -> None:

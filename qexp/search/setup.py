@@ -1,7 +1,9 @@
-"""How a worker joins a study: what the study must be made for, and what all its trials use."""
+"""What comes before the first trial of a worker: options checked, study found or made, and all that trials share.
+
+Fed by the options and by the stages of pipeline/, for the model; gives job.py the study and trials.py its `Bench`.
+"""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +12,20 @@ from torch import nn
 from qexp.config import Config, given_otherwise
 from qexp.data.datasets import Dataset, dataset_name
 from qexp.errors import InputError
+from qexp.measurement.accuracy import measure_accuracy
 from qexp.measurement.host import Host
 from qexp.models.classifier import ModelSpec, outline
-from qexp.pipeline import loading as registered
+from qexp.pipeline import loading
 from qexp.pipeline.job import Job
 from qexp.pipeline.jobs import sensitivity_stage, train_stage
 from qexp.pipeline.quantize import BUDGET_IMAGES, warn_of_reduced_range
 from qexp.pipeline.setup import Setup, prepare, with_quantization_checked
 from qexp.progress import say
 from qexp.quantization.sensitivity import most_sensitive_first
-from qexp.search import runs
 from qexp.search.storage import Place
 from qexp.search.study import Study, find_study, make_study, search_space
 from qexp.search.trials import Bench, time_against_fp32
-from qexp.tracking import registry
+from qexp.tracking import registry, search_runs
 from qexp.tracking import runs as tracking
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of
@@ -32,6 +34,7 @@ from qexp.tracking.store import uri_of
 OF_NO_TRIAL = {
     "calibration_samples", "observer", "engine", "per_channel", "sensitivity_images", "max_top1_drop", "max_tries"
 }  # fmt: skip
+RUNS_OF_SETUP = ("train", "sensitivity")  # stages below the parent that come before the first trial
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,17 @@ class Ready:
     parent_run_id: str | None
 
 
-def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], model_uri: str | None) -> Ready:
+def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
     """Look for the study, the fp32 version and the parent run, and refuse what does not fit.
 
     The version: the one given, that of the study, or the newest of this model and data set.
-
-    Args:
-        open_storage: gives Optuna's storage for a study of a name, the same one each time.
 
     Raises:
         InputError: the study is made for something else or its run is in another store; as `prepare`.
     """
     name = config.search.study
-    study = find_study(open_storage(name), place, name, config, {}) if name else None
-    parent = runs.find_parent(study.note("run_id"), study.name) if study else None
+    study = find_study(place, name, config, {}) if name else None
+    parent = _parent_of(study)  # a study in another store is refused first: its model is not in this one
     if study and not model_uri and isinstance(made_for := study.note("made_for"), dict):
         model_uri = made_for.get("model_uri")
     model_uri = model_uri or _newest(config)
@@ -68,12 +68,15 @@ def get_ready(config: Config, place: Place, open_storage: Callable[[str], Any], 
     _check_space(config, dataset)
     if model_uri:
         facts = _facts(config, host, model_uri)
-        name = name or _own_name(facts)
-        study = find_study(open_storage(name), place, name, config, facts)
-        parent = runs.find_parent(study.note("run_id"), study.name) if study else None
+        study = find_study(place, name or _own_name(facts), config, facts)
+        parent = _parent_of(study)
     if parent:
         tracking.use_experiment(dataset.name, parent)
     return Ready(config, host, dataset, model_uri, study, parent)
+
+
+def _parent_of(study: Study | None) -> str | None:
+    return search_runs.find_parent(study.note("run_id"), study.name) if study else None
 
 
 def _newest(config: Config) -> str | None:
@@ -82,7 +85,7 @@ def _newest(config: Config) -> str | None:
     name = f"{config.model}-{dataset_name(config.data)}-fp32"
     for number in registry.version_numbers(name):
         uri = f"models:/{name}/{number}"
-        asked = [key for key, *_ in given_otherwise(config, registered.config_of_version(config, uri, "fp32"))]
+        asked = [key for key, *_ in given_otherwise(config, loading.config_of_version(config, uri, "fp32"))]
         unused = [key.removeprefix("train.").replace("_", "-") for key in asked if key.startswith("train.")]
         if any(key.startswith("data.") or key.endswith((".model", ".seed")) for key in asked):
             continue
@@ -92,7 +95,7 @@ def _newest(config: Config) -> str | None:
     return None
 
 
-def set_up(ready: Ready, place: Place, open_storage: Callable[[str], Any], run_id: str) -> tuple[Study, Bench]:
+def set_up(ready: Ready, place: Place, run_id: str) -> tuple[Study, Bench]:
     """In the parent run: what the first worker makes and others find: model, study, order of layers, p50 of fp32."""
     config, host, dataset = ready.config, ready.host, ready.dataset
     warn_of_reduced_range(host)
@@ -100,12 +103,11 @@ def set_up(ready: Ready, place: Place, open_storage: Callable[[str], Any], run_i
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, ("train", "validation"))
     uri = ready.model_uri or train_stage(Job(host, run_id), Setup(config, host, dataset)).version.uri
-    fp32 = registered.fp32_from_registry(uri, dataset, splits=("validation",))
+    fp32 = loading.fp32_from_registry(uri, dataset, splits=("validation",))
     study = ready.study
     if study is None:
         facts = _facts(config, host, uri)
-        name = config.search.study or _own_name(facts)
-        study = make_study(open_storage(name), place, name, config, facts)
+        study = make_study(place, config.search.study or _own_name(facts), config, facts)
     if study.note("run_id") != run_id:
         study.remember("run_id", run_id)
         study.remember("concluded", None)  # a new parent run lacks what was logged to the one before
@@ -113,9 +115,11 @@ def set_up(ready: Ready, place: Place, open_storage: Callable[[str], Any], run_i
     if config.search.objective == "top1+latency":
         p50_ms = study.note("fp32_p50_ms")
         if p50_ms is None:
-            p50_ms = time_against_fp32(fp32, None, config.search.latency_batch_size).stats["fp32"].p50_ms
+            p50_ms = time_against_fp32(fp32.model, None, config.search.latency_batch_size).stats["fp32"].p50_ms
             study.remember("fp32_p50_ms", p50_ms)
-    return study, Bench(config, host, dataset, fp32, order, p50_ms)
+    top1 = measure_accuracy(fp32.logits["validation"], dataset.validation.labels).top1_percent
+    version = fp32.version
+    return study, Bench(config, host, dataset, fp32.model, version.uri, version.size_bytes, top1, order, p50_ms)
 
 
 def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[str, ...]:
@@ -124,7 +128,7 @@ def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[s
         return ()
     if (known := study.note("layers_most_sensitive_first")) is not None:
         return tuple(known)
-    runs.end_left_open(run_id, runs.OF_SETUP)
+    search_runs.end_left_open(run_id, RUNS_OF_SETUP)
     options = ready.config.quantize
     wanted = {"sensitivity_images": options.sensitivity_images or BUDGET_IMAGES}
     config = ready.config.model_copy(update={"quantize": options.model_copy(update=wanted)})
