@@ -17,7 +17,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from forked import REPOSITORY, Forked, children_are_forks, start_forked
+from forked import REPOSITORY, Forked, start_forked, start_forking
 from stores import new_store
 from torch import nn
 
@@ -63,15 +63,16 @@ class Finished:
         return json.loads(self.stdout.splitlines()[-1])
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait."""
-    children_are_forks()
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if number and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
         if cores:
             os.sched_setaffinity(0, cores)
             torch.set_num_threads(len(cores))
+    if number or not config.getoption("numprocesses", None):  # the process that runs tests
+        start_forking()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
