@@ -6,10 +6,12 @@ import json
 import os
 import random
 import resource
+import shutil
+import sqlite3
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,14 +164,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def in_use(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The same in a store of its own, without what PLAIN leaves out: for tests that add versions and runs to it."""
-    return _run_once(tmp_path_factory.mktemp("run in use"), *PLAIN)
+def in_use(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same in a copy of its store: for tests that add versions and runs to it, whose files are in its folder."""
+    folder = tmp_path_factory.mktemp("run in use")
+    shutil.copy(finished.folder / "mlflow.db", folder)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        database.execute("update experiments set artifact_location = ? || experiment_id", [f"{folder}/mlruns/"])
+    return replace(finished, folder=folder, uri=f"sqlite:///{folder}/mlflow.db")
 
 
-def _run_once(folder: Path, *more: str) -> Finished:
+def _run_once(folder: Path) -> Finished:
     uri = f"sqlite:///{folder}/mlflow.db"  # not there: the first use of a store is part of it
-    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report", *more, uri=uri)
+    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report", uri=uri)
     assert done.code == 0, done.stderr
     return done
 
