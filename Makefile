@@ -7,10 +7,10 @@ ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true
 # MLflow's own default quotes the path: in one with a space, it would make a second folder with %20 in its name.
 STORE := MLFLOW_TRACKING_URI="sqlite:///$(CURDIR)/mlflow.db"
 
-.PHONY: help setup demo test generate lint ui server clean
+.PHONY: help setup demo test test-quick test-long generate lint ui server clean
 
 help:  ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
 setup: $(STAMP)  ## make .venv with qexp and its tools; re-used while pyproject.toml is the same
 
@@ -25,8 +25,17 @@ demo: setup  ## train SmallNet on digits, quantize, measure, register: report/re
 	@echo 'the report: report/report.html; the runs and models: make ui'
 
 # Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
+PYTEST := $(ENV) OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: setup  ## all tests, slow ones included
-	$(ENV) OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# What needs neither a trained model nor a server, a browser or another process.
+test-quick: setup  ## the tests of plain functions, for the inner loop
+	$(PYTEST) -m 'not slow and not long'
+
+# More classifiers with every engine, and `mlflow run` in an environment that it builds itself.
+test-long: setup  ## the tests that take minutes each and that `make test` leaves out
+	QEXP_LONG_TESTS=1 $(PYTEST) -m long
 
 generate: setup  ## write config.yaml and MLproject from the options
 	$(ENV) PYTHONPATH=. python .ci/generate.py

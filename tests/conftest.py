@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from forked import REPOSITORY, Forked, start_forked, start_forking
@@ -44,6 +45,11 @@ QUICK = (
     "--image-size 16 --epochs 4 --batch-sizes 1,8 --min-repeats 6 --loads 3 --min-seconds 0 --warmup 1 "
     "--max-busy-percent 100 --min-speedup 0 --calibration-samples 64 --baselines fp32_traced --sensitivity-images 16"
 ).split()
+SEED = 0
+SEEDS = f"every test begins with seed {SEED} in random, numpy and torch"
+QUICK_TESTS = "not slow and not long"  # what `make test-quick` gives to -m
+# Fixtures and functions that train or start a process: what uses one is not quick.
+SLOW = {"trained", "finished", "in_use", "run_qexp", "start_qexp", "run_apart", "start_server", "start_postgres"}
 MOST_MEMORY_GB = 3.5  # resident memory of a test process, at most: two of them fit into 8 GB
 # What `auto` stands for is timed; trainings that are compared, or only looked at, are told.
 EXECUTION: dict[str, Any] = {"bf16": False, "channels_last": True, "train_threads": 1}
@@ -65,6 +71,10 @@ class Finished:
         return json.loads(self.stdout.splitlines()[-1])
 
 
+def pytest_report_header() -> str:
+    return f"qexp: {SEEDS}"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait."""
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
@@ -73,14 +83,40 @@ def pytest_configure(config: pytest.Config) -> None:
         if cores:
             os.sched_setaffinity(0, cores)
             torch.set_num_threads(len(cores))
-    if number or not config.getoption("numprocesses", None):  # the process that runs tests
+    runs_tests = number or not config.getoption("numprocesses", None)
+    if runs_tests and config.option.markexpr != QUICK_TESTS:
         start_forking()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker is left with one at the end."""
+    """Tests that need a trained model or another process are slow, also without the mark. Files with slow tests come
+    first, so that no worker is left with one at the end."""
+    for item in items:
+        code = getattr(getattr(item, "function", None), "__code__", None)
+        if SLOW & {*getattr(item, "fixturenames", ()), *(code.co_names if code else ())}:
+            item.add_marker("slow")
+        if item.get_closest_marker("long") and not os.environ.get("QEXP_LONG_TESTS"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make test-long"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _seed_all() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeds_of_the_module() -> None:
+    """What fixtures draw does not depend on other files."""
+    _seed_all()
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """What a test draws does not depend on the tests before it."""
+    _seed_all()
 
 
 def environment_for(uri: str) -> dict[str, str]:

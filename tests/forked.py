@@ -152,6 +152,7 @@ def _children_are_forks(files: Path) -> None:
 
 def start_forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], before: str = "") -> Forked:
     """Start `qexp ARGUMENTS` in `folder`; `before` is Python that the process runs first."""
+    assert _forking, "a test that starts a process is marked slow"
     return _forking[0].start(str(folder), ("-m", "entrypoints.cli", *arguments), environment, before)
 
 

@@ -12,7 +12,7 @@ from qexp.config import QuantizeConfig
 from qexp.data.datasets import Dataset
 from qexp.errors import StageError
 from qexp.measurement.accuracy import predict_logits, to_float
-from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.classifier import Classifier
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.training.train import TrainResult
 
@@ -94,25 +94,6 @@ def test_options_change_the_model(int8: QuantizedModel, model: Classifier, digit
         for other in (per_layer, minmax, reduced):
             assert not torch.equal(other, usual)
             assert (other.argmax(1) == fp32.argmax(1)).double().mean() > 0.9
-
-
-@pytest.mark.slow
-def test_mobilenet() -> None:
-    """Sums, clamps and activations after a layer are part of its kernel."""
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
-    model = build_classifier(ModelSpec("mobilenet_v3_small", tuple("abcdefghij"), 64), images)
-    model.train()
-    with torch.no_grad():
-        for _ in range(20):  # batch norm's statistics
-            model(to_float(images))
-        model.eval()
-        int8 = _quantize(model, images)
-        expected, found = model(to_float(images)), int8.module(to_float(images))
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    assert len(int8.result.int8_layers) == len(layers)
-    noise = (expected - found).square().mean() / expected.var()
-    assert noise < 10**-1.5  # 15 dB
 
 
 def test_what_cannot_be_exported_is_said() -> None:
