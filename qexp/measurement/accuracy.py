@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from math import sqrt
 
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from qexp.progress import track
 
-Z_95 = 1.959964
+Z_95 = float(ndtri(0.975))
 
 
 @dataclass(frozen=True)
