@@ -2,7 +2,7 @@
 
 `start_forking` makes that process before anything is computed: threads do not survive a fork. Commands, latency sweeps
 and the loading of registered models run as its forks. What a clean subprocess does is proved by real ones: the fixture
-`finished` is a job whose children are all real, and tests/test_serving.py loads every engine's version in another.
+`finished` is a job whose children are all real, and tests/tracking/test_serving.py loads every engine's version in another.
 """
 
 import atexit
