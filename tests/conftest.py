@@ -50,7 +50,7 @@ SEEDS = f"every test begins with seed {SEED} in random, numpy and torch"
 QUICK_TESTS = "not slow and not long"  # what `make test-quick` gives to -m
 # Fixtures and functions that train or start a process: what uses one is not quick.
 SLOW = {"trained", "finished", "in_use", "run_qexp", "start_qexp", "run_apart", "start_server", "start_postgres"}
-MOST_MEMORY_GB = 3.5  # resident memory of a test process, at most: two of them fit into 8 GB
+MOST_MEMORY_GB = 2.0  # resident memory of a test process, at most: three of them fit into 8 GB
 # What `auto` stands for is timed; trainings that are compared, or only looked at, are told.
 EXECUTION: dict[str, Any] = {"bf16": False, "channels_last": True, "train_threads": 1}
 NOT_TIMED = "--bf16 false --channels-last true --train-threads 1".split()  # the same for a command
@@ -92,13 +92,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a trained model or another process are slow, also without the mark. Files with slow tests come
     first, so that no worker is left with one at the end."""
     for item in items:
-        code = getattr(getattr(item, "function", None), "__code__", None)
-        if SLOW & {*getattr(item, "fixturenames", ()), *(code.co_names if code else ())}:
+        if isinstance(item, pytest.Function) and SLOW & _used_by(item):
             item.add_marker("slow")
         if item.get_closest_marker("long") and not os.environ.get("QEXP_LONG_TESTS"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: make test-long"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _used_by(item: pytest.Function) -> set[str]:
+    """Fixtures of a test, and what it and they call."""
+    fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
+    codes = [function.__code__ for function in (item.function, *fixtures) if hasattr(function, "__code__")]
+    return {*item.fixturenames, *(name for code in codes for name in code.co_names)}
+
+
+def pytest_collection_finish() -> None:
+    """What importing has made stays: looking through it for garbage, again and again, takes a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def _seed_all() -> None:
