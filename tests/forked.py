@@ -1,8 +1,8 @@
 """Processes for tests that are forks of one that has imported torch, MLflow and qexp already, which takes seconds.
 
 `start_forking` makes that process before anything is computed: threads do not survive a fork. Commands, latency sweeps
-and the loading of registered models run as its forks. What a clean subprocess does is proved by real ones: the fixture
-`finished` is a job whose children are all real, and tests/tracking/test_serving.py loads every engine's version in another.
+and the verification of registered models run as its forks. What a clean subprocess does is proved by real ones: all
+those of tests/test_mlflow_run.py, and the one in tests/tracking/test_registry.py.
 """
 
 import atexit
