@@ -11,6 +11,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import pkgutil
 import runpy
 import shutil
 import signal
@@ -29,14 +30,12 @@ from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# None of these computes when it is imported.
+# Beside qexp's own modules. None of these computes when it is imported.
 PRELOAD = (
     "mlflow.pyfunc", "mlflow.pytorch", "mlflow.onnx", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "onnxruntime", "torch.export.pt2_archive", "torch.export._trace",
-    "sqlalchemy.dialects.sqlite", "qexp.pipeline.jobs", "qexp.search", "qexp.pipeline.prediction",
-    "qexp.pipeline.promotion", "qexp.pipeline.sync", "qexp.pipeline.verification", "qexp.models.vision",
-    "matplotlib.figure", "sklearn.datasets", "torchvision.models", "torch.distributed.elastic.multiprocessing",
-    "entrypoints.options",
+    "sqlalchemy.dialects.sqlite", "matplotlib.figure", "sklearn.datasets", "torchvision.models",
+    "torch.distributed.elastic.multiprocessing", "entrypoints.options",
 )  # fmt: skip
 MADE = ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")  # what importing qexp sets
 _forking: "list[Forking]" = []
@@ -136,7 +135,8 @@ class Forking:
 
 def start_forking() -> None:
     """Once, in a process that has computed nothing yet; what qexp starts from it, too, are forks from now on."""
-    for name in PRELOAD:
+    own = (module.name for module in pkgutil.walk_packages(importlib.import_module("qexp").__path__, "qexp."))
+    for name in (*own, *PRELOAD):
         importlib.import_module(name)
     files = Path(tempfile.mkdtemp(prefix="qexp-"))
     atexit.register(shutil.rmtree, files, ignore_errors=True)
