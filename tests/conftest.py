@@ -188,6 +188,9 @@ def _memory_of_the_module(request: pytest.FixtureRequest) -> Iterator[None]:
     them share a machine. A test that needs more runs apart (`forked.run_apart`)."""
     before = _peak_memory_gb()
     yield
+    # Of every module that torch.jit has compiled it keeps the class; torch's own tests forget them, too.
+    torch._C._jit_clear_class_registry()
+    torch.jit._state._clear_class_state()
     gc.collect()
     give_back_freed_memory()
     peak = _peak_memory_gb()
