@@ -29,7 +29,7 @@ PYTEST := $(ENV) OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --
 test: setup  ## all tests, slow ones included
 	$(PYTEST)
 
-# What needs neither a trained model nor a server, a browser or another process.
+# What needs neither a trained model nor a server, a browser or another process; of the engines only fx.
 test-quick: setup  ## the tests of plain functions, for the inner loop
 	$(PYTEST) -m 'not slow and not long'
 

@@ -89,10 +89,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a trained model or another process are slow, also without the mark. Files with slow tests come
+    """Tests that need a trained model or another process are slow, also without the mark; and of the engines, those
+    that export the model. Files with slow tests come
     first, so that no worker is left with one at the end."""
     for item in items:
-        if isinstance(item, pytest.Function) and SLOW & _used_by(item):
+        engine = item.callspec.params.get("engine") if hasattr(item, "callspec") else None
+        if engine in ("pt2e", "onnx") or (isinstance(item, pytest.Function) and SLOW & _used_by(item)):
             item.add_marker("slow")
         if item.get_closest_marker("long") and not os.environ.get("QEXP_LONG_TESTS"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: make test-long"))

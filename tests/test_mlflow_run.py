@@ -108,14 +108,14 @@ def test_stopped_training_is_resumed_through_mlflow_run(server: str, tmp_path: P
     process.wait_for_line("epoch 2/8")
     process.kill()
     (run_id,) = (path.name for path in (project / "checkpoints").glob("*"))
-    arguments = ["-P", f"resume={run_id}", "--run-name", "goes on"]
+    arguments = ["-P", f"resume={run_id}", "--run-name", "resumed"]
     done = _mlflow_run(project, server, "--env-manager", "local", "-e", "train", *arguments)
     assert done.returncode == 0, done.stderr
     assert _summary(done.stdout)["run_id"] == run_id
     client = mlflow.MlflowClient(server)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, 9))
-    pointer = _runs(server)["goes on"]
+    pointer = _runs(server)["resumed"]
     assert pointer.info.status == "FINISHED" and run_id in pointer.data.tags["mlflow.note.content"]
 
 

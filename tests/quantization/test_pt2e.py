@@ -17,7 +17,7 @@ from qexp.quantization import QuantizedModel, quantize_model
 from qexp.training.train import TrainResult
 
 LAYERS = tuple(f"network.{place}" for place in (0, 3, 7, 10, 14, 17, 22))
-BARE = """
+CLEAN = """
 import sys, torch
 module = torch.jit.load(sys.argv[1])
 images, logits = torch.load(sys.argv[2])
@@ -67,7 +67,7 @@ def test_logits_do_not_depend_on_the_batch(int8: QuantizedModel, digits: Dataset
         assert torch.equal(int8.module(inputs[:batch_size]), int8.module(inputs)[:batch_size])
 
 
-def test_file_is_small_and_loads_bit_for_bit_in_a_bare_process(
+def test_file_is_small_and_loads_bit_for_bit_in_a_clean_subprocess(
     int8: QuantizedModel, digits: Dataset, tmp_path: Path
 ) -> None:
     images = to_float(digits.test.images[:5])
@@ -75,7 +75,7 @@ def test_file_is_small_and_loads_bit_for_bit_in_a_bare_process(
         torch.save((images, int8.module(images)), tmp_path / "logits.pt")
     torch.jit.save(int8.module, str(tmp_path / "int8.pt"))
     assert (tmp_path / "int8.pt").stat().st_size < 0.3 * 4 * 427_178
-    command = [sys.executable, "-W", "ignore", "-c", BARE, str(tmp_path / "int8.pt"), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-W", "ignore", "-c", CLEAN, str(tmp_path / "int8.pt"), str(tmp_path / "logits.pt")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "False"], done.stderr
     again = tmp_path / "again.pt"

@@ -210,7 +210,7 @@ def test_backends_give_equal_outputs(int8: QuantizedModel, model: Classifier, im
 
 
 def test_many_groups_do_not_saturate(images: Tensor, inputs: Tensor) -> None:
-    """FBGEMM's kernels, which a plain load has for more than 100 groups, sum pairs of products in 16 bits."""
+    """FBGEMM's kernels, the default ones for more than 100 groups, sum pairs of products in 16 bits."""
     torch.manual_seed(0)
     groups, found = 128, {}
     layers = (nn.Conv2d(3, groups, 1), nn.ReLU(), nn.Conv2d(groups, groups, 3, groups=groups), nn.ReLU())

@@ -64,7 +64,7 @@ def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
+def test_whole_job_in_two_processes_is_stopped_and_resumed(tmp_path: Path) -> None:
     sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
     options = "--epochs 12 --patience 12 --image-size 8 --processes 2".split()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
