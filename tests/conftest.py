@@ -49,7 +49,10 @@ SEED = 0
 SEEDS = f"every test begins with seed {SEED} in random, numpy and torch"
 QUICK_TESTS = "not slow and not long"  # what `make test-quick` gives to -m
 # Fixtures and functions that train or start a process: what uses one is not quick.
-SLOW = {"trained", "finished", "in_use", "run_qexp", "start_qexp", "run_apart", "start_server", "start_postgres"}
+SLOW = {
+    "trained", "finished", "in_use", "run_qexp", "start_qexp", "run_apart", "start_server", "start_postgres",
+    "subprocess", "Popen",
+}  # fmt: skip
 MOST_MEMORY_GB = 2.0  # resident memory of a test process, at most: three of them fit into 8 GB
 # What `auto` stands for is timed; trainings that are compared, or only looked at, are told.
 EXECUTION: dict[str, Any] = {"bf16": False, "channels_last": True, "train_threads": 1}
@@ -190,9 +193,6 @@ def _memory_of_the_module(request: pytest.FixtureRequest) -> Iterator[None]:
     them share a machine. A test that needs more runs apart (`forked.run_apart`)."""
     before = _peak_memory_gb()
     yield
-    # Of every module that torch.jit has compiled it keeps the class; torch's own tests forget them, too.
-    torch._C._jit_clear_class_registry()
-    torch.jit._state._clear_class_state()
     gc.collect()
     give_back_freed_memory()
     peak = _peak_memory_gb()

@@ -17,8 +17,8 @@ from qexp.data.datasets import load_dataset
 from qexp.errors import InputError
 from qexp.pipeline.resumed import check_data
 
-OPTIONS = "--epochs 16 --patience 16 --image-size 8 --batch-size 64 --checkpoint-minutes 0.001".split() + NOT_TIMED
-EPOCHS = list(range(1, 17))
+OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split() + NOT_TIMED
+EPOCHS = list(range(1, 21))
 CURVES = ("train/loss", "train/top1", "val/loss", "val/top1", "train/learning_rate")
 
 
@@ -174,7 +174,7 @@ def test_what_cannot_go_on_is_said(reference: Finished, tmp_path: Path) -> None:
         refused = run_qexp(done.folder, "train", "--resume", run_id)
         assert refused.code == 2 and f"no checkpoint in checkpoints{os.sep}{run_id}" in refused.stderr
         refused = run_qexp(done.folder, "train", "--resume", run_id, "--batch-size", "128")  # the default, but given
-        assert refused.code == 2 and f"--batch-size 128: run {run_id} was started with 64" in refused.stderr
+        assert refused.code == 2 and f"--batch-size 128: run {run_id} was started with 32" in refused.stderr
     finally:
         client.set_terminated(run_id, "FINISHED")
 

@@ -243,6 +243,7 @@ def test_only_the_weights_of_depthwise_layers_have_seven_bits(images: Tensor) ->
     assert len(largest) == 5 and min(largest.values()) > 100
 
 
+@pytest.mark.slow
 def test_a_depthwise_network_is_as_exact_as_with_eight_bits(
     images: Tensor, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def _train_with_stops(
             stops += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "number"), [(2, signal.SIGINT), (4, signal.SIGTERM)])
 def test_training_stopped_by_signals_gives_the_same_bits(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, number: int
