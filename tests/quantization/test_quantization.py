@@ -1,6 +1,7 @@
 """Quantization with FX: all layers int8, the traced module, options, layers that stay fp32, odd calibration images."""
 
 import copy
+import gc
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import build_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchao.quantization.pt2e import observer as torchao_observer
@@ -298,6 +300,19 @@ def test_relu6_is_the_end_of_the_range(
     assert _sqnr_db(expected, logits) > 25 and gained > (-1 if kept else 3)
     assert 0 <= float(logits.min()) and 5 < float(logits.max()) <= 6
     assert logits.unique().numel() > 0.9 * expected.unique().numel()
+
+
+@pytest.mark.parametrize("engine", ["fx", "pt2e", "onnx"])
+def test_nothing_holds_a_model_that_was_quantized(engine: str, tiny: Dataset) -> None:
+    """A search quantizes hundreds of times in one process."""
+
+    def modules_left() -> int:
+        _quantize(build_tiny(tiny).eval(), tiny.train.images[:8], engine=engine, observer="minmax")
+        gc.collect()
+        return sum(isinstance(one, nn.Module) for one in gc.get_objects())
+
+    modules_left()  # what is kept once
+    assert modules_left() == modules_left()
 
 
 # --- logits in float
