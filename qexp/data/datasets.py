@@ -1,4 +1,7 @@
-"""A data set as in-memory uint8 tensors, its train/validation split, and seeded, class-stratified samples of it."""
+"""A data set as uint8 tensors in memory, its train/validation split, and seeded, class-stratified samples of it.
+
+Takes digits, CIFAR-10 or an image folder (imagefolder.py); feeds training, calibration and evaluation.
+"""
 
 import hashlib
 from dataclasses import dataclass

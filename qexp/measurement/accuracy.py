@@ -1,4 +1,7 @@
-"""Logits once, then accuracy of one model and the paired comparison of two on the same images in the same order."""
+"""Accuracy of one model, and the paired comparison of two on the same images in the same order.
+
+Takes a model and images, feeds the gate, the report and the search. Logits are computed once and kept.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a model costs apart from time: parameters, multiply-accumulates (MACs), and how many of them run in int8."""
+"""Parameters and multiply-accumulates (MACs) of a model, and the share of MACs that runs in int8."""
 
 import warnings
 from collections.abc import Sequence

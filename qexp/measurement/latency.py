@@ -1,11 +1,11 @@
-"""Latency: models timed in short rounds, in random order, loaded anew several times; and the statistics of that.
+"""Latency: models timed in short rounds, in random order, each loaded several times; and the statistics of the times.
 
-`measure_latency` runs in a process of its own (see sweep.py), with nothing else in it but the models.
+`measure_latency` runs in a process of its own (see sweep.py), which does nothing else.
 
-A model that is loaded anew may differ by a percent from what it was: its memory lies elsewhere. So loads, not rounds,
-are what a comparison rests on: of each load, the median of the rounds' ratios of two models; of all loads, the mean of
-their logarithms, with the interval of Student's t. Ratios of several batch sizes are combined by their weights, with
-the degrees of freedom of Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
+Loading a model again changes its time by about a percent, because its memory lies elsewhere. So the loads, not the
+rounds, are the independent samples of a comparison: each load gives the median of its rounds' ratios of two models; the
+result is the mean of the logarithms over the loads, with the interval of Student's t. Ratios of several batch sizes are
+combined by their weights, with the degrees of freedom of Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
 """
 
 import math

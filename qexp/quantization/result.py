@@ -1,4 +1,4 @@
-"""What every engine gives back."""
+"""The results of quantization: what an engine returns, how the model was quantized, and the int8 model itself."""
 
 import io
 import tempfile
