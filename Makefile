@@ -25,17 +25,17 @@ demo: setup  ## train SmallNet on digits, quantize, measure, register: report/re
 	@echo 'the report: report/report.html; the runs and models: make ui'
 
 # Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
-PYTEST := $(ENV) OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-test: setup  ## all tests, slow ones included
-	$(PYTEST)
+PYTEST := OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: setup  ## all tests but the long ones
+	$(ENV) $(PYTEST)
 
 # What needs neither a trained model nor a server, a browser or another process; of the engines only fx.
 test-quick: setup  ## the tests of plain functions, for the inner loop
-	$(PYTEST) -m 'not slow and not long'
+	$(ENV) $(PYTEST) -m 'not slow and not long'
 
 # More classifiers with every engine, and `mlflow run` in an environment that it builds itself.
 test-long: setup  ## the tests that take minutes each and that `make test` leaves out
-	QEXP_LONG_TESTS=1 $(PYTEST) -m long
+	$(ENV) QEXP_LONG_TESTS=1 $(PYTEST) -m long
 
 generate: setup  ## write config.yaml and MLproject from the options
 	$(ENV) PYTHONPATH=. python .ci/generate.py
