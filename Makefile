@@ -8,7 +8,7 @@ ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true
 # MLflow's own default quotes the path: in one with a space, it would make a second folder with %20 in its name.
 STORE := MLFLOW_TRACKING_URI="sqlite:///$(CURDIR)/mlflow.db"
 
-.PHONY: help setup demo test test-quick test-lowest generate lock docs lint ui server clean
+.PHONY: help setup demo test test-quick test-long test-lowest generate lock docs lint ui server clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -27,11 +27,16 @@ demo: setup  ## train SmallNet on digits, quantize, measure, register: report/re
 
 # Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
 PYTEST := OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-test: setup  ## all tests, slow ones included
+test: setup  ## all tests but the long ones
 	$(ENV) $(PYTEST)
 
+# What needs neither a trained model nor a server, a browser or another process; of the engines only fx.
 test-quick: setup  ## the tests of plain functions, for the inner loop
 	$(ENV) $(PYTEST) -m 'not slow and not long'
+
+# More classifiers with every engine, and `mlflow run` in an environment that it builds itself.
+test-long: setup  ## the tests that take minutes each and that `make test` leaves out
+	$(ENV) QEXP_LONG_TESTS=1 $(PYTEST) -m long
 
 test-lowest: $(LOWEST)  ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true $(PYTEST) -m 'not slow and not long'

@@ -6,18 +6,21 @@ import json
 import os
 import random
 import resource
+import shutil
+import sqlite3
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import torch
-from forked import REPOSITORY, Forked, children_are_forks, start_forked
+from forked import REPOSITORY, Forked, start_forked, start_forking
 from stores import new_store
 from torch import nn
 
@@ -42,7 +45,15 @@ QUICK = (
     "--image-size 16 --epochs 4 --batch-sizes 1,8 --min-repeats 6 --loads 3 --min-seconds 0 --warmup 1 "
     "--max-busy-percent 100 --min-speedup 0 --calibration-samples 64 --baselines fp32_traced --sensitivity-images 16"
 ).split()
-MOST_MEMORY_GB = 3.5  # resident memory of a test process, at most: two of them fit into 8 GB
+SEED = 0
+SEEDS = f"every test begins with seed {SEED} in random, numpy and torch"
+QUICK_TESTS = "not slow and not long"  # what `make test-quick` gives to -m
+# Fixtures and functions that train or start a process: what uses one is not quick.
+SLOW = {
+    "trained", "finished", "in_use", "run_qexp", "start_qexp", "run_apart", "start_server", "start_postgres",
+    "subprocess", "Popen",
+}  # fmt: skip
+MOST_MEMORY_GB = 2.0  # resident memory of a test process, at most: three of them fit into 8 GB
 # What `auto` stands for is timed; trainings that are compared, or only looked at, are told.
 EXECUTION: dict[str, Any] = {"bf16": False, "channels_last": True, "train_threads": 1}
 NOT_TIMED = "--bf16 false --channels-last true --train-threads 1".split()  # the same for a command
@@ -63,21 +74,66 @@ class Finished:
         return json.loads(self.stdout.splitlines()[-1])
 
 
-def pytest_configure() -> None:
+def pytest_report_header() -> str:
+    return f"qexp: {SEEDS}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait."""
-    children_are_forks()
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if number and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
         if cores:
             os.sched_setaffinity(0, cores)
             torch.set_num_threads(len(cores))
+    runs_tests = number or not config.getoption("numprocesses", None)
+    if runs_tests and config.option.markexpr != QUICK_TESTS:
+        start_forking()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker is left with one at the end."""
+    """Tests that need a trained model or another process are slow, also without the mark; and of the engines, those
+    that export the model. Files with slow tests come
+    first, so that no worker is left with one at the end."""
+    for item in items:
+        engine = item.callspec.params.get("engine") if hasattr(item, "callspec") else None
+        if engine in ("pt2e", "onnx") or (isinstance(item, pytest.Function) and SLOW & _used_by(item)):
+            item.add_marker("slow")
+        if item.get_closest_marker("long") and not os.environ.get("QEXP_LONG_TESTS"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make test-long"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _used_by(item: pytest.Function) -> set[str]:
+    """Fixtures of a test, and what it and they call."""
+    fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
+    codes = [function.__code__ for function in (item.function, *fixtures) if hasattr(function, "__code__")]
+    return {*item.fixturenames, *(name for code in codes for name in code.co_names)}
+
+
+def pytest_collection_finish() -> None:
+    """What importing has made stays: looking through it for garbage, again and again, takes a third of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def _seed_all() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeds_of_the_module() -> None:
+    """What fixtures draw does not depend on other files."""
+    _seed_all()
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """What a test draws does not depend on the tests before it."""
+    _seed_all()
 
 
 def environment_for(uri: str) -> dict[str, str]:
@@ -161,14 +217,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def in_use(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The same in a store of its own, without what PLAIN leaves out: for tests that add versions and runs to it."""
-    return _run_once(tmp_path_factory.mktemp("run in use"), *PLAIN)
+def in_use(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same in a copy of its store: for tests that add versions and runs to it, whose files are in its folder."""
+    folder = tmp_path_factory.mktemp("run in use")
+    shutil.copy(finished.folder / "mlflow.db", folder)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        database.execute("update experiments set artifact_location = ? || experiment_id", [f"{folder}/mlruns/"])
+    return replace(finished, folder=folder, uri=f"sqlite:///{folder}/mlflow.db")
 
 
-def _run_once(folder: Path, *more: str) -> Finished:
+def _run_once(folder: Path) -> Finished:
     uri = f"sqlite:///{folder}/mlflow.db"  # not there: the first use of a store is part of it
-    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report", *more, uri=uri)
+    done = run_qexp(folder, "run", *QUICK, "--output-dir", "report", uri=uri)
     assert done.code == 0, done.stderr
     return done
 

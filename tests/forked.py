@@ -1,56 +1,66 @@
-"""Python programs in processes that need not import torch and MLflow first, which takes seconds.
+"""Processes for tests that are forks of one that has imported torch, MLflow and qexp already, which takes seconds.
 
-They are forks of two that have: one that knows qexp too, for its commands and its latency sweep, and one that does not,
-for the bare processes in which qexp verifies a model. As a program, this is such a one: `forked.py SOCKET MODULE...`.
+`start_forking` makes that process before anything is computed: threads do not survive a fork. Commands, latency sweeps
+and the verification of registered models run as its forks. What a clean subprocess does is proved by real ones: all
+those of tests/test_mlflow_run.py, and the one in tests/tracking/test_registry.py.
 """
 
 import atexit
 import importlib
 import inspect
-import json
+import multiprocessing
 import os
+import pickle
+import pkgutil
 import runpy
-import select
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# None of these computes when it is imported: threads do not survive a fork.
-BARE = (
+# Beside qexp's own modules. None of these computes when it is imported.
+PRELOAD = (
     "mlflow.pyfunc", "mlflow.pytorch", "mlflow.onnx", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "onnxruntime", "torch.export.pt2_archive", "torch.export._trace",
-    "sqlalchemy.dialects.sqlite",
-)  # fmt: skip
-WITH_QEXP = (
-    *BARE, "qexp.pipeline.jobs", "qexp.search", "qexp.pipeline.predict", "qexp.pipeline.promote",
-    "qexp.pipeline.verify",
-    "qexp.models.vision", "matplotlib.figure", "sklearn.datasets", "torchvision.models",
+    "sqlalchemy.dialects.sqlite", "matplotlib.figure", "sklearn.datasets", "torchvision.models",
     "torch.distributed.elastic.multiprocessing", "entrypoints.options",
 )  # fmt: skip
-_files = tempfile.TemporaryDirectory(prefix="qexp-")
+MADE = ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")  # what importing qexp sets
+_forking: "list[Forking]" = []
+
+
+@dataclass(frozen=True)
+class Request:
+    """A Python program, as `command` after the interpreter: `-m module` or `-c code`, and arguments."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    folder: str  # to run in
+    files: Path  # the folder of its exit code, `code`, and of what it writes, unless that goes elsewhere
+    before: str = ""  # Python to run first
+    clean: bool = False  # without what qexp has imported of itself
+    written: tuple[str, ...] = ("out", "err")
 
 
 @dataclass
 class Forked:
-    """A process that runs `qexp`; what it writes is in files of `folder`."""
+    """A process that runs; what it writes is in files of `folder`."""
 
     arguments: tuple[str, ...]
     folder: Path
-    connection: socket.socket
     pid: int
-    _code: int | None = field(default=None, repr=False)
     _read: int = field(default=0, repr=False)
 
     @property
@@ -63,9 +73,8 @@ class Forked:
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None as long as the process runs."""
-        if self._code is None and select.select([self.connection], [], [], 0)[0]:
-            self._code = _number(self.connection)
-        return self._code
+        code = self.folder / "code"
+        return int(code.read_text()) if code.exists() else None
 
     def wait(self, timeout_s: float = 300) -> int:
         """The exit code; after `timeout_s`, the process and all that it has started are killed."""
@@ -73,7 +82,7 @@ class Forked:
         while (code := self.poll()) is None:
             if time.monotonic() > end:
                 os.killpg(self.pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(["qexp", *self.arguments], timeout_s, self.stdout, self.stderr)
+                raise subprocess.TimeoutExpired([*self.arguments], timeout_s, self.stdout, self.stderr)
             time.sleep(0.01)
         return code
 
@@ -98,54 +107,53 @@ class Forked:
         return self.wait()
 
 
-def start_forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], before: str = "") -> Forked:
-    """Start `qexp ARGUMENTS` in `folder`; `before` is Python that the process runs first."""
-    files, servers = Path(tempfile.mkdtemp(dir=_files.name)), _started()
-    connection = _ask(
-        servers["QEXP_SERVER"], folder=str(folder), command=["-m", "entrypoints.cli", *arguments], before=before,
-        environment=environment | servers, out=str(files / "out"), err=str(files / "err"),
-    )  # fmt: skip
-    return Forked(arguments, files, connection, _number(connection))
+class Forking:
+    """The process that forks; it ends with the one that has made it."""
+
+    def __init__(self, files: Path) -> None:
+        self._ours, theirs = multiprocessing.Pipe()
+        self._lock, self._files = threading.Lock(), files
+        if os.fork() == 0:
+            self._ours.close()
+            try:
+                _serve(theirs)
+            finally:
+                os._exit(0)  # libraries wait at their end for threads that no fork has
+        theirs.close()
+
+    def start(
+        self, folder: str, command: tuple[str, ...], environment: dict[str, str], before: str = "", **more: Any
+    ) -> Forked:
+        """Start a Python program in `folder`."""
+        files = Path(tempfile.mkdtemp(dir=self._files))
+        for name in ("out", "err"):
+            (files / name).touch()
+        with self._lock:
+            self._ours.send_bytes(pickle.dumps(Request(command, environment, folder, files, before, **more)))
+            return Forked(command, files, int(self._ours.recv_bytes()))
 
 
-@lru_cache
-def _started() -> dict[str, str]:
-    """The sockets of both servers, by the variables that name them; they are started here."""
-    places = {name: str(Path(_files.name, name)) for name in ("QEXP_SERVER", "BARE_SERVER")}
-    given = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    given |= {"MLFLOW_DISABLE_TELEMETRY": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(REPOSITORY)}
-    processes = []
-    for name, imports in (("QEXP_SERVER", WITH_QEXP), ("BARE_SERVER", BARE)):
-        command = [sys.executable, str(Path(__file__).resolve()), places[name], *imports]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=given, cwd=_files.name))
-        atexit.register(processes[-1].kill)
-    for process in processes:
-        assert process.stdout and process.stdout.readline() == b"ready\n"
-    return places
+def start_forking() -> None:
+    """Once, in a process that has computed nothing yet; what qexp starts from it, too, are forks from now on."""
+    own = (module.name for module in pkgutil.walk_packages(importlib.import_module("qexp").__path__, "qexp."))
+    for name in (*own, *PRELOAD):
+        importlib.import_module(name)
+    files = Path(tempfile.mkdtemp(prefix="qexp-"))
+    atexit.register(shutil.rmtree, files, ignore_errors=True)
+    _children_are_forks(files)
 
 
-def _ask(server: str, **request: Any) -> socket.socket:
-    """A connection on which the process id and, later, the exit code come, a line each."""
-    for name in ("out", "err"):
-        Path(request[name]).touch()
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(server)
-    connection.sendall(json.dumps(request).encode() + b"\n")
-    return connection
-
-
-def _number(connection: socket.socket) -> int:
-    line = b""
-    while not line.endswith(b"\n") and (more := connection.recv(1)):
-        line += more
-    return int(line) if line else -signal.SIGKILL
-
-
-def children_are_forks() -> None:
-    """What qexp starts from this process, for sweeps and verifications, is a fork as well."""
+def _children_are_forks(files: Path) -> None:
+    _forking[:] = [Forking(files)]
     ours = SimpleNamespace(run=_run_forked, DEVNULL=subprocess.DEVNULL)
     for module in ("qexp.measurement.sweep", "qexp.tracking.clean_process"):
-        importlib.import_module(module).subprocess = ours  # type: ignore[attr-defined]
+        sys.modules[module].subprocess = ours  # type: ignore[attr-defined]
+
+
+def start_forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], before: str = "") -> Forked:
+    """Start `qexp ARGUMENTS` in `folder`; `before` is Python that the process runs first."""
+    assert _forking, "a test that starts a process is marked slow"
+    return _forking[0].start(str(folder), ("-m", "entrypoints.cli", *arguments), environment, before)
 
 
 def run_apart(test: Callable[..., None], *arguments: object) -> None:
@@ -153,59 +161,59 @@ def run_apart(test: Callable[..., None], *arguments: object) -> None:
     AssertionError here. Arguments are plain values."""
     call = f"import {test.__module__}; {test.__module__}.{test.__name__}(*{arguments!r})"
     folders = [str(Path(inspect.getfile(test)).parent), str(REPOSITORY / "tests")]
-    words = ["-c", f"import sys; sys.path[:0] = {folders!r}; {call}"]
-    with tempfile.TemporaryDirectory() as name:
-        out, err = f"{name}/out", f"{name}/err"
-        environment = dict(os.environ) | {"OMP_NUM_THREADS": str(importlib.import_module("torch").get_num_threads())}
-        connection = _ask(
-            _started()["QEXP_SERVER"], folder=os.getcwd(), command=words, environment=environment, before="",
-            out=out, err=err,
-        )  # fmt: skip
-        _, code_of_exit = _number(connection), _number(connection)
-        assert code_of_exit == 0, Path(err).read_text()
+    code = f"import sys; sys.path[:0] = {folders!r}; {call}"
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": str(sys.modules["torch"].get_num_threads())}
+    process = _forking[0].start(os.getcwd(), ("-c", code), environment)
+    assert process.wait() == 0, process.stderr
 
 
 def _run_forked(command: list[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
     """Stands for `subprocess.run` of a Python program."""
-    words = command[3:]  # without the interpreter, which is told to give no warnings
-    name = "QEXP_SERVER" if words[0] == "-m" else "BARE_SERVER"
-    server = os.environ.get(name) or _started()[name]
-    with tempfile.TemporaryDirectory() as name:
-        ours = f"/proc/{os.getpid()}/fd/2"
-        out, err = (f"{name}/out", f"{name}/err") if options.get("capture_output") else (ours, ours)
-        connection = _ask(server, folder=os.getcwd(), command=words, environment=env, before="", out=out, err=err)
-        _, code = _number(connection), _number(connection)
-        captured = [Path(file).read_text() for file in (out, err)] if out != ours else [None, None]
-    return subprocess.CompletedProcess(command, code, *captured)
+    words = tuple(command[3:])  # without the interpreter and `-W ignore`
+    ours = f"/proc/{os.getpid()}/fd/2"
+    written = {} if options.get("capture_output") else {"written": (ours, ours)}
+    process = _forking[0].start(os.getcwd(), words, env, clean=words[0] == "-c", **written)
+    code = process.wait(600)
+    return subprocess.CompletedProcess(command, code, process.stdout, process.stderr)
 
 
-def _become(request: dict[str, Any], made: dict[str, str]) -> None:
-    """In the fork: what a process started for this would find; `made` are variables that importing has set."""
-    os.setsid()
-    os.chdir(request["folder"])
-    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for number, file, flags in ((0, os.devnull, os.O_RDONLY), (1, request["out"], write), (2, request["err"], write)):
-        descriptor = os.open(file, flags, 0o600)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    os.environ.clear()
-    os.environ.update(made | request["environment"])
-    if threads := os.environ.get("OMP_NUM_THREADS"):  # which OpenMP reads when torch is imported
-        sys.modules["torch"].set_num_threads(int(threads))
-    kind, what, *arguments = request["command"]
-    sys.argv = [{"-m": what, "-c": "-c"}[kind], *arguments]
-    sys.path[0] = ""
+def _serve(requests: Connection) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
+    while True:
+        try:
+            request: Request = pickle.loads(requests.recv_bytes())
+        except EOFError:
+            return
+        if os.fork() == 0:
+            _keep(requests, request)
+            return
 
 
-def _run(request: dict[str, Any], made: dict[str, str]) -> int:
+def _keep(requests: Connection, request: Request) -> None:
+    """The fork's parent: says its process id, waits for it, and writes how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        requests.close()
+        code = _run(request)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    requests.send_bytes(str(child).encode())
+    requests.close()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    (request.files / "new").write_text(str(code))
+    (request.files / "new").rename(request.files / "code")
+
+
+def _run(request: Request) -> int:
+    kind, what, *arguments = request.command
     try:
-        _become(request, made)
-        if "qexp.measurement.sweep" in sys.modules:
-            children_are_forks()
-        exec(request["before"], {"__name__": "before"})
-        kind, what, *_ = request["command"]
-        if what in sys.modules:
-            warnings.simplefilter("ignore")  # as the command says, and of its being there already
+        _become(request)
+        sys.argv = [what if kind == "-m" else kind, *arguments]
+        exec(request.before, {"__name__": "before"})
+        warnings.simplefilter("ignore")  # a module that is run is there already
         if kind == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:
@@ -218,42 +226,29 @@ def _run(request: dict[str, Any], made: dict[str, str]) -> int:
     return 0
 
 
-def _keep(connection: socket.socket, made: dict[str, str]) -> None:
-    """The fork's parent: says its process id, waits for it, and says how it ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    request = json.loads(connection.makefile("rb").readline())
-    child = os.fork()
-    if child == 0:
-        connection.close()
-        code = _run(request, made)
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    connection.sendall(f"{child}\n".encode())
-    connection.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
-
-
-def _serve(place: str, imports: list[str]) -> None:
-    before = set(os.environ)
-    for name in imports:
-        importlib.import_module(name)
-    made = {name: value for name, value in os.environ.items() if name not in before}
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(place)
-        listener.listen(64)
-        print("ready", flush=True)
-        while True:
-            connection, _ = listener.accept()
-            if os.fork() == 0:
-                try:
-                    listener.close()
-                    _keep(connection, made)
-                finally:
-                    os._exit(0)  # libraries wait at their end for threads that no fork has
-            connection.close()
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2:])
+def _become(request: Request) -> None:
+    """In the fork: what a process started for this would find."""
+    atexit._clear()
+    os.setsid()
+    os.chdir(request.folder)
+    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, file, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, request.files / request.written[0], write),
+        (2, request.files / request.written[1], write),
+    ):
+        descriptor = os.open(file, flags, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # pytest's before
+    made = {name: os.environ[name] for name in MADE if name in os.environ}
+    os.environ.clear()
+    os.environ.update(made | request.environment)
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # which OpenMP reads when torch is imported
+        sys.modules["torch"].set_num_threads(int(threads))
+    sys.path[0] = ""
+    if request.clean:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("qexp", "entrypoints")]:
+            del sys.modules[name]
+    else:
+        _children_are_forks(request.files)

@@ -1,4 +1,7 @@
-"""`mlflow run` as a user calls it: against a real server, and in an environment that uv builds from conda.yaml."""
+"""`mlflow run` as a user calls it: against a real server, and in an environment that uv builds from conda.yaml.
+
+All processes here are real ones, with those in which qexp times models and verifies versions.
+"""
 
 import json
 import os
@@ -11,16 +14,16 @@ from pathlib import Path
 import mlflow
 import psycopg
 import pytest
-from conftest import PLAIN, QUICK, REPOSITORY, start_qexp
+import yaml
+from conftest import NOT_TIMED, PLAIN, QUICK, REPOSITORY, start_qexp
 from postgres import installed, start_postgres
 from servers import start_server
 
 BIN = Path(sys.executable).parent
+WORDS = [*QUICK, *PLAIN, *NOT_TIMED, "--epochs", "2"]  # the last value of an option counts
 OPTIONS = [
     word
-    for name, value in (
-        dict(zip(QUICK[::2], QUICK[1::2], strict=True)) | dict(zip(PLAIN[::2], PLAIN[1::2], strict=True))
-    ).items()
+    for name, value in dict(zip(WORDS[::2], WORDS[1::2], strict=True)).items()
     for word in ("-P", f"{name[2:].replace('-', '_')}={value}")
 ]
 
@@ -85,7 +88,7 @@ def test_main_through_mlflow_run_against_a_server(server: str, database: str, tm
     assert set(runs) == {"smallnet-digits", "train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
     assert runs["smallnet-digits"].info.run_id == summary["run_id"]
-    assert runs["smallnet-digits"].data.params["train.epochs"] == "4"
+    assert runs["smallnet-digits"].data.params["train.epochs"] == "2"
     mlflow.set_tracking_uri(server)
     page = mlflow.artifacts.load_text(summary["report"])
     assert page.count("data:image/png;base64,") == 7
@@ -99,34 +102,26 @@ def test_main_through_mlflow_run_against_a_server(server: str, database: str, tm
 
 
 @pytest.mark.slow
-def test_stopped_training_goes_on_through_mlflow_run_with_two_processes(server: str, tmp_path: Path) -> None:
+def test_stopped_training_is_resumed_through_mlflow_run(server: str, tmp_path: Path) -> None:
     project = _project(tmp_path)
     process = start_qexp(project, "train", "--epochs", "8", "--image-size", "8", uri=server)
     process.wait_for_line("epoch 2/8")
     process.kill()
     (run_id,) = (path.name for path in (project / "checkpoints").glob("*"))
-    arguments = ["-P", f"resume={run_id}", "-P", "processes=2", "--run-name", "goes on"]
+    arguments = ["-P", f"resume={run_id}", "--run-name", "resumed"]
     done = _mlflow_run(project, server, "--env-manager", "local", "-e", "train", *arguments)
     assert done.returncode == 0, done.stderr
     assert _summary(done.stdout)["run_id"] == run_id
     client = mlflow.MlflowClient(server)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, 9))
-    pointer = _runs(server)["goes on"]
+    pointer = _runs(server)["resumed"]
     assert pointer.info.status == "FINISHED" and run_id in pointer.data.tags["mlflow.note.content"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("entry", "arguments", "expected"),
-    [
-        ("main", ["-P", "model=vgg17"], "--model vgg17"),
-        ("quantize", ["-P", "model_uri=models:/nothing/1"], "--model-uri models:/nothing/1"),
-    ],
-)
-def test_bad_input_under_mlflow_run_leaves_a_failed_run(
-    entry: str, arguments: list[str], expected: str, server: str, tmp_path: Path
-) -> None:
+def test_bad_input_under_mlflow_run_leaves_a_failed_run(server: str, tmp_path: Path) -> None:
+    entry, arguments, expected = "main", ["-P", "model=vgg17"], "--model vgg17"
     before = set(_runs(server))
     done = _mlflow_run(
         _project(tmp_path), server, "--env-manager", "local", "-e", entry, "--run-name", expected, *arguments
@@ -138,7 +133,18 @@ def test_bad_input_under_mlflow_run_leaves_a_failed_run(
     assert runs[expected].info.status == "FAILED"
 
 
-@pytest.mark.slow
+def test_conda_environment_is_the_one_that_these_tests_run_in(tmp_path: Path) -> None:
+    """uv finds nothing to install, replace or take away: what conda.yaml asks for is what is tested here."""
+    environment = yaml.safe_load((REPOSITORY / "conda.yaml").read_text())
+    (packages,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    (tmp_path / "requirements.txt").write_text("\n".join(packages))
+    command = [BIN / "uv", "pip", "install", "--dry-run", "--offline", "--python", sys.executable]
+    command += ["-r", str(tmp_path / "requirements.txt")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and "Would make no changes" in done.stderr, done.stderr
+
+
+@pytest.mark.long
 def test_main_in_the_environment_that_uv_builds(tmp_path: Path) -> None:
     """uv does not read pip's configuration: the folder of wheels that pip knows, if any, is handed on."""
     found = subprocess.run(

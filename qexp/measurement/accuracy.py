@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from math import sqrt
 
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from qexp.progress import track
 from qexp.tables import Shown, Table
 
-Z_95 = 1.959964
+Z_95 = float(ndtri(0.975))
 
 
 @dataclass(frozen=True)

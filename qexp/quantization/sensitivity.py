@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.special import bdtr
 from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, observer
 from torch.nn.functional import kl_div
@@ -175,8 +176,7 @@ def beyond_chance(flips: Sequence[tuple[int, int]], level: float = 0.05) -> list
 
 def _exact_p_value(first: int, second: int) -> float:
     """Of so uneven a split or a more uneven one, where both sides are as probable."""
-    count = first + second
-    return min(1.0, 2 * sum(math.comb(count, more) for more in range(min(first, second) + 1)) / 2**count)
+    return min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forked import run_apart
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,13 +124,19 @@ def test_transposed_convolution_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "options", "thousands"),
-    [
-        ("vgg16", 32, {"num_classes": 10, "init_weights": False}, 432_775),
-        ("swin_t", 64, {}, 771_645),
-        ("convnext_tiny", 64, {}, 364_422),
-    ],
+    [("swin_t", 64, {}, 771_645), ("convnext_tiny", 64, {}, 364_422)],
 )
 def test_known_networks(name: str, size: int, options: dict[str, int], thousands: int) -> None:
+    check_network(name, size, options, thousands)
+
+
+@pytest.mark.slow
+def test_vgg16() -> None:
+    """Apart: its weights are half a gigabyte."""
+    run_apart(check_network, "vgg16", 32, {"num_classes": 10, "init_weights": False}, 432_775)
+
+
+def check_network(name: str, size: int, options: dict[str, int], thousands: int) -> None:
     model = getattr(torchvision.models, name)(weights=None, **options)
     assert measure_cost(model, size, [1], []).macs[1] // 1000 == thousands
     assert model.training

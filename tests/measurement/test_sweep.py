@@ -51,8 +51,8 @@ def test_sweep_of_registered_versions(finished: Finished) -> None:
 
 
 def test_a_sweep_that_fails_is_a_stage_error_that_names_its_models(tmp_path: Path) -> None:
-    bare = OPTIONS.model_copy(update={"baselines": []})
-    request = _request(str(tmp_path), str(tmp_path), tmp_path / "model.safetensors", bare)
+    few = OPTIONS.model_copy(update={"baselines": []})
+    request = _request(str(tmp_path), str(tmp_path), tmp_path / "model.safetensors", few)
     with pytest.raises(StageError, match=r"latency sweep of fp32, int8_fx, int8_fx_onednn failed with exit code 1"):
         run_sweep(request, registry.child_environment(1))
 

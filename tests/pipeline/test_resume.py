@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
+from conftest import NOT_TIMED, PLAIN, SEED, Finished, run_qexp, start_qexp
 
 from qexp.config import DataConfig
 from qexp.data.datasets import load_dataset
@@ -52,7 +52,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(reference: Finished, tmp_path: Path) -> None:
     """Three kills or more, each up to two epochs and a moment after it has begun or gone on; one is inside an epoch."""
-    moments = random.Random()  # other moments in every run of the tests
+    moments = random.Random(SEED)
     run_id, steps = "", list[int]()
     while len(steps) < 3 or not any(steps):
         process = start_qexp(tmp_path, "train", *(["--resume", run_id] if run_id else OPTIONS))

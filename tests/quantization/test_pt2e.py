@@ -12,12 +12,12 @@ from qexp.config import QuantizeConfig
 from qexp.data.datasets import Dataset
 from qexp.errors import StageError
 from qexp.measurement.accuracy import predict_logits, to_float
-from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.classifier import Classifier
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.training.train import TrainResult
 
 LAYERS = tuple(f"network.{place}" for place in (0, 3, 7, 10, 14, 17, 22))
-BARE = """
+CLEAN = """
 import sys, torch
 module = torch.jit.load(sys.argv[1])
 images, logits = torch.load(sys.argv[2])
@@ -67,7 +67,7 @@ def test_logits_do_not_depend_on_the_batch(int8: QuantizedModel, digits: Dataset
         assert torch.equal(int8.module(inputs[:batch_size]), int8.module(inputs)[:batch_size])
 
 
-def test_file_is_small_and_loads_bit_for_bit_in_a_bare_process(
+def test_file_is_small_and_loads_bit_for_bit_in_a_clean_subprocess(
     int8: QuantizedModel, digits: Dataset, tmp_path: Path
 ) -> None:
     images = to_float(digits.test.images[:5])
@@ -75,7 +75,7 @@ def test_file_is_small_and_loads_bit_for_bit_in_a_bare_process(
         torch.save((images, int8.module(images)), tmp_path / "logits.pt")
     torch.jit.save(int8.module, str(tmp_path / "int8.pt"))
     assert (tmp_path / "int8.pt").stat().st_size < 0.3 * 4 * 427_178
-    command = [sys.executable, "-W", "ignore", "-c", BARE, str(tmp_path / "int8.pt"), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-W", "ignore", "-c", CLEAN, str(tmp_path / "int8.pt"), str(tmp_path / "logits.pt")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "False"], done.stderr
     again = tmp_path / "again.pt"
@@ -94,25 +94,6 @@ def test_options_change_the_model(int8: QuantizedModel, model: Classifier, digit
         for other in (per_layer, minmax, reduced):
             assert not torch.equal(other, usual)
             assert (other.argmax(1) == fp32.argmax(1)).double().mean() > 0.9
-
-
-@pytest.mark.slow
-def test_mobilenet() -> None:
-    """Sums, clamps and activations after a layer are part of its kernel."""
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
-    model = build_classifier(ModelSpec("mobilenet_v3_small", tuple("abcdefghij"), 64), images)
-    model.train()
-    with torch.no_grad():
-        for _ in range(20):  # batch norm's statistics
-            model(to_float(images))
-        model.eval()
-        int8 = _quantize(model, images)
-        expected, found = model(to_float(images)), int8.module(to_float(images))
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    assert len(int8.result.int8_layers) == len(layers)
-    noise = (expected - found).square().mean() / expected.var()
-    assert noise < 10**-1.5  # 15 dB
 
 
 def test_what_cannot_be_exported_is_said() -> None:

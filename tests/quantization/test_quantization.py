@@ -1,6 +1,7 @@
 """Quantization with FX: all layers int8, the traced module, options, layers that stay fp32, odd calibration images."""
 
 import copy
+import gc
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import build_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchao.quantization.pt2e import observer as torchao_observer
@@ -210,7 +212,7 @@ def test_backends_give_equal_outputs(int8: QuantizedModel, model: Classifier, im
 
 
 def test_many_groups_do_not_saturate(images: Tensor, inputs: Tensor) -> None:
-    """FBGEMM's kernels, which a plain load has for more than 100 groups, sum pairs of products in 16 bits."""
+    """FBGEMM's kernels, the default ones for more than 100 groups, sum pairs of products in 16 bits."""
     torch.manual_seed(0)
     groups, found = 128, {}
     layers = (nn.Conv2d(3, groups, 1), nn.ReLU(), nn.Conv2d(groups, groups, 3, groups=groups), nn.ReLU())
@@ -243,6 +245,7 @@ def test_only_the_weights_of_depthwise_layers_have_seven_bits(images: Tensor) ->
     assert len(largest) == 5 and min(largest.values()) > 100
 
 
+@pytest.mark.slow
 def test_a_depthwise_network_is_as_exact_as_with_eight_bits(
     images: Tensor, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +300,19 @@ def test_relu6_is_the_end_of_the_range(
     assert _sqnr_db(expected, logits) > 25 and gained > (-1 if kept else 3)
     assert 0 <= float(logits.min()) and 5 < float(logits.max()) <= 6
     assert logits.unique().numel() > 0.9 * expected.unique().numel()
+
+
+@pytest.mark.parametrize("engine", ["fx", "onnx"])  # torch.export, which pt2e uses, keeps some of what it has seen
+def test_nothing_holds_a_model_that_was_quantized(engine: str, tiny: Dataset) -> None:
+    """A search quantizes hundreds of times in one process."""
+
+    def modules_left() -> int:
+        _quantize(build_tiny(tiny).eval(), tiny.train.images[:8], engine=engine, observer="minmax")
+        gc.collect()
+        return sum(isinstance(one, nn.Module) for one in gc.get_objects())
+
+    modules_left()  # what is kept once
+    assert modules_left() == modules_left()
 
 
 # --- logits in float

@@ -7,11 +7,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
 from conftest import NOT_TIMED, PLAIN, environment_for, run_qexp, start_qexp
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from qexp.config import Config, TrainConfig
+from qexp.errors import InputError, StageError
+from qexp.training.launch import run_workers
 
 # A small learning rate: rounding differences grow with every step, the faster the higher it is.
 OPTIONS = "--epochs 3 --image-size 8 --learning-rate 0.003 --seed 3".split() + NOT_TIMED
@@ -23,21 +29,6 @@ def _curves(uri: str, run_id: str) -> dict[str, list[float]]:
     histories = {name: client.get_metric_history(run_id, name) for name in CURVES}
     assert all([metric.step for metric in history] == [1, 2, 3] for history in histories.values())
     return {name: [metric.value for metric in history] for name, history in histories.items()}
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
-    one = run_qexp(tmp_path, "train", *OPTIONS)
-    two = run_qexp(tmp_path, "train", *OPTIONS, "--processes", "2")
-    assert one.code == two.code == 0, two.stderr
-    first, second = _curves(one.uri, one.summary["run_id"]), _curves(one.uri, two.summary["run_id"])
-    for name in CURVES:
-        assert second[name] == pytest.approx(first[name], rel=2e-3)
-        assert first[name][0] != first[name][2]
-    runs = mlflow.MlflowClient(one.uri).search_runs(["1"])
-    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]  # one each
-    assert two.stderr.count("epoch 1/3") == 1 and "Warning" not in two.stderr
-    assert len(two.stdout.splitlines()) == 1
 
 
 def _workers(parent: int) -> list[int]:
@@ -73,7 +64,7 @@ def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
+def test_whole_job_in_two_processes_is_stopped_and_resumed(tmp_path: Path) -> None:
     sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
     options = "--epochs 12 --patience 12 --image-size 8 --processes 2".split()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -103,8 +94,10 @@ def test_whole_job_in_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_machines_makes_one_run(tmp_path: Path) -> None:
+def test_torchrun_on_two_machines_makes_one_run_with_the_curve_of_one_process(tmp_path: Path) -> None:
     """Two launchers that meet at a port, each in a folder of its own; only the first one's has a store afterwards."""
+    one = run_qexp(tmp_path, "train", *OPTIONS)
+    assert one.code == 0, one.stderr
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -116,22 +109,41 @@ def test_torchrun_on_two_machines_makes_one_run(tmp_path: Path) -> None:
         train = [*meeting.split(), "-m", "entrypoints.train", *OPTIONS]
         command = [sys.executable, "-m", "torch.distributed.run", *train]
         environment = environment_for(f"sqlite:///{folder}/mlflow.db")
-        launchers.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE))
-    first, second = (launcher.communicate(timeout=120)[0] for launcher in launchers)
-    assert [launcher.returncode for launcher in launchers] == [0, 0]
-    run_id = json.loads(first)["run_id"]
+        pipe = subprocess.PIPE
+        launchers.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=pipe, stderr=pipe))
+    (first, errors), (second, _) = (launcher.communicate(timeout=300) for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
     assert second == "" and not (tmp_path / "machine 1" / "mlflow.db").exists()
-    _curves(f"sqlite:///{tmp_path}/machine 0/mlflow.db", run_id)
+    uri = f"sqlite:///{tmp_path}/machine 0/mlflow.db"
+    runs = mlflow.MlflowClient(uri).search_runs(["1"])
+    assert [(run.info.run_id, run.info.status) for run in runs] == [(json.loads(first)["run_id"], "FINISHED")]
+    assert errors.count("epoch 1/3") == 1 and len(first.splitlines()) == 1
+    alone, together = _curves(one.uri, one.summary["run_id"]), _curves(uri, runs[0].info.run_id)
+    for name in CURVES:
+        assert together[name] == pytest.approx(alone[name], rel=2e-3)
+        assert alone[name][0] != alone[name][2]
 
 
-@pytest.mark.slow
-def test_loss_that_explodes_in_two_processes_is_said(tmp_path: Path) -> None:
-    done = run_qexp(tmp_path, "train", "--image-size", "8", "--learning-rate", "1e20", "--processes", "2")
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.code == 1 and "the loss is" in line and "lower --learning-rate" in line, done.stderr
-    assert "Traceback" not in done.stderr
-    (run,) = mlflow.MlflowClient(done.uri).search_runs(["1"])
-    assert run.info.status == "FAILED" and "the loss is" in run.data.tags["qexp.error"]
+@pytest.mark.parametrize(("code", "said"), [(1, "the loss is nan"), (2, "--device tpu")])
+def test_error_of_a_process_is_that_of_the_training(
+    code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's launcher hands it on; a process that has refused its input makes the training bad input."""
+    failure = ProcessFailure(1, 4711, code, str(tmp_path / "no file"))
+    failure.message = said
+    error = ChildFailedError("entrypoints.train", {1: failure})
+
+    def launch(*given: object) -> Callable[..., None]:
+        def start(*arguments: str) -> None:
+            raise error
+
+        return start
+
+    monkeypatch.setattr("qexp.training.launch.elastic_launch", launch)
+    kind = InputError if code == 2 else StageError
+    line = rf"rank 1 \(pid 4711; 2 in all\) ended with exit code {code}: .*{said}$"
+    with pytest.raises(kind, match=line):
+        run_workers("train", Config(train=TrainConfig(processes=2)), "0" * 32)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Training: the same seed gives the same bits, early stopping, which weights are kept, going on after a stop."""
+"""Training: the same seed gives the same bits, early stopping, which weights are kept, resuming after a stop."""
 
 import os
 import signal
@@ -197,6 +197,7 @@ def _train_with_stops(
             stops += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "number"), [(2, signal.SIGINT), (4, signal.SIGTERM)])
 def test_training_stopped_by_signals_gives_the_same_bits(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, number: int
@@ -251,14 +252,14 @@ def test_checkpoint_of_another_training_is_refused(tiny: Dataset, tmp_path: Path
             train_model(build_tiny(tiny), tiny, TrainConfig(epochs=1, **EXECUTION, **options), seed, _ignore, tmp_path)
 
 
-def test_finished_training_goes_on_to_its_result(tiny: Dataset, tmp_path: Path) -> None:
+def test_a_finished_training_gives_its_result_when_resumed(tiny: Dataset, tmp_path: Path) -> None:
     first, second = build_tiny(tiny), build_tiny(tiny)
     result = train_model(first, tiny, TrainConfig(epochs=2, **EXECUTION), 0, _ignore, tmp_path)
     again = train_model(second, tiny, TrainConfig(epochs=2, **EXECUTION), 0, _ignore, tmp_path)
     assert again.epochs == result.epochs and equal_weights(first, second)
 
 
-def test_what_auto_stood_for_is_recorded_and_kept_when_training_goes_on(
+def test_what_auto_stood_for_is_recorded_and_kept_when_training_is_resumed(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[fastest.Execution] = []

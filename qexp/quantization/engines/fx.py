@@ -23,6 +23,7 @@ from torch.ao.quantization import (
     get_default_qconfig_mapping,
     observer,
 )
+from torch.ao.quantization.fx import utils as fx_utils
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
@@ -246,6 +247,10 @@ def _calibrate_and_convert(
         return convert_to_reference_fx(copy.deepcopy(prepared, shared)), convert_fx(prepared)
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
         raise StageError(f"engine fx cannot quantize this model: {with_place(error)}") from error
+    finally:
+        # torch caches the device of every module that it has seen, and with it the module: a search makes hundreds.
+        if hasattr(fx_utils, "assert_and_get_unique_device"):
+            fx_utils.assert_and_get_unique_device.cache_clear()
 
 
 def _trace(converted: fx.GraphModule, example: Tensor, limits: Mapping[str, float]) -> torch.jit.ScriptModule:

@@ -81,8 +81,8 @@ def _serve(store: str, uri: str, folder: Path) -> Iterator[Post]:
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, env=_environment(store), stdout=log, stderr=log, start_new_session=True)
 
-    def post(body: bytes, content_type: str = "application/json") -> Answer:
-        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": content_type})
+    def post(body: bytes) -> Answer:
+        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read().decode()
@@ -161,9 +161,9 @@ def test_requests_at_the_same_time_get_each_their_own_logits(post: Post, store: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["pt2e", "onnx"])
-def test_other_engines_are_served_too(engine: str, store: str, tiny: Dataset, tmp_path: Path) -> None:
-    uri = f"models:/tiny-{engine}/1"
+def test_a_version_of_the_other_flavor_is_served_too(store: str, tiny: Dataset, tmp_path: Path) -> None:
+    """ONNX; `pt2e` has the flavor of `fx`, and loads in test_a_version_says_whether_it_loads_without_pickle."""
+    uri = "models:/tiny-onnx/1"
     images = to_float(tiny.validation.images).numpy()
     with _serve(store, uri, tmp_path) as asking:
         for count in (1, 60):
@@ -178,24 +178,14 @@ def _full(value: object, *shape: int) -> list[Any]:
 
 
 SHAPE = "does not match expected shape (-1, 3, 16, 16)"
-WRONG = {  # body, status, what the message says
-    "other size": (_body(_full(0.5, 1, 3, 15, 16)), 400, f"Shape of input (1, 3, 15, 16) {SHAPE}"),
-    "grey": (_body(_full(0.5, 2, 1, 16, 16)), 400, f"Shape of input (2, 1, 16, 16) {SHAPE}"),
-    "channels last": (_body(_full(0.5, 1, 16, 16, 3)), 400, SHAPE),
-    "no batch": (_body(_full(0.5, 3, 16, 16)), 400, SHAPE),
-    "a number": (_body(0.5), 400, SHAPE),
-    "nothing": (_body([]), 400, "Tensor('float32', (-1, 3, 16, 16))"),
-    "null": (_body(None), 400, "n-dimensional array"),
-    "ragged": (_body([[[[0.5, 0.5], [0.5]]]]), 400, "inhomogeneous shape"),
-    "text": (_body("cat"), 400, "Tensor('float32', (-1, 3, 16, 16))"),
-    "pixels of text": (_body(_full("red")), 400, "could not convert string to float: 'red'"),
-    "an object": (_body({"image": _full(0.5)}), 400, "n-dimensional array"),
-    "other key": (_body(_full(0.5), "images"), 400, "exactly one of the input fields"),
-    "a list": (b"[1, 2]", 400, "must be a JSON dictionary"),
-    "no JSON": (b"this is no JSON", 400, "valid JSON formatted string"),
-    "cut off": (_body(_full(0.5))[:-9], 400, "valid JSON formatted string"),
-    "empty": (b"", 400, "valid JSON formatted string"),
-    "bytes": (bytes(range(256)), 400, "valid JSON formatted string"),
+WRONG = {  # body, what the message says
+    "other size": (_body(_full(0.5, 1, 3, 15, 16)), f"Shape of input (1, 3, 15, 16) {SHAPE}"),
+    "grey": (_body(_full(0.5, 2, 1, 16, 16)), f"Shape of input (2, 1, 16, 16) {SHAPE}"),
+    "channels last": (_body(_full(0.5, 1, 16, 16, 3)), SHAPE),
+    "no batch": (_body(_full(0.5, 3, 16, 16)), SHAPE),
+    "nothing": (_body([]), "Tensor('float32', (-1, 3, 16, 16))"),
+    "pixels of text": (_body(_full("red")), "could not convert string to float: 'red'"),
+    "no JSON": (b"this is no JSON", "valid JSON formatted string"),
 }
 
 
@@ -204,34 +194,10 @@ WRONG = {  # body, status, what the message says
 def test_a_wrong_body_is_refused_with_what_is_expected_and_the_server_lives_on(case: str, post: Post) -> None:
     good = _body(_full(0.5))
     before = post(good)
-    body, status, message = WRONG[case]
-    found, text = post(body)
-    assert found == status, text
-    assert message in json.loads(text)["message"]
+    body, message = WRONG[case]
+    status, text = post(body)
+    assert status == 400 and message in json.loads(text)["message"], text
     assert before[0] == 200 and post(good) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("content_type", ["image/png", "text/plain", "application/json; charset=latin-1"])
-def test_an_unknown_content_type_is_refused(content_type: str, post: Post) -> None:
-    status, text = post(_body(_full(0.5)), content_type)
-    assert status == 415 and ("application/json" in text or "UTF-8" in text)
-    assert post(_body(_full(0.5)))[0] == 200
-
-
-BEYOND_MLFLOW = {  # MLflow's server fails at these before it asks the model
-    "nested": (b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "application/json"),
-    "digits": (b'{"inputs": [[[[' + b"9" * 5000 + b"]]]]}", "application/json"),
-    "no content type": (_body(_full(0.5)), ""),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", BEYOND_MLFLOW)
-def test_what_the_server_itself_cannot_read_does_not_end_it(case: str, post: Post) -> None:
-    status, text = post(*BEYOND_MLFLOW[case])
-    assert 400 <= status <= 500 and "predictions" not in text
-    assert post(_body(_full(0.5)))[0] == 200
 
 
 @pytest.mark.slow
@@ -239,17 +205,6 @@ def test_values_outside_0_to_1_are_computed_with_as_in_process(post: Post, store
     for value in (255, -3, True):
         images = np.full((1, 3, 16, 16), value, np.float32)
         assert np.array_equal(_logits(post(_body(_full(value)))), _in_process(store, CHAMPION, images))
-
-
-@pytest.mark.slow
-def test_mlflow_models_predict_gives_the_logits(store: str, digits: Dataset, tmp_path: Path) -> None:
-    images = to_float(digits.test.images[:3]).numpy()
-    (tmp_path / "images.json").write_bytes(_body(images))
-    command = ["mlflow", "models", "predict", "-m", CHAMPION, "--env-manager", "local", "-t", "json"]
-    command += ["-i", str(tmp_path / "images.json"), "-o", str(tmp_path / "logits.json")]
-    subprocess.run(command, env=_environment(store), cwd=tmp_path, check=True, capture_output=True)
-    found = _logits((200, (tmp_path / "logits.json").read_text()))
-    assert np.array_equal(found, _in_process(store, CHAMPION, images))
 
 
 @pytest.mark.slow
