@@ -166,7 +166,7 @@ def test_python_examples_use_names_and_parameters_that_exist() -> None:
 
 
 def test_functions_named_in_the_text_exist() -> None:
-    named = [(page, match[1]) for page, code in _inline() if (match := re.match(r"qexp\.([a-z_]+)\b", code))]
+    named = [(page, match[1]) for page, code in _inline() if (match := re.fullmatch(r"qexp\.(\w+)(\(.*\))?", code))]
     assert [found for found in named if not hasattr(qexp, found[1])] == []
 
 
