@@ -116,7 +116,7 @@ def usual_loop(model: str, split: Split) -> Callable[[int], None]:
 
 
 def our_loop(model: str, split: Split) -> tuple[Loop, Callable[[int], None]]:
-    """The loop of qexp/loop.py, and a function that makes so many of its steps."""
+    """The loop of training/loop.py, and a function that makes so many of its steps."""
     classifier = build(model, split)
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     classifier.train()

@@ -1,21 +1,34 @@
 """qexp answers one question with evidence: can this image classifier ship as int8 on this CPU?
 
+The public functions, all in qexp/api.py; none needs a server, and `import qexp` alone imports nothing else:
+
+- `quantize`: an int8 model from an fp32 module and images
+- `compare`: the accuracy of both, the drop with its interval
+- `benchmark`: latency of several models, timed in turns
+- `cost`: parameters, multiply-accumulates, the share in int8
+- `register`: a model into the MLflow registry, verified in a clean subprocess
+- `load`: a registered model as a function of images
+
 The packages are the stages, in the order in which data passes through them; each imports only packages before it:
 models > measurement > data > quantization > training > report > tracking > pipeline > search.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qexp.api import benchmark, compare, cost, load, quantize, register
 
 __version__ = "0.1.0"
+__all__ = ["benchmark", "compare", "cost", "load", "quantize", "register"]
 
 
-def load(uri: str) -> Any:
-    """The registered model at `uri` as a function of images, with the int8 kernels that won when it was measured.
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from qexp import api
 
-    `mlflow.pytorch.load_model(uri)` gives the same outputs; this sets the engine recorded in the version's tags first,
-    because TorchScript packs int8 weights at load, for whatever engine the process has chosen. A version of engine
-    `onnx` is run by ONNX Runtime, on as many threads as torch.
-    """
-    from qexp.tracking.registry import load_version
+    return getattr(api, name)
 
-    return load_version(uri)
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,4 +1,4 @@
-"""Environment variables that hold for a while, and how threads wait for each other."""
+"""Environment variables: set for the length of a block, and OMP_WAIT_POLICY, by which OpenMP's threads wait."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The two errors that a user can meet: each is one line, and the command line turns it into an exit code."""
+"""The errors that a user can meet: each is one line, which the command line turns into an exit code."""
 
 import re
 import traceback

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there, and results as JSON in them."""
+"""Files that are written whole or not at all, and results as JSON."""
 
 import os
 import shutil

@@ -1,4 +1,7 @@
-"""A data set as in-memory uint8 tensors, its train/validation split, and seeded, class-stratified samples of it."""
+"""A data set as uint8 tensors in memory, its train/validation split, and seeded, class-stratified samples of it.
+
+Takes digits, CIFAR-10 or an image folder (imagefolder.py); feeds training, calibration and evaluation.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from qexp.config import DataConfig, QuantizeConfig
 from qexp.data.duplicates import Duplicates, count_duplicates
 from qexp.data.imagefolder import cached, decode_files, list_folder
 from qexp.errors import InputError
+from qexp.extras import extra
 
 DEFAULT_CALIBRATION_SAMPLES = 256
 DIGITS_TEST_SHARE = 0.2
@@ -164,7 +168,8 @@ Read = tuple[str, tuple[str, ...], dict[str, Tensor]]  # source, class names, th
 
 def _read_digits(options: DataConfig) -> Read:
     """scikit-learn's copy of the UCI optical digits: 8x8 scans with 17 grey levels, here enlarged (bilinear) to RGB."""
-    from sklearn.datasets import load_digits
+    with extra("digits", "--dataset digits"):
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = torch.from_numpy(digits.images / 16.0)[:, None]

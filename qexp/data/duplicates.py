@@ -1,4 +1,4 @@
-"""Images that are in several parts of a data set: accuracy on test images that training has seen says nothing."""
+"""Equal images in several parts of a data set: accuracy on test images that training has seen is meaningless."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

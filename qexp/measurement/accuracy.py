@@ -1,4 +1,7 @@
-"""Logits once, then accuracy of one model and the paired comparison of two on the same images in the same order."""
+"""Accuracy of one model, and the paired comparison of two on the same images in the same order.
+
+Takes a model and images, feeds the gate, the report and the search. Logits are computed once and kept.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qexp.progress import track
+from qexp.tables import Shown, Table
 
 Z_95 = 1.959964
 
@@ -53,13 +57,48 @@ class Comparison:
     images: int
 
 
+@dataclass(frozen=True)
+class ComparedModels(Shown):
+    """The accuracy of an fp32 and an int8 model on the same images, and how they differ image by image."""
+
+    fp32: Accuracy
+    int8: Accuracy
+    difference: Comparison
+
+    def tables(self) -> tuple[Table, ...]:
+        both = {"fp32": self.fp32, "int8": self.int8}
+        rows = tuple((name, _top1(found), f"{found.top3_percent:.2f}") for name, found in both.items())
+        accuracy = Table(f"Accuracy on {self.fp32.images} images", ("model", "top-1 %", "top-3 %"), rows)
+        found = self.difference
+        drop = f"{found.top1_drop_points:.2f} ({found.top1_drop_low_points:.2f} to {found.top1_drop_high_points:.2f})"
+        differences = (
+            ("top-1 drop, points", drop),
+            ("top-3 drop, points", f"{found.top3_drop_points:.2f}"),
+            ("both name the same class, %", f"{found.agreement_percent:.2f}"),
+            ("only fp32 is right, images", f"{found.only_fp32_correct_images:g}"),
+            ("only int8 is right, images", f"{found.only_int8_correct_images:g}"),
+        )
+        return accuracy, Table("int8 against fp32, with a 95 % interval", ("", "value"), differences)
+
+
+def _top1(found: Accuracy) -> str:
+    low, high = share_interval(found.top1_percent, found.images)
+    return f"{found.top1_percent:.2f} ({low:.2f} to {high:.2f})"
+
+
+def compare_models(fp32_logits: Tensor, int8_logits: Tensor, labels: Tensor) -> ComparedModels:
+    """Both models' logits [N, classes] for the same images: the accuracy of each, and `compare`."""
+    fp32, int8 = (measure_accuracy(logits, labels) for logits in (fp32_logits, int8_logits))
+    return ComparedModels(fp32, int8, compare(fp32_logits, int8_logits, labels))
+
+
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [0, 1], the input of every classifier here."""
-    return images.float().div_(255)
+    """uint8 pixels to float32 in [0, 1], the input of every classifier here; images that are float stay as they are."""
+    return images.float().contiguous() if images.is_floating_point() else images.float().div_(255)
 
 
 def predict_logits(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 256, label: str = "") -> Tensor:
-    """Logits float32 [N, classes] of uint8 images [N, 3, H, W], in the order of the images."""
+    """Logits float32 [N, classes] of images [N, 3, H, W], uint8 or float in [0, 1], in their order."""
     with torch.no_grad():
         batches = images.split(batch_size)
         shown = track(batches, label or "evaluating", len(batches))

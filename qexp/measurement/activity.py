@@ -1,4 +1,4 @@
-"""What else the machine does while something is timed: the CPU time of others on the cores of this process."""
+"""How busy the machine is while models are timed: CPU time that other processes take on the cores of this one."""
 
 import os
 import time
@@ -40,7 +40,7 @@ class Activity:
 def watch_machine(
     threads: int, stat: Path = Path("/proc/stat"), throttled_s: Callable[[], float] = throttled_s
 ) -> Callable[[], Activity | None]:
-    """Begin to watch; what is returned ends that, and says what happened since. Off Linux it says nothing (None)."""
+    """Start watching; the function returned stops it and returns what happened since, None where this is not Linux."""
     if not hasattr(os, "sched_getaffinity") or not stat.is_file():
         return lambda: None
     cores, physical, waited = os.sched_getaffinity(0), read_cpus().physical, throttled_s()

@@ -1,4 +1,4 @@
-"""What a model costs apart from time: parameters, multiply-accumulates (MACs), and how many of them run in int8."""
+"""Parameters and multiply-accumulates (MACs) of a model, and the share of MACs that runs in int8."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from qexp.tables import Shown, Table
+
 FLOP_COUNTER, TORCHINFO = "torch.utils.flop_counter", "torchinfo"
 IN_PROJECTION = "in_proj"  # the layer that quantization makes of the first projection of nn.MultiheadAttention
 MATRIX_VECTOR: dict[Any, Any] = {  # for which torch's counter has no formula
@@ -24,7 +26,7 @@ MATRIX_VECTOR: dict[Any, Any] = {  # for which torch's counter has no formula
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Shown):
     """Multiply-accumulates of one forward pass of one batch, by batch size.
 
     `macs` are those of all convolutions and matrix products, the products inside attention included: half of the
@@ -53,6 +55,13 @@ class Cost:
     def no_layer_percent(self) -> float:
         """Share of the multiply-accumulates that belong to no layer with weights, in percent: those of attention."""
         return 0.0 if self.counted_by == TORCHINFO else 100 - _percent(self.conv_linear_macs, self.macs)
+
+    def tables(self) -> tuple[Table, ...]:
+        columns = ("batch size", "MACs", "in Conv2d and Linear", "in int8")
+        counts = (self.macs, self.conv_linear_macs, self.int8_macs)
+        rows = tuple((str(size), *(f"{found[size]:,}" for found in counts)) for size in self.macs)
+        title = f"{self.parameters:,} parameters; {self.int8_percent:.1f} % of the multiply-accumulates in int8"
+        return (Table(title, columns, rows),)
 
 
 def measure_cost(model: nn.Module, image_size: int, batch_sizes: Sequence[int], int8_layers: Sequence[str]) -> Cost:

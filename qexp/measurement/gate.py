@@ -1,5 +1,5 @@
-"""Whether an int8 model may become `champion`: limits, each held against the unfavourable end of what was measured, and
-the comparison with the model that is champion now."""
+"""Whether an int8 model may become `champion`: limits, each compared with the unfavourable end of an interval, and the
+comparison with the present champion. Takes what was measured, feeds the verdict and the registry's aliases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

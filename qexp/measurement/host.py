@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
 FEATURES = {
@@ -192,10 +192,18 @@ def read_host(threads: int | None, cpuinfo: Path = Path("/proc/cpuinfo"), cpus: 
         features=tuple(name for flag, name in FEATURES.items() if flag in flags),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=sys.version.split()[0],
-        libraries={name: version(name) for name in LIBRARIES},
+        libraries={name: found for name in LIBRARIES if (found := _version(name))},
         physical_cores=cpus.physical,
         cpu_quota=cpus.quota,
     )
+
+
+def _version(library: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def too_many_threads(host: Host) -> str | None:

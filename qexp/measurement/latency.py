@@ -1,11 +1,11 @@
-"""Latency: models timed in short rounds, in random order, loaded anew several times; and the statistics of that.
+"""Latency: models timed in short rounds, in random order, each loaded several times; and the statistics of the times.
 
-`measure_latency` runs in a process of its own (see sweep.py), with nothing else in it but the models.
+`measure_latency` runs in a process of its own (see sweep.py), which does nothing else.
 
-A model that is loaded anew may differ by a percent from what it was: its memory lies elsewhere. So loads, not rounds,
-are what a comparison rests on: of each load, the median of the rounds' ratios of two models; of all loads, the mean of
-their logarithms, with the interval of Student's t. Ratios of several batch sizes are combined by their weights, with
-the degrees of freedom of Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
+Loading a model again changes its time by about a percent, because its memory lies elsewhere. So the loads, not the
+rounds, are the independent samples of a comparison: each load gives the median of its rounds' ratios of two models; the
+result is the mean of the logarithms over the loads, with the interval of Student's t. Ratios of several batch sizes are
+combined by their weights, with the degrees of freedom of Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
 """
 
 import math
@@ -21,6 +21,7 @@ from scipy.special import stdtrit
 
 from qexp.config import LatencyConfig
 from qexp.measurement.activity import Activity
+from qexp.tables import Shown, Table
 
 Run = Callable[[], object]
 Watch = Callable[[], Callable[[], Activity | None]]  # starts to watch the machine; what it returns ends that
@@ -203,7 +204,7 @@ class StartUp:
 
 
 @dataclass(frozen=True)
-class LatencyResult:
+class LatencyResult(Shown):
     """One row a batch size, at `threads` CPU threads; `baseline` is the registered fp32 model.
 
     `weights` say how much each batch size counts (those left out: nothing; an empty dict: all alike).
@@ -281,6 +282,24 @@ class LatencyResult:
     def mean_speedup(self, name: str) -> float:
         """The weighted geometric mean of a model's speed-ups over the baseline."""
         return self.mean_ratio([self.baseline], name).median
+
+    def tables(self) -> tuple[Table, ...]:
+        columns = ("batch size", "model", "p50 ms", "p90 ms", "images/s", f"speed-up over {self.baseline}")
+        rows = []
+        for row in self.rows:
+            for name, stats in row.stats.items():
+                p90 = "-" if stats.p90_ms is None else f"{stats.p90_ms:.3g}"
+                times = (f"{stats.p50_ms:.3g}", p90, f"{stats.images_per_second:.0f}")
+                rows.append((str(row.batch_size), name, *times, _interval(row.speedups[name])))
+        noise = ", ".join(f"{_interval(row.noise)} at batch size {row.batch_size}" for row in self.rows)
+        notes = [f"One model over its own copy: {noise}."]
+        notes += [f"No verdict rests on these times: {found}." for found in self.shortcomings]
+        title = f"Latency on {self.threads} CPU thread{'s' if self.threads > 1 else ''}, with 95 % intervals"
+        return (Table(title, columns, tuple(rows), tuple(notes)),)
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def _listed(rows: Sequence[LatencyRow]) -> str:

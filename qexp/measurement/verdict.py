@@ -1,4 +1,4 @@
-"""The one answer to the question: what to ship, and which limit decided. Everything that shows an answer shows this."""
+"""The verdict: what to ship, and which limit decided. Computed once from the gate; report, tags and JSON show it."""
 
 from dataclasses import dataclass
 from typing import Final, Literal

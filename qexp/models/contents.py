@@ -5,7 +5,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
+from qexp.extras import extra
 
 # Below the folder of the archive's name. TorchScript: data/0, constants/0; exported programs: data/weights/weight_0.
 TENSORS = re.compile(r"(data|constants)/\d+|data/(weights|constants)/\w+_\d+")
@@ -36,6 +36,9 @@ def _in_archive(file: Path) -> tuple[int, int]:
 
 
 def _in_onnx(file: Path) -> tuple[int, int]:
+    with extra("onnx", "reading an ONNX file"):
+        import onnx
+
     graph = onnx.load(file).graph
     weights = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)
     return weights, sum(node.ByteSize() for node in graph.node)

@@ -4,10 +4,14 @@ import logging
 import warnings
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
+
+from qexp.extras import extra
+
+with extra("onnx", "an ONNX file"):
+    import onnx
+    import onnxruntime
 
 INPUT, OUTPUT = "images", "logits"
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit

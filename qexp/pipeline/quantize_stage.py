@@ -169,15 +169,11 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
 def _facts(fp32: Fp32, quantized: QuantizedModel, digest: str) -> dict[str, Any]:
     """Tags that say how an int8 version was made."""
     result = quantized.result
-    facts: dict[str, Any] = {"engine": result.engine, "flavor": quantized.flavor, "observer": result.observer}
-    facts |= {"percentile": result.percentile} if result.percentile is not None else {}
-    facts |= {"backend": result.load_backend} if result.load_backend else {}
-    facts |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range, "calibration_digest": digest}
-    facts |= {"calibration_samples": result.calibration_images}
+    facts = quantized.tags() | {"calibration_digest": digest}
     facts |= {"fold_pool": bool(folded_layers(fp32.model, quantized.source))}
     if result.reduce_range or result.saturating_layers:
         facts["reduce_range_reason"] = f"{_reason_of(result)}: {SATURATION}"
-    return facts | {"float_layers": ",".join(result.float_layers) or "none"}
+    return facts
 
 
 def _drop_tags(found: Comparison) -> dict[str, str]:

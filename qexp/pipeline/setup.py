@@ -6,6 +6,7 @@ from torch import nn
 from qexp.config import Config, LatencyConfig
 from qexp.data.datasets import Dataset, calibration_count, load_dataset
 from qexp.errors import InputError
+from qexp.extras import check_engines
 from qexp.measurement.host import Host, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, check_model_name, outline
 from qexp.pipeline import loading as registered
@@ -66,8 +67,9 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
 
     Raises:
         InputError: there are not so many, `keep_fp32` names a layer that does not exist, no engine has a choice of
-            kernels for `backend`, or MLflow would not load what an engine makes.
+            kernels for `backend`, MLflow would not load what an engine makes, or an engine's extra is not installed.
     """
+    check_engines(config.quantize.engine)
     if config.quantize.backend and all(len(KERNELS[engine]) == 1 for engine in config.quantize.engine):
         engines = ",".join(config.quantize.engine)
         raise InputError(f"--backend {config.quantize.backend}: must be auto with --engine {engines}, without a choice")

@@ -1,17 +1,26 @@
-"""Post-training quantization: exact clean-up, then one of the engines, one file each, behind `quantize_model`."""
+"""Post-training quantization: exact clean-up, then one of the engines, one file each, behind `quantize_model`.
+
+Takes an fp32 module and calibration images, gives a `QuantizedModel`. An engine's file is imported when it is used:
+what it needs may not be installed.
+"""
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError, StageError
+from qexp.extras import OF_ENGINE, check_engines, extra
 from qexp.measurement.accuracy import to_float
+from qexp.measurement.host import read_host
 from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
-from qexp.quantization.engines import fx, onnx, pt2e
+from qexp.quantization.engines import fx
 from qexp.quantization.equivalence import check_kernels
 from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
 
@@ -21,28 +30,42 @@ Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], EngineResult]
 # What `torch.backends.quantized.engine` may be at load, that of a plain load first; None: it does not matter.
 KERNELS: dict[str, tuple[str | None, ...]] = {"fx": fx.KERNELS, "pt2e": (None,), "onnx": (None,)}
 LOADED_WITHOUT_PICKLE = ("onnx",)  # engines whose versions MLflow loads where it is told not to open pickles
-ENGINES: dict[str, Engine] = {"fx": fx.quantize, "pt2e": pt2e.quantize, "onnx": onnx.quantize}
+
+
+def _imported(name: str, *arguments: Any) -> EngineResult:
+    """What an engine returns whose file is imported now."""
+    check_engines([name])
+    with extra(OF_ENGINE[name], f"engine {name}"):
+        engine = import_module(f"qexp.quantization.engines.{name}")
+    return engine.quantize(*arguments)
+
+
+ENGINES: dict[str, Engine] = {"fx": fx.quantize, "pt2e": partial(_imported, "pt2e"), "onnx": partial(_imported, "onnx")}
 
 
 def quantize_model(
-    model: nn.Module, calibration_images: Tensor, options: QuantizeConfig, reduce_range: bool
+    model: nn.Module, calibration_images: Tensor, options: QuantizeConfig, reduce_range: bool | None = None
 ) -> QuantizedModel:
     """Quantize a classifier after training; `model` itself stays as it is.
 
     Args:
         model: fp32 classifier that takes images in [0, 1].
-        calibration_images: uint8 [N, 3, H, W]; their activations set the ranges.
+        calibration_images: [N, 3, H, W], uint8 or float in [0, 1]; their activations set the ranges.
         options: with one engine.
-        reduce_range: leave one bit of all weights unused, for CPUs whose int8 products saturate.
+        reduce_range: leave one bit of all weights unused, for CPUs whose int8 products saturate; None: where this CPU
+            is one of them.
 
     Raises:
-        InputError: `options.keep_fp32` names a layer that does not exist.
+        InputError: `options.keep_fp32` names a layer that does not exist, or the engine needs a package that is not
+            installed.
         StageError: the engine cannot quantize the model; or a Conv2d or Linear stayed fp32 that was not to, and
             `options.allow_float` is off: the message names them; or the int8 kernels compute something else.
     """
     (engine,) = options.engine
     kept = tuple(options.keep_fp32 or ())
     check_layer_names(model, kept)
+    if reduce_range is None:
+        reduce_range = not read_host(None).has_int8_dot_product
     started = time.monotonic()
     with torch.no_grad():
         source = clean(model, to_float(calibration_images[:2]), options.fold_pool)

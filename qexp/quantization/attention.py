@@ -1,4 +1,4 @@
-"""Attention whose projections are linear layers, which every engine quantizes: exact, part of the clean-up."""
+"""Attention rewritten with linear layers as projections, which every engine quantizes; an exact part of cleanup.py."""
 
 import operator
 from typing import Any

@@ -1,11 +1,11 @@
 """An accuracy budget: layers go back to fp32, most sensitive first, until the drop on validation is within it.
 
-The upper end of the drop's 95 % interval counts, as in the gate: not shown to be above the budget is not within it.
+The upper end of the drop's 95 % interval must be within the budget, as in the gate.
 
-How many: none at first (beyond those of `keep_fp32`), then 1, 2, 4, 8 and so on until the drop is within the budget;
-then a bisection between the last two counts looks for the fewest. That takes about 2 log2 of the layers needed, where
-one layer a try would take all of them. It supposes that more layers in fp32 are no worse. Where the noise of few
-validation images breaks this, fewer layers might have done, but the model is within the budget all the same.
+The number of layers in fp32 is 0 at first (beyond those of `keep_fp32`), then 1, 2, 4, 8 and so on until the drop is
+within the budget; a bisection between the last two counts then looks for the smallest. That takes about 2 log2(n) tries
+for n layers instead of n. It assumes that more layers in fp32 are no worse. Where the noise of few validation images
+breaks this assumption, fewer layers might have been enough, but the model found is within the budget.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Exact clean-up of an fp32 classifier before it is quantized: the outputs stay what they are, within rounding."""
+"""Exact clean-up of an fp32 classifier before it is quantized: its outputs stay equal, but for rounding.
+
+Takes any module; feeds the engines, `measure_sensitivity` and the count of MACs.
+"""
 
 import copy
 import operator

@@ -1,4 +1,4 @@
-"""A model after a rewrite against the one before it, on the same images: by the power of the difference of logits."""
+"""Whether a rewritten model still computes the same: the power of the difference of logits on the same images."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which operations stay fp32 with the layers around them: a question about graphs, the same for all engines."""
+"""Which operations between layers kept in fp32 stay fp32 too: a question about graphs, the same for all engines."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar

@@ -1,15 +1,15 @@
-"""How the range of an activation is chosen from what calibration images show of it.
+"""Observers: how the range of an activation is chosen from the values that calibration images give it.
 
-The same four for every engine, made from torch's own (torch.ao and torchao have classes of the same names):
+Every engine has the same four, built on torch's own (torch.ao and torchao have classes of the same names):
 
 - `minmax`: the smallest and the largest value.
 - `histogram`: the range inside these that makes the squared error of quantization smallest, found in a histogram of all
   values.
 - `percentile`: from the same histogram, the range that leaves out equal shares of the values at both ends.
 - `batch_average`: the means, over all batches, of the smallest and of the largest value of a batch. torch's moving
-  average is no choice here: it moves by 1 % a batch, so that after some dozens of batches the first still decides.
+  average is not used: it moves by 1 % a batch, so that after some dozens of batches the first one still dominates.
 
-None depends on the order of the batches, but for rounding and for the bins in which a histogram begins.
+None depends on the order of the batches, except by rounding and by the bins with which a histogram begins.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What every engine gives back."""
+"""The results of quantization: what an engine returns, how the model was quantized, and the int8 model itself."""
 
 import io
 import tempfile
@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from qexp.errors import InputError
+from qexp.files import replacing
+from qexp.tables import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,15 @@ class QuantizeResult:
     percentile: float | None = None
 
 
+SUFFIXES = {"pytorch": ".pth", "onnx": ".onnx"}  # by flavour, of the file that MLflow stores
+
+
 @dataclass(frozen=True)
-class QuantizedModel:
+class QuantizedModel(Shown):
     """The int8 model, float images [N, 3, H, W] in [0, 1] to float logits [N, classes], and how it was made.
 
-    `source` is the fp32 module that was quantized: the model after its exact clean-up.
+    `source` is the fp32 module that was quantized: the model after its exact clean-up. `result` says how. The model is
+    called as a module is; `print(model)` shows what it is.
     """
 
     module: Callable[[Tensor], Tensor]
@@ -70,6 +78,80 @@ class QuantizedModel:
     flavor: Literal["pytorch", "onnx"]
     source: nn.Module
     result: QuantizeResult
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits float32 [N, classes] of float images [N, 3, H, W] in [0, 1].
+
+        Raises:
+            InputError: the images are no float tensor of this shape.
+        """
+        if not images.is_floating_point() or images.dim() != 4:
+            shape = list(images.shape)
+            raise InputError(f"images must be float [N, 3, H, W] in [0, 1], and are {images.dtype} {shape}")
+        with torch.no_grad():
+            return self.module(images.float())
+
+    @property
+    def int8_layers(self) -> tuple[str, ...]:
+        """The Conv2d and Linear layers that run in int8, by their names in the fp32 module."""
+        return self.result.int8_layers
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Those that stayed fp32."""
+        return self.result.float_layers
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file that `save` writes."""
+        return self.saved_bytes()
+
+    def save(self, file: Path | str) -> Path:
+        """Write what MLflow would store; returns the path.
+
+        Args:
+            file: NAME.pth (TorchScript, for `torch.jit.load`), or with engine `onnx` NAME.onnx (for ONNX Runtime).
+
+        Raises:
+            InputError: the name ends otherwise.
+            StageError: it cannot be written.
+        """
+        path, suffix = Path(file), SUFFIXES[self.flavor]
+        if path.suffix != suffix:
+            raise InputError(f"{path}: what engine {self.result.engine} makes is saved as NAME{suffix}")
+        with replacing(path) as temporary:
+            if self.flavor == "onnx":
+                temporary.write_bytes(self.stored.SerializeToString())
+            else:
+                torch.jit.save(self.stored, str(temporary))
+        return path
+
+    def tags(self) -> dict[str, Any]:
+        """How it was made, as tags of a registered version."""
+        result = self.result
+        tags: dict[str, Any] = {"engine": result.engine, "flavor": self.flavor, "observer": result.observer}
+        tags |= {"percentile": result.percentile} if result.percentile is not None else {}
+        tags |= {"backend": result.load_backend} if result.load_backend else {}
+        tags |= {"per_channel": result.per_channel, "reduce_range": result.reduce_range}
+        tags |= {"calibration_samples": result.calibration_images}
+        return tags | {"float_layers": ",".join(result.float_layers) or "none"}
+
+    def tables(self) -> tuple[Table, ...]:
+        result, layers = self.result, len(self.int8_layers) + len(self.float_layers)
+        bits = "7" if result.reduce_range else "8"
+        if result.saturating_layers:
+            bits += f" (7 in {len(result.saturating_layers)} layers)"
+        rows = (
+            ("layers in int8", f"{len(self.int8_layers)} of {layers}"),
+            ("layers in fp32", ", ".join(self.float_layers) or "none"),
+            ("weights, bits", bits),
+            ("weight scales", "one a channel" if result.per_channel else "one a layer"),
+            ("observer of activations", result.observer),
+            ("calibration images", str(result.calibration_images)),
+            ("kernels", result.backend),
+            ("size, MB", f"{self.size_bytes / 1e6:.3f}"),
+        )
+        return (Table(f"int8 model of engine {result.engine}", ("", "value"), rows),)
 
     def saved_bytes(self) -> int:
         """Size of the file in which MLflow would store it."""

@@ -1,4 +1,4 @@
-"""How much each layer suffers from int8: a simulation on the fp32 model, the same for every engine.
+"""How sensitive each layer is to int8: a simulation on the fp32 model, the same for every engine.
 
 Method: after the debugging steps of Nagel et al., A White Paper on Neural Network Quantization, arXiv 2106.08295. One
 layer is quantized while all others stay fp32, and the other way round, and the logits are compared with those of fp32

@@ -31,6 +31,7 @@ from qexp.tracking.leftovers import whole_or_nothing
 from qexp.tracking.store import again, all_pages, is_missing, registry_name, split_uri, uri_of
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
+MADE_BY, OWN = "registered_by", "qexp.register"  # tag of the versions of one's own models, and its value
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
 LONGEST_LIST = 1000  # characters of a description that class names may take; PostgreSQL has room for 5,000 in all
 Predict = Callable[[Tensor], Tensor]
@@ -140,8 +141,13 @@ def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVer
 
 
 def tag_of(found: ModelVersion, name: str) -> str:
-    """A tag that every version of ours has; InputError if it is gone."""
+    """A tag that every version of ours has; InputError if it is gone, or the version is of a model of one's own."""
     if name not in found.tags:
+        if found.tags.get(MADE_BY) == OWN:
+            raise InputError(
+                f"{uri_of(found)}: was registered with {OWN}, without the training run and the data that this command "
+                "needs; use qexp.quantize, qexp.compare and qexp.benchmark in Python"
+            )
         raise InputError(f"{uri_of(found)}: has no tag {name}, which qexp gives to every version")
     return str(found.tags[name])
 

@@ -1,4 +1,4 @@
-"""Training in bf16 on a CPU without what oneDNN leaves unwritten."""
+"""A work-around for oneDNN in bf16 training on a CPU: gradients of kernel taps that see only padding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

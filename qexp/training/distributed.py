@@ -1,6 +1,6 @@
 """Training in several processes that give what one process gives: the same batches, statistics and masks.
 
-torchrun starts the processes (qexp/launch.py, or by hand on several machines) and says in the environment who is who.
+torchrun starts the processes (by launch.py, or by hand on several machines) and sets their ranks in the environment.
 Each takes every n-th image of the configured batch; batch norm and dropout act on the whole batch, not on the share.
 """
 

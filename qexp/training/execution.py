@@ -1,8 +1,8 @@
-"""How a network trains fastest on this CPU, found by timing a few steps: precision, threads and memory layout.
+"""The fastest precision, thread count and memory layout to train a network on this CPU, found by timing a few steps.
 
-None of the three is faster for all networks. bf16 is 2.9 times as fast for SmallNet and 3.6 times as slow for
+No value of the three is the fastest for all networks. bf16 is 2.9 times as fast for SmallNet and 3.6 times as slow for
 efficientnet_b0 on the same CPU; two threads beside another busy process can be slower than one, since every parallel
-region waits for its slowest thread. So each choice that was left open is timed, on a copy of the network.
+region waits for its slowest thread. So each option that is `auto` is timed, on a copy of the network.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request that long work looks at between two steps, instead of an exception anywhere."""
+"""SIGINT and SIGTERM as a request that training checks between two steps, instead of an exception at any point."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""One pass over the images: training step by step, or validation. training.py says how passes make a training."""
+"""One pass over the images, in training steps or for validation; train.py calls the passes of an epoch in order."""
 
 import math
 import signal
@@ -30,7 +30,7 @@ STEPS_BETWEEN_LOOKS = 25  # at the figures on a GPU, which has to be waited for
 
 @dataclass
 class Loop:
-    """What goes on from one step to the next, and what every step needs. `options` are settled ones."""
+    """The state that lasts from one step to the next, and what every step needs. `options` must be settled."""
 
     model: Classifier
     module: nn.Module  # `model`, or what adds up its gradients over several processes
@@ -183,7 +183,7 @@ def _look(loop: Loop) -> None:
 
 
 def check_loss(loss: float, epoch: int, limit: float = math.inf) -> None:
-    """Raise StageError where going on is of no use: the loss is not a finite number, or above `limit`."""
+    """Raise StageError where training cannot recover: the loss is not a finite number, or above `limit`."""
     if math.isfinite(loss) and loss <= limit:
         return
     why = f", more than {EXPLODED} times that of guessing" if math.isfinite(loss) else ""

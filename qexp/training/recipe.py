@@ -35,11 +35,10 @@ def recipe_for(network: nn.Module) -> Recipe:
     """What trains a network of this kind (benchmarks/classifiers.py has the results).
 
     Batch norm makes the loss smooth enough for SGD at a high rate: 0.2 for a few layers of it (SmallNet, VGG). From
-    resnet18 on that is too high, the loss rises above that of guessing half-way; without batch norm, 0.2 diverges.
-    Networks with layer
-    norm (ConvNeXt, transformers) are trained with AdamW (Loshchilov and Hutter, arXiv 1711.05101), as those who
-    proposed them do. So is SqueezeNet, whose logits are means of a ReLU: with SGD they become 0 for all images, and
-    their gradients too.
+    resnet18 on that is too high: half-way, the loss rises above that of guessing. Without batch norm, 0.2 diverges.
+    Networks with layer norm (ConvNeXt, transformers) are trained with AdamW (Loshchilov and Hutter, arXiv 1711.05101),
+    as in the papers that introduced them. So is SqueezeNet, whose logits are means of a ReLU: with SGD they become 0
+    for all images, and so do their gradients.
     """
     kinds = {type(module) for module in network.modules()}
     if any(issubclass(kind, nn.LayerNorm) for kind in kinds) or "SqueezeNet" in {kind.__name__ for kind in kinds}:
@@ -52,7 +51,7 @@ def recipe_for(network: nn.Module) -> Recipe:
 
 def settle_options(options: TrainConfig, dataset_name: str, network: nn.Module) -> TrainConfig:
     """The options with `auto` replaced by what it stands for with this data set, network and machine; what depends on
-    speed (`bf16`, `train_threads`, `channels_last`) is left to qexp/fastest.py.
+    speed (`bf16`, `train_threads`, `channels_last`) is left to training/execution.py.
 
     Raises:
         InputError: there are not as many GPUs as processes, or too few images a step for them.

@@ -1,12 +1,13 @@
 """Training: whole-batch augmentation, SGD with a one-cycle schedule, early stopping by validation, best weights kept.
 
-Everything random in an epoch follows from (seed, epoch), and a checkpoint holds whatever goes on from step to step: a
-training that was stopped anywhere, even by `kill -9`, goes on to the same bits.
+All randomness of an epoch follows from (seed, epoch), and a checkpoint holds the rest of the state: a training that was
+stopped anywhere, even by `kill -9`, and resumed ends with the same bits as one that was not. Takes a classifier and a
+data set (data/), feeds the train stage (pipeline/).
 
 The same seed gives the same bits on the same CPU with the same libraries, precision, number of threads and memory
-layout: these decide in which order numbers are added and how they are rounded. What `auto` stands for is timed anew for
-each training, so trainings that must be equal name `bf16`, `train_threads` and `channels_last`. How threads wait for
-each other changes no bit.
+layout: these decide in which order numbers are added and how they are rounded. `auto` is settled by timing for each
+training, so two trainings that must be equal have to give `bf16`, `train_threads` and `channels_last`. OMP_WAIT_POLICY
+changes no bit.
 """
 
 import math
@@ -54,10 +55,10 @@ class EpochResult:
 class TrainResult:
     """All epochs in order (numbered from 1), which of them gave the weights that were kept, and the time taken.
 
-    `duration_s` is the time of training, without what passed before a stopped one went on. `threads` are those of all
-    processes of one machine; `waiting` is how they wait for each other, as OMP_WAIT_POLICY says. `trials` are what
-    precision, threads and layout were chosen from by timing; there are none where all three were given. `skipped_steps`
-    had no finite gradient. Results of earlier versions have 0 threads, no optimizer, and no limit of the gradient.
+    `duration_s` is the time spent training, without the time between a stop and its resumption. `threads` is the number
+    of CPU threads of all processes of one machine; `waiting` is the value of OMP_WAIT_POLICY. `trials` are the timings
+    by which precision, threads and layout were chosen; empty where all three were given. `skipped_steps` counts the
+    steps without a finite gradient. Results of earlier versions have 0 threads, no optimizer and no `clip_norm`.
     """
 
     epochs: tuple[EpochResult, ...]
@@ -96,9 +97,9 @@ def train_model(
     Under torchrun all processes call this together; only that of rank 0 writes to `folder` and gets the best weights.
 
     Args:
-        on_epoch: told of every epoch as it ends, after the checkpoint that holds it; a training that goes on
-            first tells of the epochs before again.
-        folder: holds the checkpoint. If one is there already, training goes on from it.
+        on_epoch: called with every epoch as it ends, after its checkpoint is written; a resumed training first calls
+            it again with the epochs before.
+        folder: of the checkpoint; if it holds one, training resumes from it.
 
     Raises:
         StageError: the loss is not finite or has exploded; a checkpoint cannot be written; another process has ended.
@@ -184,7 +185,7 @@ def _rank(result: EpochResult) -> tuple[float, float]:
 
 @dataclass
 class _Keeper:
-    """Writes and reads the checkpoints of a loop; `identity` is what a checkpoint must agree in to go on from it."""
+    """Writes and reads the checkpoints of a loop; `identity` must be equal in the checkpoint that is resumed."""
 
     loop: Loop
     folder: Path
@@ -194,7 +195,7 @@ class _Keeper:
     saved: float = 0.0
 
     def load(self) -> list[EpochResult]:
-        """Go on from the checkpoint, if there is one; the epochs that it holds."""
+        """Resume from the checkpoint, if there is one; returns the epochs that it holds."""
         self.started = self.saved = time.monotonic()
         loop = self.loop
         state = load_checkpoint(self.folder) if loop.group.leads and checkpoint_exists(self.folder) else None
@@ -249,7 +250,7 @@ class _Keeper:
 
 
 def _lasting(options: TrainConfig) -> dict[str, Any]:
-    """The options that must not change on the way; a training may go on elsewhere."""
+    """The options that must not change when a training is resumed, on this machine or another."""
     return options.model_dump(exclude=set(HOW_TO_TRAIN))
 
 

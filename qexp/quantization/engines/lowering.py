@@ -1,6 +1,6 @@
 """Graph passes from a PT2E program (quantize, dequantize, fp32 operations) to oneDNN's int8 kernels.
 
-Torch's Inductor finds the patterns and puts its int8 operations in place. What is left to do here: integers stay
+Torch's Inductor matches the patterns and inserts its int8 operations. The passes here do the rest: integers stay
 integers through pools and reshapes, quantize and dequantize become torch's own kernels, and weights can be saved.
 """
 

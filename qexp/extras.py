@@ -1,0 +1,52 @@
+"""Packages that only some need, as extras of the distribution: a missing one is one line that says what to install."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from qexp.errors import InputError
+
+# What each extra installs, by the names to import; pyproject.toml has the distributions and their versions.
+EXTRAS = {
+    "pt2e": ("torchao",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "digits": ("sklearn",),
+    "postgres": ("psycopg",),
+}
+OF_ENGINE = {"pt2e": "pt2e", "onnx": "onnx"}  # an engine's extra; what fx needs is always there
+
+
+@contextmanager
+def extra(name: str, purpose: str) -> Iterator[None]:
+    """For imports of what the extra `name` installs.
+
+    Raises:
+        InputError: it is not installed; the message names `purpose`, the package and the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS[name]:
+            raise
+        raise _missing(name, purpose, package) from None
+
+
+def check_engines(engines: Sequence[str]) -> None:
+    """Raise InputError where an engine needs a package that is not installed. Nothing is imported for that."""
+    for engine in engines:
+        if engine in OF_ENGINE:
+            for package in EXTRAS[OF_ENGINE[engine]]:
+                if not _is_there(package):
+                    raise _missing(OF_ENGINE[engine], f"engine {engine}", package)
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # of a finder that refuses it
+        return False
+
+
+def _missing(name: str, purpose: str, package: str) -> InputError:
+    return InputError(f"{purpose} needs {package}: pip install 'qexp[{name}]'")

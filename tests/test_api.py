@@ -1,0 +1,384 @@
+"""`import qexp`: every stage on a module of one's own, without a server; its page's examples run as they stand there."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from conftest import REPOSITORY, environment_for, run_qexp
+from stores import new_store
+from torch import Tensor, nn
+
+import qexp
+from qexp.errors import InputError
+from qexp.quantization import QuantizedModel
+from qexp.quantization.equivalence import sqnr_db
+
+PAGE = REPOSITORY / "docs" / "how-to" / "python-api.md"
+ENGINES = ("fx", "pt2e", "onnx")
+CLASSES = ["ant", "bee", "cat", "dog", "emu"]
+FAST: dict[str, Any] = {"loads": 3, "min_repeats": 6, "min_seconds": 0.0, "warmup": 1}
+
+
+class Excitation(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.squeeze, self.excite = nn.Conv2d(channels, 8, 1), nn.Conv2d(8, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.excite(self.squeeze(nn.functional.adaptive_avg_pool2d(x, 1)).relu())
+        return x * nn.functional.hardsigmoid(weights)
+
+
+class Mobile(nn.Module):
+    """Depthwise convolution, hard-swish, squeeze and excitation, a residual sum; normalisation inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.Hardswish())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(32, 32, 3, 1, 1, groups=32, bias=False), nn.BatchNorm2d(32), nn.Hardswish(), Excitation(32)
+        )
+        self.project = nn.Sequential(nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32))
+        self.head = nn.Linear(32, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem((images - 0.5) / 0.25)
+        return self.head((x + self.project(self.depthwise(x))).mean((2, 3)))
+
+
+class Attentive(nn.Module):
+    """A small vision transformer of one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.position = nn.Conv2d(3, 32, 4, 4), nn.Parameter(torch.randn(1, 16, 32) * 0.1)
+        self.norm, self.attention = nn.LayerNorm(32), nn.MultiheadAttention(32, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.head = nn.Linear(32, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+LAYERS = {
+    Mobile: {"stem.0", "depthwise.0", "depthwise.3.squeeze", "depthwise.3.excite", "project.0", "head"},
+    Attentive: {"patches", "attention.in_proj", "attention.out_proj", "mlp.1", "mlp.3", "head"},
+}
+
+
+def _made(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().train()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def images(pixels: Tensor) -> Tensor:
+    return pixels.float() / 255
+
+
+@pytest.fixture(scope="module")
+def labels() -> Tensor:
+    return torch.arange(24) % len(CLASSES)
+
+
+@pytest.fixture(scope="module")
+def mobile() -> nn.Module:
+    return _made(Mobile)
+
+
+@pytest.fixture(scope="module")
+def int8(mobile: nn.Module, images: Tensor) -> QuantizedModel:
+    return qexp.quantize(mobile, images, observer="minmax")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", [Mobile, Attentive])
+def test_own_models_on_every_engine(kind: type[nn.Module], engine: Any, images: Tensor, labels: Tensor) -> None:
+    model = _made(kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    int8 = qexp.quantize(model, images, engine=engine, observer="minmax")
+    assert set(int8.int8_layers) == LAYERS[kind] and int8.float_layers == ()
+    found = qexp.compare(model, int8, images, labels)
+    assert model.training and all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    with torch.no_grad():
+        exact = model.eval()(images)
+    assert int8(images).dtype == torch.float32 and sqnr_db(exact, int8(images)) > 15
+    for accuracy, logits in ((found.fp32, exact), (found.int8, int8(images))):
+        assert accuracy.top1_percent == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    difference = found.difference
+    assert difference.top1_drop_points == pytest.approx(found.fp32.top1_percent - found.int8.top1_percent)
+    assert difference.top1_drop_low_points < difference.top1_drop_points < difference.top1_drop_high_points
+    cost = qexp.cost(model, 16, int8=int8)
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.int8_macs == cost.conv_linear_macs  # in attention, products of activations are in no layer
+    assert (cost.int8_percent == 100) == (kind is Mobile)
+
+
+def test_pixels_floats_and_batches_of_pairs_give_the_same(
+    mobile: nn.Module, int8: QuantizedModel, pixels: Tensor, images: Tensor, labels: Tensor
+) -> None:
+    pairs = list(zip(pixels.split(10), labels.split(10), strict=True))
+    for given in (pixels, pixels.split(10), pairs, [list(pair) for pair in pairs]):
+        assert torch.equal(qexp.quantize(mobile, given, observer="minmax")(images), int8(images))
+    whole = qexp.compare(mobile, int8, pixels, labels.tolist())
+    assert whole == qexp.compare(mobile, int8, pairs) == qexp.compare(mobile, int8, images, labels)
+
+
+def test_calibration_takes_spread_images_of_a_tensor_and_the_first_of_an_iterable(
+    mobile: nn.Module, pixels: Tensor
+) -> None:
+    read: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        for number, batch in enumerate(pixels.split(4)):
+            read.append(number)
+            yield batch
+
+    first = qexp.quantize(mobile, batches(), observer="minmax", calibration_samples=6)
+    assert first.result.calibration_images == 6 and read == [0, 1]
+    spread = qexp.quantize(mobile, pixels, observer="minmax", calibration_samples=3)
+    same = qexp.quantize(mobile, pixels[[0, 12, 23]], observer="minmax")
+    assert torch.equal(spread(pixels / 255), same(pixels / 255))
+
+
+def test_experts_override_what_is_found_out(mobile: nn.Module, images: Tensor) -> None:
+    options: dict[str, Any] = {"observer": "percentile", "percentile": 99.0, "per_channel": False, "backend": "onednn"}
+    made = qexp.quantize(mobile, images, reduce_range=True, keep_fp32=["head"], **options).result
+    assert (made.reduce_range, made.observer, made.percentile, made.per_channel) == (True, "percentile", 99.0, False)
+    assert made.float_layers == made.kept_layers == ("head",) and made.load_backend == "onednn"
+
+
+def test_models_are_timed_in_turns(mobile: nn.Module, int8: QuantizedModel) -> None:
+    threads = torch.get_num_threads()
+    times = qexp.benchmark({"own": mobile, "int8": int8}, 16, [1, 4], threads=1, **FAST)
+    assert mobile.training and torch.get_num_threads() == threads
+    assert times.baseline == "own" and times.threads == 1 and [row.batch_size for row in times.rows] == [1, 4]
+    for row in times.rows:
+        assert set(row.stats) == {"own", "int8"} and len(row.loads) == 3 and row.noise.low <= row.noise.high
+        assert row.speedups["int8"] == row.ratio("own", "int8")
+    text = str(times)
+    assert all(f"{row.stats['int8'].p50_ms:.3g}" in text for row in times.rows)
+    assert f"{times.rows[0].speedups['int8'].median:.2f}" in times._repr_html_()
+
+
+def test_results_print_as_tables_and_show_as_html(
+    mobile: nn.Module, int8: QuantizedModel, images: Tensor, labels: Tensor
+) -> None:
+    found, cost = qexp.compare(mobile, int8, images, labels), qexp.cost(int8, 16)
+    difference = found.difference
+    interval = f"{difference.top1_drop_low_points:.2f} to {difference.top1_drop_high_points:.2f}"
+    for result, figures in (
+        (found, [f"{found.fp32.top1_percent:.2f}", f"{found.int8.top3_percent:.2f}", interval]),
+        (int8, ["6 of 6", f"{int8.size_bytes / 1e6:.3f}", "minmax"]),
+        (cost, [f"{cost.macs[1]:,}", f"{cost.parameters:,}"]),
+    ):
+        assert all(figure in str(result) for figure in figures)
+        assert all(figure in result._repr_html_() for figure in figures)
+        assert result._repr_html_().count("<table>") == len(result.tables())
+
+
+def test_int8_models_are_saved_for_others(
+    mobile: nn.Module, int8: QuantizedModel, images: Tensor, tmp_path: Path
+) -> None:
+    file = int8.save(tmp_path / "own.pth")
+    assert file.stat().st_size == pytest.approx(int8.size_bytes, rel=0.01)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.load(file)(images), int8.reloaded()(images))
+    with pytest.raises(InputError, match=r"saved as NAME\.pth"):
+        int8.save(tmp_path / "own.onnx")
+
+
+def _refused(call: Callable[[], object], *words: str) -> None:
+    with pytest.raises(InputError) as raised:
+        call()
+    assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda images: images * 255, ["[0, 1]", "to 255"]),
+        (lambda images: images - 1, ["[0, 1]", "-1"]),
+        (lambda images: images.masked_fill(images > 0.9, float("nan")), ["[0, 1]", "nan"]),
+        (lambda images: images[:, :1], ["[N, 3, H, W]", "1, 16, 16"]),
+        (lambda images: images[0], ["[N, 3, H, W]", "[3, 16, 16]"]),
+        (lambda images: images[:0], ["there are none"]),
+        (lambda images: [], ["there are none"]),
+        (lambda images: iter(()), ["there are none"]),
+        (lambda images: (255 * images).int(), ["uint8", "int32"]),
+        (lambda images: ["a.png"], ["tensor", "str"]),
+        (lambda images: None, ["iterable", "NoneType"]),
+        (lambda images: [images, images[:, :, 4:]], ["alike", "12"]),
+        (lambda images: images[:, :, :2, :2].double() * 3, ["[0, 1]"]),
+    ],
+)
+def test_images_that_are_none_are_refused(given: Any, words: list[str], mobile: nn.Module, images: Tensor) -> None:
+    _refused(lambda: qexp.quantize(mobile, given(images)), *words)
+
+
+def test_other_bad_input_is_refused(mobile: nn.Module, int8: QuantizedModel, images: Tensor, labels: Tensor) -> None:
+    quantize: Any = qexp.quantize
+    _refused(lambda: quantize(mobile, images, engine="best"), "engine", "best", "fx", "pt2e", "onnx")
+    _refused(lambda: quantize(mobile, images, engine="fx,onnx"), "engine", "one of")
+    _refused(lambda: quantize(mobile, images, observer="best"), "observer", "histogram")
+    _refused(lambda: quantize(mobile, images, percentile=120.0), "percentile=120.0", "less than or equal to 100")
+    _refused(lambda: quantize(mobile, images, obsever="minmax"), "obsever", "observer")
+    _refused(lambda: quantize(mobile, images, max_top1_drop=1.0), "max_top1_drop", "qexp.quantize")
+    _refused(lambda: quantize(mobile, images, keep_fp32=["nothing"]), "nothing", "stem.0")
+    _refused(lambda: quantize(mobile, images, engine="onnx", backend="x86"), "backend", "onnx")
+    _refused(lambda: quantize("model.pth", images), "model", "str")
+    _refused(lambda: quantize(nn.Conv2d(3, 8, 3), images), "[N, classes]", "[2, 8, 14, 14]")
+    _refused(lambda: quantize(nn.Linear(5, 5), images), "does not take images", "[2, 3, 16, 16]")
+    compare: Any = qexp.compare
+    _refused(lambda: compare(mobile, int8, images, labels[:3]), "3", "24")
+    _refused(lambda: compare(mobile, int8, images, labels + 1), "0 to 4", "5")
+    _refused(lambda: compare(mobile, int8, images, labels.float()), "class numbers")
+    _refused(lambda: compare(mobile, int8, images), "must be given")
+    _refused(lambda: compare(mobile, nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), images, labels), "3 logits", "5")
+    benchmark: Any = qexp.benchmark
+    _refused(lambda: benchmark({}, 16), "one at least")
+    _refused(lambda: benchmark({"own": mobile}, 16, [0]), "batch_sizes", "greater than 0")
+    _refused(lambda: benchmark({"own": mobile}, 16, loads=0), "loads=0")
+    _refused(lambda: benchmark({"own": mobile}, 16, baselines=["bf16"]), "baselines")
+    _refused(lambda: benchmark({"own": mobile}, 0), "image_size=0")
+    _refused(lambda: benchmark({"own": mobile}, 16, threads=0), "threads=0")
+    _refused(lambda: benchmark({"own": nn.Linear(2, 2)}, 16), "own", "does not take images")
+    _refused(lambda: qexp.cost(mobile, 16, int8=["nothing"]), "nothing")
+    _refused(lambda: qexp.cost(int, 16), "type")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="float"):
+        int8((255 * images).to(torch.uint8))
+
+
+def test_registered_models_load_and_the_commands_say_what_they_lack(
+    mobile: nn.Module, int8: QuantizedModel, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = new_store(tmp_path)
+    mlflow.set_tracking_uri(uri)
+    for name in ("", "a/b", "a:b", "a@b", "a.b"):
+        _refused(lambda name=name: qexp.register(mobile, name, classes=CLASSES, image_size=16), "name")  # type: ignore[misc]
+    _refused(lambda: qexp.register(mobile, "own-fp32", classes=CLASSES[1:], image_size=16), "4 names", "5 logits")
+    fp32_uri = qexp.register(mobile, "own-fp32", classes=CLASSES, image_size=16)
+    assert mobile.training
+    with mlflow.start_run() as run:
+        int8_uri = qexp.register(int8, "own-int8", classes=CLASSES, image_size=16)
+    onnx = qexp.quantize(mobile, images, engine="onnx", observer="minmax")
+    onnx_uri = qexp.register(onnx, "own-int8", classes=CLASSES, image_size=16)
+    assert (fp32_uri, int8_uri, onnx_uri) == ("models:/own-fp32/1", "models:/own-int8/1", "models:/own-int8/2")
+    mobile.eval()
+    for one, model in ((fp32_uri, mobile), (int8_uri, int8.reloaded()), (onnx_uri, onnx)):
+        name, number = one.removeprefix("models:/").split("/")
+        version = mlflow.MlflowClient().get_model_version(name, number)
+        assert version.tags["verified"] == "true" and version.tags["registered_by"] == "qexp.register"
+        with torch.no_grad():
+            assert torch.equal(qexp.load(one)(images), model(images))
+    mobile.train()
+    found = mlflow.MlflowClient()
+    assert found.get_model_version("own-int8", "1").run_id == run.info.run_id
+    own_run = found.get_run(found.get_model_version("own-fp32", "1").run_id)
+    assert own_run.info.status == "FINISHED" and own_run.info.run_name == "register-own-fp32"
+    listed = run_qexp(tmp_path, "models", uri=uri)
+    assert listed.code == 0 and len(listed.summary["models"]) == 3
+    for words in (["quantize", "--model-uri", fp32_uri], ["latency", "--model-uri", int8_uri], ["verify", fp32_uri]):
+        done = run_qexp(tmp_path, *words, uri=uri)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.code == 2 and "qexp.register" in line and "Traceback" not in done.stderr
+
+
+def _blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_examples_of_the_page_run_as_they_stand_there(tmp_path: Path) -> None:
+    """In a process of its own, which has imported nothing: MLflow comes in with the first registration."""
+    blocks = _blocks(PAGE)
+    (place,) = [number for number, block in enumerate(blocks) if "qexp.register(" in block]
+    assert all(f"qexp.{name}(" in "".join(blocks) for name in qexp.__all__)
+    bare = "import qexp, sys\nassert not {'torch', 'mlflow', 'pydantic'} & set(sys.modules)\n"
+    blocks.insert(place, "assert 'mlflow' not in sys.modules\n")
+    file = tmp_path / "page.py"
+    file.write_text(bare + "\n".join(blocks))
+    environment = environment_for(f"sqlite:///{tmp_path}/mlflow.db")
+    done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "models:/digits-own-fp32/1 models:/digits-own-int8/1" in done.stdout and "not verified" not in done.stderr
+    assert "must be in [0, 1], and are from 0 to 255" in done.stdout
+    top1 = re.search(r"^fp32 +([\d.]+) ", done.stdout, re.MULTILINE)
+    assert top1 and float(top1[1]) > 80
+
+
+def _without(packages: tuple[str, ...], program: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run Python where the import of these packages fails, as it does where they are not installed."""
+    block = f"""
+import sys
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Gone())
+"""
+    environment = environment_for(new_store(folder)) | {"PATH": os.environ["PATH"]}
+    command = [sys.executable, "-W", "ignore", "-c", block + program]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+EXTRAS = ("torchao", "onnx", "onnxscript", "onnxruntime", "psycopg", "psycopg2", "selenium", "openvino", "nncf")
+WITHOUT_EXTRAS = """
+import torch, qexp
+from torch import nn
+from qexp.errors import InputError
+model, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)), torch.rand(8, 3, 8, 8)
+print(len(qexp.quantize(model, images, observer="minmax").int8_layers), "layers")
+for engine in ("pt2e", "onnx"):
+    try:
+        qexp.quantize(model, images, engine=engine)
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_without_extras_engine_fx_works_and_the_others_name_them(tmp_path: Path) -> None:
+    done = _without(EXTRAS, WITHOUT_EXTRAS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "2 layers",
+        "engine pt2e needs torchao: pip install 'qexp[pt2e]'",
+        "engine onnx needs onnx: pip install 'qexp[onnx]'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gone", "options", "said"),
+    [
+        (EXTRAS, ["--engine", "fx,pt2e"], "engine pt2e needs torchao: pip install 'qexp[pt2e]'"),
+        (("sklearn",), [], "--dataset digits needs sklearn: pip install 'qexp[digits]'"),
+    ],
+)
+def test_a_command_names_the_extra_before_it_trains(
+    gone: tuple[str, ...], options: list[str], said: str, tmp_path: Path
+) -> None:
+    program = f"""
+import runpy
+sys.argv = ["qexp", "run", *{options!r}]
+sys.path.insert(0, {str(REPOSITORY)!r})
+runpy.run_module("entrypoints.cli", run_name="__main__")
+"""
+    done = _without(gone, program, tmp_path)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: {said}", done.stderr
