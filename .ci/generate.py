@@ -1,4 +1,5 @@
-"""Writes what repeats the options of qexp/config.py and entrypoints/: config.yaml and MLproject (`make generate`)."""
+"""Writes what repeats the options of qexp/config.py and entrypoints/: config.yaml, MLproject and the table of options
+in the docs (`make generate`)."""
 
 import inspect
 from importlib import import_module
@@ -8,7 +9,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from entrypoints.options import fields_of, type_name
+from entrypoints.cli import COMMANDS
+from entrypoints.options import COMMON, GROUPS, choices, default_text, fields_of, help_text, type_name
 from qexp.config import Config
 
 TOP = Path(__file__).resolve().parent.parent
@@ -20,12 +22,27 @@ CONFIG_HEAD = """\
 PROJECT_HEAD = """\
 name: qexp
 
-# Parameters mirror the options of entrypoints/*.py (a test compares them). `auto` means: not given, so config.yaml decides.
-# MLflow checks only `path` and `uri`; ranges and words are checked by the program.
+# The parameters that people use; `options` takes all others, as they are written for the command:
+#   mlflow run . -e main -P model=vgg16 -P options="--observer minmax --batch-sizes 1,8"
+# Each was a parameter of its own once: `-P observer=minmax` is still passed on, since MLflow does so with any that is
+# not declared. `auto` means: not given, so config.yaml decides. Ranges and words are checked by the program.
+# This file is generated: `make generate`.
 
 conda_env: conda.yaml
 
 entry_points:
+"""
+OPTIONS_HEAD = """\
+# Options
+
+<!-- Generated from qexp/config.py: `make generate`. -->
+
+Every option is a line of `config.yaml`, an option of the commands and, under `mlflow run`, a parameter or part of
+`-P options="…"`. The command line comes before `config.yaml`, which comes before the defaults. `auto` means "not given"
+everywhere.
+
+An option that is true or false stands alone (`--flip`), is turned round (`--no-flip`) or told (`--flip false`). Lists are
+written with commas: `--batch-sizes 1,8,64`. `-h` shows the options of a command, the common ones first.
 """
 
 
@@ -47,23 +64,45 @@ def _line(name: str, default: Any, description: str | None, indent: str = "") ->
 
 
 def mlproject() -> str:
-    """Every entry point with the options of its command."""
+    """Every entry point with the options that people need first."""
     return PROJECT_HEAD + "\n\n".join(_entry_point(name) for name in ENTRY_POINTS) + "\n"
 
 
 def _entry_point(name: str) -> str:
     options = inspect.signature(getattr(import_module(f"entrypoints.{name}"), name)).parameters
     lines = [f"  {name}:", "    parameters:"]
-    for option, parameter in options.items():
+    common = [option for option in COMMON if option in options]
+    for option in common:
         field = fields_of((option,)).get(option)
         kind = "float" if field and type_name(field[1]) in ("int", "float") else "string"
-        default = "" if parameter.default is inspect.Parameter.empty else ", default: auto"
+        default = "" if options[option].default is inspect.Parameter.empty else ", default: auto"
         lines.append(f"      {option}: {{type: {kind}{default}}}")
+    lines.append("      options: {type: string, default: auto}")
     lines += ["    command: >-", f"      python -m entrypoints.{name}"]
-    lines += [f"      --{option.replace('_', '-')} {{{option}}}" for option in options]
+    lines += [f"      --{option.replace('_', '-')} {{{option}}}" for option in (*common, "options")]
     return "\n".join(lines)
 
 
+def options_md() -> str:
+    """The table of options: name, default, allowed values, meaning, and the commands that have it."""
+    text = OPTIONS_HEAD
+    signatures = {name: inspect.signature(command).parameters for name, command in COMMANDS.items()}
+    for section, title in GROUPS.items():
+        text += f"\n## {title if section else 'General'}\n\n"
+        text += f"In `config.yaml`: {f'section `{section}`' if section else 'at the top'}.\n\n"
+        text += "| option | default | values | what it is | commands |\n|---|---|---|---|---|\n"
+        for name, (_, field, key) in fields_of((section,)).items():
+            option = f"`--{name.replace('_', '-')}`" + (f"<br>(`{section}.{key}`)" if name != key else "")
+            words = choices(name, field) if name != "model" else ()
+            values = ", ".join(f"`{word}`" for word in words) or type_name(field).replace("|", " or ")
+            commands = ", ".join(command for command, parameters in signatures.items() if name in parameters)
+            text += f"| {option} | `{default_text(field)}` | {values} | {help_text(field)} | {commands} |\n"
+    return text
+
+
+FILES = {"config.yaml": config_yaml, "MLproject": mlproject, "docs/reference/options.md": options_md}
+
 if __name__ == "__main__":
-    (TOP / "config.yaml").write_text(config_yaml())
-    (TOP / "MLproject").write_text(mlproject())
+    for file, make in FILES.items():
+        (TOP / file).parent.mkdir(parents=True, exist_ok=True)
+        (TOP / file).write_text(make())

@@ -1,27 +1,27 @@
 """The console command `qexp`: the entry points as sub-commands."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from entrypoints.latency import latency
-from entrypoints.main import main
-from entrypoints.models import models
-from entrypoints.options import run_app
-from entrypoints.predict import predict
-from entrypoints.promote import promote
-from entrypoints.quantize import quantize
-from entrypoints.report import report
-from entrypoints.search import search
-from entrypoints.sync import sync
-from entrypoints.train import train
-from entrypoints.verify import verify
+from qexp import __version__
+
+from .latency import latency
+from .main import main
+from .models import models
+from .predict import predict
+from .program import SETTINGS, add_command, run_app
+from .promote import promote
+from .quantize import quantize
+from .report import report
+from .search import search
+from .sync import sync
+from .train import train
+from .verify import verify
 
 app = typer.Typer(
-    help="Can this image classifier ship as int8 on this CPU? Every command ends with one line of JSON.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its table cuts long names of options off
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=SETTINGS
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": main,
@@ -37,12 +37,30 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sync": sync,
 }
 for name, command in COMMANDS.items():
-    app.command(name, short_help=(command.__doc__ or "").partition("\n\n")[0])(command)  # in full
+    add_command(app, command, name)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"qexp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and end")
+    ] = False,
+) -> None:
+    """Can this image classifier ship as int8 on this CPU?
+
+    Every command ends with its result: a table on a terminal, one line of JSON into a pipe or a file, or with --json.
+    """
 
 
 def main_program() -> None:
     """The console command."""
-    run_app(app)
+    run_app(app, name="qexp")
 
 
 if __name__ == "__main__":

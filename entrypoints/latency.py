@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from entrypoints.options import ModelUri, run_alone, with_options
 from qexp.config import Config
 
+from .options import ModelUri, with_options
+from .program import run_alone
 
-@with_options("threads", "latency")
+
+@with_options("threads", "quick", "latency")
 def latency(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
     """Time a registered int8 version against the fp32 version that it came from."""
     from qexp.pipeline.jobs import run_latency

@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from entrypoints.options import ModelUri, Overrides, Resume, given_or_none, run_alone, with_options
 from qexp.config import Config
 
+from .options import ModelUri, Overrides, Resume, given_or_none, with_options
+from .program import run_alone
 
-@with_options("model", "seed", "threads", "output_dir", "data", "train", "quantize", "latency", "gate")
+
+@with_options("", "data", "train", "quantize", "latency", "gate")
 def main(
     config: Config, *, model_uri: ModelUri = "auto", resume: Resume = "auto", overrides: Overrides
 ) -> dict[str, Any] | None:

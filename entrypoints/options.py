@@ -1,44 +1,69 @@
-"""Command-line options made from the configuration's models, and the one way in which every command ends.
+"""The options of the commands, made from the configuration's models.
 
 An option is declared once: as a field of a model in qexp/config.py. Its text goes to pydantic, which checks type and
 range for the command line and the file alike; `auto` means not given, since MLproject has no other word for that.
 """
 
-import ctypes
 import inspect
-import json
-import os
-import signal
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType, UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-import typer.exceptions
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config, option_name
-from qexp.environment import wait_without_spinning
-from qexp.errors import InputError, StageError, first_line, hide_passwords
+from qexp.models.names import TORCHVISION
+from qexp.pipeline.checks import check_options
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+from .ending import finish
+
 NOT_GIVEN = ("auto", "")
-FLAGS = ("--force", "--json", "--register-best")  # may stand alone, for true
+# Those that people need first, in the order of help; MLproject has these as parameters, all others in `options`.
+COMMON = (
+    "model_uri", "resume", "model", "dataset", "data_dir", "image_size", "epochs", "engine", "sample_counts",
+    "register_best", "quick", "output_dir", "config",
+)  # fmt: skip
+COMMON_GROUP = "Common options"
+GROUPS = {  # by section of the configuration
+    "": "Seed and threads",
+    "data": "Data",
+    "train": "Training",
+    "quantize": "Quantization",
+    "latency": "Latency measurement",
+    "gate": "Gate: limits of the verdict",
+    "search": "Search",
+}
 ModelUri = Annotated[
-    str, typer.Option(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI")
+    str,
+    typer.Option(
+        help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI",
+        rich_help_panel=COMMON_GROUP,
+    ),
+]  # fmt: skip
+Resume = Annotated[
+    str,
+    typer.Option(
+        help="ID of a stopped run of this command, to resume it", metavar="RUN_ID", rich_help_panel=COMMON_GROUP
+    ),
 ]
-Resume = Annotated[str, typer.Option(help="ID of a stopped run of this command, to resume it", metavar="RUN_ID")]
+Json = Annotated[
+    bool, typer.Option("--json", help="end with one line of JSON on a terminal too", rich_help_panel=COMMON_GROUP)
+]
+ConfigFile = Annotated[
+    str,
+    typer.Option(
+        help="YAML file; auto: config.yaml here, if it is there", metavar="FILE", rich_help_panel=COMMON_GROUP
+    ),
+]
 Overrides = dict[str, dict[str, Any]]  # text of the options given, by section and key
-ConfigFile = Annotated[str, typer.Option(help="YAML file; auto: config.yaml here, if it is there", metavar="FILE")]
+Field = tuple[str, FieldInfo, str]  # section, field, its key there
 
 
-def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo, str]]:
-    """Option name -> (section, field, its key there). A name is a section of `Config` (all its fields) or one."""
-    every: dict[str, tuple[str, FieldInfo, str]] = {}
+def fields_of(names: tuple[str, ...]) -> dict[str, Field]:
+    """The options by name. Each of `names` is a section of `Config` (all its fields), "" for its top, or one option."""
+    every: dict[str, Field] = {}
     for name, field in Config.model_fields.items():
         if isinstance(field.default, BaseModel):
             inside = type(field.default).model_fields
@@ -49,28 +74,38 @@ def fields_of(names: tuple[str, ...]) -> dict[str, tuple[str, FieldInfo, str]]:
 
 
 def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """Turn `command(config, **own options)` into a function for Typer, with --config and an option for every field of
-    `fields_of(names)`. The result of `command` is printed as one line of JSON. A command that has a parameter
-    `overrides` is told there which options were given, as `load_config` takes them.
+    """Turn `command(config, **own options)` into a function for Typer, with --config, --json and an option for every
+    field of `fields_of(names)`.
+
+    What can be refused at once is, before the command runs. A command that has a parameter `overrides` is told there
+    which options were given, as `load_config` takes them.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., None]:
         fields = fields_of(names)
 
-        def run(**given: str) -> None:
-            names = set(given) - set(fields) - {"config"}
-            own: dict[str, Any] = {name: given[name] for name in names}
+        def run(config: str, json: bool, **given: Any) -> None:
+            own = {name: value for name, value in given.items() if name not in fields}
             overrides = _overrides(given, fields)
             if "overrides" in inspect.signature(command).parameters:
                 own["overrides"] = overrides
-            finish(lambda: command(load_config(given_or_none(given["config"]), overrides), **own))
+            elsewhere = any(given_or_none(str(own.get(name, ""))) for name in ("model_uri", "resume"))
+
+            def action() -> Any:
+                settled = load_config(given_or_none(config), overrides)
+                check_options(settled, new_model="model" in fields and not elsewhere)
+                return command(settled, **own)
+
+            finish(action, json)
 
         own = [p for name, p in inspect.signature(command).parameters.items() if name not in ("config", "overrides")]
-        file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=ConfigFile)
-        parameters = [*own, file, *(_parameter(name, field) for name, (_, field, _) in fields.items())]
+        made = [_parameter(name, section, field) for name, (section, field, _) in fields.items()]
+        made.append(_keyword("config", ConfigFile, "auto"))
+        made.sort(key=lambda made: COMMON.index(made.name) if made.name in COMMON else len(COMMON))
+        parameters = [*own, *made, _keyword("json", Json, False)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        run.__doc__, run.__name__, run.__module__ = command.__doc__, command.__name__, command.__module__
         return run
 
     return decorate
@@ -81,46 +116,62 @@ def given_or_none(value: str) -> str | None:
     return None if value in NOT_GIVEN else value
 
 
-def is_true(option: str, value: str) -> bool:
-    """The value of an option that is one of FLAGS; InputError if it is another word than true, false and auto."""
-    if value not in ("true", "false", *NOT_GIVEN):
-        raise InputError(f"{option} {value}: must be true or false")
-    return value == "true"
-
-
-def _with_values(words: list[str]) -> list[str]:
-    """The command line with `true` after every flag that stands alone."""
-    completed = []
-    for word, after in zip(words, [*words[1:], ""], strict=True):
-        alone = word in FLAGS and after not in ("true", "false", "auto")
-        completed += [word, "true"] if alone else [word]
-    return completed
-
-
-def _overrides(values: dict[str, str], fields: dict[str, tuple[str, FieldInfo, str]]) -> Overrides:
-    overrides: dict[str, dict[str, Any]] = {}
+def _overrides(values: dict[str, Any], fields: dict[str, Field]) -> Overrides:
+    overrides: Overrides = {}
     for name, (section, field, key) in fields.items():
-        if (text := given_or_none(values[name])) is not None:
+        text = {True: "true", False: "false", None: ""}.get(values[name], values[name])
+        if (text := given_or_none(text)) is not None:
             overrides.setdefault(section, {})[key] = text.split(",") if _is_list(field) else text
     return overrides
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parameter(name: str, section: str, field: FieldInfo) -> inspect.Parameter:
+    group = COMMON_GROUP if name in COMMON else GROUPS[section]
+    shared: dict[str, Any] = {"show_default": False, "rich_help_panel": group}  # Typer would show auto as the default
+    shared["help"] = f"{help_text(field)} [default: {default_text(field)}]"
+    if is_flag(field):
+        word = name.replace("_", "-")
+        option = typer.Option(f"--{word}/--no-{word}", **shared)
+        return _keyword(name, Annotated[bool | None, option], None)
+    option = typer.Option(metavar=type_name(field), autocompletion=_completion(name, field), **shared)
+    return _keyword(name, Annotated[str, option], "auto")
+
+
+def help_text(field: FieldInfo) -> str:
+    """A field's description, with other fields as the command line names them."""
+    text = field.description or ""
+    for section, key in (("gate", "max_top1_drop"), ("quantize", "max_top1_drop")):
+        text = text.replace(f"{section}.{key}", f"--{option_name(section, key).replace('_', '-')}")
+    return text
+
+
+def default_text(field: FieldInfo) -> str:
+    """A field's default as the command line takes it."""
     default = "auto" if field.default is None else field.default
-    shown = ",".join(map(str, default)) if isinstance(default, list) else str(default)
-    text = f"{field.description} [default: {shown}]"  # which Typer would put in brackets of its own
-    option = typer.Option(help=text, metavar=type_name(field), show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=Annotated[str, option])
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
+def is_flag(field: FieldInfo) -> bool:
+    """Whether an option is true or false."""
+    return _kind(field) is bool
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The type of a field's values where it has one."""
+    if isinstance(field.annotation, UnionType) or NoneType in get_args(field.annotation):
+        return next(kind for kind in get_args(field.annotation) if kind is not NoneType)
+    return field.annotation
 
 
 def type_name(field: FieldInfo) -> str:
     """The type of a field's values as help shows it: int, float, true|false, text, or the allowed words."""
-    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-    kind = (
-        kinds[0]
-        if isinstance(field.annotation, UnionType) or type(None) in get_args(field.annotation)
-        else field.annotation
-    )
+    kind = _kind(field)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if get_origin(kind) is Annotated:
@@ -129,87 +180,29 @@ def type_name(field: FieldInfo) -> str:
         return "N:WEIGHT,…"
     if _is_list(field):
         return "A,B,…"
-    return {int: "int", float: "float", bool: "true|false", str: "text"}[kind]  # type: ignore[index]
+    return {int: "int", float: "float", bool: "true|false", str: "text"}[kind]
 
 
 def _is_list(field: FieldInfo) -> bool:
     return "list[" in str(field.annotation)
 
 
-def finish(action: Callable[[], dict[str, Any] | None]) -> None:
-    """Run a command to its end: a line of JSON (none if another process has printed it), or a line on standard error
-    and an exit code.
-
-    2 for bad input, 1 for a stage that failed, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP.
-    """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: loading int8 weights warns of a deprecation
-    wait_without_spinning()
-    signal.signal(signal.SIGTERM, _terminated)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed; under nohup it stays ignored
-        signal.signal(signal.SIGHUP, _terminated)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when the launcher is killed, its processes stop
-    try:
-        summary = action()
-    except InputError as error:
-        _fail(str(error), 2)
-    except StageError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except SystemExit as stopped:
-        _fail("terminated", int(stopped.code or 0))
-    except Exception as error:
-        if not type(error).__module__.startswith("mlflow."):
-            raise
-        _fail(f"MLflow: {first_line(error)}", 1)
-    else:
-        if summary is not None:
-            print(json.dumps(_rounded(summary)), flush=True)
+def choices(name: str, field: FieldInfo) -> tuple[str, ...]:
+    """The words that an option takes, or that its list is made of; empty if it takes others."""
+    return ("smallnet", *TORCHVISION) if name == "model" else _words(field.annotation)
 
 
-def run_app(app: typer.Typer) -> None:
-    """Run a command line; what Typer refuses (unknown or missing options) is one line too, and exit code 2."""
-    try:
-        code = app(_with_values(sys.argv[1:]), standalone_mode=False)
-    except typer.exceptions.TyperException as error:
-        typer.echo(f"error: {error.format_message()} (see --help)", err=True)
-        code = error.exit_code
-    code = code if isinstance(code, int) else 0
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may abort a process that Python tears down around them
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+def _words(kind: Any) -> tuple[str, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return next((words for inner in get_args(kind) if (words := _words(inner))), ())
 
 
-def run_alone(command: Callable[..., None]) -> None:
-    """Run one command by itself, as MLproject does."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(command)
-    run_app(app)
+def _completion(name: str, field: FieldInfo) -> Callable[[str], list[str]] | None:
+    words = choices(name, field)
 
+    def complete(incomplete: str) -> list[str]:
+        before, comma, _ = incomplete.rpartition(",") if _is_list(field) else ("", "", incomplete)
+        return [before + comma + word for word in words if word not in before.split(",")]
 
-def _rounded(value: Any) -> Any:
-    """Four decimals are more than any measurement here holds."""
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def _fail(message: str, code: int) -> None:
-    line = hide_passwords(" ".join(message.split()))
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher shows it, and ends the other processes
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it sends to this one too, that is ending already
-        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
-    else:
-        typer.echo(f"error: {line}", err=True)
-    raise typer.Exit(code)
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    """A signal as an exception, so that runs end as KILLED on the way out."""
-    sys.exit(128 + number)
+    return complete if words else None

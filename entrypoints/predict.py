@@ -4,9 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
-from entrypoints.options import run_alone, with_options
 from qexp.config import Config
 from qexp.errors import InputError
+
+from .options import COMMON_GROUP, with_options
+from .program import run_alone
 
 Uri = Annotated[
     str, typer.Argument(help="version: models:/NAME/VERSION or models:/NAME@ALIAS", metavar="URI", show_default=False)
@@ -15,7 +17,9 @@ Images = Annotated[list[str], typer.Argument(help="image files of any size", met
 TopK = Annotated[
     str,
     typer.Option(
-        help="classes shown of each image, at most; of equally likely ones left out, the number", metavar="int"
+        help="classes shown of each image, at most; of equally likely ones left out, the number",
+        metavar="int",
+        rich_help_panel=COMMON_GROUP,
     ),
 ]
 

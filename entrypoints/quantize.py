@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from entrypoints.options import ModelUri, run_alone, with_options
 from qexp.config import Config
 
+from .options import ModelUri, with_options
+from .program import run_alone
 
-@with_options("threads", "data_dir", "quantize", "batch_sizes")
+
+@with_options("threads", "quick", "data_dir", "quantize", "batch_sizes")
 def quantize(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
     """Quantize a registered fp32 version, compare both on the same images and register the int8 version."""
     from qexp.pipeline.jobs import run_quantize

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from entrypoints.options import ModelUri, run_alone, with_options
 from qexp.config import Config
+
+from .options import ModelUri, with_options
+from .program import run_alone
 
 
 @with_options("output_dir", "gate")

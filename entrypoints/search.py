@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from entrypoints.options import ModelUri, given_or_none, run_alone, with_options
 from qexp.config import Config
 from qexp.environment import wait_as_the_user_does
 
+from .options import ModelUri, given_or_none, with_options
+from .program import run_alone
 
-@with_options("model", "seed", "threads", "output_dir", "data", "train", "quantize", "latency", "gate", "search")
+
+@with_options("", "data", "train", "quantize", "latency", "gate", "search")
 def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
     """Search the calibration sample count (and observer) on validation images; a stopped search goes on.
 

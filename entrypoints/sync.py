@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from entrypoints.options import finish
+from .ending import finish
+from .options import Json
 
 RunDir = Annotated[Path, typer.Argument(help="folder of the run: checkpoints/RUN_ID", metavar="RUN_DIR")]
 
 
-def sync(run_dir: RunDir) -> None:
+def sync(run_dir: RunDir, json: Json = False) -> None:
     """Upload what a run could not log because its tracking store did not answer: curves, weights, version, results.
 
     Says what is left to do, if the run was stopped before its end. Can be repeated.
@@ -21,4 +22,4 @@ def sync(run_dir: RunDir) -> None:
 
         return sync_run(run_dir)
 
-    finish(action)
+    finish(action, json)

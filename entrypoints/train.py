@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from entrypoints.options import Overrides, Resume, given_or_none, run_alone, with_options
 from qexp.config import Config
 
+from .options import Overrides, Resume, given_or_none, with_options
+from .program import run_alone
 
-@with_options("model", "seed", "threads", "data", "train")
+
+@with_options("model", "seed", "threads", "quick", "data", "train")
 def train(config: Config, *, resume: Resume = "auto", overrides: Overrides) -> dict[str, Any] | None:
     """Train a classifier, measure it in fp32 and register it."""
     from qexp.pipeline.jobs import run_train

@@ -4,8 +4,10 @@ from typing import Annotated, Any
 
 import typer
 
-from entrypoints.options import run_alone, with_options
 from qexp.config import Config
+
+from .options import with_options
+from .program import run_alone
 
 Uri = Annotated[str, typer.Argument(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS")]
 

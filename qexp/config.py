@@ -137,7 +137,8 @@ class QuantizeConfig(BaseModel):
     max_top1_drop: float | None = Field(
         None,
         ge=0,
-        description="budget: layers go back to fp32 until validation top-1 drops by at most this (upper end), points",
+        description="budget of quantization: layers go back to fp32 until validation top-1 drops by at most this "
+        "(upper end), points; the limit of the verdict is gate.max_top1_drop",
         json_schema_extra={"option": "quantize_max_top1_drop"},
     )
     max_tries: int = Field(10, ge=1, description="quantizations that the budget may cost")
@@ -178,9 +179,20 @@ def _number(value: Any) -> Any:
 Weights = Annotated[dict[PositiveInt, Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_as_weights)]
 
 
+DEFAULT_BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
+
+
 class LatencyConfig(BaseModel):
     model_config = STRICT
-    batch_sizes: Counts = Field([1, 2, 4, 8, 16, 32, 64, 128], description="images a forward pass")
+    batch_sizes: Counts = Field(
+        DEFAULT_BATCH_SIZES,
+        description="images a forward pass; if not chosen, large ones may be left out (fit_batch_sizes)",
+    )
+    fit_batch_sizes: bool | None = Field(
+        None,
+        description="leave out each batch size from the first one on at which one pass of the slowest model takes "
+        "longer than 1 s; auto: on, off where batch_sizes or profile is given",
+    )
     baselines: Baselines = Field(
         ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"],
         description="timed beside fp32 and int8, or none: fp32_eager, fp32_traced, bf16 (if the CPU has it), fp32_onnx",
@@ -198,6 +210,14 @@ class LatencyConfig(BaseModel):
         le=100,
         description="share of the timed cores that others may take, percent; above it no verdict rests on the times",
     )
+
+    @property
+    def fits_batch_sizes(self) -> bool:
+        """Whether batch sizes may be left out: as told, or else unless they were chosen."""
+        if self.fit_batch_sizes is not None:
+            return self.fit_batch_sizes
+        chosen = self.batch_sizes not in (DEFAULT_BATCH_SIZES, QUICK["latency"]["batch_sizes"])
+        return not chosen and not self.profile
 
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -225,7 +245,9 @@ def _int8_name(name: str) -> str:
 class GateConfig(BaseModel):
     model_config = STRICT
     max_top1_drop: float = Field(
-        2.0, description="drop of test top-1 from fp32 to int8 that the 95 % interval may reach, percentage points"
+        2.0,
+        description="limit of the verdict: drop of test top-1 from fp32 to int8 that the 95 % interval may reach, "
+        "percentage points; the budget of quantization is quantize.max_top1_drop",
     )
     min_size_ratio: float = Field(3.0, ge=0, description="smallest fp32 size over int8 size, as stored")
     min_speedup: float = Field(
@@ -302,12 +324,32 @@ class Config(BaseModel):
         None, ge=1, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"
     )
     output_dir: str | None = Field(None, description="folder that gets a copy of the report; auto: only MLflow has it")
+    quick: bool = Field(
+        False,
+        description="less of everything that is not given: 6 epochs, 64 sensitivity images, batch sizes 1, 8, 64, "
+        "baselines fp32_traced and fp32_onnx, 9 rounds in 3 loads; a verdict is still possible",
+    )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     latency: LatencyConfig = LatencyConfig()
     gate: GateConfig = GateConfig()
     search: SearchConfig = SearchConfig()
+
+
+# What `quick` puts in the place of defaults: at least 3 loads and 6 rounds, so that a verdict is still possible.
+QUICK: dict[str, dict[str, Any]] = {
+    "train": {"epochs": 6},
+    "quantize": {"sensitivity_images": 64},
+    "latency": {
+        "batch_sizes": [1, 8, 64],
+        "baselines": ["fp32_traced", "fp32_onnx"],
+        "warmup": 2,
+        "loads": 3,
+        "min_repeats": 9,
+        "min_seconds": 0.0,
+    },
+}
 
 
 def option_name(section: str, key: str) -> str:
@@ -338,6 +380,9 @@ def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | 
         path: a YAML file; None takes `config.yaml` of the current folder if it is there.
         overrides: text from the command line by section and key; top-level keys are in section "".
 
+    Where `quick` is true, QUICK takes the place of what neither `overrides` nor the file (with a value other than the
+    default) has given.
+
     Raises:
         InputError: unknown key, wrong type or value out of range, naming key, value and what is allowed.
     """
@@ -348,7 +393,30 @@ def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | 
     for own in values.get("gate", {}).get("models", {}).values():  # the command line wins over these too
         for key in set(own) & set(given.get("gate", {})):
             del own[key]
-    return Config.model_validate(values, strict=True)  # both parts were checked; together they cannot fail
+    if "batch_sizes" in given.get("latency", {}):  # chosen, even if they are the default's
+        values["latency"].setdefault("fit_batch_sizes", False)
+    config = Config.model_validate(values, strict=True)  # both parts were checked; together they cannot fail
+    return _quicker(config, given) if config.quick else config
+
+
+def _quicker(config: Config, given: dict[str, dict[str, Any]] | None = None) -> Config:
+    """`config` with the values of QUICK wherever it has the default that is not in `given`. A batch size that counts in
+    the profile is timed as well."""
+    sections: dict[str, BaseModel] = {}
+    for section, quick in QUICK.items():
+        options = getattr(config, section)
+        left = {key: value for key, value in quick.items() if is_default(config, section, key)}
+        left = {key: value for key, value in left.items() if key not in (given or {}).get(section, {})}
+        if section == "latency" and "batch_sizes" in left:
+            left["batch_sizes"] = sorted({*left["batch_sizes"], *(options.profile or {})})
+        sections[section] = options.model_copy(update=left)
+    return config.model_copy(update=sections)
+
+
+def is_default(config: Config, section: str, key: str) -> bool:
+    """Whether an option of a section has its default value."""
+    options = getattr(config, section)
+    return bool(getattr(options, key) == type(options).model_fields[key].default)
 
 
 def _read_file(path: str | None) -> dict[str, Any]:
@@ -454,5 +522,6 @@ def flat_params(config: Config) -> dict[str, Any]:
 
 def given_otherwise(given: Config, recorded: Config) -> list[tuple[str, Any, Any]]:
     """(`section.key`, given, recorded) wherever `given` is neither the default nor what was recorded."""
-    asked, made, default = (flat_params(config) for config in (given, recorded, Config()))
+    neutral = _quicker(Config(quick=True)) if given.quick else Config()
+    asked, made, default = (flat_params(config) for config in (given, recorded, neutral))
     return [(name, value, made[name]) for name, value in asked.items() if value not in (default[name], made[name])]

@@ -21,7 +21,7 @@ from qexp.config import (
     to_yaml,
 )
 from qexp.errors import InputError
-from qexp.pipeline.setup import check_profile
+from qexp.pipeline.checks import check_profile
 
 CHANGED = Config(
     model="vgg16",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qexp.config import DataConfig, QuantizeConfig
 from qexp.data.duplicates import Duplicates, count_duplicates
+from qexp.data.folders import check_data_dir
 from qexp.data.imagefolder import cached, decode_files, list_folder
 from qexp.errors import InputError
 from qexp.extras import extra
@@ -217,11 +218,8 @@ def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
 
 
 def _read_imagefolder(options: DataConfig) -> Read:
-    if options.data_dir is None:
-        raise InputError("--data-dir: must be given with --dataset imagefolder: a folder with train/ and test/ in it")
-    root = Path(options.data_dir)
-    if not root.is_dir():
-        raise InputError(f"--data-dir {root}: no such folder; expected DIR/train/<class>/… and DIR/test/<class>/…")
+    check_data_dir(options)
+    root = Path(options.data_dir or "")
     classes, files = list_folder(root)
     flat = {part: [file for of_class in per_class for file in of_class] for part, per_class in files.items()}
 

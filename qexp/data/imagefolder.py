@@ -28,7 +28,7 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, list[list[str]]]
     """Class names in alphabetical order and, for train and test, the image files of each class in order of name.
 
     Raises:
-        InputError: a folder is missing, a class is empty, or train and test have different classes.
+        InputError: a class is empty, or train and test have different classes.
     """
     classes = {part: _class_names(root, part) for part in ("train", "test")}
     if different := sorted(set(classes["train"]) ^ set(classes["test"])):
@@ -44,8 +44,6 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, list[list[str]]]
 
 def _class_names(root: Path, part: str) -> list[str]:
     folder = root / part
-    if not folder.is_dir():
-        raise InputError(f"--data-dir {root}: no folder {folder}; expected DIR/train/<class>/… and DIR/test/<class>/…")
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -209,6 +210,7 @@ class LatencyResult(Shown):
 
     `weights` say how much each batch size counts (those left out: nothing; an empty dict: all alike).
     `max_busy_percent` is the share of the timed cores that others may take before no verdict rests on the times.
+    `left_out` are batch sizes that were not chosen and take too long; the reason is a main clause.
     """
 
     baseline: str
@@ -217,6 +219,8 @@ class LatencyResult(Shown):
     threads: int
     weights: dict[int, float] = field(default_factory=dict)
     max_busy_percent: float = 100.0
+    left_out: tuple[int, ...] = ()
+    left_out_because: str = ""
 
     @property
     def counted(self) -> tuple[LatencyRow, ...]:
@@ -330,6 +334,7 @@ def measure_latency(
     rest: Callable[[], None] = wait_until_idle,
     on_row: Callable[[LatencyRow], None] = lambda row: None,
     watch: Watch = lambda: lambda: None,
+    on_round: Callable[[int], None] = lambda batch_size: None,
 ) -> tuple[LatencyRow, ...]:
     """Time models at every batch size.
 
@@ -342,11 +347,14 @@ def measure_latency(
         rest: called between two models.
         on_row: told of each batch size as it is done.
         watch: watches what else the machine does, from its call until that of what it returns.
+        on_round: told the batch size after each round.
     """
     rows = []
     for batch_size in options.batch_sizes:
         ended = watch()
-        blocks, loads = _time_batch_size(prepare, batch_size, repeated, options, clock, rest)
+        blocks, loads = _time_batch_size(
+            prepare, batch_size, repeated, options, clock, rest, partial(on_round, batch_size)
+        )
         rows.append(_row(batch_size, blocks, loads, baseline, repeated, len(options.batch_sizes), ended()))
         on_row(rows[-1])
     return tuple(rows)
@@ -359,6 +367,7 @@ def _time_batch_size(
     options: LatencyConfig,
     clock: Callable[[], float],
     rest: Callable[[], None],
+    on_round: Callable[[], None],
 ) -> tuple[dict[str, list[list[float]]], tuple[int, ...]]:
     """As `time_rounds`, over all loads, and the number of rounds of each."""
     loads = min(options.loads, options.min_repeats)
@@ -369,7 +378,7 @@ def _time_batch_size(
         update = {"min_repeats": repeats, "min_seconds": options.min_seconds / loads}
         update |= {"warmup": 1} if done else {}  # what there is to warm up beyond a model is warm
         part = options.model_copy(update=update)
-        found = _time_load(prepare(batch_size), repeated, part, clock, rest, seed=done)
+        found = _time_load(prepare(batch_size), repeated, part, clock, rest, on_round, seed=done)
         for name, rounds in found.items():
             blocks.setdefault(name, []).extend(rounds)
         counts.append(len(found[repeated]))
@@ -382,10 +391,11 @@ def _time_load(
     options: LatencyConfig,
     clock: Callable[[], float],
     rest: Callable[[], None],
+    on_round: Callable[[], None],
     seed: int,
 ) -> dict[str, list[list[float]]]:
     """As `time_rounds`; nothing holds the models afterwards, when they are loaded anew."""
-    return time_rounds({AGAIN: runs[repeated]} | dict(runs), options, clock, rest, seed)
+    return time_rounds({AGAIN: runs[repeated]} | dict(runs), options, clock, rest, seed, on_round)
 
 
 def _row(
@@ -413,6 +423,7 @@ def time_rounds(
     clock: Callable[[], float],
     rest: Callable[[], None],
     seed: int = 0,
+    on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[list[float]]]:
     """Seconds of each call, by model and round; each round has a block of every model, in a new random order.
 
@@ -430,6 +441,7 @@ def time_rounds(
         for name in order:
             rest()
             blocks[name].append(_time_block(runs[name], clock))
+        on_round()
     return blocks
 
 

@@ -1,11 +1,13 @@
 """The latency sweep in a process of its own: `python -m qexp.measurement.sweep REQUEST.json RESULT.json`.
 
 It fixes the thread count, loads copies of all models as a user does, and does nothing else while it times them, but
-watch what else the machine does. Start-up and memory are measured first, in one more process per model. The models are
+watch what else the machine does. Start-up and memory are measured first, in one more process per model; from the passes
+made there it is known which batch sizes take too long, and how long the sweep will take. The models are
 loaded anew several times for every batch size: where their memory lies makes a percent, and torch's int8 convolutions
 keep one kernel, for the first shape that they see, as a service with that batch size would have it.
 """
 
+import math
 import multiprocessing
 import random
 import resource
@@ -17,20 +19,37 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from qexp.config import LatencyConfig
 from qexp.errors import StageError, first_line
 from qexp.files import from_json, to_json
 from qexp.measurement.activity import watch_machine
 from qexp.measurement.host import reuse_freed_memory
-from qexp.measurement.latency import AGAIN, LatencyResult, LatencyRow, Run, StartUp, measure_latency
-from qexp.measurement.sweep_models import BASELINE, SweepModel, load, prepare_baseline
-from qexp.progress import say
+from qexp.measurement.latency import (
+    AGAIN,
+    BLOCK_S,
+    LONG_S,
+    SETTLE_S,
+    LatencyResult,
+    LatencyRow,
+    Run,
+    StartUp,
+    measure_latency,
+)
+from qexp.measurement.sweep_models import BASELINE, Predict, SweepModel, load, prepare_baseline
+from qexp.progress import Progress, in_words, say
+
+LONGEST_PASS_S = 1.0  # of the slowest model; batch sizes that take longer are left out unless they were chosen
+REST_S = 0.02  # between two models, about: until no thread computes any more
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ def run_sweep(request: SweepRequest, environment: dict[str, str]) -> LatencyResu
     Raises:
         StageError: the child failed; its own message is on standard error.
     """
+    say(f"timing {', '.join(model.name for model in request.models)} in a process of its own")
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder, "request.json"), Path(folder, "result.json")
         question.write_text(to_json(request))
@@ -65,36 +85,121 @@ def run_sweep(request: SweepRequest, environment: dict[str, str]) -> LatencyResu
         return from_json(LatencyResult, answer.read_text())
 
 
+@dataclass(frozen=True)
+class Started:
+    """How a model starts up, and the seconds of one pass at each batch size that was tried, in ascending order."""
+
+    startup: StartUp
+    pass_s: dict[int, float]
+
+
 def _main(question: Path, answer: Path) -> None:
     request = from_json(SweepRequest, question.read_text())
     torch.set_num_threads(request.threads)
     torch.set_num_interop_threads(1)
+    tqdm.monitor_interval = 0  # its thread would wake up while others are timed
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         # In forks, before this process computes anything itself: OpenMP's threads do not survive one.
-        startups = _start_all(request, Path(name))
+        started, options, because = _start_all(request, Path(name))
         reuse_freed_memory()  # as in training: without it, fp32 pays for page faults at large batch sizes
-        prepare, options = _preparer(list(startups), request, Path(name)), request.options
-        watch = partial(watch_machine, request.threads)
-        rows = measure_latency(prepare, BASELINE, request.repeated, options, on_row=_say_row, watch=watch)
+        prepare = _preparer(list(started), request, Path(name))
+        progress = _announce(list(started.values()), options)
+        rows = measure_latency(
+            prepare, BASELINE, request.repeated, options, on_row=_say_row, on_round=progress.round_done,
+            watch=partial(watch_machine, request.threads),
+        )  # fmt: skip
+        progress.close()
+    startups = tuple(found.startup for found in started.values())
+    left_out = tuple(size for size in request.options.batch_sizes if size not in options.batch_sizes)
     weights, busy = options.profile or {}, options.max_busy_percent
-    result = LatencyResult(BASELINE, rows, tuple(startups.values()), request.threads, weights, busy)
+    result = LatencyResult(BASELINE, rows, startups, request.threads, weights, busy, left_out, because)
     answer.write_text(to_json(result))
 
 
-def _start_all(request: SweepRequest, folder: Path) -> dict[SweepModel, StartUp]:
-    """How each model starts up, without baselines that cannot be made of this one or do not run; files in `folder`."""
-    weights, able = Path(request.weights), dict[SweepModel, StartUp]()
-    for model in request.models:
-        name, is_baseline = model.name, model.name in request.options.baselines
+def _start_all(request: SweepRequest, folder: Path) -> tuple[dict[SweepModel, Started], LatencyConfig, str]:
+    """How each model starts up, without baselines that cannot be made of this one or do not run; the options with the
+    batch sizes that are left; and why others are not. Files are in `folder`."""
+    able, options, because = dict[SweepModel, Started](), request.options, ""
+    models = list(request.models)
+    progress = Progress("starting each model", len(models))
+    for model in models:  # which grows when they must be started again, with fewer batch sizes
+        name, is_baseline = model.name, model.name in options.baselines
         try:
-            if is_baseline:
-                _in_fork(lambda name=name: prepare_baseline(weights, name, request.image_size, folder))
-            able[model] = _in_fork(lambda one=model: _start_up(one, request, folder))
+            if is_baseline and model not in able:
+                _in_fork(partial(prepare_baseline, Path(request.weights), name, request.image_size, folder))
+            able[model] = started = _in_fork(partial(_start_up, model, request.image_size, options, folder))
         except StageError as error:
             if not is_baseline:
                 raise StageError(f"{name}: {error}") from None
+            able.pop(model, None)
             say(f"baseline {name} is left out: {error}")
-    return able
+        else:
+            if options.fits_batch_sizes and len(sizes := fitting(started.pass_s)) < len(options.batch_sizes):
+                too_long = options.batch_sizes[len(sizes)]
+                because = f"one pass of {name} at batch size {too_long} takes {started.pass_s[too_long]:.1f} s"
+                options = options.model_copy(update={"batch_sizes": sizes, "fit_batch_sizes": True})
+                models += able  # their memory is that of the largest batch size that is left
+        progress.advance()
+    progress.close()
+    if because:
+        others = ", ".join(str(size) for size in request.options.batch_sizes if size not in options.batch_sizes)
+        say(f"batch sizes left out: {others}: {because} (--no-fit-batch-sizes times them too)")
+    return {model: able[model] for model in request.models if model in able}, options, because
+
+
+def fitting(pass_s: dict[int, float]) -> list[int]:
+    """The batch sizes before the first one at which a pass takes longer than LONGEST_PASS_S; the smallest one always
+    fits."""
+    smallest, *others = sorted(pass_s)
+    return [smallest, *takewhile(lambda size: pass_s[size] <= LONGEST_PASS_S, others)]
+
+
+def expected_s(passes: Sequence[dict[int, float]], load_s: float, options: LatencyConfig) -> dict[int, float]:
+    """How long the sweep takes at each batch size, about.
+
+    Args:
+        passes: of each model, the one that is timed twice included, the seconds of a pass by batch size; sizes between
+            those are interpolated.
+        load_s: of loading all models.
+    """
+    expected = {}
+    for size in options.batch_sizes:
+        times = [float(np.interp(size, list(pass_s), list(pass_s.values()))) for pass_s in passes]
+        blocks = [seconds if seconds >= LONG_S else max(BLOCK_S, SETTLE_S + seconds) for seconds in times]
+        one_round = sum(blocks) + REST_S * len(blocks)
+        loads = min(options.loads, options.min_repeats)
+        once = sum(times) * (options.warmup + loads - 1) + load_s * loads
+        expected[size] = once + max(options.min_repeats * one_round, options.min_seconds)
+    return expected
+
+
+class _SweepProgress:
+    """How far the sweep is, by the seconds that it was expected to take."""
+
+    def __init__(self, expected: dict[int, float], rounds: int) -> None:
+        self._left, self._rounds = dict(expected), rounds
+        self._expected = expected
+        self._shown = Progress("latency", sum(expected.values()), counted=False)
+
+    def round_done(self, batch_size: int) -> None:
+        """One round more; with the first of a batch size, those before it are done."""
+        for size in [size for size in self._left if size < batch_size]:
+            self._shown.advance(self._left.pop(size))
+        part = min(self._left[batch_size], self._expected[batch_size] / self._rounds)
+        self._left[batch_size] -= part
+        self._shown.advance(part)
+
+    def close(self) -> None:
+        self._shown.close()
+
+
+def _announce(started: Sequence[Started], options: LatencyConfig) -> _SweepProgress:
+    passes = [found.pass_s for found in started]
+    again = passes[-1]  # an int8 model
+    expected = expected_s([*passes, again], sum(found.startup.load_s for found in started), options)
+    sizes = ", ".join(map(str, options.batch_sizes))
+    say(f"latency of {len(passes)} models at batch size {sizes}: about {in_words(sum(expected.values()))}")
+    return _SweepProgress(expected, options.min_repeats)
 
 
 def _preparer(
@@ -115,18 +220,37 @@ def _preparer(
     return prepare
 
 
-def _start_up(sweep_model: SweepModel, request: SweepRequest, folder: Path) -> StartUp:
-    sizes = request.options.batch_sizes
-    small, large = (torch.rand(batch, 3, request.image_size, request.image_size) for batch in (sizes[0], sizes[-1]))
-    load(sweep_model, folder)  # imports what it needs: loading is timed without that, from files that were just read
+def _start_up(model: SweepModel, image_size: int, options: LatencyConfig, folder: Path) -> Started:
+    smallest, largest = options.batch_sizes[0], options.batch_sizes[-1]
+    first = torch.rand(smallest, 3, image_size, image_size)
+    load(model, folder)  # imports what it needs: loading is timed without that, from files that were just read
     times = [time.perf_counter()]
-    model = load(sweep_model, folder)
+    run = load(model, folder)
     times.append(time.perf_counter())
-    model(small)
+    run(first)
     times.append(time.perf_counter())
-    model(large)
+    pass_s: dict[int, float] = {}
+    for batch in options.batch_sizes if options.fits_batch_sizes else dict.fromkeys((smallest, largest)):
+        pass_s[batch] = _pass_s(run, torch.rand(batch, 3, image_size, image_size))
+        if options.fits_batch_sizes and len(fitting(pass_s)) < len(pass_s):
+            break
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return StartUp(sweep_model.name, times[1] - times[0], 1000 * (times[2] - times[1]), peak / 1e6)
+    return Started(StartUp(model.name, times[1] - times[0], 1000 * (times[2] - times[1]), peak / 1e6), pass_s)
+
+
+def _pass_s(run: Predict, images: Tensor) -> float:
+    """Seconds of one pass; of two, the shorter one, where the first takes too long: it may have been the warm-up.
+
+    CPU time where it is less than wall time, so that a busy machine makes no network slow.
+    """
+    seconds = math.inf
+    for _ in range(2):
+        wall, cpu = time.perf_counter(), time.process_time()
+        run(images)
+        seconds = min(seconds, time.perf_counter() - wall, time.process_time() - cpu)
+        if seconds <= LONGEST_PASS_S:
+            break
+    return seconds
 
 
 def _in_fork(work: Callable[..., Any]) -> Any:

@@ -4,7 +4,6 @@ A classifier takes float images in [0, 1], [N, 3, H, W], and gives logits [N, cl
 no pickle) says how to rebuild the module: `load_classifier` needs nothing else.
 """
 
-import difflib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,24 +66,6 @@ def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
     model = Classifier(spec, mean, std)
     _check_image_size(model, spec)
     return model
-
-
-def check_model_name(name: str) -> None:
-    """Raise InputError unless `name` is a model that `build_classifier` knows."""
-    known = available_models()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or ["smallnet", "vgg16"]
-        raise InputError(
-            f"--model {name}: unknown; did you mean {' or '.join(near)}? "
-            "Allowed: smallnet, or a torchvision classifier by its registered name (torchvision.models.list_models)"
-        )
-
-
-def available_models() -> list[str]:
-    """SmallNet and the names of torchvision's classifiers."""
-    from qexp.models.vision import torchvision
-
-    return ["smallnet", *torchvision.models.list_models(module=torchvision.models)]
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

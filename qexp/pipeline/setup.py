@@ -3,14 +3,15 @@
 import torch
 from torch import nn
 
-from qexp.config import Config, LatencyConfig
+from qexp.config import Config
 from qexp.data.datasets import Dataset, calibration_count, load_dataset
 from qexp.errors import InputError
 from qexp.extras import check_engines
 from qexp.measurement.host import Host, read_host, too_many_threads
-from qexp.models.classifier import ModelSpec, check_model_name, outline
+from qexp.models.classifier import ModelSpec, outline
 from qexp.pipeline import loading as registered
-from qexp.pipeline import resumed, stages
+from qexp.pipeline import resumed
+from qexp.pipeline.checks import check_options
 from qexp.progress import say
 from qexp.quantization import KERNELS, LOADED_WITHOUT_PICKLE, check_layer_names
 from qexp.tracking import registry
@@ -33,15 +34,13 @@ def prepare(
     Returns:
         The configuration with every `auto` settled that needs no trial; what training settles by timing is left.
     """
+    check_options(config, new_model=not (model_uri or resume))
     if read_group().leads:  # processes that open a new database at once break it
         use_store()
     if model_uri:
         if given:
             registered.refuse_conflicts(config, model_uri, given)
         config = registered.config_of_version(config, model_uri, "fp32")
-    check_model_name(config.model)
-    check_profile(config.latency)
-    stages.check_output_dir(config)
     if launch.is_worker():
         train = config.train.model_copy(update={"processes": read_group().local_size})
         config = config.model_copy(update={"train": train})
@@ -91,19 +90,11 @@ def _settled(config: Config, dataset: Dataset) -> Config:
 
 def prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
     """The same for a command on the registered int8 version `model_uri`, which needs no images."""
+    check_options(config, new_model=False)
     use_store()
     config = registered.config_of_version(config, model_uri, "int8")
-    check_profile(config.latency)
-    stages.check_output_dir(config)
     tracking.use_experiment(registry.find_version(model_uri, "int8").tags["dataset"])
     return config, _use_threads(config)
-
-
-def check_profile(options: LatencyConfig) -> None:
-    """Raise InputError where `profile` weighs a batch size that is not timed."""
-    if others := [size for size in options.profile or {} if size not in options.batch_sizes]:
-        timed = ", ".join(map(str, options.batch_sizes))
-        raise InputError(f"--profile {others[0]}: must be one of the batch sizes that are timed: {timed}")
 
 
 def _use_threads(config: Config) -> Host:

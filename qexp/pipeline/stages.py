@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset, stratified_sample
-from qexp.errors import InputError, StageError
+from qexp.errors import StageError
 from qexp.measurement.accuracy import Accuracy, guess_percent, measure_accuracy, predict_logits
 from qexp.measurement.cost import layer_table
 from qexp.measurement.host import Host, freed_memory_reused
@@ -137,20 +137,6 @@ def publish_trained(
     values = metrics.of_model(evidence.accuracy, version.size_bytes, _parameters(model))
     tracking.log_metrics(values, owner=version.owner)
     return version, evidence
-
-
-def check_output_dir(config: Config) -> None:
-    """Whether `output_dir` can be made, if it is set; InputError if not."""
-    if config.output_dir is None:
-        return
-    folder = Path(config.output_dir)
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_new:  # until there is something to put there
-            folder.rmdir()
-    except OSError as error:
-        raise InputError(f"--output-dir {config.output_dir}: must be a folder that can be written ({error})") from None
 
 
 def report_stage(config: Config, host: Host, evidence: Evidence, parent_run_id: str | None = None) -> str:

@@ -14,7 +14,7 @@ from qexp.errors import StageError
 from qexp.measurement import sweep, sweep_models
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.latency import StartUp
-from qexp.measurement.sweep import SweepRequest, run_sweep
+from qexp.measurement.sweep import Started, SweepRequest, expected_s, fitting, run_sweep
 from qexp.measurement.sweep_models import SweepModel, int8_models
 from qexp.pipeline.latency_stage import local_files
 from qexp.tracking import registry
@@ -74,6 +74,46 @@ def test_baselines_compute_what_the_registered_fp32_version_computes(
     assert (found["bf16"].argmax(1) == expected.argmax(1)).float().mean() > 0.9
 
 
+def test_batch_sizes_end_where_a_pass_of_the_slowest_model_takes_longer_than_a_second() -> None:
+    vgg16_at_32_px = {1: 0.023, 2: 0.027, 4: 0.048, 8: 0.073, 16: 0.1, 32: 0.15, 64: 0.28, 128: 0.62}
+    assert fitting(vgg16_at_32_px) == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert fitting({1: 0.1, 2: 0.2, 4: 0.9, 8: 1.01}) == [1, 2, 4]
+    assert fitting({1: 7.0}) == [1], "one is always timed"
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_large_batch_sizes_are_left_out_unless_they_are_chosen(
+    chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(model: SweepModel, size: int, options: LatencyConfig, folder: Path) -> Started:
+        factor = {"fp32": 0.01, "int8_fx": 0.03}.get(model.name, 0.001)  # at 32 and 64 images: int8 is the slowest
+        sizes = [size for size in options.batch_sizes if factor * size <= 2]
+        largest = sizes[-1] if options.fits_batch_sizes else options.batch_sizes[-1]
+        return Started(StartUp(model.name, 1.0, 1.0, largest), {size: factor * size for size in sizes})
+
+    monkeypatch.setattr(sweep, "_start_up", start)
+    given = LatencyConfig(baselines=[], fit_batch_sizes=False if chosen else None)
+    able, options, because = sweep._start_all(_request("a", "b", tmp_path, given), tmp_path)
+    assert [one.name for one in able] == ["fp32", "int8_fx", "int8_fx_onednn"]
+    if chosen:
+        assert options == given and not because and capsys.readouterr().err == ""
+        return
+    assert options.batch_sizes == [1, 2, 4, 8, 16, 32]
+    assert {one.startup.peak_memory_mb for one in able.values()} == {32}, "memory is that of the largest size timed"
+    assert because == "one pass of int8_fx at batch size 64 takes 1.9 s"
+    assert f"batch sizes left out: 64, 128: {because}" in capsys.readouterr().err
+
+
+def test_the_expected_time_is_that_of_rounds_loads_and_warm_up() -> None:
+    options = LatencyConfig(batch_sizes=[1, 8], warmup=3, loads=2, min_repeats=10, min_seconds=0.0)
+    slow = {1: 0.5, 8: 4.0}
+    found = expected_s([slow, slow], 1.5, options)
+    assert found[1] == pytest.approx(10 * 2 * 0.52 + 4 * 1.0 + 2 * 1.5)
+    assert found[8] == pytest.approx(10 * 2 * 4.02 + 4 * 8.0 + 2 * 1.5)
+    fast = expected_s([{1: 1e-4, 8: 1e-3}], 0.0, options)
+    assert fast[1] == pytest.approx(10 * 0.06, rel=0.01), "a round of a fast model has a least length"
+
+
 def test_names_of_int8_models() -> None:
     both = int8_models("a", "fx", ("x86", "onednn"))
     assert both == (SweepModel("int8_fx", "a", "x86"), SweepModel("int8_fx_onednn", "a", "onednn"))
@@ -101,17 +141,23 @@ def test_baselines_that_cannot_be_made_are_left_out(
         if name == "bf16":
             os._exit(9)  # as if it had been killed
 
-    def start(model: SweepModel, *given: object) -> StartUp:
+    def start(model: SweepModel, *given: object) -> Started:
         if model.name == broken:
             raise ValueError("no such instruction")
-        return StartUp(model.name, 1.0, 1.0, 1.0)
+        return Started(StartUp(model.name, 1.0, 1.0, 1.0), {1: 0.1, 4: 0.2})
 
     broken = "fp32_traced"
     monkeypatch.setattr(sweep, "prepare_baseline", refuse)
     monkeypatch.setattr(sweep, "_start_up", start)
-    able = sweep._start_all(_request("a", "b", tmp_path), tmp_path)
+    able, options, _ = sweep._start_all(_request("a", "b", tmp_path), tmp_path)
+    assert options == OPTIONS
     assert [one.name for one in able] == ["fp32", "fp32_eager", "int8_fx", "int8_fx_onednn"]
-    assert [found.model for found in able.values()] == ["fp32", "fp32_eager", "int8_fx", "int8_fx_onednn"]
+    assert [found.model for found in (one.startup for one in able.values())] == [
+        "fp32",
+        "fp32_eager",
+        "int8_fx",
+        "int8_fx_onednn",
+    ]
     said = capsys.readouterr().err
     assert "baseline fp32_traced is left out: no such instruction" in said
     assert "baseline fp32_onnx is left out: no such operator" in said

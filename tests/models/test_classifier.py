@@ -1,6 +1,7 @@
 """Classifiers: size, names, normalisation, and the weights file."""
 
 import pickle
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,14 @@ from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import (
     Classifier,
     ModelSpec,
-    available_models,
     build_classifier,
     channel_statistics,
-    check_model_name,
     load_classifier,
     outline,
     repeated_inputs,
     save_classifier,
 )
+from qexp.models.names import MADE_FROM, TORCHVISION, available_models, check_model_name
 from qexp.training.train import TrainResult
 
 TEN = tuple("abcdefghij")
@@ -75,6 +75,7 @@ def test_googlenet_gives_logits_only_in_training() -> None:
 
 def test_available_models_are_classifiers() -> None:
     names = available_models()
+    assert version("torchvision").partition("+")[0] != MADE_FROM or names == ["smallnet", *TORCHVISION]
     assert {"smallnet", "vgg16", "resnet18", "mobilenet_v3_small"} <= set(names)
     assert not {"fasterrcnn_resnet50_fpn", "deeplabv3_resnet50", "raft_large"} & set(names)
     for name in ("smallnet", "vgg16", "resnet18"):

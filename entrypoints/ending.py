@@ -1,0 +1,96 @@
+"""The one way in which every command ends: its result, or one line on standard error and an exit code."""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+
+from qexp.environment import wait_without_spinning
+from qexp.errors import InputError, StageError, first_line, hide_passwords
+from qexp.progress import announce, clear_line
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+BAD_INPUT = 2
+Summary = dict[str, Any]
+
+
+def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
+    """Run a command to its end, and show its result (nothing if another process has): a table on a terminal, one line
+    of JSON into a pipe or a file, or if `as_json`. Or else a line on standard error and an exit code.
+
+    2 for bad input, 1 for a stage that failed, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: loading int8 weights warns of a deprecation
+    wait_without_spinning()
+    signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed; under nohup it stays ignored
+        signal.signal(signal.SIGHUP, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when the launcher is killed, its processes stop
+    announce("starting")  # importing torch takes seconds
+    try:
+        summary = action()
+    except InputError as error:
+        fail(str(error), BAD_INPUT)
+    except StageError as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except SystemExit as stopped:
+        fail("terminated", int(stopped.code or 0))
+    except Exception as error:
+        if not type(error).__module__.startswith("mlflow."):
+            raise
+        fail(f"MLflow: {first_line(error)}", 1)
+    else:
+        if summary is not None:
+            _show(_rounded(summary), as_json or not sys.stdout.isatty())
+
+
+def _show(summary: Summary, as_json: bool) -> None:
+    clear_line()
+    if as_json:
+        print(json.dumps(summary), flush=True)
+    else:
+        from .table import show  # rich takes a while
+
+        show(summary)
+
+
+def _rounded(value: Any) -> Any:
+    """Four decimals are more than any measurement here holds."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def fail(message: str, code: int) -> None:
+    """End with one line and an exit code; a run that MLflow has started for this command keeps the line as a tag."""
+    line = hide_passwords(" ".join(message.split()))
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher shows it, and ends the other processes
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it sends to this one too, that is ending already
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+    else:
+        clear_line()
+        typer.echo(f"error: {line}", err=True)
+        if code in (1, BAD_INPUT) and "MLFLOW_RUN_ID" in os.environ:  # no stage has taken it
+            from qexp.tracking.refused import end_refused
+
+            end_refused(os.environ["MLFLOW_RUN_ID"], line)
+    raise typer.Exit(code)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """A signal as an exception, so that runs end as KILLED on the way out."""
+    sys.exit(128 + number)

@@ -1,0 +1,45 @@
+"""What can be refused at once: before torch is imported, before there is a store, a folder or a run.
+
+The commands call it first of all, and so does setup.py, for whoever calls the jobs from Python.
+"""
+
+import os
+from pathlib import Path
+
+from qexp.config import Config, LatencyConfig
+from qexp.data.folders import check_data_dir
+from qexp.errors import InputError
+from qexp.models.names import check_model_name
+
+
+def check_options(config: Config, new_model: bool) -> None:
+    """Raise InputError where an option names a model or a folder that there is not, or two contradict each other.
+
+    Args:
+        new_model: whether `config` says which model and data are used; a registered version or a run may do so.
+    """
+    if new_model:
+        check_model_name(config.model)
+        check_data_dir(config.data)
+    elif config.data.data_dir and not Path(config.data.data_dir).is_dir():
+        raise InputError(f"--data-dir {config.data.data_dir}: no such folder")
+    check_profile(config.latency)
+    check_output_dir(config.output_dir)
+
+
+def check_profile(options: LatencyConfig) -> None:
+    """Raise InputError where `profile` weighs a batch size that is not timed."""
+    if others := [size for size in options.profile or {} if size not in options.batch_sizes]:
+        timed = ", ".join(map(str, options.batch_sizes))
+        raise InputError(f"--profile {others[0]}: must be one of the batch sizes that are timed: {timed}")
+
+
+def check_output_dir(name: str | None) -> None:
+    """Raise InputError if `output_dir` is set and cannot be made or written. Nothing is made to find out."""
+    if name is None:
+        return
+    folder = Path(name).absolute()
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is not a folder"
+        raise InputError(f"--output-dir {name}: must be a folder that can be written; {there} {why}")
