@@ -1,4 +1,4 @@
-"""`import qexp`: every stage on a module of one's own, without a server; its page's examples run as they stand there."""
+"""`import qexp`: every stage on a module of one's own, without a server; the examples of its page run as they stand."""
 
 import os
 import re

@@ -5,11 +5,9 @@ import inspect
 import runpy
 import shlex
 import sys
-import tomllib
 from importlib import import_module
 
 import pytest
-import yaml
 from conftest import REPOSITORY
 from mlflow.projects.utils import load_project
 
@@ -26,20 +24,6 @@ ONLY_IN = {
     "torchinfo": ("measurement/cost.py",),
     "typer": (),
 }
-
-
-def _requirements() -> list[str]:
-    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
-
-
-def test_conda_environment_has_the_dependencies_of_pyproject() -> None:
-    environment = yaml.safe_load((REPOSITORY / "conda.yaml").read_text())
-    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert sorted(pip) == sorted(_requirements())
-
-
-def test_every_dependency_is_bounded_on_both_sides() -> None:
-    assert all(">=" in line and "<" in line for line in _requirements())
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
