@@ -1,5 +1,9 @@
 """The command line as a user meets it: real processes, exit codes, one line of error, one line of JSON."""
 
+import os
+import pty
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -7,8 +11,15 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import REPOSITORY, Finished, run_qexp
+from conftest import REPOSITORY, Finished, environment_for, run_qexp, start_qexp
 from stores import new_store
+from typer.testing import CliRunner
+
+from entrypoints.cli import COMMANDS, app
+from entrypoints.options import COMMON, choices, fields_of
+from entrypoints.program import _with_options_unpacked, _with_plain_flags
+from qexp import __version__
+from qexp.errors import InputError
 
 BAD_INPUT = {
     "unknown model": ("run --model vgg17", ["--model vgg17", "vgg16"]),
@@ -113,6 +124,183 @@ def test_help_needs_neither_torch_nor_mlflow(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
+
+
+def _process(
+    module: str, *words: str, folder: Path, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A program of entrypoints/ to its end, with no store but the default one, and the seconds of CPU that it took."""
+    environment = {name: value for name, value in environment_for("").items() if name != "MLFLOW_TRACKING_URI"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", f"entrypoints.{module}", *words],
+        cwd=folder, env=environment | variables, capture_output=True, text=True,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("run", "--model", "vgg61"), "--model vgg61: unknown; did you mean vgg"),
+        (("search", "--data-dir", "/nowhere"), "--data-dir /nowhere: no such folder"),
+        (("train", "--dataset", "cifar10", "--data-dir", "nowhere"), "--data-dir nowhere: no such folder"),
+        (("promote", "a-int8", "--data-dir", "/nowhere"), "--data-dir /nowhere: no such folder"),
+        (("run", "--epochs", "ten"), "--epochs ten: must be a valid integer"),
+        (("run", "--bf16", "perhaps"), "--bf16 perhaps: must be true or false"),
+    ],
+)
+def test_what_is_wrong_is_refused_at_once_and_leaves_nothing(
+    words: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    done, cpu_s = _process("cli", *words, folder=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert cpu_s < 2
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_has_every_name_whole_and_the_common_options_first(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in COMMANDS:
+        app([command, "-h"], standalone_mode=False)
+        shown = capsys.readouterr().out
+        app([command, "--help"], standalone_mode=False)
+        assert capsys.readouterr().out == shown
+        widest = max(map(len, shown.splitlines()))
+        assert widest <= columns and (command != "search" or widest > columns - 10), "at the terminal's width"
+        first = shown.partition("Common options:")[2].partition("\n\n")[0]
+        for name in fields_of(("", "data", "train", "quantize", "latency", "gate", "search")):
+            word = f"--{name.replace('_', '-')}"
+            found = re.search(rf"^  {word}(?![\w-])", shown, re.MULTILINE)
+            assert command != "search" or found, word
+            assert bool(re.search(rf"^  {word}(?![\w-])", first, re.MULTILINE)) == bool(found and name in COMMON)
+
+
+def test_the_two_limits_of_a_drop_are_told_apart_in_help() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["run", "-h"], env={"COLUMNS": "200"}).output.split())
+    assert "--max-top1-drop float limit of the verdict" in shown
+    assert "--quantize-max-top1-drop float budget of quantization" in shown
+
+
+def test_the_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"qexp {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("pro", {"promote"}),
+        ("run --quantize-m", {"--quantize-max-top1-drop"}),
+        ("run --dataset ", {"digits", "cifar10", "imagefolder"}),
+        ("run --engine fx,", {"fx,pt2e", "fx,onnx"}),
+        ("train --model resnet1", {"resnet101", "resnet152", "resnet18"}),
+    ],
+)
+def test_completion_of_commands_options_and_values(words: str, expected: set[str], tmp_path: Path) -> None:
+    asked = {"COMP_WORDS": f"qexp {words}", "COMP_CWORD": str(words.count(" ") + 1)}
+    done, cpu_s = _process("cli", folder=tmp_path, _QEXP_COMPLETE="complete_bash", **asked)
+    assert set(done.stdout.split()) == expected, done.stderr
+    assert cpu_s < 1
+
+
+def test_choices_are_those_that_the_configuration_allows() -> None:
+    fields = fields_of(("", "quantize", "latency", "search"))
+    found = {name: choices(name, field) for name, (_, field, _) in fields.items()}
+    assert found["engine"] == ("fx", "pt2e", "onnx") and found["backend"] == ("x86", "onednn")
+    assert found["observers"] == found["observer"] and "minmax" in found["observer"]
+    assert {"smallnet", "vgg16"} <= set(found["model"]) and found["seed"] == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "plain"),
+    [
+        ("run --flip", "run --flip"),
+        ("run --flip true --fold-pool false --bf16 auto", "run --flip --no-fold-pool"),
+        ("run --flip=False --quick --epochs 3", "run --no-flip --quick --epochs 3"),
+        ("run --no-flip --allow-float yes", "run --no-flip --allow-float"),
+        ("promote --force a-int8 --quick true", "promote --force a-int8 --quick"),
+        ("promote a-int8 --force false", "promote a-int8"),
+        ("models --json a-int8", "models --json a-int8"),
+    ],
+)
+def test_flags_stand_alone_or_are_told(words: str, plain: str) -> None:
+    assert " ".join(_with_plain_flags(words.split())) == plain
+
+
+@pytest.mark.parametrize("words", ["run --flip perhaps", "promote a --force=perhaps", "run --quick=2"])
+def test_flags_are_told_no_other_word(words: str) -> None:
+    with pytest.raises(InputError, match=r"^--\w+ \w+: must be true or false$"):
+        list(_with_plain_flags(words.split()))
+
+
+def test_options_hold_what_mlproject_has_no_parameter_for() -> None:
+    given = ["--model", "vgg16", "--options", "--observer minmax --study 'my study' --flip", "--seed_of_x", "a_b"]
+    words = ["--model", "vgg16", "--observer", "minmax", "--study", "my study", "--flip", "--seed-of-x", "a_b"]
+    assert list(_with_options_unpacked(given)) == words
+    assert list(_with_options_unpacked(["--options", "auto", "--epochs", "3"])) == ["--epochs", "3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--observer best", "--observer best: must be"),
+        ("--study 'mine", "--options --study 'mine: no closing quotation; quote it as for a shell"),
+        ("--modle vgg16", "No such option: --modle"),
+        ("--flip ; touch file", "--flip ;: must be true or false"),
+    ],
+)
+def test_bad_options_of_mlproject_are_one_line_and_exit_code_2(options: str, expected: str, tmp_path: Path) -> None:
+    done, _ = _process("search", "--model", "auto", "--options", options, folder=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and expected in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"), [("--epochs ten", "--epochs ten: must be a valid integer"), ("--modle vgg16", "--modle")]
+)
+def test_the_run_that_mlflow_has_started_keeps_the_reason(words: str, reason: str, folder: Path, store: str) -> None:
+    client = mlflow.MlflowClient(store)
+    run_id = client.create_run("0").info.run_id
+    process = start_qexp(folder, "train", *words.split(), uri=store, variables={"MLFLOW_RUN_ID": run_id})
+    assert process.wait() == 2
+    run = client.get_run(run_id)
+    assert run.info.status == "FAILED" and reason in run.data.tags["qexp.error"]
+    assert process.stderr == f"error: {run.data.tags['qexp.error']}\n"
+
+
+def _on_a_terminal(folder: Path, uri: str, *words: str) -> str:
+    """What a command writes on standard output, which is a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "entrypoints.cli", *words]
+    environment = environment_for(uri) | {"COLUMNS": "80", "TERM": "dumb"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            if not (part := os.read(ours, 65536)):
+                break
+        except OSError:  # how Linux ends it
+            break
+        written += part
+    os.close(ours)
+    assert process.wait() == 0, process.stderr
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_gets_the_table_and_the_verdict(finished: Finished, tmp_path: Path) -> None:
+    int8 = finished.summary["int8"]
+    shown = _on_a_terminal(tmp_path, finished.uri, "report", "--model-uri", int8)
+    assert "{" not in shown and int8 in shown
+    assert f"{finished.summary['int8_top1_percent']:.2f} %" in shown
+    assert f"Verdict: {finished.summary['verdict']}" in shown.splitlines()
+    assert _on_a_terminal(tmp_path, finished.uri, "models", "--json").startswith('{"command": "models"')
 
 
 def test_last_line_is_json_with_ids_versions_and_figures(finished: Finished) -> None:

@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 from pydantic import BaseModel
 
 from qexp.config import (
+    QUICK,
     Config,
     DataConfig,
     GateConfig,
@@ -16,11 +17,13 @@ from qexp.config import (
     SearchConfig,
     TrainConfig,
     flat_params,
+    given_otherwise,
     load_config,
     parse_yaml,
     to_yaml,
 )
 from qexp.errors import InputError
+from qexp.measurement.latency import FEWEST_LOADS, FEWEST_ROUNDS
 from qexp.pipeline.checks import check_profile
 
 CHANGED = Config(
@@ -213,6 +216,35 @@ def test_limits_of_one_model_win_over_the_gate_and_the_command_line_over_both(tm
     assert (own.min_top1, own.min_speedup, own.max_top1_drop) == (60, 3, GateConfig().max_top1_drop)
     given = load_config(file, {"gate": {"min_top1": "2"}}).gate
     assert given.min_top1 == given.of("a-int8").min_top1 == 2 and given.of("a-int8").min_speedup == 3
+
+
+def test_quick_takes_the_place_of_defaults_and_what_is_given_wins(tmp_path: Path) -> None:
+    quick = {"": {"quick": "true"}}
+    config = load_config(str(REPOSITORY / "config.yaml"), quick)  # which has every default
+    for section, values in QUICK.items():
+        assert {key: getattr(getattr(config, section), key) for key in values} == values
+    assert config.latency.loads >= FEWEST_LOADS and config.latency.min_repeats >= FEWEST_ROUNDS
+    assert config.latency.fits_batch_sizes and str(config.train.epochs) in Config.model_fields["quick"].description
+    given = load_config(None, quick | {"train": {"epochs": "20"}, "latency": {"batch_sizes": ["1", "2"]}})
+    assert (given.train.epochs, given.latency.batch_sizes, given.latency.loads) == (20, [1, 2], 3)
+    file = _write(tmp_path, "quick: true\ntrain: {epochs: 4}\nlatency: {profile: {2: 1}}\n")
+    assert load_config(file).train.epochs == 4
+    assert load_config(file).latency.batch_sizes == [1, 2, 8, 64]
+    assert load_config(file, {"": {"quick": "false"}}).latency.batch_sizes == LatencyConfig().batch_sizes
+
+
+def test_what_quick_has_changed_was_not_given() -> None:
+    quick = load_config(None, {"": {"quick": "true"}, "train": {"momentum": "0.5"}})
+    assert [name for name, _, _ in given_otherwise(quick, Config())] == ["train.momentum"]
+
+
+def test_batch_sizes_are_chosen_on_the_command_line_even_if_they_are_the_default(tmp_path: Path) -> None:
+    assert Config().latency.fits_batch_sizes
+    sizes = list(map(str, LatencyConfig().batch_sizes))
+    assert not load_config(_write(tmp_path, ""), {"latency": {"batch_sizes": sizes}}).latency.fits_batch_sizes
+    assert not load_config(_write(tmp_path, "latency: {batch_sizes: [1, 8]}")).latency.fits_batch_sizes
+    both = {"latency": {"batch_sizes": ["1"], "fit_batch_sizes": "true"}}
+    assert load_config(_write(tmp_path, ""), both).latency.fits_batch_sizes
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,7 @@ from postgres import installed, start_postgres
 from servers import start_server
 
 BIN = Path(sys.executable).parent
-OPTIONS = [
-    word
-    for name, value in (
-        dict(zip(QUICK[::2], QUICK[1::2], strict=True)) | dict(zip(PLAIN[::2], PLAIN[1::2], strict=True))
-    ).items()
-    for word in ("-P", f"{name[2:].replace('-', '_')}={value}")
-]
+OPTIONS = ["-P", f"options={shlex.join([*QUICK, *PLAIN])}", "-P", "min_size_ratio=2.5"]  # MLproject lacks the second
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +80,8 @@ def test_main_through_mlflow_run_against_a_server(server: str, database: str, tm
     assert set(runs) == {"main", "train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
     assert runs["main"].info.run_id == summary["run_id"]
-    assert runs["main"].data.params["train.epochs"] == "4"
+    params = runs["main"].data.params
+    assert (params["train.epochs"], params["gate.min_size_ratio"]) == ("4", "2.5")
     mlflow.set_tracking_uri(server)
     page = mlflow.artifacts.load_text(summary["report"])
     assert page.count("data:image/png;base64,") == 7
@@ -121,6 +117,7 @@ def test_stopped_training_goes_on_through_mlflow_run_with_two_processes(server: 
     ("entry", "arguments", "expected"),
     [
         ("main", ["-P", "model=vgg17"], "--model vgg17"),
+        ("train", ["-P", "options=--flip --epochs ten"], "--epochs ten"),
         ("quantize", ["-P", "model_uri=models:/nothing/1"], "--model-uri models:/nothing/1"),
     ],
 )
@@ -136,6 +133,7 @@ def test_bad_input_under_mlflow_run_leaves_a_failed_run(
     runs = _runs(server)
     assert set(runs) - before == {expected}
     assert runs[expected].info.status == "FAILED"
+    assert runs[expected].data.tags["qexp.error"].startswith(expected)
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def reloads_equal(
         StoreError: it cannot be said, since the store does not answer.
     """
     environment = environment | (WITHOUT_PICKLE if without_pickle else {})
+    say(f"verifying {uri} in a clean subprocess")
     with torch.no_grad():
         expected = model(to_float(sample))
     for _ in range(2):

@@ -138,6 +138,7 @@ def fastest_execution(
         or (options.train_threads is None and threads > 1)
     ):
         return start, ()
+    say("timing a few training steps, to choose number format, threads and memory layout")
     before = torch.get_num_threads()
     network = copy.deepcopy(model)
     as_trained = padding_seen_in_fp32(network, has_bf16) if isinstance(network, Classifier) else nullcontext()

@@ -54,7 +54,8 @@ def run_workers(command: str, config: Config, run_id: str, resume: str | None = 
         file = Path(folder, "config.yaml")
         # The number of threads that `auto` stands for is no number that was given: training times its own.
         as_given = config if config.train.train_threads else config.model_copy(update={"threads": None})
-        file.write_text(to_yaml(as_given))
+        # What `quick` stands for is settled: it must not change what was given beside it.
+        file.write_text(to_yaml(as_given.model_copy(update={"quick": False})))
         arguments = ["-m", f"entrypoints.{command}", "--config", str(file)]
         if resume:  # the run's own configuration counts, but for these
             arguments += ["--resume", resume, *_free_options(config, command)]

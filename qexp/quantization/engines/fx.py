@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, first_line, with_place
 from qexp.measurement.accuracy import to_float
+from qexp.progress import track
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.cleanup import OTHER_FUNCTION
 from qexp.quantization.engines.packed import SCALAR_TYPES, Factors, Output, PackedConv, PackedLinear
@@ -238,7 +239,7 @@ def _calibrate_and_convert(
                 mapping.set_object_type(operation, None)
         whole = PrepareCustomConfig().set_non_traceable_module_classes([Float])
         prepared = prepare_fx(model.eval(), mapping, (to_float(batches[0]),), whole)
-        logits = [prepared(to_float(batch)) for batch in batches]
+        logits = [prepared(to_float(batch)) for batch in track(batches, "calibrating", len(batches))]
         if not same_logits(expected, logits[0]):
             raise ValueError(OTHER_FUNCTION)
         shared: dict[int, Any] = {id(weight): weight for weight in prepared.parameters()}

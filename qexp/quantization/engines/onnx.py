@@ -24,6 +24,7 @@ from qexp.config import QuantizeConfig
 from qexp.errors import StageError, with_place
 from qexp.measurement.accuracy import to_float
 from qexp.models.onnx_file import INPUT, OnnxClassifier, export
+from qexp.progress import track
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import calibration_batches, observer_class
@@ -94,7 +95,8 @@ def _observe(graph: onnx.ModelProto, images: Tensor, options: QuantizeConfig) ->
     at_once = max(1, min(options.calibration_batch_size, MOST_BYTES // of_one))
     make = observer_class(observer, options)
     observers = {name: make(dtype=torch.quint8) for name in names}
-    for batch in calibration_batches(images, at_once):
+    batches = calibration_batches(images, at_once)
+    for batch in track(batches, "calibrating", len(batches)):
         inputs = to_float(batch).numpy()
         for name, values in zip(names, [inputs, *session.run(None, {INPUT: inputs})], strict=True):
             observers[name](torch.from_numpy(values))

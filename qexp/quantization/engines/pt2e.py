@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, with_place
 from qexp.measurement.accuracy import to_float
+from qexp.progress import track
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import calibration_batches, observer_class
 from qexp.quantization.result import EngineResult
@@ -56,7 +57,8 @@ def _quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_
     program = torch.export.export(model, (example,), dynamic_shapes=sizes, strict=True).module()
     _hide_sums_with_numbers(program)
     prepared = quantize_pt2e.prepare_pt2e(program, _quantizer(options, reduce_range))
-    for batch in calibration_batches(images, options.calibration_batch_size):
+    batches = calibration_batches(images, options.calibration_batch_size)
+    for batch in track(batches, "calibrating", len(batches)):
         prepared(to_float(batch))
     # Patterns of training with fake quantization, each an export of its own: there was none, and they take a minute.
     with mock.patch.object(quantize_pt2e, "_fold_conv_bn_qat", lambda trained: trained):
