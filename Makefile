@@ -7,8 +7,6 @@ LOWEST := .venv-lowest/.installed
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true
 # MLflow's own default quotes the path: in one with a space, it would make a second folder with %20 in its name.
 STORE := MLFLOW_TRACKING_URI="sqlite:///$(CURDIR)/mlflow.db"
-# Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
-PYTEST := OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-quick test-lowest generate lock docs lint ui server clean
 
@@ -27,14 +25,16 @@ demo: setup  ## train SmallNet on digits, quantize, measure, register: report/re
 	$(ENV) $(STORE) mlflow run . --env-manager local -e main --experiment-name qexp-digits -P output_dir=report
 	@echo 'the report: report/report.html; the runs and models: make ui'
 
+# Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
+PYTEST := OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: setup  ## all tests, slow ones included
 	$(ENV) $(PYTEST)
 
-test-quick: setup  ## the quick tests, for the inner loop
-	$(ENV) $(PYTEST) -m quick
+test-quick: setup  ## the tests of plain functions, for the inner loop
+	$(ENV) $(PYTEST) -m 'not slow and not long'
 
 test-lowest: $(LOWEST)  ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
-	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true $(PYTEST) -m quick
+	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true $(PYTEST) -m 'not slow and not long'
 
 $(LOWEST): $(STAMP)
 	.venv/bin/python .ci/lowest.py .venv-lowest

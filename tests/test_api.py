@@ -21,7 +21,6 @@ from qexp.quantization import QuantizedModel
 from qexp.quantization.equivalence import sqnr_db
 
 PAGE = REPOSITORY / "docs" / "how-to" / "python-api.md"
-ENGINES = ("fx", "pt2e", "onnx")
 CLASSES = ["ant", "bee", "cat", "dog", "emu"]
 FAST: dict[str, Any] = {"loads": 3, "min_repeats": 6, "min_seconds": 0.0, "warmup": 1}
 
@@ -108,7 +107,7 @@ def int8(mobile: nn.Module, images: Tensor) -> QuantizedModel:
     return qexp.quantize(mobile, images, observer="minmax")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["fx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pt2e", "onnx"))])
 @pytest.mark.parametrize("kind", [Mobile, Attentive])
 def test_own_models_on_every_engine(kind: type[nn.Module], engine: Any, images: Tensor, labels: Tensor) -> None:
     model = _made(kind)
@@ -266,6 +265,7 @@ def test_other_bad_input_is_refused(mobile: nn.Module, int8: QuantizedModel, ima
         int8((255 * images).to(torch.uint8))
 
 
+@pytest.mark.slow
 def test_registered_models_load_and_the_commands_say_what_they_lack(
     mobile: nn.Module, int8: QuantizedModel, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,8 +295,11 @@ def test_registered_models_load_and_the_commands_say_what_they_lack(
     assert own_run.info.status == "FINISHED" and own_run.info.run_name == "register-own-fp32"
     listed = run_qexp(tmp_path, "models", uri=uri)
     assert listed.code == 0 and len(listed.summary["models"]) == 3
-    for words in (["quantize", "--model-uri", fp32_uri], ["latency", "--model-uri", int8_uri], ["verify", fp32_uri]):
-        done = run_qexp(tmp_path, *words, uri=uri)
+    for words in (
+        f"quantize --model-uri {fp32_uri}", f"run --model-uri {fp32_uri}", f"latency --model-uri {int8_uri}",
+        f"report --model-uri {int8_uri}", f"verify {fp32_uri}", "promote own-int8",
+    ):  # fmt: skip
+        done = run_qexp(tmp_path, *words.split(), uri=uri)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.code == 2 and "qexp.register" in line and "Traceback" not in done.stderr
 
@@ -325,14 +328,15 @@ def test_examples_of_the_page_run_as_they_stand_there(tmp_path: Path) -> None:
 
 
 def _without(packages: tuple[str, ...], program: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run Python where the import of these packages fails, as it does where they are not installed."""
+    """Run Python where these packages are found as little as they are where they are not installed."""
     block = f"""
 import sys
-class Gone:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {packages!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Gone())
+from importlib.machinery import PathFinder
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {packages!r} else super().find_spec(name, path, target)
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 """
     environment = environment_for(new_store(folder)) | {"PATH": os.environ["PATH"]}
     command = [sys.executable, "-W", "ignore", "-c", block + program]
@@ -354,6 +358,7 @@ for engine in ("pt2e", "onnx"):
 """
 
 
+@pytest.mark.slow
 def test_without_extras_engine_fx_works_and_the_others_name_them(tmp_path: Path) -> None:
     done = _without(EXTRAS, WITHOUT_EXTRAS, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -364,6 +369,7 @@ def test_without_extras_engine_fx_works_and_the_others_name_them(tmp_path: Path)
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gone", "options", "said"),
     [

@@ -36,6 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
+@pytest.mark.slow
 def test_the_wheel_adds_one_top_level_name(wheel: zipfile.ZipFile) -> None:
     """PyPI has another package `entrypoints`, which papermill and altair import."""
     names = wheel.namelist()
@@ -44,6 +45,7 @@ def test_the_wheel_adds_one_top_level_name(wheel: zipfile.ZipFile) -> None:
     assert "qexp = qexp.entrypoints.cli:main_program" in wheel.read(entries).decode()
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_module(wheel: zipfile.ZipFile) -> None:
     modules = {f"qexp/{file.relative_to(REPOSITORY / 'qexp')}" for file in (REPOSITORY / "qexp").rglob("*.py")}
     modules |= {f"qexp/entrypoints/{file.name}" for file in (REPOSITORY / "entrypoints").glob("*.py")}
@@ -51,6 +53,7 @@ def test_the_wheel_has_every_module(wheel: zipfile.ZipFile) -> None:
     assert "qexp/py.typed" in wheel.namelist()
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_wheel_import_only_the_package(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     program = "import sys; sys.argv = ['qexp', '--help']; from qexp.entrypoints.cli import main_program; main_program()"

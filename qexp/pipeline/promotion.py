@@ -95,7 +95,7 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     """
     use_store()
     candidate = _candidate(name, version)
-    uri, fp32_uri = uri_of(candidate), candidate.tags["fp32_uri"]
+    uri, fp32_uri = uri_of(candidate), registry.tag_of(candidate, "fp32_uri")
     if not registry.exists(fp32_uri):
         raise InputError(f"NAME {name}: {uri} was made from {fp32_uri}, which is no longer there")
     champion = version_with(CHAMPION, name)
