@@ -1,4 +1,4 @@
-"""The programs in benchmarks/ start, and what is committed of them is what they write and what README shows."""
+"""The programs in benchmarks/ start, and what is committed of them is what they write."""
 
 import importlib
 import runpy
@@ -9,12 +9,8 @@ from types import ModuleType
 import pytest
 from conftest import REPOSITORY, latency_row
 
-from qexp.files import from_json
-from qexp.measurement.latency import LatencyRow
-from qexp.report.results import Evidence
-
 BENCHMARKS = REPOSITORY / "benchmarks"
-PROGRAMS = ("peers", "recipe", "search", "serving", "training", "classifiers", "execution")
+PROGRAMS = ("peers", "recipe", "search", "serving", "training", "classifiers", "execution", "picture")
 COMMITTED = REPOSITORY / "results" / "peers.json"
 
 
@@ -62,46 +58,6 @@ def test_peers_page_is_that_of_its_figures(
     assert output.with_suffix(".json").read_text() == COMMITTED.read_text()
     assert output.with_suffix(".png").stat().st_size > 10_000
     assert "p50 in ms by batch size" in capsys.readouterr().out
-
-
-def test_readme_shows_the_ratios_of_peers(results: ModuleType) -> None:
-    vgg, small = from_json(tuple[results.Peers, ...], COMMITTED.read_text())
-    readme = (REPOSITORY / "README.md").read_text()
-    for name, found, model in (
-        ("VGG16", vgg, "fx"),
-        ("VGG16, `fold_pool`", vgg, "fx_folded"),
-        ("SmallNet", small, "fx"),
-    ):
-        cells = [_cell(row, results.best_peer(row), model) for row in found.rows]
-        assert f"| {name} | {' | '.join(cells)} |" in readme
-
-
-def _cell(row: LatencyRow, peer: str, model: str) -> str:
-    """As README writes it: in brackets where the noise does not let tell."""
-    text = f"{row.ratio(model, peer).median:.2f}"
-    return text if row.compared(peer, model) else f"({text})"
-
-
-@pytest.mark.parametrize("name", ["vgg16-cifar10", "smallnet-cifar10"])
-def test_readme_shows_the_figures_of_the_real_runs(name: str) -> None:
-    found = from_json(Evidence, (COMMITTED.parent / name / "metrics.json").read_text())
-    drop, (first, *_, last) = found.int8.comparison["test"], found.latency.rows
-    accuracy = [model.accuracy["test"] for model in (found.fp32, found.int8)]
-    low, high = min(found.speedups), max(found.speedups)
-    cells = [
-        *(f"{one.top1_percent:.2f} / {one.top3_percent:.2f}" for one in accuracy),
-        f"{drop.top1_drop_points:.2f} ({drop.top1_drop_low_points:+.2f} to {drop.top1_drop_high_points:+.2f})",
-        f"{found.fp32.size_bytes / 1e6:.2f}",
-        f"{found.int8.size_bytes / 1e6:.2f} ({found.size_ratio:.2f}x smaller)",
-        *(f"{row.stats['fp32'].p50_ms:.2f}" for row in (first, last)),
-        *(
-            f"{row.stats[found.name].p50_ms:.2f} ({row.speedups[found.name].median:.2f}x faster)"
-            for row in (first, last)
-        ),
-        f"{low:.2f}x to {high:.2f}x",
-    ]
-    shown = (REPOSITORY / "README.md").read_text()
-    assert [cell for cell in cells if f"| {cell} |" not in shown] == []
 
 
 def test_a_ratio_below_one_is_faster_than_the_best_peer(results: ModuleType) -> None:

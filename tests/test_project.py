@@ -1,8 +1,7 @@
-"""The project's files agree with each other: dependencies, entry points, options, README, imports."""
+"""The project's files agree with each other: dependencies, entry points, options, imports."""
 
 import ast
 import inspect
-import re
 import runpy
 import shlex
 import sys
@@ -12,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from mlflow.projects.utils import load_project
 
-from entrypoints.cli import COMMANDS, app
+from entrypoints.cli import COMMANDS
 from entrypoints.options import COMMON, fields_of
 
 ENTRY_POINTS = ("main", "train", "quantize", "latency", "search", "report")
@@ -94,35 +93,3 @@ def test_libraries_are_imported_where_they_belong() -> None:
 def test_no_module_shadows_the_standard_library() -> None:
     names = {file.stem for file in (REPOSITORY / "entrypoints").glob("*.py")}
     assert not names & set(sys.stdlib_module_names)
-
-
-def _readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    text = "\n".join(blocks).replace("\\\n", " ")
-    return [line.split("  #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-
-
-def test_readme_shows_make_targets_that_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    shown = {word for line in _readme_commands() if line.startswith("make ") for word in line.split()[1:]}
-    assert {"demo", "test"} <= shown <= targets
-
-
-def test_readme_qexp_commands_have_options_that_exist() -> None:
-    commands = {command.name: command.callback for command in app.registered_commands}
-    lines = [shlex.split(line) for line in _readme_commands() if line.startswith("qexp ")]
-    assert {line[1] for line in lines} == set(commands)
-    for line in lines:
-        options = {f"--{name.replace('_', '-')}" for name in inspect.signature(commands[line[1]]).parameters}
-        assert {word for word in line if word.startswith("--")} <= options | {"--help"}, line
-
-
-def test_readme_mlflow_run_commands_have_parameters_that_exist() -> None:
-    project = load_project(str(REPOSITORY))
-    lines = [shlex.split(line) for line in _readme_commands() if line.startswith("mlflow run")]
-    assert lines
-    for line in lines:
-        entry = project.get_entry_point(line[line.index("-e") + 1])
-        given = {line[at + 1].split("=")[0] for at, word in enumerate(line) if word == "-P"}
-        assert given <= set(entry.parameters), line
-        assert "--env-manager" in line
