@@ -150,7 +150,8 @@ def _decode(file: str, image_size: int, what: str) -> np.ndarray:
         if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
             raise ValueError("is no regular file")
         with Image.open(file, formats=formats()) as opened:
-            image = _with_8_bits(ImageOps.exif_transpose(opened)).convert("RGB")
+            ImageOps.exif_transpose(opened, in_place=True)
+            image = _with_8_bits(opened).convert("RGB")
     except Exception as error:  # of a broken file, each of Pillow's decoders raises what it likes
         raise InputError(f"{what} {file}: {first_line(error)}") from None
     if image.size != (image_size, image_size):
