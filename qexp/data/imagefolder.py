@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -150,7 +150,8 @@ def _decode(file: str, image_size: int, what: str) -> np.ndarray:
         if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
             raise ValueError("is no regular file")
         with Image.open(file, formats=formats()) as opened:
-            ImageOps.exif_transpose(opened, in_place=True)
+            if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # asked first: turning costs, even by nothing
+                ImageOps.exif_transpose(opened, in_place=True)
             image = _with_8_bits(opened).convert("RGB")
     except Exception as error:  # of a broken file, each of Pillow's decoders raises what it likes
         raise InputError(f"{what} {file}: {first_line(error)}") from None
