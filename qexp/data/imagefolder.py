@@ -34,9 +34,10 @@ DECODER = 2  # version of the decoding below, in the caches' names: 2 honours EX
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The image formats that Pillow decodes by itself, by its names for them."""
+    """The image formats that Pillow decodes by itself, by its names for them: the usual ones first, as it tries them."""
     Image.init()
-    return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
+    usual = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+    return (*usual, *sorted(set(Image.OPEN) - NOT_DECODED - set(usual)))
 
 
 @cache
