@@ -34,10 +34,11 @@ DECODER = 2  # version of the decoding below, in the caches' names: 2 honours EX
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The image formats that Pillow decodes by itself, by its names for them: the usual ones first, as it tries them."""
+    """The image formats that Pillow decodes by itself, by its names for them, in the order in which they are tried."""
     Image.init()
-    usual = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-    return (*usual, *sorted(set(Image.OPEN) - NOT_DECODED - set(usual)))
+    able = set(Image.OPEN) - NOT_DECODED
+    usual = [name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF") if name in able]
+    return (*usual, *sorted(able.difference(usual)))
 
 
 @cache
