@@ -10,7 +10,6 @@ from qexp.config import QuantizeConfig
 from qexp.errors import StageError
 from qexp.measurement.accuracy import to_float
 from qexp.quantization import QuantizedModel, quantize_model
-from qexp.quantization.equivalence import sqnr_db
 
 ENGINES = ("fx", "pt2e", "onnx")
 
@@ -35,13 +34,18 @@ def images() -> Tensor:
     return torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def _is_near(found: Tensor, expected: Tensor) -> bool:
+    """The error of 8 bits is below a hundredth of the signal's power; what computes something else is far above it."""
+    return bool((found - expected).square().sum() < 0.01 * expected.square().sum())
+
+
 def _quantized(model: nn.Module, images: Tensor, engine: str) -> QuantizedModel:
     """The int8 model, whose reloaded logits are near those of fp32."""
     quantized = quantize_model(model, images, QuantizeConfig(engine=[engine]), reduce_range=False)
     with torch.no_grad():
-        logits = model(to_float(images))
-        assert sqnr_db(logits, quantized.module(to_float(images))) > 15
-        assert sqnr_db(logits, quantized.reloaded()(to_float(images))) > 15
+        expected = model(to_float(images))
+        assert _is_near(quantized.module(to_float(images)), expected)
+        assert _is_near(quantized.reloaded()(to_float(images)), expected)
     return quantized
 
 
@@ -111,4 +115,4 @@ def test_a_convolution_along_one_axis_reloads(images: Tensor) -> None:
     model = Network(Rows())
     quantized = quantize_model(model, images, options, reduce_range=False)
     with torch.no_grad():
-        assert sqnr_db(model(to_float(images)), quantized.reloaded()(to_float(images))) > 15
+        assert _is_near(quantized.reloaded()(to_float(images)), model(to_float(images)))
