@@ -15,13 +15,14 @@ from torch import Tensor
 from qexp.config import DataConfig, QuantizeConfig
 from qexp.data.duplicates import Duplicates, count_duplicates
 from qexp.data.folders import check_data_dir
-from qexp.data.imagefolder import cached, decode_files, list_folder
+from qexp.data.imagefolder import cached, check_memory, decode_files, list_folder
 from qexp.errors import InputError
 from qexp.extras import extra
 
 DEFAULT_CALIBRATION_SAMPLES = 256
 DIGITS_TEST_SHARE = 0.2
 MAX_NAME_LENGTH = 40
+CIFAR10_IMAGES = 50_000, 10_000  # to train with, to test with
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -173,6 +174,7 @@ def _read_digits(options: DataConfig) -> Read:
         from sklearn.datasets import load_digits
 
     digits = load_digits()
+    check_memory(len(digits.images), options.image_size)
     grey = torch.from_numpy(digits.images / 16.0)[:, None]
     size = (options.image_size, options.image_size)
     enlarged = torch.nn.functional.interpolate(grey, size=size, mode="bilinear", align_corners=False)
@@ -196,13 +198,22 @@ def _read_cifar10(options: DataConfig) -> Read:
     if not folder.is_dir():
         _decode_cifar10(root, options.image_size)
     files = sorted(str(file) for file in folder.iterdir())
-    tensors = cached(root, files, options.image_size, lambda: _decode_cifar10(root, options.image_size))
+    size = options.image_size
+    tensors = cached(root, files, size, lambda: _decode_cifar10(root, size), lambda found: _fits_cifar10(found, size))
     return str(root), CIFAR10_CLASSES, tensors
+
+
+def _fits_cifar10(found: dict[str, Tensor], image_size: int) -> bool:
+    counts: dict[str, int] = {name: len(found[name]) for name in ("train_labels", "test_labels") if name in found}
+    return _fit(found, image_size, counts) and all(
+        found[name].min() >= 0 and found[name].max() < len(CIFAR10_CLASSES) for name in counts
+    )
 
 
 def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
     from qexp.models.vision import torchvision
 
+    check_memory(sum(CIFAR10_IMAGES), image_size)
     try:
         sets = [torchvision.datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a proxy's page, a cut-off file: many kinds of errors, the same ways out
@@ -225,12 +236,29 @@ def _read_imagefolder(options: DataConfig) -> Read:
 
     def read() -> dict[str, Tensor]:
         images = decode_files(flat["train"] + flat["test"], options.image_size)
-        labels = [torch.repeat_interleave(torch.tensor([len(c) for c in files[part]])) for part in ("train", "test")]
         first = len(flat["train"])
-        return _tensors(images[:first], labels[0], images[first:].clone(), labels[1])
+        return _tensors(images[:first], labels["train"], images[first:].clone(), labels["test"])
 
-    tensors = cached(root, flat["train"] + flat["test"], options.image_size, read)
+    def fits(found: dict[str, Tensor]) -> bool:
+        counts = {f"{part}_labels": len(flat[part]) for part in labels}
+        return _fit(found, options.image_size, counts) and all(
+            torch.equal(found[f"{part}_labels"], of_part) for part, of_part in labels.items()
+        )
+
+    labels = {part: torch.repeat_interleave(torch.tensor([len(c) for c in files[part]])) for part in files}
+    tensors = cached(root, flat["train"] + flat["test"], options.image_size, read, fits)
     return str(root), classes, tensors
+
+
+def _fit(found: dict[str, Tensor], image_size: int, counts: dict[str, int]) -> bool:
+    """Whether a cache holds the tensors that `_tensors` names, of their types and shapes; `counts` are of labels."""
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if len(counts) < 2:
+        return False
+    for name, count in counts.items():
+        expected[name] = torch.int64, (count,)
+        expected[name.replace("labels", "images")] = torch.uint8, (count, 3, image_size, image_size)
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == expected
 
 
 def _tensors(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> dict[str, Tensor]:

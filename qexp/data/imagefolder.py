@@ -1,27 +1,50 @@
-"""Images on disk to uint8 tensors: `DIR/train/<class>/*` and `DIR/test/<class>/*`, decoded once, cached beside them."""
+"""Images on disk to uint8 tensors: `DIR/train/<class>/*` and `DIR/test/<class>/*`, decoded once, cached beside them.
+
+Takes folders that anybody made; whatever is in them, the answer is tensors or one line that names the file. Feeds
+datasets.py, and decodes the files of `qexp predict`.
+"""
 
 import hashlib
 import os
+import stat
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qexp.errors import InputError, first_line
-from qexp.measurement.host import read_cpus
+from qexp.measurement.host import free_memory_bytes, read_cpus
 from qexp.progress import say, track
 
 warnings.filterwarnings("ignore", "Palette images with Transparency")  # which is dropped, as intended
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+# What Pillow opens only with the help of another program, or names without decoding.
+NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+DECODER = 2  # version of the decoding below, in the caches' names: 2 honours EXIF orientations
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The image formats that Pillow decodes by itself, by its names for them, in the order in which they are tried."""
+    Image.init()
+    able = set(Image.OPEN) - NOT_DECODED
+    usual = [name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF") if name in able]
+    return (*usual, *sorted(able.difference(usual)))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of these formats, in small letters."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
 
 
 def list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, list[list[str]]]]:
@@ -44,27 +67,76 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, list[list[str]]]
 
 def _class_names(root: Path, part: str) -> list[str]:
     folder = root / part
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith("."))
+    for name in names:
+        if not _is_text(name):
+            shown = os.fsencode(name).decode(errors="backslashreplace")
+            raise InputError(f"--data-dir {root}: the name of class folder {part}/{shown} is not UTF-8; rename it")
+    return names
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        raise InputError(f"--data-dir: {entry.path}: cannot be read ({error.strerror})") from None
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _class_files(folder: Path) -> list[str]:
-    """Image files of one class, sub-folders included, in the same order on every machine."""
-    found = []
-    for top, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk goes into what is left here
+    """Image files of one class, sub-folders and links to folders included, in the same order on every machine."""
+    found, entered = [], set()
+    for top, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(top)
+        if (status.st_dev, status.st_ino) in entered:  # by a link that leads back, or two to one folder
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # os.walk goes into what is left here
         found += [os.path.join(top, name) for name in names if not name.startswith(".")]
-    images = sorted(file for file in found if os.path.splitext(file)[1].lower() in SUFFIXES)
+    images = sorted(filter(_is_image, found))
+    if skipped := Counter(os.path.splitext(file)[1] or "no suffix" for file in set(found).difference(images)):
+        kinds = ", ".join(f"{count} with {kind}" for kind, count in sorted(skipped.items()))
+        say(f"class {folder.name}: {skipped.total()} files of {folder} are skipped, which are no images: {kinds}")
     if not images:
         raise InputError(f"--data-dir: class {folder.name} is empty: no image in {folder}")
     return images
+
+
+def _is_image(file: str) -> bool:
+    """By its suffix, or, without one, by its first bytes. What is named as an image and is no file is refused."""
+    suffix = os.path.splitext(file)[1].lower()
+    if suffix not in suffixes() and suffix:
+        return False
+    with suppress(OSError):  # decoding says what is wrong with a link that leads nowhere
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            if suffix:
+                raise InputError(f"--data-dir: {file}: is no regular file")
+            return False
+    if suffix:
+        return True
+    try:
+        with Image.open(file, formats=formats()):
+            return True
+    except Exception:  # of what is no image, each of Pillow's decoders raises what it likes
+        return False
 
 
 def decode_files(files: Sequence[str], image_size: int, what: str = "--data-dir: broken image") -> Tensor:
     """Decode to RGB, uint8 [N, 3, image_size, image_size]; another size is resized (bilinear, antialiased, uncropped).
 
     Raises:
-        InputError: a file is no image or is cut off; the message begins with `what` and names it.
+        InputError: a file is no image or is cut off (the message begins with `what` and names it), or the memory does
+            not hold so many images.
     """
+    check_memory(len(files), image_size)
     images = np.empty((len(files), 3, image_size, image_size), dtype=np.uint8)
     with ThreadPoolExecutor(read_cpus().most_busy) as pool:  # PIL lets go of the interpreter lock while it decodes
         decoded = pool.map(partial(_decode, image_size=image_size, what=what), files, chunksize=256)
@@ -75,7 +147,11 @@ def decode_files(files: Sequence[str], image_size: int, what: str = "--data-dir:
 
 def _decode(file: str, image_size: int, what: str) -> np.ndarray:
     try:
-        with Image.open(file) as opened:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
+            raise ValueError("is no regular file")
+        with Image.open(file, formats=formats()) as opened:
+            if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # asked first: turning costs, even by nothing
+                ImageOps.exif_transpose(opened, in_place=True)
             image = _with_8_bits(opened).convert("RGB")
     except Exception as error:  # of a broken file, each of Pillow's decoders raises what it likes
         raise InputError(f"{what} {file}: {first_line(error)}") from None
@@ -91,15 +167,35 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
+def check_memory(count: int, image_size: int) -> None:
+    """Raise InputError unless the memory holds so many images twice: all of them, and the parts that they are split
+    into."""
+    need, free = 2 * count * 3 * image_size**2, free_memory_bytes()
+    if free is not None and need > free:
+        raise InputError(
+            f"--image-size {image_size}: {count:,} images need {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            "are free; use fewer images or a smaller size"
+        )
+
+
 def cached(
-    root: Path, files: Sequence[str], image_size: int, read: Callable[[], dict[str, Tensor]]
+    root: Path,
+    files: Sequence[str],
+    image_size: int,
+    read: Callable[[], dict[str, Tensor]],
+    fits: Callable[[dict[str, Tensor]], bool],
 ) -> dict[str, Tensor]:
-    """What `read` returns, from the cache in `root` when the files' names, sizes and times are those of last time."""
+    """What `read` returns, from the cache in `root` when the files' names, sizes and times are those of last time.
+
+    Args:
+        fits: whether the tensors of a cache can be those of these files.
+    """
     cache = root / f".qexp-cache-{image_size}px-{_fingerprint(root, files)}.safetensors"
-    try:
-        return load_file(cache)
-    except (FileNotFoundError, SafetensorError):
-        tensors = read()
+    with suppress(OSError, SafetensorError, ValueError):
+        tensors = load_file(cache)
+        if fits(tensors):
+            return tensors
+    tensors = read()
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
         for stale in root.glob(f".qexp-cache-{image_size}px-*.safetensors"):
@@ -121,4 +217,4 @@ def _fingerprint(root: Path, files: Sequence[str]) -> str:
     except OSError as error:
         raise InputError(f"--data-dir: cannot read {error.filename}: {error.strerror}") from None
     lines = "\n".join(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}" for name, facts in status)
-    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256(f"{DECODER}\n{lines}".encode(errors="surrogateescape")).hexdigest()[:16]

@@ -122,10 +122,23 @@ def throttled_s(root: Path = Path("/")) -> float:
     return sum(unit_s[name] * int(value) for name, value in lines if name in unit_s)
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, bool]]:
+def free_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process can still take: what the system has available, and no more than its control groups
+    leave it. None where the kernel does not say."""
+    lines = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
+    found = [1024 * int(lines["MemAvailable"].split()[0])] if "MemAvailable" in lines else []
+    for group, is_v2 in _groups(root, "memory"):
+        names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_read(group / name) for name in names)
+        if limit.isdigit() and used.isdigit():  # not "max"
+            found.append(max(0, int(limit) - int(used)))
+    return min(found, default=None)
+
+
+def _groups(root: Path, controller: str = "cpu") -> Iterator[tuple[Path, bool]]:
     """The folders of the control groups that this process is in, outer ones first; and whether each is version 2."""
-    for mount_root, mount_point, is_v2 in _cgroup_mounts(_read(root / "proc/self/mountinfo")):
-        path = _path_of_group(_read(root / "proc/self/cgroup"), is_v2)
+    for mount_root, mount_point, is_v2 in _cgroup_mounts(_read(root / "proc/self/mountinfo"), controller):
+        path = _path_of_group(_read(root / "proc/self/cgroup"), is_v2, controller)
         if path is None:
             continue
         below = PurePosixPath(path)
@@ -137,23 +150,24 @@ def _groups(root: Path) -> Iterator[tuple[Path, bool]]:
             yield top.joinpath(*parts[:depth]), is_v2
 
 
-def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, str, bool]]:
-    """Of each mount that may hold CPU limits: the group at its top, the mount point, and whether it is version 2."""
+def _cgroup_mounts(mountinfo: str, controller: str) -> Iterator[tuple[str, str, bool]]:
+    """Of each mount that may hold limits of this kind: the group at its top, the mount point, and whether it is
+    version 2."""
     for line in mountinfo.splitlines():
         fields, _, after = line.partition(" - ")
         kind, _, options = [*after.split(), "", "", ""][:3]
         group, point = (field.replace("\\040", " ") for field in [*fields.split(), *[""] * 5][3:5])
         if kind == "cgroup2":
             yield group, point, True
-        elif kind == "cgroup" and "cpu" in options.split(","):
+        elif kind == "cgroup" and controller in options.split(","):
             yield group, point, False
 
 
-def _path_of_group(cgroup: str, is_v2: bool) -> str | None:
+def _path_of_group(cgroup: str, is_v2: bool, controller: str) -> str | None:
     """The path of this process's group from lines `ID:CONTROLLERS:PATH`; version 2 has ID 0 and no controllers."""
     for line in cgroup.splitlines():
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if (number == "0" and not controllers) if is_v2 else "cpu" in controllers.split(","):
+        if (number == "0" and not controllers) if is_v2 else controller in controllers.split(","):
             return path
     return None
 

@@ -4,6 +4,7 @@ Takes an fp32 module and calibration images, gives a `QuantizedModel`. An engine
 what it needs may not be installed.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -72,6 +73,8 @@ def quantize_model(
     layers = list(dict.fromkeys([*_layer_names(model), *_layer_names(source)]))  # and attention's first projections
     made = ENGINES[engine](source, calibration_images, options, reduce_range)
     missing = [name for name in layers if name not in made.int8_layers]
+    unused = _unused_layers(model, missing, to_float(calibration_images[:1]))
+    layers, missing = ([name for name in names if name not in unused] for names in (layers, missing))
     result = QuantizeResult(
         engine=engine,
         backend=made.backend,
@@ -80,7 +83,7 @@ def quantize_model(
         reduce_range=reduce_range,
         calibration_images=len(calibration_images),
         int8_layers=tuple(name for name in layers if name in made.int8_layers),
-        float_layers=tuple(dict.fromkeys([*missing, *made.float_layers])),
+        float_layers=tuple(dict.fromkeys([*missing, *(name for name in made.float_layers if name not in unused)])),
         duration_s=time.monotonic() - started,
         load_backend=made.load_backend,
         kept_layers=kept,
@@ -106,6 +109,24 @@ def check_layer_names(network: nn.Module, kept: Sequence[str]) -> None:
 
 def _layer_names(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+def _unused_layers(network: nn.Module, names: Sequence[str], images: Tensor) -> set[str]:
+    """Of these layers, those that `forward` never uses: no logit becomes NaN when their weights are."""
+    modules, unused = dict(network.named_modules()), set()
+    with torch.no_grad():
+        for name in names:
+            weight = modules[name]._parameters.get("weight") if name in modules else None
+            if weight is None:  # it is computed from others, or the layer is one that the clean-up has made
+                continue
+            kept = weight.clone()
+            try:
+                weight.fill_(math.nan)
+                if not network(images).isnan().any():
+                    unused.add(name)
+            finally:
+                weight.copy_(kept)
+    return unused
 
 
 def _refuse_float_layers(result: QuantizeResult) -> None:

@@ -82,7 +82,17 @@ def _copied(model: nn.Module) -> nn.Module:
             same = isinstance(module, kind) and own.forward is kind.forward and own.__call__ is kind.__call__
             if same and getattr(own, "_conv_forward", None) is getattr(kind, "_conv_forward", None):
                 module.__class__ = kind
+        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+            _pad_by_numbers(module)
     return copied
+
+
+def _pad_by_numbers(convolution: nn.Conv2d) -> None:
+    """Make `padding="same"` or "valid" the numbers that it stands for, which the engines want; where it is not the same
+    before and after the map, it stays."""
+    left, right, top, bottom = convolution._reversed_padding_repeated_twice
+    if (left, top) == (right, bottom):
+        convolution.padding = (top, left)
 
 
 def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:

@@ -6,7 +6,7 @@ Method: https://docs.pytorch.org/docs/2.13/quantization.html (post-training stat
 import copy
 import operator
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +77,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     example, limits = to_float(images[:2]), {}
     batches = list(calibration_batches(images, options.calibration_batch_size))
     expected = _logits_before(model, batches[0])
+    _refuse_hooks(model, batches[0], expected)
     if isinstance(model, fx.GraphModule):
         model = fx.GraphModule(model, copy.deepcopy(model.graph))  # its operations change, and not those of the caller
         _hide_float_operations(model, example, options.keep_fp32 or ())
@@ -99,6 +100,29 @@ def _logits_before(model: nn.Module, images: Tensor) -> Tensor:
             return model.eval()(to_float(images))
     except Exception as error:  # whatever the model's own code raises
         raise StageError(f"engine fx cannot quantize this model: {with_place(error)}") from error
+
+
+def _refuse_hooks(model: nn.Module, images: Tensor, expected: Tensor) -> None:
+    """Raise StageError where forward hooks change the logits: torch.ao's int8 modules take the place of those that have
+    them. Hooks that only watch are no matter, nor those that set weights, which are set by now."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    hooked = [name for name, module in model.named_modules() if any(getattr(module, kind) for kind in hooks)]
+    if not hooked:
+        return
+    before = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in hooks]
+    try:
+        for module, kind, _ in before:
+            setattr(module, kind, OrderedDict())
+        found = _logits_before(model, images)
+    finally:
+        for module, kind, its in before:
+            setattr(module, kind, its)
+    if not same_logits(expected, found):
+        names = ", ".join(name or "the model" for name in hooked)
+        raise StageError(
+            f"engine fx cannot quantize this model: it would drop the forward hooks of {names}, which change the "
+            "logits; compute in `forward` what they do, or use engine onnx"
+        )
 
 
 def saturating_layers(model: nn.Module, options: QuantizeConfig) -> tuple[str, ...]:
@@ -135,11 +159,19 @@ def _hide_float_operations(model: fx.GraphModule, example: Tensor, kept: Sequenc
         if any(user in served or layers[user] is False for user in node.users):
             served.add(node)
     between = between_kept((node, node.all_input_nodes, stays) for node, stays in layers.items())
-    for node in [node for node, stays in layers.items() if stays is None and (node in between or node not in served)]:
+    for node, stays in layers.items():
+        if stays is not None or not (node in between or node not in served or _is_prelu(node, modules)):
+            continue
         if isinstance(node.meta.get("tensor_meta"), TensorMetadata) and node.op in CALLS:  # not a size, not a tuple
             model.add_submodule(f"{node.name}_fp32", Float(CALLS[node.op](node.target, modules)))
             node.op, node.target = "call_module", f"{node.name}_fp32"
     model.recompile()
+
+
+def _is_prelu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """A PReLU with a weight a channel, for which torch has no int8 kernel."""
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return isinstance(module, nn.PReLU) and module.num_parameters > 1
 
 
 def _fuse_limits(model: fx.GraphModule, kept: Sequence[str]) -> dict[str, float]:

@@ -6,6 +6,7 @@ its own histogram methods keep all activations of all images in memory.
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _quantize(
     _multiply_last_convolutions(graph.graph)
     graph = onnx.shape_inference.infer_shapes(graph)
     onnx.save(graph, prepared)
-    products = _products(graph, {node.name: _layer_of(node) for node in onnx.load(exported).graph.node})
+    products = _products(graph, _layers_of(onnx.load(exported).graph.node))
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
     kept |= _between(graph, products, kept)
@@ -243,14 +244,27 @@ def _input_channels(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]
     return int(shape[1] if given.get("transB", 0) else shape[0])
 
 
-def _layer_of(node: onnx.NodeProto) -> str:
-    """The qualified name of the module that a node was exported from, the node's own where none is known."""
-    weights = [name for name in node.input[1:2] if name.endswith(".weight")]
-    if weights:
-        return weights[0].removesuffix(".weight")
+def _layers_of(nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
+    """By the name of each exported node, the qualified name of its module; the node's own where none is known.
+
+    A weight's name says which module it is of, unless several modules share it.
+    """
+    weights = {node.name: next((name for name in node.input[1:2] if name.endswith(".weight")), "") for node in nodes}
+    used = Counter(weights.values())
+    return {
+        node.name: weight.removesuffix(".weight")
+        if (weight := weights[node.name]) and used[weight] == 1
+        # A layer that is called several times has one name in both.
+        else _scope_of(node) or weight.removesuffix(".weight") or node.name
+        for node in nodes
+    }
+
+
+def _scope_of(node: onnx.NodeProto) -> str:
+    """The qualified name of the module in whose forward a node was exported."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
     names: Sequence[str] = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
-    return (names[-2] if len(names) > 1 else "") or node.name
+    return names[-2] if len(names) > 1 else ""
 
 
 def _int8_nodes(quantized: Path, optimized: Path) -> set[str]:

@@ -1,0 +1,180 @@
+"""Folders of images as people have them: links, pipes, odd names, photographs on their side, damaged caches."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from qexp.config import DataConfig
+from qexp.data import imagefolder
+from qexp.data.datasets import Dataset, load_dataset
+from qexp.data.imagefolder import decode_files, list_folder
+from qexp.errors import InputError
+from qexp.measurement.host import free_memory_bytes
+
+ORIENTATION = 0x0112  # of EXIF's tags
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    root = tmp_path / "pets"
+    for part, count in (("train", 4), ("test", 2)):
+        for red, name in ((200, "cat"), (10, "dog")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (red, number, 30)).save(root / part / name / f"{number}.png")
+    return root
+
+
+def _load(root: Path) -> Dataset:
+    options = DataConfig(dataset="imagefolder", data_dir=str(root), image_size=8, validation_share=0.25)
+    return load_dataset(options, seed=0)
+
+
+def _refusal(root: Path) -> str:
+    with pytest.raises(InputError) as refused:
+        _load(root)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def _count(root: Path) -> int:
+    return sum(len(files) for of_part in list_folder(root)[1].values() for files in of_part)
+
+
+def test_linked_folders_are_followed_once(pets: Path, tmp_path: Path) -> None:
+    more = tmp_path / "elsewhere"
+    more.mkdir()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(more / "far.png")
+    (pets / "train" / "cat" / "linked").symlink_to(more, target_is_directory=True)
+    (more / "again").symlink_to(more, target_is_directory=True)  # a circle
+    (pets / "train" / "cat" / "twice").symlink_to(more, target_is_directory=True)
+    assert _count(pets) == 12 + 1
+
+
+def test_a_class_that_links_to_itself_is_named(pets: Path) -> None:
+    (pets / "train" / "loop").symlink_to("loop")
+    assert "train/loop: cannot be read" in _refusal(pets)
+
+
+def test_a_class_whose_name_is_not_utf8_is_named(pets: Path) -> None:
+    for part in ("train", "test"):
+        os.mkdir(os.fsencode(pets / part) + b"/caf\xe9")
+    assert r"class folder train/caf\xe9 is not UTF-8" in _refusal(pets)
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.jpeg"])
+def test_a_pipe_is_refused_and_not_waited_for(pets: Path, name: str) -> None:
+    os.mkfifo(pets / "train" / "cat" / name)
+    assert f"{name}: is no regular file" in _refusal(pets)
+
+
+def test_a_pipe_given_to_predict_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "photo.jpg")
+    problems: list[str] = []
+
+    def decode() -> None:
+        try:
+            decode_files([str(tmp_path / "photo.jpg")], 8)
+        except InputError as error:
+            problems.append(str(error))
+
+    thread = threading.Thread(target=decode, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert problems and "is no regular file" in problems[0]
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".avif", ".webp", ".tga", ""])
+def test_what_pillow_decodes_is_read(pets: Path, suffix: str) -> None:
+    kind = {".avif": "avif", ".webp": "webp", ".tga": "tga"}.get(suffix, "jpeg")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(pets / "train" / "cat" / f"extra{suffix}", kind)
+    assert _count(pets) == 12 + 1 and len(_load(pets).train) + len(_load(pets).validation) == 8 + 1
+
+
+def test_what_is_skipped_is_counted_and_said(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("notes.txt", "more.txt", "README", "Thumbs.db"):
+        (pets / "train" / "dog" / name).write_text("no image")
+    assert _count(pets) == 12
+    said = capsys.readouterr().err
+    assert "class dog: 4 files" in said and "1 with .db, 2 with .txt, 1 with no suffix" in said
+
+
+def test_no_other_program_is_started_to_decode(pets: Path) -> None:
+    """PostScript would be given to Ghostscript."""
+    (pets / "train" / "cat" / "bad.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    assert "bad.png: cannot identify image file" in _refusal(pets) and ".eps" not in imagefolder.suffixes()
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(3, 2), (6, 3), (8, 1)])
+def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int, turned: int) -> None:
+    """Orientation 6 means: turn by 90 degrees clockwise to show it."""
+    upright = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = torch.rot90(upright, -turned, (0, 1))
+    Image.fromarray(stored.numpy()).save(tmp_path / "side.png", exif=exif)
+    assert torch.equal(decode_files([str(tmp_path / "side.png")], 8)[0], upright.permute(2, 0, 1))
+
+
+def _cache(root: Path) -> Path:
+    (file,) = root.glob(".qexp-cache-*.safetensors")
+    return file
+
+
+@pytest.mark.parametrize("damage", ["keys", "shapes", "types", "labels", "folder"])
+def test_a_cache_that_is_not_that_of_the_files_is_not_used(pets: Path, damage: str) -> None:
+    before = _load(pets)
+    file = _cache(pets)
+    tensors = load_file(file)
+    if damage == "keys":
+        tensors.pop("test_labels")
+    if damage == "shapes":
+        tensors["test_images"] = tensors["test_images"][:1].clone()
+    if damage == "types":
+        tensors["train_images"] = tensors["train_images"].float()
+    if damage == "labels":
+        tensors["train_labels"] = tensors["train_labels"].flip(0).clone()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    else:
+        save_file(tensors, file)
+    assert _load(pets).digest == before.digest
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imagefolder, "free_memory_bytes", lambda: 2 * 12 * 3 * 8**2 - 1)
+    assert _refusal(pets).startswith("--image-size 8: 12 images need 0.0 GB of memory, and 0.0 GB are free")
+
+
+def test_digits_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagefolder, "free_memory_bytes", lambda: 10**9)
+    with pytest.raises(InputError, match=r"--image-size 1024: 1,797 images need 11.3 GB"):
+        load_dataset(DataConfig(dataset="digits", image_size=1024), seed=0)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_that_of_the_control_group(tmp_path: Path, version: int) -> None:
+    """Files laid out as the kernel does."""
+    proc = tmp_path / "proc/self"
+    proc.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    assert free_memory_bytes(tmp_path) == 5_120_000
+    kind, options = ("cgroup2", "rw") if version == 2 else ("cgroup", "rw,memory")
+    (proc / "mountinfo").write_text(f"30 29 0:26 / /sys/fs/cgroup rw - {kind} cgroup {options}\n")
+    (proc / "cgroup").write_text("0::/job\n" if version == 2 else "5:memory:/job\n")
+    group = tmp_path / "sys/fs/cgroup/job"
+    group.mkdir(parents=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, value in zip(names, ("3000000", "1000000"), strict=True):
+        (group / name).write_text(f"{value}\n")
+    assert free_memory_bytes(tmp_path) == 2_000_000
+    (group / names[0]).write_text("max\n" if version == 2 else "9223372036854771712\n")
+    assert free_memory_bytes(tmp_path) == 5_120_000
