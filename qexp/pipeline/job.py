@@ -91,6 +91,7 @@ class Job:
             found = self._found_before(name, note, read, resume, then)
             if found is not None and holds(found):
                 return found
+        say(f"{name}: {note.replace('`', '')}")
         with self._run(name, note, resume) as run_id:
             folder = self._folder(name, run_id)
             tracking.log_setup(config, self.host)
