@@ -154,7 +154,7 @@ def _view() -> str:
     # Pixels: columns are too narrow for their names otherwise.
     state |= {
         "columnOrder": VIEW_COLUMNS,
-        "columnWidths": {name: max(170, 7 * len(name) - 30) for name in VIEW_COLUMNS},
+        "columnWidths": {name: max(190, 7 * len(name) - 30) for name in VIEW_COLUMNS},
     }
     return json.dumps({"name": "Verdicts", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
