@@ -17,7 +17,7 @@ FIRST_OF_EPOCH = "train/loss"
 LAST_OF_TRAINING = "parameters"  # of what a training logs: with it, only the run's end can be missing
 OF_COMPARISON = ("top1_drop", "top3_drop", "agreement", "only_")  # begin the names of what compares on test images
 HEADLINE = (  # of an evidence's headline, what the table of runs shows of a job
-    "fp32_top1_percent", "int8_top1_percent", "top1_drop_points", "size_ratio", "mean_speedup", "smallest_speedup",
+    "mean_speedup", "top1_drop_points", "int8_top1_percent", "size_ratio", "smallest_speedup", "fp32_top1_percent",
 )  # fmt: skip
 
 

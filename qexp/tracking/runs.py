@@ -153,7 +153,10 @@ def _view() -> str:
     now = round(1000 * time.time())
     state: dict[str, Any] = {"searchFilter": "tags.`qexp.stage` = 'main'", "selectedColumns": VIEW_COLUMNS}
     # Pixels: columns are too narrow for their names otherwise.
-    state |= {"columnOrder": VIEW_COLUMNS, "columnWidths": {name: 60 + 5 * len(name) for name in VIEW_COLUMNS}}
+    state |= {
+        "columnOrder": VIEW_COLUMNS,
+        "columnWidths": {name: max(190, 7 * len(name) - 30) for name in VIEW_COLUMNS},
+    }
     return json.dumps({"name": "Verdicts", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 

@@ -16,7 +16,7 @@ from servers import start_server
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,1000"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=2200,1000"
 ).split()
 SCREENSHOTS = REPOSITORY / "build" / "screenshots"
 PATIENCE_S = 90  # a busy machine draws slowly

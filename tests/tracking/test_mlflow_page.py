@@ -19,7 +19,7 @@ def _rows(heading: str) -> list[list[str]]:
     """Cells of the table below a heading."""
     section = re.split(r"^#+ ", PAGE.split(f"# {heading}\n", 1)[1], flags=re.MULTILINE)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def _named(heading: str, *words: str) -> tuple[set[str], set[str]]:
