@@ -324,7 +324,7 @@ def test_examples_of_the_page_run_as_they_stand_there(tmp_path: Path) -> None:
     assert "models:/digits-own-fp32/1 models:/digits-own-int8/1" in done.stdout and "not verified" not in done.stderr
     assert "must be in [0, 1], and are from 0 to 255" in done.stdout
     top1 = re.search(r"^fp32 +([\d.]+) ", done.stdout, re.MULTILINE)
-    assert top1 and float(top1[1]) > 80
+    assert top1 and float(top1[1]) > 75
 
 
 def _without(packages: tuple[str, ...], program: str, folder: Path) -> "subprocess.CompletedProcess[str]":
