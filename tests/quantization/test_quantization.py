@@ -283,8 +283,13 @@ class _Limited(nn.Module):
         return self.limit(self.last(F.relu6(self.two(self.limit(self.one(images)))).mean((2, 3))))
 
 
-@pytest.mark.parametrize("kept", [None, ["two"], ["one"], ["last"]])
-@pytest.mark.parametrize("observer", ["minmax", "histogram", "percentile", "moving_average"])
+@pytest.mark.parametrize(
+    ("kept", "observer"),
+    [
+        *((None, observer) for observer in ("minmax", "histogram", "percentile", "batch_average")),
+        *(([layer], "histogram") for layer in ("one", "two", "last")),
+    ],
+)
 def test_relu6_is_the_end_of_the_range(
     kept: list[str] | None, observer: str, images: Tensor, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
