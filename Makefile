@@ -8,7 +8,7 @@ ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" MLFLOW_DISABLE_TELEMETRY=true
 # MLflow's own default quotes the path: in one with a space, it would make a second folder with %20 in its name.
 STORE := MLFLOW_TRACKING_URI="sqlite:///$(CURDIR)/mlflow.db"
 
-.PHONY: help setup demo test test-quick test-long test-lowest generate lock docs lint ui server clean
+.PHONY: help setup demo test test-quick test-long test-lowest generate golden lock docs lint ui server clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup  ## train SmallNet on digits, quantize, measure, register: report/report.html and make ui show the result
-	$(ENV) $(STORE) mlflow run . --env-manager local -e main --experiment-name qexp-digits -P output_dir=report
+	$(ENV) $(STORE) mlflow run . --env-manager local -e main --experiment-name qexp-digits -P quick=true -P output_dir=report
 	@echo 'the report: report/report.html; the runs and models: make ui'
 
 # Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
@@ -45,8 +45,11 @@ $(LOWEST): $(STAMP)
 	.venv/bin/python .ci/lowest.py .venv-lowest
 	touch $(LOWEST)
 
-generate: setup  ## write config.yaml and MLproject from the options
+generate: setup  ## write config.yaml, MLproject and docs/reference/options.md from the options
 	$(ENV) PYTHONPATH=. python .ci/generate.py
+
+golden: setup  ## write the reports that the tests compare with anew, tests/report/golden/
+	$(ENV) UPDATE_GOLDEN=1 python -m pytest --quiet tests/report/test_golden.py
 
 lock: setup  ## write constraints.txt and conda.yaml from the versions in .venv
 	$(ENV) python .ci/lock.py
