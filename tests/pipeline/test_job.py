@@ -121,7 +121,7 @@ def test_a_stage_alone_is_a_run_at_the_top_and_leaves_no_folder(host: Host, resu
     assert _stage(Job(host), lambda folder: result) == result
     (run,) = mlflow.MlflowClient().search_runs(["1"])
     assert run.info.status == "FINISHED" and "mlflow.parentRunId" not in run.data.tags
-    assert run.data.params["train.epochs"] and not Path("checkpoints").exists()
+    assert tracking.read_config(run.info.run_id) == Config() and not Path("checkpoints").exists()
 
 
 def test_a_model_that_cannot_be_registered_takes_no_other_with_it(host: Host) -> None:
