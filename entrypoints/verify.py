@@ -14,7 +14,7 @@ Uri = Annotated[str, typer.Argument(help="registered version: models:/NAME/VERSI
 
 @with_options("threads", "data_dir")
 def verify(config: Config, *, uri: Uri) -> dict[str, Any]:
-    """Load a registered version in a bare process, measure it on the test images again, and compare with its tags."""
+    """Load a registered version in a clean subprocess, measure it on the test images, and compare with its tags."""
     from qexp.pipeline.verify import run_verify
 
     return run_verify(config, uri)

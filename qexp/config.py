@@ -116,7 +116,8 @@ class QuantizeConfig(BaseModel):
     model_config = STRICT
     engine: Engines = Field(["fx"], description="quantization engines, side by side: fx, pt2e, onnx")
     backend: Literal["x86", "onednn"] | None = Field(
-        None, description="int8 kernels of engine fx; auto: the faster ones, as measured (a plain load uses x86)"
+        None,
+        description="int8 kernels of engine fx; auto: the faster ones, as measured (torch alone takes x86)",
     )
     calibration_samples: int | None = Field(
         None, ge=1, description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer"

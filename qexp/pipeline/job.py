@@ -83,7 +83,7 @@ class Job:
             config: what it is told to do.
             work: computes the result; it gets the folder for files that belong to it.
             read: the result that a finished run has logged.
-            resume: the run in which `work` goes on where it was stopped, if it has begun.
+            resume: the run in which `work` was stopped, and resumes, if it has begun.
             holds: whether an earlier result still is one; if not, it is computed anew. None: it always is.
             then: what follows in the same run, once the result is uploaded.
         """

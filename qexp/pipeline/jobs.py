@@ -105,8 +105,8 @@ def _trained_by_others(
 
 
 def train_stage(job: Job, setup: Setup, resume: str | None = None) -> Fp32:
-    """An fp32 version of the registry, trained now, or before the job was stopped. Without a run of the job, it is the
-    run `resume` that goes on, if one is named."""
+    """An fp32 version of the registry, trained now or before the job was stopped. `resume` is the run of a training to
+    resume where the job has no run of its own."""
     config, host, dataset = setup
     log = TrainingLog(config, host)
     name = f"train-{config.model}"
@@ -227,7 +227,7 @@ def latency_stage(job: Job, config: Config, fp32_uri: str, engines: dict[str, st
         config,
         work,
         read=lambda run_id: tracking.read_result(LatencyEvidence, run_id, "latency"),
-        holds=lambda found: set(found.contenders) == set(engines),
+        holds=lambda found: set(found.names) == set(engines),
     )
 
 

@@ -145,7 +145,7 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
     own = uri_of(found)
     judged = []
-    for timed in sorted(latency.contenders, key=lambda other: other != own):  # the one that was asked for comes first
+    for timed in sorted(latency.names, key=lambda other: other != own):  # the one that was asked for comes first
         try:
             version = registry.find_version(timed, "int8")
         except InputError:  # one that was timed beside it has been deleted since: its times stay in the table

@@ -1,4 +1,4 @@
-"""A registered version loaded in a bare process, measured again, and held against what its tags say."""
+"""A registered version loaded in a clean subprocess, measured again, and held against what its tags say."""
 
 from math import ceil
 from typing import Any
@@ -19,7 +19,7 @@ OTHER_CPU_SHARE = 0.002  # of the images: int8 kernels of other instructions rou
 
 
 def run_verify(config: Config, uri: str) -> dict[str, Any]:
-    """Load the version `uri` in a bare process, measure its accuracy on the test images again, and compare.
+    """Load the version `uri` in a clean subprocess, measure its accuracy on the test images again, and compare.
 
     Raises:
         InputError: the version does not exist or is not ours, or the data are not those that it was made with.
@@ -34,7 +34,7 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     dataset = load_dataset(config.data, config.seed)
     check_data(uri, dataset, found.tags["kind"])
     with checked_copy(found) as copy:
-        say(f"{uri}: {len(dataset.test)} test images in a bare process, {host.threads} threads")
+        say(f"{uri}: {len(dataset.test)} test images in a clean subprocess, {host.threads} threads")
         try:
             logits = bare_logits(str(copy), dataset.test.images, registry.child_environment(host.threads))
         except StageError as error:

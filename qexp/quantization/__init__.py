@@ -28,7 +28,7 @@ from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResul
 __all__ = ["KERNELS", "LOADED_WITHOUT_PICKLE", "QuantizedModel", "quantize_model"]
 
 Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], EngineResult]
-# What `torch.backends.quantized.engine` may be at load, that of a plain load first; None: it does not matter.
+# What `torch.backends.quantized.engine` may be at load, the default first; None: it does not matter.
 KERNELS: dict[str, tuple[str | None, ...]] = {"fx": fx.KERNELS, "pt2e": (None,), "onnx": (None,)}
 LOADED_WITHOUT_PICKLE = ("onnx",)  # engines whose versions MLflow loads where it is told not to open pickles
 

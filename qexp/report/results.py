@@ -6,7 +6,9 @@ are stored as JSON: what earlier versions have stored must still be readable, so
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, Field
 
 from qexp.config import GateConfig
 from qexp.data.duplicates import Duplicates
@@ -118,12 +120,12 @@ class Bf16Evidence:
 class LatencyEvidence:
     """The latency sweep of registered versions and the machine that it ran on.
 
-    `contenders` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
+    `names` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
     there where that baseline was timed by a job that had the test images.
     """
 
     fp32_uri: str
-    contenders: dict[str, tuple[str, ...]]
+    names: Annotated[dict[str, tuple[str, ...]], Field(validation_alias=AliasChoices("names", "contenders"))]
     latency: LatencyResult
     host: Host
     run_id: str
@@ -132,12 +134,12 @@ class LatencyEvidence:
     @property
     def floats(self) -> tuple[str, ...]:
         """The names in the table that are not int8."""
-        int8 = {name for names in self.contenders.values() for name in names}
+        int8 = {name for names in self.names.values() for name in names}
         return tuple(name for name in self.latency.rows[0].stats if name not in int8)
 
     def name_of(self, uri: str) -> str:
         """The model of the table that stands for an int8 version: with the kernels that `qexp.load` gives."""
-        return self.contenders[uri][0]
+        return self.names[uri][0]
 
     def fair_floats(self, limits: GateConfig) -> tuple[str, ...]:
         """What int8 is compared with: every model that is not int8, bf16 only if it keeps the limits on accuracy."""

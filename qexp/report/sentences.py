@@ -168,7 +168,7 @@ def explained(evidence: Evidence) -> dict[str, str]:
     """What each model of the sweep is, by its name in the latency table."""
     found = {name: FLOATS[name] for name in evidence.latency.rows[0].stats if name in FLOATS}
     engines = {judged.int8.version_uri: judged.int8.quantize.engine for judged in evidence.versions}
-    for uri, names in evidence.measured.contenders.items():
+    for uri, names in evidence.measured.names.items():
         engine = engines.get(uri)
         made = f", quantized by engine {engine} ({ENGINES[engine]})" if engine in ENGINES else ""
         for name in names:
@@ -418,7 +418,7 @@ def _saved(evidence: Evidence) -> list[str]:
 
 def _kernels(evidence: Evidence) -> list[str]:
     """Which of several int8 kernels of the chosen version are used, and why."""
-    names = evidence.measured.contenders[evidence.int8.version_uri]
+    names = evidence.measured.names[evidence.int8.version_uri]
     if len(names) == 1:
         return []
     first, *others = names

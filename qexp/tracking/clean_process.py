@@ -48,14 +48,14 @@ def bare_logits(source: str, images: Tensor, environment: dict[str, str]) -> Ten
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise StageError(f"it does not load and run in a bare process: {lines[-1]}")
+            raise StageError(f"it does not load and run in a clean subprocess: {lines[-1]}")
         return torch.from_numpy(np.load(logits))
 
 
 def reloads_equal(
     uri: str, model: Callable[[Tensor], Tensor], sample: Tensor, environment: dict[str, str], without_pickle: bool
 ) -> bool:
-    """Whether the version at `uri` gives the same logits in a bare process, bit for bit, as `model` in this one.
+    """Whether the version at `uri` gives the same logits in a clean subprocess, bit for bit, as `model` in this one.
 
     Args:
         sample: uint8 [N, 3, H, W].
@@ -72,7 +72,7 @@ def reloads_equal(
         try:
             if torch.equal(bare_logits(uri, sample, environment), expected):
                 return True
-            problem = "it gives other logits in a bare process"
+            problem = "it gives other logits in a clean subprocess"
             break
         except StageError as error:  # the store may have been away, or a download cut off: once more
             with store_errors():

@@ -35,10 +35,10 @@ from qexp.tracking.store import again, all_pages, is_missing, store_name
 
 T = TypeVar("T")
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # what MLflow calls a run that nobody named
-GOING_ON = {  # how a run of a stage that was stopped goes on
-    "main": "`qexp run --resume {}` goes on",
-    "train": "`qexp train --resume {}` goes on",
-    "search": "the same command goes on",
+TO_RESUME = {  # a run of a stage that was stopped
+    "main": "`qexp run --resume {}` resumes it",
+    "train": "`qexp train --resume {}` resumes it",
+    "search": "the same command resumes it",
 }
 # The sections of the configuration that a stage's work depends on: their options, and those of every stage, are the
 # parameters of its run.
@@ -75,7 +75,7 @@ VIEW_COLUMNS = (
 def use_experiment(dataset_name: str, resume: str | None = None) -> None:
     """One experiment a data set, unless MLflow was told another: by `mlflow run` or MLFLOW_EXPERIMENT_NAME or _ID.
 
-    A run that goes on stays in its own. StoreError if it was deleted, or may not be used.
+    A resumed run stays in its own. StoreError if it was deleted, or may not be used.
     """
     with store_errors():  # one that was deleted, or that basic-auth refuses
         if resume:
@@ -111,7 +111,7 @@ def start_run(name: str, note: str, resume: str | None = None, stage: str | None
         mlflow.end_run()
     except (KeyboardInterrupt, SystemExit):
         outage.end_run(run.info.run_id, RunStatus.KILLED, job)
-        if not told and (hint := GOING_ON.get(stage)):
+        if not told and (hint := TO_RESUME.get(stage)):
             say(f"stopped; {hint.format(run.info.run_id)}")
         raise
     except Exception as error:

@@ -126,7 +126,7 @@ def _log_weights(model: Classifier, run_id: str) -> str:
 
 
 class TrainingLog:
-    """A training that goes on: what it settles by timing, and its curves, epoch by epoch, in the active run.
+    """A training under way: what it settles by timing, and its curves, epoch by epoch, in the active run.
 
     A store that fails stops no training: what it lacks is sent with the next epoch, or at the end.
     """
@@ -152,7 +152,7 @@ class TrainingLog:
             self.waiting.clear()
         except StageError as error:
             if not away:
-                say(f"{error}; training goes on, its curves will be logged once the store is back")
+                say(f"{error}; training continues, its curves will be logged once the store is back")
 
 
 def log_curves(epochs: Sequence[EpochResult], logged: set[int], run_id: str | None = None) -> None:
@@ -176,7 +176,7 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     evidence, found = replace(result, run_id=_run_id()), result.latency
     limits = tracking.read_config(evidence.run_id).gate
     fp32 = registry.from_entity(registry.find_version(evidence.fp32_uri, "fp32"))
-    versions = {uri: registry.find_version(uri, "int8") for uri in evidence.contenders}
+    versions = {uri: registry.find_version(uri, "int8") for uri in evidence.names}
     owners = {evidence.name_of(uri): registry.from_entity(version).owner for uri, version in versions.items()}
     tracking.log_models(model_id for _, model_id in (fp32.owner, *owners.values()))
     fastest = found.winner(list(owners))
@@ -186,7 +186,7 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.top1_drop_points), at_ms=at_ms)
     tracking.log_result("latency", evidence)
     for uri, version in versions.items():
-        models = _with_kernels(version.tags["engine"], evidence.contenders[uri])
+        models = _with_kernels(version.tags["engine"], evidence.names[uri])
         tags = {"latency_run_id": evidence.run_id} | _speedup_tags(found, models[0].name, floats)
         tags |= _latency_tags(found, models[0].name)
         if models[0].backend:

@@ -35,7 +35,7 @@ class Position:
 
 
 def checkpoint_exists(folder: Path) -> bool:
-    """Whether a training in this folder can go on."""
+    """Whether a training in this folder can be resumed."""
     return (folder / NAME).is_file()
 
 

@@ -211,7 +211,7 @@ class _Keeper:
         loop.position = Position(**state["position"])
         loop.position.times_resumed += 1
         self.before_s = loop.position.total_s
-        say(f"going on in epoch {loop.position.epoch} after step {loop.position.step}")
+        say(f"resuming in epoch {loop.position.epoch} after step {loop.position.step}")
         return [EpochResult(**values) for values in loop.position.epochs]
 
     def _check(self, identity: dict[str, Any], owner: str) -> None:

@@ -103,7 +103,7 @@ def test_a_better_version_beside_the_one_asked_for_is_what_to_ship(evidence: Evi
     other_uri = "models:/smallnet-digits-int8/2"
     other = Judged(replace(evidence.int8, version_uri=other_uri), "int8_onnx", evidence.gate)
     timed = with_rows(evidence, latency_row(1, {"fp32": 4.0, "int8_fx": 1.0, "int8_onnx": 0.5}))
-    measured = replace(timed.measured, contenders=timed.measured.contenders | {other_uri: ("int8_onnx",)})
+    measured = replace(timed.measured, names=timed.measured.names | {other_uri: ("int8_onnx",)})
     both = replace(timed, versions=(*timed.versions, other), measured=measured)
     assert both.verdict.ship == other_uri and f"Take `{other_uri}` (`int8_onnx`)" in sentences.verdict(both)
     failed = replace(both, versions=(both.versions[0], replace(other, gate=INACCURATE)))

@@ -241,7 +241,7 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     text = (side_by_side.folder / "both" / "report.md").read_text()
     evidence = from_json(Evidence, (side_by_side.folder / "both" / "metrics.json").read_text())
     uris = {f"models:/{version.name}/{version.version}" for version in _versions_of(side_by_side).values()}
-    assert {judged.int8.version_uri for judged in evidence.versions} == uris == set(evidence.measured.contenders)
+    assert {judged.int8.version_uri for judged in evidence.versions} == uris == set(evidence.measured.names)
     assert evidence.int8.version_uri == side_by_side.summary["int8"] and all(f"`{uri}`" in text for uri in uris)
     times = text.split("Median time (p50)")[1].split("`fp32`, p90")[0]
     bf16 = ["bf16"] if evidence.measured.host.has_bf16 else []
@@ -298,7 +298,7 @@ def test_evidence_of_one_version_of_two(side_by_side: Finished) -> None:
     mlflow.MlflowClient().delete_model_version(other.name, other.version)
     one = loading.evidence_of_version(Config(), chosen)
     assert [judged.int8.version_uri for judged in one.versions] == [chosen]
-    assert set(one.measured.contenders) == {chosen, uri}
+    assert set(one.measured.names) == {chosen, uri}
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_signal_ends_the_run_as_killed_and_it_goes_on(reference: Finished, tmp_p
     if (ended := process.wait(60)) == 0:
         pytest.fail("training was over before the signal came: too few epochs for this machine")
     assert ended == 130 and "error: " in process.stderr and "Traceback" not in process.stderr
-    assert f"stopped; `qexp train --resume {run_id}` goes on" in process.stderr
+    assert f"stopped; `qexp train --resume {run_id}` resumes it" in process.stderr
     assert _run(tmp_path, run_id).info.status == "KILLED"
     done = run_qexp(tmp_path, "train", "--resume", run_id)
     assert done.code == 0, done.stderr

@@ -78,7 +78,7 @@ def ship_int8(evidence: Evidence) -> Evidence:
     chosen = {found.int8.version_uri: ("int8_fx_onednn", "int8_fx"), ONNX: ("int8_onnx",)}
     bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), 0.1, -0.2, 0.4)
     timed = with_rows(two, *rows)
-    measured = replace(timed.measured, contenders=chosen, bf16=bf16)
+    measured = replace(timed.measured, names=chosen, bf16=bf16)
     first = replace(timed.versions[0], name="int8_fx_onednn")
     failed = {"pt2e": "Unsupported operator <aten::roll>"}
     versions = (first, *timed.versions[1:])
@@ -166,7 +166,7 @@ def with_onnx(evidence: Evidence) -> Evidence:
         evidence.int8, version_uri=ONNX, size_bytes=600_000, quantize=quantize, accuracy=accuracy,
         comparison=comparison, budget=None, budget_cost=None,
     )  # fmt: skip
-    measured = replace(evidence.measured, contenders=evidence.measured.contenders | {ONNX: ("int8_onnx",)})
+    measured = replace(evidence.measured, names=evidence.measured.names | {ONNX: ("int8_onnx",)})
     two = replace(evidence, measured=measured, versions=(*evidence.versions, Judged(other, "int8_onnx", evidence.gate)))
     rows = [(1, {"fp32": 4.0, "int8_fx": 1.0, "int8_onnx": 2.0}), (8, {"fp32": 8.0, "int8_fx": 4.0, "int8_onnx": 8.0})]
     return with_rows(two, *(latency_row(batch, times) for batch, times in rows))

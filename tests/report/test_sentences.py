@@ -340,7 +340,7 @@ def test_rounds_noise_and_intervals_are_those_of_all_batch_sizes(evidence: Evide
 def test_kernels_that_won_and_those_that_are_level(evidence: Evidence) -> None:
     def said(onednn_ms: float) -> str:
         rows = [latency_row(size, {"fp32": 8.0, "int8_fx": 2.0, "int8_fx_onednn": onednn_ms}) for size in (1, 8)]
-        measured = replace(evidence.measured, contenders={evidence.int8.version_uri: ("int8_fx_onednn", "int8_fx")})
+        measured = replace(evidence.measured, names={evidence.int8.version_uri: ("int8_fx_onednn", "int8_fx")})
         chosen = replace(evidence.versions[0], name="int8_fx_onednn")
         return sentences.latency(with_rows(replace(evidence, versions=(chosen,), measured=measured), *rows))[-1]
 

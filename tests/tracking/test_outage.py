@@ -72,7 +72,7 @@ def test_server_that_stays_away_loses_nothing_and_sync_uploads_it(
     server.kill()
     code, stderr = process.wait(), process.stderr
     assert code == 1 and "Traceback" not in stderr, stderr
-    assert "training goes on" in stderr and "epoch 4/4" in stderr
+    assert "training continues" in stderr and "epoch 4/4" in stderr
     error = [line for line in stderr.splitlines() if line.startswith("error: ")]
     (result,) = tmp_path.glob("checkpoints/*/train-smallnet/result.json")
     folder = result.parent.parent

@@ -1,4 +1,4 @@
-"""The registry, on a real SQLite store: what a version carries, verification, aliases, a bare process."""
+"""The registry, on a real SQLite store: what a version carries, verification, aliases, a clean subprocess."""
 
 import json
 import shutil

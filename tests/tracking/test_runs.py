@@ -73,7 +73,7 @@ def test_each_model_has_its_own_latency(runs: dict[str, Run]) -> None:
     """And none of another: baselines and kernels that were not chosen are no models of the registry."""
     client = mlflow.MlflowClient()
     measured = tracking.read_result(LatencyEvidence, runs["latency-smallnet"].info.run_id, "latency")
-    (chosen, *_) = measured.contenders["models:/smallnet-digits-int8/1"]
+    (chosen, *_) = measured.names["models:/smallnet-digits-int8/1"]
     for model in client.search_logged_models([client.get_experiment_by_name("qexp-digits").experiment_id]):
         name = {"fp32": "fp32", "int8": chosen}[model.name.removeprefix("smallnet-")]
         own = {metric.step: metric.value for metric in model.metrics if metric.key == "p50_ms"}

@@ -79,7 +79,7 @@ def test_whole_job_in_two_processes_is_stopped_and_resumed(tmp_path: Path) -> No
         "train-smallnet": "KILLED",
     }
     process = start_qexp(tmp_path, "run", "--resume", stopped["smallnet-digits"].run_id)
-    process.wait_for_line("going on in epoch")
+    process.wait_for_line("resuming in epoch")
     refused = run_qexp(tmp_path, "run", "--resume", stopped["smallnet-digits"].run_id)
     assert refused.code == 2 and "is still at work on it" in refused.stderr
     assert process.wait() == 0, process.stderr
@@ -90,7 +90,7 @@ def test_whole_job_in_two_processes_is_stopped_and_resumed(tmp_path: Path) -> No
         runs["smallnet-digits"].run_id == stopped["smallnet-digits"].run_id and runs["train-smallnet"].run_id == train
     )
     assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 13))
-    assert process.stderr.count("going on in epoch") == 1 and len(process.stdout.splitlines()) == 1
+    assert process.stderr.count("resuming in epoch") == 1 and len(process.stdout.splitlines()) == 1
 
 
 @pytest.mark.slow
