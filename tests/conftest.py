@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch, as commands set it, which here are forks
+
 import mlflow
 import numpy as np
 import pytest
@@ -79,10 +81,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait."""
+    """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait. Of
+    more workers than cores, the first cores have two: half of the tests' time is waiting."""
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if number and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        able, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        cores = able[int(number) :: workers] or [able[int(number) % len(able)]]
         if cores:
             os.sched_setaffinity(0, cores)
             torch.set_num_threads(len(cores))
@@ -165,8 +169,12 @@ def run_qexp(
 @contextmanager
 def _store_put_back() -> Iterator[None]:
     before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")  # which `mlflow.set_experiment` sets
     yield
     mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: as at the start
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None) if experiment is None else os.environ.update(
+        MLFLOW_EXPERIMENT_ID=experiment
+    )
 
 
 @pytest.fixture(autouse=True)

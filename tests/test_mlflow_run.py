@@ -91,7 +91,7 @@ def test_main_through_mlflow_run_against_a_server(server: str, database: str, tm
     assert runs["smallnet-digits"].data.params["train.epochs"] == "2"
     mlflow.set_tracking_uri(server)
     page = mlflow.artifacts.load_text(summary["report"])
-    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/png;base64,") == 6  # the layers' sensitivity was not measured
     model = mlflow.pytorch.load_model("models:/smallnet-digits-int8@challenger")
     assert "quantized::conv2d_relu" in str(model.inlined_graph)
     if not database:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
@@ -127,7 +126,9 @@ def kept_in(folder: Path) -> Kept | None:
 def _save_model(folder: Path, new: NewModel) -> None:
     if isinstance(new.stored, Classifier):
         save_classifier(new.stored, folder / "model.safetensors")
-    elif isinstance(new.stored, onnx.ModelProto):
+    elif new.tags.get("flavor") == "onnx":
+        import onnx  # which only this engine needs
+
         with replacing(folder / "model.onnx") as temporary:
             onnx.save(new.stored, temporary)
     else:
@@ -145,6 +146,8 @@ def _load_model(folder: Path, evidence: Fp32Evidence | Int8Evidence) -> NewModel
     if (file := folder / "model.safetensors").is_file():
         stored = load_classifier(file)
     elif (file := folder / "model.onnx").is_file():
+        import onnx
+
         stored = onnx.load(file)
     else:
         stored = torch.jit.load(folder / "model.pth")

@@ -120,6 +120,7 @@ jobs.run_quantize = lambda config, uri: {
 def test_the_command_for_the_winner_says_all_its_options(
     data: DataConfig, options: QuantizeConfig, tmp_path: Path
 ) -> None:
+    (tmp_path / "two words").mkdir()
     command = quantize_command(Config(data=data), "models:/a-fp32/3", options)
     done = run_qexp(tmp_path, *shlex.split(command)[1:], before=SHOW)
     assert done.code == 0, done.stderr

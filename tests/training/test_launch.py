@@ -143,7 +143,7 @@ def test_error_of_a_process_is_that_of_the_training(
     kind = InputError if code == 2 else StageError
     line = rf"rank 1 \(pid 4711; 2 in all\) ended with exit code {code}: .*{said}$"
     with pytest.raises(kind, match=line):
-        run_workers("train", Config(train=TrainConfig(processes=2)), "0" * 32)
+        run_workers(["-m", "entrypoints.train"], Config(train=TrainConfig(processes=2)), {"MLFLOW_RUN_ID": "0" * 32})
 
 
 @pytest.mark.slow
