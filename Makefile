@@ -26,9 +26,7 @@ demo: setup  ## train SmallNet on digits, quantize, measure, register: report/re
 	@echo 'the report: report/report.html; the runs and models: make ui'
 
 # Tests of one file share what its fixtures have made. OpenMP's threads must not spin while those of others want the core.
-# One worker more than cores, since half of the tests' time is waiting.
-PYTEST := OMP_WAIT_POLICY=passive python -m pytest --numprocesses $$(python -c 'import os; print(os.cpu_count() + 1)') \
-	--maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_WAIT_POLICY=passive python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: setup  ## all tests but the long ones
 	$(ENV) $(PYTEST)
 

@@ -24,8 +24,8 @@ name: qexp
 
 # The parameters that people use; `options` takes all others, as they are written for the command:
 #   mlflow run . -e main -P model=vgg16 -P options="--observer minmax --batch-sizes 1,8"
-# Each was a parameter of its own once: `-P observer=minmax` is still passed on, since MLflow does so with any that is
-# not declared. `auto` means: not given, so config.yaml decides. Ranges and words are checked by the program.
+# `-P observer=minmax` works too: MLflow passes on a parameter that is not declared. `auto` means: not given, so
+# config.yaml decides. Ranges and words are checked by the program.
 # This file is generated: `make generate`.
 
 conda_env: conda.yaml

@@ -26,7 +26,6 @@ from qexp.errors import InputError
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 # Options of training that may differ when it is resumed: where and how fast, not what is computed.
 HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes", "train_threads")
-DATASETS = ("digits", "cifar10", "imagefolder")
 Engine = Literal["fx", "pt2e", "onnx"]
 Observer = Literal["histogram", "minmax", "batch_average", "percentile"]
 Scale = Literal["channel", "layer"]
@@ -94,7 +93,7 @@ class TrainConfig(BaseModel):
     )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
     crop_padding: int = Field(4, ge=0, description="random crop after reflecting so many pixels at each border")
-    flip: bool | None = Field(None, description="random horizontal flip; auto: on, off for digits")
+    flip: bool | None = Field(None, description="random horizontal flip; auto: off for digits, else on")
     bf16: bool | None = Field(None, description="bf16 autocast; auto: on where timed steps are faster by a fifth")
     channels_last: bool | None = Field(None, description="channels-last memory layout; auto: as timed steps are faster")
     train_threads: int | None = Field(
@@ -247,14 +246,14 @@ class GateConfig(BaseModel):
     model_config = STRICT
     max_top1_drop: float = Field(
         2.0,
-        description="limit of the verdict: drop of test top-1 from fp32 to int8 that the 95 % interval may reach, "
-        "percentage points; the budget of quantization is quantize.max_top1_drop",
+        description="limit of the verdict: largest drop of test top-1 from fp32 to int8, as the upper end of its "
+        "95 % interval, percentage points; the budget of quantization is quantize.max_top1_drop",
     )
     min_size_ratio: float = Field(3.0, ge=0, description="smallest fp32 size over int8 size, as stored")
     min_speedup: float = Field(
         1.0,
         ge=0,
-        description="time of the fastest float over int8's, below which no 95 % interval may go, at any batch size",
+        description="smallest speed-up over the fastest float, as the lower end of its 95 % interval, at each size",
     )
     min_top1: float | None = Field(
         None,
@@ -268,7 +267,7 @@ class GateConfig(BaseModel):
         description="points of top-1 below the champion's that a successor's 95 % interval may reach",
     )
     champion_slowdown_percent: float = Field(
-        5.0, ge=0, description="how much slower than the champion a successor's 95 % interval may reach, percent"
+        5.0, ge=0, description="largest slowdown against the champion, as the end of its 95 % interval, percent"
     )
     models: dict[Annotated[str, AfterValidator(_int8_name)], ModelGate] = Field(
         {},
@@ -292,12 +291,13 @@ class SearchConfig(BaseModel):
         Annotated[list[Observer], Field(min_length=1), BeforeValidator(_renamed), AfterValidator(_once)] | None
     ) = Field(None, description="observers to try; auto: the one of quantize.observer")
     weight_scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_once)] | None = Field(
-        None, description="one weight scale a channel or a layer, to try; auto: quantize.per_channel"
+        None,
+        description="weight scales to try: channel (one a channel), layer (one a layer); auto: as per_channel",
     )
     fp32_layer_counts: Annotated[
         list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))
     ] = Field([0], description="how many layers stay fp32, most sensitive first, to try; 0: none")
-    latency_batch_size: int = Field(1, ge=1, description="images a forward pass when a trial is timed")
+    latency_batch_size: int = Field(1, ge=1, description="batch size at which a trial is timed")
     seeds_per_point: int = Field(3, ge=1, description="calibration subsets drawn for each point")
     sampler: Literal["grid", "tpe", "nsga2"] = Field(
         "grid", description="grid: every point once; tpe, nsga2: Optuna's samplers of these names"

@@ -81,12 +81,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait. Of
-    more workers than cores, the first cores have two: half of the tests' time is waiting."""
+    """A worker of xdist, and what it starts, keeps to cores of its own: threads on a busy core make others wait."""
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if number and hasattr(os, "sched_setaffinity"):
-        able, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        cores = able[int(number) :: workers] or [able[int(number) % len(able)]]
+        cores = sorted(os.sched_getaffinity(0))[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
         if cores:
             os.sched_setaffinity(0, cores)
             torch.set_num_threads(len(cores))
@@ -172,6 +170,7 @@ def _store_put_back() -> Iterator[None]:
     experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")  # which `mlflow.set_experiment` sets
     yield
     mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: as at the start
+    mlflow.tracking.fluent._active_experiment_id = experiment
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None) if experiment is None else os.environ.update(
         MLFLOW_EXPERIMENT_ID=experiment
     )

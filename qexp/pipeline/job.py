@@ -84,7 +84,7 @@ class Job:
             work: computes the result; it gets the folder for files that belong to it.
             read: the result that a finished run has logged.
             resume: the run in which `work` was stopped, and resumes, if it has begun.
-            holds: whether an earlier result still is one; if not, it is computed anew. None: it always is.
+            holds: whether an earlier result may be used again. None: never; the work is always done.
             then: what follows in the same run, once the result is uploaded.
         """
         if holds:
@@ -249,7 +249,9 @@ def _upload_results(folder: Path, runs: list[Run]) -> Iterator[Any]:
         kept = kept_in(place)
         if kept is None:
             if checkpoint_exists(place):
-                _upload_curves(place, next(run for run in runs if tracking.stage_of(run) == "train"))
+                training = next((run for run in runs if tracking.stage_of(run) == "train"), None)
+                if training:  # nobody has deleted it
+                    _upload_curves(place, training)
             continue
         run = tracking.find_run(kept.run_id)
         if run.info.status != "FINISHED":
@@ -270,4 +272,4 @@ def _next(job: Run, trained: list[str]) -> str:
     stage = tracking.stage_of(job)
     if stage in ("main", "train"):
         return f"qexp {'run' if stage == 'main' else 'train'} --resume {job.info.run_id}"
-    return f"qexp {stage} --model-uri {trained[0]}" if trained else f"qexp {stage} again"
+    return f"qexp {stage} --model-uri {trained[0]}" if trained else f"the same `qexp {stage}` command again"

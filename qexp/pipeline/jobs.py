@@ -31,7 +31,7 @@ from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import LAUNCHER_LOCK
 from qexp.tracking.results import Fp32
-from qexp.tracking.store import use_store
+from qexp.tracking.store import uri_of, use_store
 from qexp.tracking.uploads import TrainingLog, upload_answer, upload_decision
 from qexp.training import launch
 from qexp.training.distributed import read_group
@@ -49,12 +49,12 @@ def run_main(
     """Train (or take the registered fp32 version `model_uri`), quantize, measure, gate, report.
 
     With `resume`, that run of this function is resumed, as it was started but for the options in `overrides` (section,
-    key, text) that may change. `command` is what Python is to run for several training processes. None where other
-    processes have done the work.
+    key, text) that may change. `command` is what Python is to run for several training processes. Returns None where
+    other processes have done the work.
     """
     if resume:
         use_store()
-        model_uri = model_uri or tracking.find_run(resume).data.tags.get("qexp.model_uri")
+        model_uri = _model_of_run(resume, model_uri)
         config = config_of_run(overrides or {}, resume, "run")
     setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
@@ -67,8 +67,9 @@ def run_main(
     with open_job(host, config, name, note, resume) as job:
         tracking.log_datasets(dataset, ("train", "validation", "test"))  # which a resumed run must be given again
         if model_uri:
+            model_uri = uri_of(registry.find_version(model_uri, "fp32"))
+            tracking.set_tag("qexp.model_uri", model_uri)  # an alias may have moved when the run is resumed
             fp32 = loading.fp32_from_registry(model_uri, dataset)
-            tracking.set_tag("qexp.model_uri", fp32.version.uri)  # an alias may have moved when the run is resumed
         else:
             fp32 = train_stage(job, setup)
             setup = setup._replace(config=config.with_training(fp32.evidence.train.execution))
@@ -76,6 +77,15 @@ def run_main(
         done = quantize_to_report(job, setup, fp32)
         upload_answer(done.evidence)
     return _summary("run", str(job.run_id), done)
+
+
+def _model_of_run(run_id: str, given: str | None) -> str | None:
+    """The registered version that a run has begun with, None if it trains; InputError if another one is given."""
+    begun = tracking.find_run(run_id).data.tags.get("qexp.model_uri")
+    if given and (begun is None or uri_of(registry.find_version(given, "fp32")) != begun):
+        was = f"with {begun}" if begun else "without one, with a training"
+        raise InputError(f"--model-uri {given}: run {run_id} was started {was}; leave the option out")
+    return begun
 
 
 def _trained_by_others(

@@ -155,8 +155,17 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     now, before = uri_of(champion) if champion else None, found.tags.get("champion_kept", "none")
     floats = latency.fair_floats(config.gate.of(found.name))
     if now == own or before == "none":
-        return Evidence(fp32, tuple(judged), latency, now == own, floats)
-    reason = found.tags.get("champion_kept_reason", found.tags["promotion_reason"])
+        return Evidence(fp32, tuple(judged), latency, champion=now == own, floats=floats)
+    reason = found.tags.get("champion_kept_reason") or found.tags.get("promotion_reason", "not recorded")
     succession = Succession(False, (reason,), found.tags.get("champion_compared") != "false")
     since = now if now != before else None
-    return Evidence(fp32, tuple(judged), latency, False, floats, {}, succession, before, since)
+    return Evidence(
+        fp32,
+        tuple(judged),
+        latency,
+        champion=False,
+        floats=floats,
+        succession=succession,
+        before_uri=before,
+        now_uri=since,
+    )

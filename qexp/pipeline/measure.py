@@ -90,7 +90,9 @@ def time_versions(
     for shortcoming in result.shortcomings:
         say(f"warning: no verdict rests on these times: {shortcoming}")
     names = {uri: _fastest_first(config, result, found) for uri, found in timed.items()}
-    return LatencyEvidence(files.fp32_uri, names, result, host, "", bf16 if bf16_is_timed(config, host) else None)
+    return LatencyEvidence(
+        files.fp32_uri, names, result, host, run_id="", bf16=bf16 if bf16_is_timed(config, host) else None
+    )
 
 
 def time_models(

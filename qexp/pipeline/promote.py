@@ -174,7 +174,16 @@ def compare_with_champion(
         source.verified and version.verified,
     )
     if champion is None or other is None:
-        return Promotion(uri, None, gate, None, drop, None, measured, floats)
+        return Promotion(
+            uri,
+            champion_uri=None,
+            gate=gate,
+            succession=None,
+            drop=drop,
+            drop_from_champion=None,
+            measured=measured,
+            floats=floats,
+        )
     lost: Comparison | None = None
     if other.logits is None:
         found = Succession(False, (other.why_not,), compared=False)
@@ -185,7 +194,16 @@ def compare_with_champion(
         found = decide_succession(limits, lost, faster, smaller, result.shortcomings)
     first, *others = found.reasons
     succession = replace(found, reasons=(f"beside {uri_of(champion)}: {first}", *others))
-    return Promotion(uri, uri_of(champion), gate, succession, drop, lost, measured, floats)
+    return Promotion(
+        uri,
+        champion_uri=uri_of(champion),
+        gate=gate,
+        succession=succession,
+        drop=drop,
+        drop_from_champion=lost,
+        measured=measured,
+        floats=floats,
+    )
 
 
 def _bf16(
@@ -226,4 +244,4 @@ def _time(config: Config, host: Host, versions: dict[str, ModelVersion], bf16: B
         environment = registry.child_environment(host.threads)
         result = time_models(config, host, files, models, CANDIDATE, environment)
     names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}
-    return LatencyEvidence(fp32_uri, names, result, host, "", bf16 if bf16_is_timed(config, host) else None)
+    return LatencyEvidence(fp32_uri, names, result, host, run_id="", bf16=bf16 if bf16_is_timed(config, host) else None)

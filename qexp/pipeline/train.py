@@ -48,7 +48,15 @@ def train(
     result = train_model(model, dataset, options, config.seed, on_epoch, folder)
     logits = predict_splits(model, dataset, "fp32")
     accuracy = accuracy_of(logits, dataset)
-    evidence = Fp32Evidence(config.model, config.seed, "", 0, _data_facts(dataset, config), result, accuracy)
+    evidence = Fp32Evidence(
+        config.model,
+        config.seed,
+        version_uri="",
+        size_bytes=0,
+        data=_data_facts(dataset, config),
+        train=result,
+        accuracy=accuracy,
+    )
     sample = verification_images(dataset)
     with torch.no_grad():
         expected = model(to_float(sample))

@@ -10,7 +10,7 @@ from qexp.measurement.accuracy import Accuracy, share_interval
 from qexp.measurement.cost import TORCHINFO
 from qexp.measurement.gate import DROP, SIZE, SPEED, TOP1, VERIFIED
 from qexp.measurement.host import Host
-from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyRow, Ratio
+from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyResult, LatencyRow, Ratio
 from qexp.measurement.sweep_models import BASELINE, BF16, EAGER
 from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASURED
 from qexp.quantization.result import QuantizeResult
@@ -427,6 +427,13 @@ def _kernels(evidence: Evidence) -> list[str]:
     return [f"Of the kernels for the chosen version, `qexp.load` uses those of `{first}`: {why}."]
 
 
+def _left_out(latency: LatencyResult) -> list[str]:
+    if not latency.left_out:
+        return []
+    sizes = ", ".join(map(str, latency.left_out))
+    return [f"Batch sizes {sizes} were not timed: {latency.left_out_because}."]
+
+
 def how_timed(evidence: Evidence) -> list[str]:
     """What a time, a ratio and an interval are, and what else the machine did."""
     rows = evidence.latency.rows
@@ -438,6 +445,7 @@ def how_timed(evidence: Evidence) -> list[str]:
         f"A time is the wall time of one forward pass of one batch, on {threads(evidence.latency.threads)}, in a "
         f"process that only times models. For each batch size, every model is loaded {loads}, and the models take "
         f"turns in random order for {rounds} rounds in all.",
+        *_left_out(evidence.latency),
         "A ratio is the geometric mean over the loads; of each load, the median of its rounds counts. "
         f"{interval(rows)}",
         f"As a control, an int8 model was compared with a copy of itself: it took {low:.2f} to {high:.2f} times as "

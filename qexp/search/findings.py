@@ -160,9 +160,7 @@ def _by_count(axes: Axes, result: SearchResult) -> None:
         axes.errorbar(counts, means, spreads, fmt="o-", ms=3, capsize=3, label=f"int8, {kind}")
     axes.axhline(result.fp32_top1_percent, color=FP32, ls="--", lw=0.8, label="fp32")
     winner = result.winner
-    axes.plot(
-        winner.calibration_samples, winner.top1_percent, "o", ms=9, mfc="none", color=INT8, label="smallest in noise"
-    )
+    axes.plot(winner.calibration_samples, winner.top1_percent, "o", ms=9, mfc="none", color=INT8, label="winner")
     counts = sorted({point.calibration_samples for point in result.points})
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(count) for count in counts])
@@ -186,7 +184,7 @@ def _pareto(axes: Axes, result: SearchResult) -> None:
     costs, top1 = [(p.cost or 0) / unit for p in result.front], [p.top1_percent for p in result.front]
     axes.step(costs, top1, "-", where="post", lw=1, color="grey", label="Pareto front")
     winner = result.winner
-    axes.plot((winner.cost or 0) / unit, winner.top1_percent, "o", ms=10, mfc="none", color="black", label="to take")
+    axes.plot((winner.cost or 0) / unit, winner.top1_percent, "o", ms=10, mfc="none", color="black", label="winner")
     fp32 = f"fp32 ({(result.fp32_cost or 0) / unit:.2f} {'ms' if timed else 'MB'})"
     axes.axhline(result.fp32_top1_percent, color=FP32, ls="--", lw=0.8, label=fp32)
     xlabel = f"p50 at batch size {result.latency_batch_size}, ms" if timed else "size on disk, MB (10⁶ bytes)"

@@ -71,7 +71,7 @@ def as_table(rows: list[Row]) -> str:
     if not rows:
         return "no models are registered"
     header = (
-        "NAME", "VERSION", "ALIASES", "ENGINE", "TOP-1 %", "DROP (95 %)", "MB", "P50 MS", "LEAST SPEED-UP", "GATE",
+        "NAME", "VERSION", "ALIASES", "ENGINE", "TOP-1 %", "DROP (95 %)", "MB", "P50 MS", "SMALLEST SPEED-UP", "GATE",
         "PROMOTION", "FROM", "DATA", "CALIBRATION", "COMMIT", "HOST",
     )  # fmt: skip
     cells = [header, *(_cells(row) for row in rows)]

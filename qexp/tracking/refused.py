@@ -7,7 +7,7 @@ from qexp.tracking.store import quickly
 
 
 def end_refused(run_id: str, reason: str) -> None:
-    """Tag the run with `reason` as `qexp.error`, and end it as FAILED. A store that does not answer is let be: the
+    """Tag the run with `reason` as `qexp.error`, and end it as FAILED. A store that does not answer is ignored: the
     reason is on standard error as well."""
     try:
         with quickly():

@@ -119,7 +119,9 @@ def register(
         size_bytes, (digest, contents) = _stored_bytes(uri), stored_facts(uri)
         facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
-        facts |= {"config_uri": f"runs:/{run_id}/config.yaml", "artifact_sha256": digest}
+        facts |= {"artifact_sha256": digest}
+        if "train_run_id" in tags:  # a stage of a job: its configuration is there
+            facts |= {"config_uri": f"runs:/{run_id}/config.yaml"}
         tag_version(uri, facts | tags | {"kind": kind})  # kind comes last: with it, the version is complete
         _describe_model(name, kind, tags.get("dataset"))
     return Registered(name, number, logged_model_of(found), run_id, size_bytes, verified, contents)
@@ -145,7 +147,7 @@ def refuse_pickled(found: ModelVersion) -> None:
 
 def child_environment(threads: int) -> dict[str, str]:
     """The environment of a child process that reads the same store with so many threads, waiting as the user's do."""
-    package_parent = str(Path(__file__).resolve().parent.parent)
+    package_parent = str(Path(__file__).resolve().parents[2])
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
@@ -254,7 +256,7 @@ def load_version(uri: str, backend: str | None = None) -> Predict:
         InputError: the URI has another form or does not exist.
         StageError: MLflow was told to load nothing like it.
     """
-    found = look_up(uri)
+    found = look_up(uri, "uri")
     refuse_pickled(found)
     return load_files(uri_of(found), backend or found.tags.get("backend"))
 

@@ -126,7 +126,7 @@ def kept_in(folder: Path) -> Kept | None:
 def _save_model(folder: Path, new: NewModel) -> None:
     if isinstance(new.stored, Classifier):
         save_classifier(new.stored, folder / "model.safetensors")
-    elif new.tags.get("flavor") == "onnx":
+    elif hasattr(new.stored, "SerializeToString"):  # an ONNX model, asked without importing onnx
         import onnx  # which only this engine needs
 
         with replacing(folder / "model.onnx") as temporary:

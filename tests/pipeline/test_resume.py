@@ -56,7 +56,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(reference: Fin
     run_id, steps = "", list[int]()
     while len(steps) < 3 or not any(steps):
         process = start_qexp(tmp_path, "train", *(["--resume", run_id] if run_id else OPTIONS))
-        line = process.wait_for_line("going on" if run_id else "epoch 1/")
+        line = process.wait_for_line("resuming in epoch" if run_id else "epoch 1/")
         steps.append(int(line.split()[-1]) if run_id else 0)
         for _ in range(moments.randrange(3)):
             process.wait_for_line("epoch ")

@@ -37,7 +37,7 @@ def test_json_has_every_version_with_figures_and_lineage(finished: Finished) -> 
     assert header.split()[:4] == ["NAME", "VERSION", "ALIASES", "ENGINE"] and len(lines) == 2
     assert lines[1].startswith("smallnet-digits-int8  1        challenger,champion  fx ")
     threads = int8["lineage"]["threads"]
-    assert f"{int8['p50_ms']:.3g} at 1, {threads} thread" in lines[1] and "LEAST SPEED-UP" in header
+    assert f"{int8['p50_ms']:.3g} at 1, {threads} thread" in lines[1] and "SMALLEST SPEED-UP" in header
 
 
 def test_configuration_of_the_lineage_is_that_of_the_version(finished: Finished) -> None:
