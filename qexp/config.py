@@ -327,8 +327,8 @@ class Config(BaseModel):
     output_dir: str | None = Field(None, description="folder that gets a copy of the report; auto: only MLflow has it")
     quick: bool = Field(
         False,
-        description="less of everything that is not given: 5 epochs, 64 sensitivity images, batch sizes 1, 8, 64, "
-        "baselines fp32_traced and fp32_onnx, 6 rounds in 3 loads; a verdict is still possible",
+        description="less of everything that is not given: 4 epochs, 64 sensitivity images, batch sizes 1, 8, 32, "
+        "baseline fp32_onnx, 6 rounds in 3 loads; a verdict is still possible",
     )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -344,11 +344,11 @@ class Config(BaseModel):
 
 # What `quick` puts in the place of defaults: at least 3 loads and 6 rounds, so that a verdict is still possible.
 QUICK: dict[str, dict[str, Any]] = {
-    "train": {"epochs": 5},
+    "train": {"epochs": 4},
     "quantize": {"sensitivity_images": 64},
     "latency": {
-        "batch_sizes": [1, 8, 64],
-        "baselines": ["fp32_traced", "fp32_onnx"],
+        "batch_sizes": [1, 8, 32],
+        "baselines": ["fp32_onnx"],
         "warmup": 2,
         "loads": 3,
         "min_repeats": 6,

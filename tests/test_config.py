@@ -227,9 +227,9 @@ def test_quick_takes_the_place_of_defaults_and_what_is_given_wins(tmp_path: Path
     assert config.latency.fits_batch_sizes and str(config.train.epochs) in Config.model_fields["quick"].description
     given = load_config(None, quick | {"train": {"epochs": "20"}, "latency": {"batch_sizes": ["1", "2"]}})
     assert (given.train.epochs, given.latency.batch_sizes, given.latency.loads) == (20, [1, 2], 3)
-    file = _write(tmp_path, "quick: true\ntrain: {epochs: 4}\nlatency: {profile: {2: 1}}\n")
-    assert load_config(file).train.epochs == 4
-    assert load_config(file).latency.batch_sizes == [1, 2, 8, 64]
+    file = _write(tmp_path, "quick: true\ntrain: {epochs: 7}\nlatency: {profile: {2: 1}}\n")
+    assert load_config(file).train.epochs == 7
+    assert load_config(file).latency.batch_sizes == [1, 2, 8, 32]
     assert load_config(file, {"": {"quick": "false"}}).latency.batch_sizes == LatencyConfig().batch_sizes
 
 
