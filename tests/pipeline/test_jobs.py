@@ -131,7 +131,8 @@ def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) ->
     text = (in_use.folder / "second" / "report.md").read_text()
     assert "minmax observer, weights per layer, of 7 bits" in text
     assert re.search(r"at most 0 points on validation images, (is met|\*\*is not met\*\*) after [12] tr", text)
-    assert "is not at least 99; `champion` stays where it was" in text and report.summary["gate"] == "failed"
+    assert f"`{uri}` does not get the registry alias `champion`" in text and report.summary["gate"] == "failed"
+    assert "is not at least 99" in report.summary["gate_reason"]
     assert _champion(in_use) == champion
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forked import run_apart
 from torch import Tensor, nn
 
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
@@ -56,7 +57,7 @@ def _leave_in_memory(value: float) -> None:
     del blocks
 
 
-def test_the_same_step_gives_the_same_gradient_whatever_was_in_memory() -> None:
+def check_the_same_step() -> None:
     model = _build("resnet18").train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     found: list[Tensor] = []
     with padding_seen_in_fp32(model, True):
@@ -69,3 +70,8 @@ def test_the_same_step_gives_the_same_gradient_whatever_was_in_memory() -> None:
             found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))  # type: ignore[union-attr]
     assert torch.isfinite(found[0]).all() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert "forward" not in vars(model.network.get_submodule("layer4.0.conv1"))  # type: ignore[union-attr]
+
+
+def test_the_same_step_gives_the_same_gradient_whatever_was_in_memory() -> None:
+    """Apart, since it is about what a process has in memory."""
+    run_apart(check_the_same_step)
