@@ -1,5 +1,6 @@
 """Results as tables: text for `print`, HTML for a notebook. Each figure is read from the result when it is shown."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -36,12 +37,12 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
 
 
-class Shown:
+class Shown(ABC):
     """A result that prints as tables, and shows as HTML in a notebook."""
 
+    @abstractmethod
     def tables(self) -> tuple[Table, ...]:
         """What there is to show of it."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return "\n\n".join(table.text() for table in self.tables())

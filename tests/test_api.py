@@ -228,7 +228,7 @@ def _refused(call: Callable[[], object], *words: str) -> None:
         (lambda images: images[:, :, :2, :2].double() * 3, ["[0, 1]"]),
     ],
 )
-def test_images_that_are_none_are_refused(given: Any, words: list[str], mobile: nn.Module, images: Tensor) -> None:
+def test_what_is_no_batch_of_images_is_refused(given: Any, words: list[str], mobile: nn.Module, images: Tensor) -> None:
     _refused(lambda: qexp.quantize(mobile, given(images)), *words)
 
 

@@ -173,30 +173,21 @@ def compare_with_champion(
         result.shortcomings,
         source.verified and version.verified,
     )
-    if champion is None or other is None:
-        return Promotion(
-            uri,
-            champion_uri=None,
-            gate=gate,
-            succession=None,
-            drop=drop,
-            drop_from_champion=None,
-            measured=measured,
-            floats=floats,
-        )
     lost: Comparison | None = None
-    if other.logits is None:
-        found = Succession(False, (other.why_not,), compared=False)
-    else:
-        lost = compare(other.logits, int8, labels)
-        smaller = version.size_bytes / registry.from_entity(champion).size_bytes
-        faster = result.mean_ratio([CHAMPION], CANDIDATE)
-        found = decide_succession(limits, lost, faster, smaller, result.shortcomings)
-    first, *others = found.reasons
-    succession = replace(found, reasons=(f"beside {uri_of(champion)}: {first}", *others))
+    succession: Succession | None = None
+    if champion and other:
+        if other.logits is None:
+            found = Succession(False, (other.why_not,), compared=False)
+        else:
+            lost = compare(other.logits, int8, labels)
+            smaller = version.size_bytes / registry.from_entity(champion).size_bytes
+            faster = result.mean_ratio([CHAMPION], CANDIDATE)
+            found = decide_succession(limits, lost, faster, smaller, result.shortcomings)
+        first, *others = found.reasons
+        succession = replace(found, reasons=(f"beside {uri_of(champion)}: {first}", *others))
     return Promotion(
         uri,
-        champion_uri=uri_of(champion),
+        champion_uri=uri_of(champion) if champion else None,
         gate=gate,
         succession=succession,
         drop=drop,
