@@ -149,7 +149,7 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
         rows = measure_latency(prepare, "kept", "all", config.latency)
     slowdown = {row.batch_size: row.ratio("kept", "all") for row in rows}
     told_apart = tuple(row.batch_size for row in rows if row.compared("kept", "all"))
-    return BudgetCost(all_int8.saved_bytes(), quantized.saved_bytes(), slowdown, told_apart)
+    return BudgetCost(all_int8.size_bytes, quantized.size_bytes, slowdown, told_apart)
 
 
 def _facts(quantized: QuantizedModel, digest: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The results of quantization: what an engine returns, how the model was quantized, and the int8 model itself."""
 
 import io
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +102,8 @@ class QuantizedModel(Shown):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file that `save` writes."""
-        return self.saved_bytes()
+        """Size of the file that `save` writes; what MLflow stores has the same content."""
+        return len(self._saved())
 
     def save(self, file: Path | str) -> Path:
         """Write what MLflow would store; returns the path.
@@ -120,10 +119,7 @@ class QuantizedModel(Shown):
         if path.suffix != suffix:
             raise InputError(f"{path}: what engine {self.result.engine} makes is saved as NAME{suffix}")
         with replacing(path) as temporary:
-            if self.flavor == "onnx":
-                temporary.write_bytes(self.stored.SerializeToString())
-            else:
-                torch.jit.save(self.stored, str(temporary))
+            temporary.write_bytes(self._saved())
         return path
 
     def tags(self) -> dict[str, Any]:
@@ -151,23 +147,20 @@ class QuantizedModel(Shown):
         )
         return (Table(f"int8 model of engine {result.engine}", ("", "value"), rows),)
 
-    def saved_bytes(self) -> int:
-        """Size of the file in which MLflow would store it."""
-        if self.flavor == "onnx":
-            return int(self.stored.ByteSize())
-        with tempfile.NamedTemporaryFile() as file:
-            torch.jit.save(self.stored, file.name)
-            return Path(file.name).stat().st_size
-
     def reloaded(self) -> Callable[[Tensor], Tensor]:
         """The model as a process has it that loads it: torch's int8 convolutions keep the first shape that they see."""
         if self.flavor == "onnx":
             return self.module
-        buffer, before = io.BytesIO(), torch.backends.quantized.engine
-        torch.jit.save(self.stored, buffer)
-        buffer.seek(0)
+        before = torch.backends.quantized.engine
         try:
             torch.backends.quantized.engine = self.result.load_backend or before
-            return torch.jit.load(buffer)
+            return torch.jit.load(io.BytesIO(self._saved()))
         finally:
             torch.backends.quantized.engine = before
+
+    def _saved(self) -> bytes:
+        if self.flavor == "onnx":
+            return bytes(self.stored.SerializeToString())
+        buffer = io.BytesIO()  # in a file its own name would stand before each of its parts, and count
+        torch.jit.save(self.stored, buffer)
+        return buffer.getvalue()

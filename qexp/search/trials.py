@@ -133,7 +133,7 @@ def measure_point(bench: Bench, params: Params) -> SearchPoint:
     labels = bench.dataset.validation.labels
     top1 = tuple(measure_accuracy(found, labels).top1_percent for found in logits)
     correct = tuple(pack(top_k_credit(found, labels, 1) > 0.5) for found in logits)
-    size = made[0].saved_bytes() if search.objective == "top1+size" else None
+    size = made[0].size_bytes if search.objective == "top1+size" else None
     spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
     measured: dict[str, Any] = {"top1_by_seed_percent": top1, "size_bytes": size, "correct_by_seed": correct}
     if bench.fp32_p50_ms is not None:
