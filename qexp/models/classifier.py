@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexp.errors import InputError, first_line
 from qexp.files import replacing
+from qexp.models.names import check_model_name
 
+MOST_PIXELS = 65_536  # of a side of the images, of whatever model
 SMALLNET_BLOCKS = ((32, 64), (64, 128), (128, 128))  # channels of the 3x3 convolutions; a 2x2 max-pool between blocks
 
 
@@ -166,22 +169,45 @@ def save_classifier(model: Classifier, file: Path) -> None:
         save_file(tensors, temporary, metadata={"qexp": spec})
 
 
-def load_classifier(file: Path) -> Classifier:
-    """Rebuild the classifier that `save_classifier` wrote, in evaluation mode.
+def read_weights(file: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """What `save_classifier` wrote: the spec, and the weights by name. Nothing is built from it.
 
     Raises:
         InputError: the file is not one of ours.
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            values = json.loads((opened.metadata() or {})["qexp"])
+            spec = TypeAdapter(ModelSpec).validate_json((opened.metadata() or {})["qexp"], strict=True)
             state = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"weights file {file}: not written by qexp ({error})") from None
-    spec = ModelSpec(values["architecture"], tuple(values["classes"]), values["image_size"])
+    except KeyError:
+        raise InputError(f"weights file {file}: not written by qexp (it does not say of which model)") from None
+    except ValidationError as error:
+        why = error.errors()[0]
+        what = " ".join(map(str, ("its model", *why["loc"])))
+        raise InputError(f"weights file {file}: not written by qexp ({what}: {why['msg']})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"weights file {file}: not written by qexp ({first_line(error)})") from None
+    try:
+        check_model_name(spec.architecture)
+    except InputError:
+        raise InputError(f"weights file {file}: of an unknown architecture, {spec.architecture[:80]!r}") from None
+    if not (spec.classes and 1 <= spec.image_size <= MOST_PIXELS):
+        allowed = f"must have a class or more, and a side of 1 to {MOST_PIXELS} pixels"
+        raise InputError(f"weights file {file}: its model has {len(spec.classes)} and {spec.image_size}; {allowed}")
+    return spec, state
+
+
+def load_classifier(file: Path) -> Classifier:
+    """Rebuild the classifier that `save_classifier` wrote, in evaluation mode.
+
+    Raises:
+        InputError: the file is not one of ours.
+    """
+    spec, state = read_weights(file)
     model = Classifier(spec, torch.zeros(3), torch.ones(3))
     fresh = model.state_dict()  # carries the layers' version numbers, which some of torchvision's modules insist on
-    if set(fresh) != set(state):
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    if shapes != {name: tensor.shape for name, tensor in fresh.items()}:
         raise InputError(f"weights file {file}: not those of {spec.architecture} in this torchvision")
     fresh.update(state)
     model.load_state_dict(fresh)

@@ -34,7 +34,7 @@ class OnnxClassifier:
         self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run(None, {INPUT: images.numpy()})[0])
+        return torch.from_numpy(self.session.run(None, {INPUT: images.detach().numpy()})[0])
 
 
 def export(model: nn.Module, example: Tensor, file: Path) -> None:

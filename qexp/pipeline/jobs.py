@@ -32,6 +32,7 @@ from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import LAUNCHER_LOCK
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of, use_store
+from qexp.tracking.tags import tags_of
 from qexp.tracking.uploads import TrainingLog, upload_answer, upload_decision
 from qexp.training import launch
 from qexp.training.distributed import read_group
@@ -302,9 +303,10 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     config, host = prepare_for_version(config, model_uri)
     int8 = registry.find_version(model_uri, "int8")
     uri = registry.from_entity(int8).uri
+    fp32_uri, engine = uri_of(registry.source_of(int8)), tags_of(int8).engine
     # Timing does not change the accuracy of bf16.
-    bf16 = partial(loading.bf16_of, int8.tags)
-    evidence = latency_stage(Job(host), config, int8.tags["fp32_uri"], {uri: int8.tags["engine"]}, bf16)
+    bf16 = partial(loading.bf16_of, int8)
+    evidence = latency_stage(Job(host), config, fp32_uri, {uri: engine}, bf16)
     name = evidence.name_of(uri)
     result, floats = evidence.latency, evidence.fair_floats(config.gate.of(int8.name))
     over_fp32 = {str(row.batch_size): row.speedups[name].median for row in result.rows}

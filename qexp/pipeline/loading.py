@@ -1,19 +1,19 @@
 """Models that are in the registry already, as the stages need them: configuration, model, files, results."""
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.data.datasets import Dataset
-from qexp.errors import InputError, StageError, first_line
+from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.gate import Succession
-from qexp.models.classifier import load_classifier
+from qexp.models.classifier import Classifier, load_classifier, read_weights
 from qexp.pipeline.decide import judge
 from qexp.pipeline.measure import SPLITS, LocalVersions, predict_splits
 from qexp.progress import say
@@ -21,10 +21,10 @@ from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Eviden
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.aliases import CHAMPION, version_with
-from qexp.tracking.integrity import checked_copy, copy_files
-from qexp.tracking.outage import store_errors
+from qexp.tracking.integrity import checked_copy
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import ModelVersion, uri_of
+from qexp.tracking.tags import tags_of
 
 
 def config_of_version(config: Config, uri: str, kind: str) -> Config:
@@ -33,8 +33,9 @@ def config_of_version(config: Config, uri: str, kind: str) -> Config:
     Raises:
         InputError: the version does not exist or is not one of ours.
     """
-    found = registry.find_version(uri, kind)
-    recorded = tracking.read_config(registry.tag_of(found, "train_run_id"))
+    tags = tags_of(registry.find_version(uri, kind))
+    with tags.followed("train_run_id"):
+        recorded = tracking.read_config(tags.train_run_id)
     data = recorded.data.model_copy(update={"data_dir": config.data.data_dir or recorded.data.data_dir})
     train = recorded.train.model_copy(update={name: getattr(config.train, name) for name in HOW_TO_TRAIN})
     made_with = {"model": recorded.model, "seed": recorded.seed, "data": data, "train": train}
@@ -55,7 +56,10 @@ def refuse_conflicts(config: Config, uri: str, sections: tuple[str, ...]) -> Non
 
 def check_data(uri: str, dataset: Dataset, kind: str = "fp32") -> None:
     """Raise InputError unless the version was made with this data: its test images might be among others."""
-    digest = registry.tag_of(registry.find_version(uri, kind), "data_digest")
+    tags = tags_of(registry.find_version(uri, kind))
+    digest = tags.data_digest
+    if digest == dataset.digest and len(tags.classes) != len(dataset.classes):
+        raise tags.wrong("classes", f"must be the {len(dataset.classes)} names of its data")
     if digest != dataset.digest:
         raise InputError(
             f"--data-dir: {dataset.source} (digest {dataset.digest}) is not what {uri} was trained on (digest {digest})"
@@ -69,16 +73,55 @@ def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPL
 
     Raises:
         InputError: the version does not exist or is not ours.
+        StageError: its files, or its weights, are not those that were registered.
     """
     found = registry.find_version(uri, "fp32")
-    with tracking.downloaded(found.tags["weights_uri"]) as file:
-        model = load_classifier(file)
-    evidence = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
+    model = load_weights(found)
+    evidence = _fp32_result(found)
     # Those of the data at hand: an earlier version has not counted them.
     data = replace(evidence.data, duplicates=dataset.duplicates)
     version = registry.from_entity(found)
     evidence = replace(evidence, data=data, verified=version.verified)
     return Fp32(model, version, evidence, predict_splits(model, dataset, "fp32", splits))
+
+
+def load_weights(found: ModelVersion) -> Classifier:
+    """The module of a registered fp32 version, with the weights that were registered.
+
+    Raises:
+        InputError: it has no weights file, or one of something else.
+        StageError: its files, or its weights, are not those that were registered.
+    """
+    with checked_copy(found) as copy, checked_weights(found, copy) as file:
+        return load_classifier(file)
+
+
+@contextmanager
+def checked_weights(found: ModelVersion, copy: Path) -> Iterator[Path]:
+    """A private copy of the weights file of an fp32 version, which lies beside its training and not in its own folder:
+    held, before anything is built from it, against the version's own files.
+
+    Args:
+        copy: those files, compared with what was registered.
+    """
+    tags = tags_of(found)
+    with ExitStack() as stack:
+        with tags.followed("weights_uri"):
+            file = stack.enter_context(tracking.downloaded(tags.weights_uri))
+            spec, weights = read_weights(file)
+        stored = registry.load_files(copy, None).state_dict()  # type: ignore[attr-defined]  # a module
+        same = all(name in weights and torch.equal(weights[name], value) for name, value in stored.items())
+        if not same or (spec.classes, spec.image_size) != (tags.classes, tags.image_size):
+            raise StageError(f"{tags.uri}: the weights in {tags.weights_uri} are not those that were registered")
+        del stored, weights
+        yield file
+
+
+def _fp32_result(found: ModelVersion) -> Fp32Evidence:
+    """What the training of a version has found, by its tag."""
+    tags = tags_of(found)
+    with tags.followed("train_run_id"):
+        return tracking.read_result(Fp32Evidence, tags.train_run_id, "fp32")
 
 
 def fp32_of_run(run_id: str, dataset: Dataset) -> Fp32:
@@ -90,12 +133,12 @@ def int8_of_run(run_id: str) -> Int8Evidence:
     """What a run of quantization has found, with the version that it has registered."""
     found = tracking.read_result(Int8Evidence, run_id, "int8")
     version = registry.find_version(found.version_uri, "int8")
-    return replace(found, verified=version.tags["verified"] == "true")
+    return replace(found, verified=tags_of(version).verified)
 
 
-def bf16_of(tags: dict[str, str]) -> Bf16Evidence | None:
-    """What is known of the baseline bf16 from the last sweep of a version with these tags."""
-    if not (run_id := tags.get("latency_run_id")):
+def bf16_of(found: ModelVersion) -> Bf16Evidence | None:
+    """What is known of the baseline bf16 from the last sweep of a version."""
+    if not (run_id := tags_of(found).latency_run_id):
         return None
     try:
         return tracking.read_result(LatencyEvidence, run_id, "latency").bf16
@@ -106,28 +149,30 @@ def bf16_of(tags: dict[str, str]) -> Bf16Evidence | None:
 
 @contextmanager
 def local_files(fp32_uri: str, *int8_uris: str) -> Iterator[LocalVersions]:
-    """Copies of the files of registered versions, for as long as the block lasts: loading them asks no store."""
-    weights_uri = registry.find_version(fp32_uri, "fp32").tags["weights_uri"]
-    with tempfile.TemporaryDirectory() as name, tracking.downloaded(weights_uri) as weights:
-        with store_errors():
-            folders = {uri: str(copy_files(uri, Path(name))) for uri in (fp32_uri, *int8_uris)}
-        yield LocalVersions(fp32_uri, weights, folders)
+    """Copies of the files of registered versions that have been compared with what was registered, for as long as the
+    block lasts: loading them asks no store.
+
+    Raises:
+        InputError: a tag of a version is missing or wrong.
+        StageError: files are gone, or others than those that were registered.
+    """
+    fp32 = registry.find_version(fp32_uri, "fp32")
+    int8s = {uri: registry.find_version(uri, "int8") for uri in int8_uris}
+    with ExitStack() as stack:
+        copies = {uri: stack.enter_context(checked_copy(one)) for uri, one in ({fp32_uri: fp32} | int8s).items()}
+        weights = stack.enter_context(checked_weights(fp32, copies[fp32_uri]))
+        yield LocalVersions(fp32_uri, weights, {uri: str(copy) for uri, copy in copies.items()})
 
 
 def logits_of_version(version: ModelVersion, dataset: Dataset) -> Tensor:
     """Of the test images, from files that are those that were registered.
 
     Raises:
+        InputError: a tag of the version is missing or wrong.
         StageError: the files are others, or do not load.
     """
-    uri = uri_of(version)
-    registry.refuse_pickled(version)
-    with checked_copy(version) as files:
-        try:
-            model = registry.load_files(str(files), version.tags.get("backend"))
-        except Exception as error:  # files of another version of a library: any library's
-            raise StageError(f"{uri}: cannot be loaded ({first_line(error)})") from None
-        return predict_logits(model, dataset.test.images, label=f"{uri} on test images")
+    model = registry.open_version(version)
+    return predict_logits(model, dataset.test.images, label=f"{uri_of(version)} on test images")
 
 
 def evidence_of_version(config: Config, uri: str) -> Evidence:
@@ -137,27 +182,32 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
         InputError: the version is not one of ours, or its latency has not been measured.
     """
     found = registry.find_version(uri, "int8")
-    if "latency_run_id" not in found.tags:
+    tags, own = tags_of(found), uri_of(found)
+    if tags.latency_run_id is None:
         raise InputError(f"--model-uri {uri}: its latency was not measured; run `qexp latency --model-uri {uri}` first")
-    source = registry.find_version(found.tags["fp32_uri"], "fp32")
-    fp32 = tracking.read_result(Fp32Evidence, found.tags["train_run_id"], "fp32")
-    fp32 = replace(fp32, verified=source.tags["verified"] == "true")
-    latency = tracking.read_result(LatencyEvidence, found.tags["latency_run_id"], "latency")
-    own = uri_of(found)
+    fp32 = replace(_fp32_result(found), verified=tags_of(registry.source_of(found)).verified)
+    with tags.followed("latency_run_id"):
+        latency = tracking.read_result(LatencyEvidence, tags.latency_run_id, "latency")
+        if own not in latency.names:
+            raise InputError("must be a run that has timed this version")
     judged = []
     for timed in sorted(latency.names, key=lambda other: other != own):  # the one that was asked for comes first
         try:
             version = registry.find_version(timed, "int8")
         except InputError:  # one that was timed beside it has been deleted since: its times stay in the table
             continue
-        judged.append(judge(config, fp32, int8_of_run(version.tags["quantize_run_id"]), latency))
+        with tags_of(version).followed("quantize_run_id"):
+            int8 = int8_of_run(tags_of(version).quantize_run_id)
+            if int8.version_uri not in latency.names:
+                raise InputError("must be the run that has quantized this version")
+        judged.append(judge(config, fp32, int8, latency))
     champion = version_with(CHAMPION, found.name)
-    now, before = uri_of(champion) if champion else None, found.tags.get("champion_kept", "none")
+    now, before = uri_of(champion) if champion else None, tags.champion_kept or "none"
     floats = latency.fair_floats(config.gate.of(found.name))
     if now == own or before == "none":
         return Evidence(fp32, tuple(judged), latency, champion=now == own, floats=floats)
     reason = found.tags.get("champion_kept_reason") or found.tags.get("promotion_reason", "not recorded")
-    succession = Succession(False, (reason,), found.tags.get("champion_compared") != "false")
+    succession = Succession(False, (reason,), tags.champion_compared is not False)
     since = now if now != before else None
     return Evidence(
         fp32,

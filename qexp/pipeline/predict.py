@@ -1,6 +1,5 @@
 """What a registered version sees in image files: class names and probabilities."""
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from qexp.config import Config
 from qexp.data.imagefolder import decode_files
-from qexp.errors import InputError, StageError, first_line
+from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.host import read_host
 from qexp.progress import say
 from qexp.tracking import registry
-from qexp.tracking.integrity import checked_copy
 from qexp.tracking.store import uri_of, use_store
+from qexp.tracking.tags import tags_of
 
 BATCH_SIZE = 128
 
@@ -69,15 +68,8 @@ def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list
     for file in files:
         _check(file)
     own = uri_of(found)
-    classes, image_size = json.loads(found.tags["classes"]), int(found.tags["image_size"])
-    registry.refuse_pickled(found)
-    try:
-        with checked_copy(found) as files_of_model:
-            model = registry.load_files(str(files_of_model), found.tags.get("backend"))
-    except StageError:
-        raise
-    except Exception as error:  # files that are gone, a missing package, a format that MLflow was told to refuse
-        raise StageError(f"{own} cannot be loaded: {first_line(error)}") from error
+    classes, image_size = tags_of(found).classes, tags_of(found).image_size
+    model = registry.open_version(found)
     predictions: list[Prediction] = []
     for start in range(0, len(files), BATCH_SIZE):
         batch = files[start : start + BATCH_SIZE]

@@ -17,9 +17,8 @@ from qexp.measurement.accuracy import Comparison, compare, guess_percent, measur
 from qexp.measurement.gate import UNMEASURED, Succession, decide_gate, decide_succession
 from qexp.measurement.host import Host
 from qexp.measurement.sweep_models import SweepModel
-from qexp.models.classifier import load_classifier
 from qexp.pipeline.job import Inputs, Job
-from qexp.pipeline.loading import bf16_of, local_files, logits_of_version
+from qexp.pipeline.loading import bf16_of, load_weights, local_files, logits_of_version
 from qexp.pipeline.measure import bf16_is_timed, measure_bf16, time_models
 from qexp.pipeline.setup import Setup, prepare
 from qexp.progress import say
@@ -31,6 +30,7 @@ from qexp.tracking.aliases import CHALLENGER, CHAMPION, move_champion, version_w
 from qexp.tracking.catalog import list_models
 from qexp.tracking.results import Result
 from qexp.tracking.store import ModelVersion, split_uri, uri_of, use_store
+from qexp.tracking.tags import tags_of
 
 CHANGED = "another version has become champion meanwhile"
 
@@ -46,9 +46,7 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     """
     use_store()
     candidate = _candidate(name, version)
-    uri, fp32_uri = uri_of(candidate), registry.tag_of(candidate, "fp32_uri")
-    if not registry.exists(fp32_uri):
-        raise InputError(f"NAME {name}: {uri} was made from {fp32_uri}, which is no longer there")
+    uri, fp32_uri = uri_of(candidate), uri_of(registry.source_of(candidate))
     champion = version_with(CHAMPION, name)
     before = uri_of(champion) if champion else None
     setup = prepare(config, fp32_uri)
@@ -150,8 +148,7 @@ def compare_with_champion(
     config: Config, host: Host, dataset: Dataset, candidate: ModelVersion, champion: ModelVersion | None
 ) -> Promotion:
     """Measure a candidate, its fp32 model and the champion side by side, and decide by the gate and by its margins."""
-    uri, fp32_uri, labels = uri_of(candidate), candidate.tags["fp32_uri"], dataset.test.labels
-    fp32_version = registry.find_version(fp32_uri, "fp32")
+    uri, labels, fp32_version = uri_of(candidate), dataset.test.labels, registry.source_of(candidate)
     fp32, int8 = (logits_of_version(one, dataset) for one in (fp32_version, candidate))
     other = _answers_of(champion, dataset) if champion else None
     versions = {CANDIDATE: candidate}
@@ -201,11 +198,9 @@ def _bf16(
     config: Config, host: Host, dataset: Dataset, candidate: ModelVersion, fp32_logits: Tensor
 ) -> Bf16Evidence | None:
     """What the candidate's own job has found of the baseline bf16, or else what is measured here."""
-    if found := bf16_of(candidate.tags):
+    if found := bf16_of(candidate):
         return found
-    fp32 = registry.find_version(candidate.tags["fp32_uri"], "fp32")
-    with tracking.downloaded(fp32.tags["weights_uri"]) as file:
-        return measure_bf16(config, host, dataset, load_classifier(file), fp32_logits)
+    return measure_bf16(config, host, dataset, load_weights(registry.source_of(candidate)), fp32_logits)
 
 
 @dataclass(frozen=True)
@@ -217,21 +212,22 @@ class _Answers:
 
 
 def _answers_of(champion: ModelVersion, dataset: Dataset) -> _Answers:
-    if (was := champion.tags.get("data_digest")) != dataset.digest:
-        other = f"it was made with other data or another image size (digest {was}, not {dataset.digest})"
-        return _Answers(None, other)
+    tags = tags_of(champion)
     try:
+        if (was := tags.check().data_digest) != dataset.digest:
+            other = f"it was made with other data or another image size (digest {was}, not {dataset.digest})"
+            return _Answers(None, other)
         return _Answers(logits_of_version(champion, dataset))
-    except StageError as error:
+    except (InputError, StageError) as error:
         return _Answers(None, f"it cannot be compared: {error}")
 
 
 def _time(config: Config, host: Host, versions: dict[str, ModelVersion], bf16: Bf16Evidence | None) -> LatencyEvidence:
     """The candidate and the champion, with the kernels that `qexp.load` gives, beside fp32."""
-    fp32_uri = versions[CANDIDATE].tags["fp32_uri"]
+    fp32_uri = tags_of(versions[CANDIDATE]).fp32_uri
     with local_files(fp32_uri, *map(uri_of, versions.values())) as files:
         folders = {name: files.folders[uri_of(one)] for name, one in versions.items()}
-        models = [SweepModel(name, folders[name], one.tags.get("backend")) for name, one in versions.items()]
+        models = [SweepModel(name, folders[name], tags_of(one).backend) for name, one in versions.items()]
         environment = registry.child_environment(host.threads)
         result = time_models(config, host, files, models, CANDIDATE, environment)
     names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}

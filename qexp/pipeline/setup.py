@@ -21,6 +21,7 @@ from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import check_unlocked, job_folder, stage_folder
 from qexp.tracking.store import use_store
+from qexp.tracking.tags import tags_of
 from qexp.training import launch
 from qexp.training.distributed import read_group
 from qexp.training.recipe import settle_options
@@ -105,7 +106,7 @@ def prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
     check_options(config, new_model=False)
     use_store()
     config = config_of_version(config, model_uri, "int8")
-    tracking.use_experiment(registry.find_version(model_uri, "int8").tags["dataset"])
+    tracking.use_experiment(tags_of(registry.find_version(model_uri, "int8")).dataset)
     return config, _use_threads(config)
 
 

@@ -14,8 +14,10 @@ from qexp.tracking import registry
 from qexp.tracking.clean_process import bare_logits
 from qexp.tracking.integrity import checked_copy
 from qexp.tracking.store import ModelVersion, uri_of, use_store
+from qexp.tracking.tags import TAGS, tags_of
 
 OTHER_CPU_SHARE = 0.002  # of the images: int8 kernels of other instructions round otherwise, which moves near ties
+RECORDED = ("threads", "test_top1_percent", "test_top1_correct", "test_top3_percent", "test_top3_correct")
 
 
 def run_verify(config: Config, uri: str) -> dict[str, Any]:
@@ -27,12 +29,14 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     """
     use_store()
     found = registry.find_version(uri, "fp32", "int8", option="URI")
-    uri = uri_of(found)
-    config = config_of_version(config, uri, found.tags["kind"])
+    uri, tags = uri_of(found), tags_of(found)
+    config = config_of_version(config, uri, tags.kind)
     registry.refuse_pickled(found)
-    host = read_host(config.threads or int(registry.number_of(found, "threads")))
+    for name in RECORDED:  # what is wrong is said before anything is computed
+        tags.read(TAGS[name])
+    host = read_host(config.threads or tags.threads)
     dataset = load_dataset(config.data, config.seed)
-    check_data(uri, dataset, found.tags["kind"])
+    check_data(uri, dataset, tags.kind)
     with checked_copy(found) as copy:
         say(f"{uri}: {len(dataset.test)} test images in a clean subprocess, {host.threads} threads")
         try:
@@ -68,8 +72,8 @@ def _compare(found: ModelVersion, accuracy: Accuracy, allowed: int) -> dict[str,
         ("top3", accuracy.top3_percent, accuracy.top3_correct, accuracy.top3_tied_images),
     )
     for name, percent, now, tied in figures:
-        before = recorded[f"recorded_{name}_percent"] = registry.number_of(found, f"test_{name}_percent")
-        then = registry.number_of(found, f"test_{name}_correct")
+        before = recorded[f"recorded_{name}_percent"] = tags_of(found).read(TAGS[f"test_{name}_percent"])
+        then = tags_of(found).read(TAGS[f"test_{name}_correct"])
         # Versions without this tag counted each tied image as right or wrong, by the numbers of the classes.
         most = allowed if f"test_{name}_tied" in found.tags else allowed + tied
         if abs(now - then) > most + 1e-6:

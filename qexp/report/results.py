@@ -4,6 +4,7 @@ The pipeline fills them, and the report's tables, sentences, figures and `metric
 are stored as JSON: what earlier versions have stored must still be readable, so each new field has a default.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
@@ -51,6 +52,11 @@ class DataFacts:
         return 100 / len(self.classes) if self.guess_percent is None else self.guess_percent
 
 
+def _need_test(by_split: Mapping[str, object]) -> None:
+    if "test" not in by_split:
+        raise ValueError("what was measured on the test images is missing")
+
+
 @dataclass(frozen=True)
 class Fp32Evidence:
     """The trained model: registered version, size of its file there, accuracy by split (train, validation, test).
@@ -67,6 +73,9 @@ class Fp32Evidence:
     accuracy: dict[str, Accuracy]
     contents: FileContents | None = None
     verified: bool = True
+
+    def __post_init__(self) -> None:
+        _need_test(self.accuracy)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,10 @@ class Int8Evidence:
     contents: FileContents | None = None
     verified: bool = True
 
+    def __post_init__(self) -> None:
+        _need_test(self.accuracy)
+        _need_test(self.comparison)
+
 
 @dataclass(frozen=True)
 class Bf16Evidence:
@@ -130,6 +143,11 @@ class LatencyEvidence:
     host: Host
     run_id: str
     bf16: Bf16Evidence | None = None
+
+    def __post_init__(self) -> None:
+        rows, timed = self.latency.rows, {name for names in self.names.values() for name in names}
+        if not (rows and all(self.names.values()) and all(row.stats.keys() >= timed for row in rows)):
+            raise ValueError("the times of a model are missing")
 
     @property
     def floats(self) -> tuple[str, ...]:

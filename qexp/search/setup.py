@@ -29,6 +29,7 @@ from qexp.tracking import registry, search_runs
 from qexp.tracking import runs as tracking
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of
+from qexp.tracking.tags import tags_of
 
 # Options of quantization that the space varies, or that no trial looks at: they make no other study.
 OF_NO_TRIAL = {
@@ -158,8 +159,8 @@ def _facts(config: Config, host: Host, model_uri: str) -> dict[str, Any]:
     search = config.search
     facts: dict[str, Any] = {
         "model_uri": uri_of(found),
-        "train_run_id": found.tags["train_run_id"],  # another database counts its versions from 1 too
-        "data_digest": found.tags["data_digest"],
+        "train_run_id": tags_of(found).train_run_id,  # another database counts its versions from 1 too
+        "data_digest": tags_of(found).data_digest,
         "seed": config.seed,
         "objective": search.objective,
         "seeds_per_point": search.seeds_per_point,

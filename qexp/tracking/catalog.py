@@ -10,7 +10,9 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from qexp.errors import InputError
+from qexp.progress import say
 from qexp.tracking.store import all_pages, uri_of, use_store
+from qexp.tracking.tags import TAGS, tags_of
 
 FIGURES = (
     "test_top1_percent", "test_top3_percent", "top1_drop_points", "top1_drop_low_points", "top1_drop_high_points",
@@ -48,22 +50,18 @@ def list_models(pattern: str | None = None) -> list[Row]:
 
 
 def _row(version: ModelVersion, aliases: dict[str, Any]) -> Row:
-    tags = version.tags
     row: Row = {"name": version.name, "version": int(version.version)}
     row["uri"] = uri_of(version)
     row["aliases"] = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
-    row |= {name: tags.get(name) for name in WORDS} | {"verified": tags.get("verified") == "true"}
-    row |= {name: _typed(tags.get(name)) for name in FIGURES}
-    lineage = {name: tags.get(name) for name in LINEAGE} | {name: _typed(tags.get(name)) for name in COUNTS}
-    return row | {"lineage": lineage}
+    row |= {name: _known(version, name) for name in WORDS} | {"verified": bool(_known(version, "verified"))}
+    row |= {name: _known(version, name) for name in FIGURES}
+    return row | {"lineage": {name: _known(version, name) for name in (*LINEAGE, *COUNTS)}}
 
 
-def _typed(tag: str | None) -> float | None:
-    """A tag's number; None if it is none."""
-    try:
-        return None if tag is None else int(tag) if tag.isdecimal() else round(float(tag), 4)
-    except ValueError:
-        return None
+def _known(version: ModelVersion, name: str) -> Any:
+    """The value of a tag; None where it is missing, or wrong, which is said."""
+    value = tags_of(version).known(name, warn=say) if name in TAGS else version.tags.get(name)
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def as_table(rows: list[Row]) -> str:
@@ -87,7 +85,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row["name"],
         str(row["version"]),
         ",".join(row["aliases"]) or "-",
-        row["engine"] or row["kind"],
+        row["engine"] or row["kind"] or "-",
         _number(row["test_top1_percent"], ".2f"),
         _drop(row),
         _number(row["size_mb"], ".3f"),

@@ -13,8 +13,6 @@ from torch import Tensor
 from qexp.errors import StageError
 from qexp.measurement.accuracy import to_float
 from qexp.progress import say
-from qexp.tracking.outage import store_errors
-from qexp.tracking.store import ask_store
 
 # Batches are those of the evaluation: the same sums. ONNX has names for its outputs.
 SCRIPT = """
@@ -35,7 +33,7 @@ def bare_logits(source: str, images: Tensor, environment: dict[str, str]) -> Ten
     """Logits of uint8 images [N, 3, H, W] from a process that imports only mlflow and numpy.
 
     Args:
-        source: URI or folder of the model.
+        source: folder of the model.
         environment: of the process: it names the store and the threads.
 
     Raises:
@@ -53,30 +51,29 @@ def bare_logits(source: str, images: Tensor, environment: dict[str, str]) -> Ten
 
 
 def reloads_equal(
-    uri: str, model: Callable[[Tensor], Tensor], sample: Tensor, environment: dict[str, str], without_pickle: bool
+    uri: str,
+    copy: Path,
+    model: Callable[[Tensor], Tensor],
+    sample: Tensor,
+    environment: dict[str, str],
+    without_pickle: bool,
 ) -> bool:
     """Whether the version at `uri` gives the same logits in a clean subprocess, bit for bit, as `model` in this one.
 
     Args:
+        copy: its files.
         sample: uint8 [N, 3, H, W].
         without_pickle: that process tells MLflow to load nothing that a pickle may be in.
-
-    Raises:
-        StoreError: it cannot be said, since the store does not answer.
     """
     environment = environment | (WITHOUT_PICKLE if without_pickle else {})
     say(f"verifying {uri} in a clean subprocess")
     with torch.no_grad():
         expected = model(to_float(sample))
-    for _ in range(2):
-        try:
-            if torch.equal(bare_logits(uri, sample, environment), expected):
-                return True
-            problem = "it gives other logits in a clean subprocess"
-            break
-        except StageError as error:  # the store may have been away, or a download cut off: once more
-            with store_errors():
-                ask_store()
-            problem = str(error)
+    try:
+        if torch.equal(bare_logits(str(copy), sample, environment), expected):
+            return True
+        problem = "it gives other logits in a clean subprocess"
+    except StageError as error:
+        problem = str(error)
     say(f"{uri} is not verified: {problem}")
     return False

@@ -10,44 +10,45 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from qexp.errors import StageError, first_line
-from qexp.models.contents import FileContents, read_contents
-from qexp.models.stored import SUFFIXES, model_file
-from qexp.progress import say
+from qexp.errors import StageError, StoreError, first_line
+from qexp.models.stored import SUFFIXES
 from qexp.tracking.store import uri_of
+from qexp.tracking.tags import tags_of
 
-
-def stored_facts(uri: str) -> tuple[str, FileContents]:
-    """SHA-256 of what the artifact store has of a version, and what is in the model's file there."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = copy_files(uri, Path(folder))
-        return _digest_of(copy), read_contents(model_file(copy))
+NOTE = "registered_model_meta"  # which version of what name, written by MLflow after each download
 
 
 @contextmanager
 def checked_copy(found: ModelVersion) -> Iterator[Path]:
-    """A local copy of a version's files, compared with what was registered before anything of them is run.
+    """A private copy of a version's files that has been held against what was registered, before anything of it is
+    opened: what is loaded is to be loaded from there.
 
     Raises:
+        InputError: the version has no digest of its files, or one that is none.
         StageError: files are gone, or others than those that were registered.
     """
-    uri, recorded = uri_of(found), found.tags.get("artifact_sha256")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            copy = copy_files(uri, Path(folder))
-        except (MlflowException, OSError) as error:
-            raise StageError(f"{uri}: its files cannot be read ({first_line(error)})") from None
-        if not any(file.suffix in SUFFIXES for file in copy.rglob("*")):
-            raise StageError(f"{uri}: the model's file is gone from the artifact store")
-        if recorded is None:
-            say(f"{uri}: no digest of its files was recorded; they are not compared")
-        elif (digest := _digest_of(copy)) != recorded:
+    recorded = tags_of(found).artifact_sha256
+    with copied(uri_of(found)) as copy:
+        if (digest := digest_of(copy)) != recorded:
             what = "its files are not those that were registered"
-            raise StageError(f"{uri}: {what}: SHA-256 {digest[:16]}…, recorded {recorded[:16]}…")
+            raise StageError(f"{uri_of(found)}: {what}: SHA-256 {digest[:16]}…, recorded {recorded[:16]}…")
         yield copy
 
 
-def copy_files(uri: str, folder: Path) -> Path:
+@contextmanager
+def copied(uri: str) -> Iterator[Path]:
+    """A private copy of what the artifact store has of a version; StageError if its files cannot be read."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            copy = _copy_files(uri, Path(folder))
+        except (MlflowException, OSError) as error:
+            raise StoreError(f"{uri}: its files cannot be read ({first_line(error)})") from error
+        if not any(file.suffix in SUFFIXES for file in copy.rglob("*")):
+            raise StageError(f"{uri}: the model's file is gone from the artifact store")
+        yield copy
+
+
+def _copy_files(uri: str, folder: Path) -> Path:
     """Where a copy of a version's files is, in a new folder below `folder`.
 
     MLflow's client repeats a request that nobody answers, but not a download that is cut off: this does, once.
@@ -58,10 +59,10 @@ def copy_files(uri: str, folder: Path) -> Path:
         return Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(dir=folder)))
 
 
-def _digest_of(folder: Path) -> str:
-    """Of names and contents, without the note of its name and version that MLflow adds to a copy."""
+def digest_of(folder: Path) -> str:
+    """SHA-256 of names and contents, without the note of its name and version that MLflow adds to a copy."""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "registered_model_meta"):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NOTE):
         with file.open("rb") as content:
             inner = hashlib.file_digest(content, "sha256").hexdigest()
         digest.update(f"{file.relative_to(folder).as_posix()} {inner}\n".encode())

@@ -22,12 +22,12 @@ from torch import Tensor
 from qexp.environment import as_the_user_set
 from qexp.errors import InputError, StageError, first_line
 from qexp.models.classifier import ModelSpec
-from qexp.models.contents import FileContents
-from qexp.models.stored import SUFFIXES
+from qexp.models.contents import FileContents, read_contents
+from qexp.models.stored import SUFFIXES, model_file
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version, quiet
-from qexp.tracking.integrity import stored_facts
+from qexp.tracking.integrity import checked_copy, copied, digest_of
 from qexp.tracking.leftovers import discard_unregistered, version_of_run, version_or_nothing
 from qexp.tracking.store import (
     again,
@@ -40,9 +40,11 @@ from qexp.tracking.store import (
     split_uri,
     uri_of,
 )
+from qexp.tracking.tags import MADE_BY as MADE_BY
+from qexp.tracking.tags import OWN as OWN
+from qexp.tracking.tags import TAGS, Tags, tags_of
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
-MADE_BY, OWN = "registered_by", "qexp.register"  # tag of the versions of one's own models, and its value
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
 LONGEST_LIST = 1000  # characters of a description that names of classes or layers take; PostgreSQL has room for 5,000
 Predict = Callable[[Tensor], Tensor]
@@ -112,14 +114,17 @@ def register(
             found = mlflow.MlflowClient().get_model_version(name, str(info.registered_model_version))
         number, uri = str(found.version), uri_of(found)
         if once and "kind" in found.tags:
-            return replace(from_entity(found), contents=stored_facts(uri)[1])
+            with checked_copy(found) as copy:
+                return replace(from_entity(found), contents=read_contents(model_file(copy)))
         without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
         environment = child_environment(torch.get_num_threads())
-        verified = reloads_equal(uri, model, sample, environment, without_pickle)
-        size_bytes, (digest, contents) = _stored_bytes(uri), stored_facts(uri)
+        with checked_copy(found) if "artifact_sha256" in found.tags else copied(uri) as copy:
+            tag_version(uri, {"artifact_sha256": digest_of(copy)})  # before anything of it is opened
+            verified = reloads_equal(uri, copy, model, sample, environment, without_pickle)
+            contents = read_contents(model_file(copy))
+        size_bytes = _stored_bytes(uri)
         facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
-        facts |= {"artifact_sha256": digest}
         if "train_run_id" in tags:  # a stage of a job: its configuration is there
             facts |= {"config_uri": f"runs:/{run_id}/config.yaml"}
         tag_version(uri, facts | tags | {"kind": kind})  # kind comes last: with it, the version is complete
@@ -140,7 +145,7 @@ def refuses_pickle() -> bool:
 
 def refuse_pickled(found: ModelVersion) -> None:
     """Raise StageError where MLflow was told to load nothing like this version."""
-    if refuses_pickle() and found.tags.get("loads_without_pickle") == "false":
+    if refuses_pickle() and tags_of(found).loads_without_pickle is False:
         why = "MLflow loads TorchScript as it does a pickle; take a version of engine onnx, or set it to true"
         raise StageError(f"{uri_of(found)} does not load with {MLFLOW_ALLOW_PICKLE_DESERIALIZATION.name}=false: {why}")
 
@@ -163,33 +168,21 @@ def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVer
     """The version that `uri` names, which was given as `option`: models:/NAME/VERSION, /latest or models:/NAME@ALIAS.
 
     Raises:
-        InputError: the URI has another form, does not exist, or is not a version of `kinds` that qexp registered.
+        InputError: the URI has another form, does not exist, is not a version of `kinds` that qexp registered, or has a
+            tag whose value is not allowed.
     """
     found = look_up(uri, option)
     if found.tags.get("kind") not in kinds or "classes" not in found.tags:
         raise InputError(f"{option} {uri}: must be a version of kind {' or '.join(kinds)} that qexp registered")
+    tags_of(found).check()
     return found
 
 
-def tag_of(found: ModelVersion, name: str) -> str:
-    """A tag that every version of ours has; InputError if it is gone, or the version is of a model of one's own."""
-    if name not in found.tags:
-        if found.tags.get(MADE_BY) == OWN:
-            raise InputError(
-                f"{uri_of(found)}: was registered with {OWN}, without the training run and the data that this command "
-                "needs; use qexp.quantize, qexp.compare and qexp.benchmark in Python"
-            )
-        raise InputError(f"{uri_of(found)}: has no tag {name}, which qexp gives to every version")
-    return str(found.tags[name])
-
-
-def number_of(found: ModelVersion, name: str) -> float:
-    """The same for a number; InputError if it is none."""
-    text = tag_of(found, name)
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{uri_of(found)}: its tag {name} is {text}, which is no number") from None
+def source_of(found: ModelVersion) -> ModelVersion:
+    """The fp32 version that an int8 version was made from; InputError if it is not there under that name."""
+    tags = tags_of(found)
+    with tags.followed("fp32_uri"):
+        return find_version(tags.fp32_uri, "fp32", option="fp32 version")
 
 
 def exists(uri: str) -> bool:
@@ -232,7 +225,7 @@ def version_numbers(name: str) -> list[int]:
 
 def from_entity(found: ModelVersion) -> Registered:
     """A version of the registry as the stages use it."""
-    verified, size_bytes = found.tags.get("verified") == "true", _stored_bytes(uri_of(found))
+    verified, size_bytes = bool(tags_of(found).known("verified")), _stored_bytes(uri_of(found))
     return Registered(found.name, str(found.version), logged_model_of(found), found.run_id or "", size_bytes, verified)
 
 
@@ -253,21 +246,48 @@ def load_version(uri: str, backend: str | None = None) -> Predict:
     """Load a registered model; an int8 one with the kernels `backend`, or those of its tag, set for the whole process.
 
     Raises:
-        InputError: the URI has another form or does not exist.
-        StageError: MLflow was told to load nothing like it.
+        InputError: the URI has another form or does not exist, or the version is not as qexp has registered it.
+        StageError: its files are gone or others, do not load, or MLflow was told to load nothing like them.
     """
-    found = look_up(uri, "uri")
+    return open_version(find_version(uri, "fp32", "int8", option="uri"), backend)
+
+
+def open_version(found: ModelVersion, backend: str | None = None) -> Predict:
+    """The same for a version that has been looked up. Nothing of it is opened before its files have been compared with
+    what was registered, and that copy of them is what is loaded.
+
+    Raises:
+        InputError: a tag is missing or wrong, or an extra is needed that is not installed.
+        StageError: as `load_version`.
+    """
+    tags = tags_of(found)
     refuse_pickled(found)
-    return load_files(uri_of(found), backend or found.tags.get("backend"))
+    with checked_copy(found) as copy:
+        try:
+            _check_shape(tags, copy)
+            return load_files(copy, backend or tags.backend)
+        except InputError:
+            raise
+        except Exception as error:  # files of another version of a library, a format that MLflow was told to refuse
+            raise StageError(f"{tags.uri}: cannot be loaded ({first_line(error)})") from error
 
 
-def load_files(place: str, backend: str | None) -> Predict:
-    """The model in a version's files, with the kernels `backend` (None: as they are), loaded by MLflow, which opens no
-    pickle where it was told so.
+def _check_shape(tags: Tags, copy: Path) -> None:
+    """Raise InputError unless a version's tags have as many names, and images as large, as its model."""
+    signature = Model.load(str(copy)).signature
+    if signature is None or signature.outputs is None:
+        return
+    size, outputs = signature.inputs.inputs[0].shape[-1], signature.outputs.inputs[0].shape[-1]
+    if len(tags.classes) != outputs:
+        raise tags.wrong("classes", f"must be {outputs} names, as the model has outputs")
+    if tags.image_size != size:
+        raise tags.wrong("image_size", f"must be {size}, as the model was registered")
 
-    Args:
-        place: models:/NAME/VERSION or a folder; MLflow finds no file below an alias.
-    """
+
+def load_files(folder: Path, backend: str | None) -> Predict:
+    """The model in a checked copy of a version's files, with the kernels `backend` (None: as they are), loaded by
+    MLflow, which opens no pickle where it was told so."""
+    place = str(folder)
     if "onnx" in Model.load(place).flavors:
         from qexp.models.onnx_file import OnnxClassifier
 
@@ -308,20 +328,22 @@ def describe(found: ModelVersion) -> str:
     load = {
         "pytorch": f"model = mlflow.pytorch.load_model({uri_of(found)!r})",
         "onnx": f"model = mlflow.pyfunc.load_model({uri_of(found)!r})  # predict(images)['logits'], of a numpy array",
-    }[tags.get("flavor", "pytorch")]
+    }[tags_of(found).known("flavor") or "pytorch"]
     return "\n".join([*lines, "To load it:", "", f"```python\n{load}\n```"])
 
 
 def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     """The table of a version's description; an empty text where a tag is missing."""
-    tags = defaultdict(str, found.tags)
+    typed = tags_of(found)
+    wrong = [name for name in found.tags if name in TAGS and typed.known(name) is None]
+    tags = defaultdict(str, {name: text for name, text in found.tags.items() if name not in wrong})
 
     def told(text: str, *names: str) -> str:
         """`text` with these tags in it, numbers in four digits."""
-        return text.format(*(_short(tags[name]) for name in names)) if set(names) <= set(found.tags) else ""
+        return text.format(*(_short(tags[name]) for name in names)) if set(names) <= set(tags) else ""
 
     yield "Test top-1", told("{} % on {}", "test_top1_percent", "dataset")
-    if fp32 := found.tags.get("fp32_uri"):
+    if fp32 := tags["fp32_uri"]:
         drops = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
         yield "Drop", told("{} points (95 % interval {} to {})", *drops)
         yield "Made from", f"[{fp32}]({page_of_version(fp32)})"
@@ -335,10 +357,10 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
     yield "Size", told("{} MB", "size_mb")
     yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
-    classes = json.loads(tags["classes"])
-    names = ", ".join(map(str, classes)).replace("|", "\\|")
-    order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
-    yield "Output", f"logits [N, {len(classes)}] in the order {order}"
+    if classes := typed.known("classes"):
+        names = ", ".join(classes).replace("|", "\\|")
+        order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
+        yield "Output", f"logits [N, {len(classes)}] in the order {order}"
     yield "Promotion", tags["promotion_reason"].replace("|", "\\|")
     runs = {"training": "train_run_id", "quantization": "quantize_run_id", "latency": "latency_run_id"}
     links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(tags[tag]))]

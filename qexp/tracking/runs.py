@@ -21,6 +21,7 @@ from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric, RunStatus
 from mlflow.entities import Run as Run
 from mlflow.exceptions import MlflowException
+from pydantic import ValidationError
 
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data.datasets import Dataset, Split
@@ -348,9 +349,16 @@ def read_result(kind: type[T], run_id: str, name: str) -> T:
     """The result that a run logged under `name`.
 
     Raises:
-        InputError: the run or the artifact is not there.
+        InputError: the run or the artifact is not there, or is damaged.
     """
-    return from_json(kind, _read_text(run_id, f"results/{name}.json"))
+    file = f"results/{name}.json"
+    text = _read_text(run_id, file)
+    try:
+        return from_json(kind, text)
+    except ValidationError as error:
+        why = error.errors()[0]
+        place = f" at {'.'.join(map(str, why['loc']))}" if why["loc"] else ""
+        raise InputError(f"runs:/{run_id}/{file}: is damaged ({why['msg']}{place})") from None
 
 
 def read_config(run_id: str) -> Config:
@@ -363,8 +371,12 @@ def read_config(run_id: str) -> Config:
 
 
 def _read_text(run_id: str, path: str) -> str:
-    with downloaded(f"runs:/{run_id}/{path}") as file:
-        return file.read_text()
+    uri = f"runs:/{run_id}/{path}"
+    with downloaded(uri) as file:
+        try:
+            return file.read_text()
+        except (OSError, ValueError) as error:  # a folder, or no text
+            raise InputError(f"{uri}: is damaged ({first_line(error)})") from None
 
 
 def log_folder(folder: Path, artifact_folder: str, run_id: str | None = None) -> None:

@@ -34,6 +34,7 @@ from qexp.tracking.outage import store_errors
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, WrittenReport
 from qexp.tracking.store import model_id_of, page_of_run, quickly, split_uri
+from qexp.tracking.tags import tags_of
 from qexp.training.train import EpochResult
 
 LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
@@ -186,7 +187,7 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.top1_drop_points), at_ms=at_ms)
     tracking.log_result("latency", evidence)
     for uri, version in versions.items():
-        models = _with_kernels(version.tags["engine"], evidence.names[uri])
+        models = _with_kernels(tags_of(version).engine, evidence.names[uri])
         tags = {"latency_run_id": evidence.run_id} | _speedup_tags(found, models[0].name, floats)
         tags |= _latency_tags(found, models[0].name)
         if models[0].backend:
