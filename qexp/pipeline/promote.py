@@ -26,7 +26,7 @@ from qexp.report.promotion import CANDIDATE, Promotion
 from qexp.report.results import Bf16Evidence, Evidence, LatencyEvidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
-from qexp.tracking.aliases import CHALLENGER, CHAMPION, move_champion, version_with
+from qexp.tracking.aliases import CHALLENGER, CHAMPION, move_champion, only_mover, version_with
 from qexp.tracking.catalog import list_models
 from qexp.tracking.results import Result
 from qexp.tracking.store import ModelVersion, split_uri, uri_of, use_store
@@ -53,7 +53,8 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
 
     def move_alias(found: Promotion) -> None:  # no alias moves without a word on why: the decision is logged by now
         if force:
-            move_champion(uri)
+            with only_mover(name):
+                move_champion(uri)
         elif found.word == "passed" and not succeed(uri, before):
             tags = {"promotion": "rejected", "promotion_reason": f"rejected: {CHANGED}"}
             registry.tag_version(uri, tags)
@@ -87,10 +88,12 @@ def hold_against_champion(job: Job, setup: Setup, evidence: Evidence) -> Evidenc
 def succeed(int8_uri: str, champion_uri: str | None) -> bool:
     """Make a version `champion` if the one that it was compared with, or none, still is, or if it has the alias itself;
     whether that was so."""
-    now = version_with(CHAMPION, split_uri(int8_uri)[0])
-    unmoved = (uri_of(now) if now else None) in (champion_uri, int8_uri)
-    if unmoved:
-        move_champion(int8_uri)
+    name, _ = split_uri(int8_uri)
+    with only_mover(name):
+        now = version_with(CHAMPION, name)
+        unmoved = (uri_of(now) if now else None) in (champion_uri, int8_uri)
+        if unmoved:
+            move_champion(int8_uri)
     return unmoved
 
 

@@ -1,12 +1,23 @@
 """The aliases of registered models: `challenger` is a version that loads, `champion` the one to ship."""
 
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from uuid import uuid4
+
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from qexp.tracking.store import again, is_missing, split_uri
+from qexp.progress import say
+from qexp.tracking.store import again, is_missing, quickly, split_uri
+from qexp.tracking.tags import tags_of
 
 CHALLENGER, CHAMPION = "challenger", "champion"
+MOVES = "qexp.moves_champion."  # begins the tag of a registered model by which a process says that it moves the alias
+ABANDONED_S = 60.0  # after which such a tag is that of a process that was killed: moving takes less than a second
 
 
 def version_with(alias: str, name: str) -> ModelVersion | None:
@@ -25,15 +36,46 @@ def set_alias(alias: str, uri: str) -> None:
     again(lambda: mlflow.MlflowClient().set_registered_model_alias(name, alias, number))
 
 
+@contextmanager
+def only_mover(name: str) -> Iterator[None]:
+    """While this process alone moves `champion` of the registered model `name`: between looking who has the alias and
+    giving it to another, no other process does.
+
+    MLflow has no lock, but what one has written the others see. So each process writes a tag of its own and then looks
+    for those of others. Of two that do so at once, one at least sees the other's, withdraws its own, and tries again.
+    A tag that stays for ABANDONED_S is removed.
+    """
+    own, first_seen = f"{MOVES}{uuid4().hex}", dict[str, float]()
+    client = mlflow.MlflowClient()
+    try:
+        while True:
+            again(partial(client.set_registered_model_tag, name, own, "true"))
+            others = [tag for tag in client.get_registered_model(name).tags if tag.startswith(MOVES) and tag != own]
+            if not others:
+                break
+            again(partial(client.delete_registered_model_tag, name, own))
+            if not first_seen:
+                say(f"another process moves {CHAMPION} of {name}; waiting for it")
+            for tag in others:
+                if time.monotonic() - first_seen.setdefault(tag, time.monotonic()) > ABANDONED_S:
+                    say(f"it has left its mark {tag} there for {ABANDONED_S:g} s; removed")
+                    again(partial(client.delete_registered_model_tag, name, tag))
+            time.sleep(random.uniform(0.05, 0.3))
+        yield
+    finally:
+        with suppress(MlflowException), quickly():  # of a store that is away, ABANDONED_S does it
+            again(partial(client.delete_registered_model_tag, name, own))
+
+
 def move_champion(int8_uri: str) -> None:
     """Make an int8 version `champion`, and the fp32 version that it came from with it.
 
-    Two processes may do so at once. The fp32 alias then follows the int8 one: whoever writes it looks again, until it
-    has written what belongs to the int8 version that has the alias.
+    People may move the alias of the int8 model by hand meanwhile. That of fp32 follows it: whoever writes it looks
+    again, until it has written what belongs to the int8 version that has the alias.
     """
     set_alias(CHAMPION, int8_uri)
     name, _ = split_uri(int8_uri)
     written = None
-    while (champion := version_with(CHAMPION, name)) and champion.tags["fp32_uri"] != written:
-        written = champion.tags["fp32_uri"]
+    while (champion := version_with(CHAMPION, name)) and tags_of(champion).known("fp32_uri") not in (None, written):
+        written = tags_of(champion).fp32_uri
         set_alias(CHAMPION, written)

@@ -15,7 +15,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from qexp.errors import StageError, StoreError, first_line
 from qexp.progress import say
 from qexp.tracking.outage import store_errors
-from qexp.tracking.store import is_missing, quickly
+from qexp.tracking.store import all_pages, is_missing, quickly
 
 
 def version_of_run(run_id: str, name: str) -> ModelVersion | None:
@@ -25,11 +25,18 @@ def version_of_run(run_id: str, name: str) -> ModelVersion | None:
 
 
 def discard_unregistered(run_id: str, others: Collection[str] = ()) -> None:
-    """Delete logged models of a run, but for `others`, that never became a version, and their files."""
+    """Delete logged models of a run, but for `others`, that never became a version, and their files.
+
+    A version of any registered model counts, complete or not, by whoever registered it and from wherever it was taken:
+    from the logged model, or from the place of its files, where it names no run.
+    """
     client = mlflow.MlflowClient()
-    versions = client.search_model_versions(f"run_id = '{run_id}'")
-    used = {version.model_id or str(version.source).removeprefix("models:/") for version in versions}
-    for model_id in _models_of(run_id) - used - set(others):
+    if not (candidates := _models_of(run_id) - set(others)):
+        return
+    sources = [f"{one.model_id} {one.source}" for one in all_pages(client.search_model_versions)]
+    for model_id in candidates:
+        if any(model_id in source for source in sources):
+            continue
         try:
             location = client.get_logged_model(model_id).artifact_location
         except MlflowException as error:

@@ -149,11 +149,14 @@ registry.register = register_and_die
     assert died.code == -signal.SIGKILL, died.stderr
     before = {(one.name, one.version, one.run_id) for one in client.search_model_versions()}
     assert {name for name, *_ in before} == {"smallnet-digits-fp32", "smallnet-digits-int8"} and len(before) == 2
+    for alias in ("challenger", "champion"):  # as if somebody had promoted it meanwhile
+        client.set_registered_model_alias("smallnet-digits-int8", alias, "1")
     done = run_qexp(tmp_path, *resume, before=f"{dies.format('none')}\n{no_training}\n{no_quantization}")
     assert done.code == 0, done.stderr
     assert {(one.name, one.version, one.run_id) for one in client.search_model_versions()} == before
     assert done.summary["fp32"] == "models:/smallnet-digits-fp32/1"
     assert client.get_model_version_by_alias("smallnet-digits-fp32", "challenger").version == 1
+    assert client.get_model_version_by_alias("smallnet-digits-int8", "champion").version == 1
     assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}
     assert not (tmp_path / "checkpoints").exists()
 

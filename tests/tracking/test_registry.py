@@ -241,7 +241,7 @@ def test_a_version_that_could_not_be_completed_is_none_until_the_next_try_comple
     expected = StageError if isinstance(error, Exception) else KeyboardInterrupt
     with mlflow.start_run(experiment_id="0"):
         with monkeypatch.context() as broken, pytest.raises(expected):
-            broken.setattr(registry, "stored_facts", fail)  # after the version was made and verified
+            broken.setattr(registry, "read_contents", fail)  # after the version was made and verified
             registry.register(*given, once=True)
         assert registry.newest_version("unfinished") == "0"
         with pytest.raises(InputError, match="must be a version of kind fp32"):
