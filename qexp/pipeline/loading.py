@@ -33,9 +33,8 @@ def config_of_version(config: Config, uri: str, kind: str) -> Config:
     Raises:
         InputError: the version does not exist or is not one of ours.
     """
-    tags = tags_of(registry.find_version(uri, kind))
-    with tags.followed("train_run_id"):
-        recorded = tracking.read_config(tags.train_run_id)
+    with tags_of(registry.find_version(uri, kind)).followed("train_run_id") as run_id:
+        recorded = tracking.read_config(run_id)
     data = recorded.data.model_copy(update={"data_dir": config.data.data_dir or recorded.data.data_dir})
     train = recorded.train.model_copy(update={name: getattr(config.train, name) for name in HOW_TO_TRAIN})
     made_with = {"model": recorded.model, "seed": recorded.seed, "data": data, "train": train}
@@ -106,22 +105,21 @@ def checked_weights(found: ModelVersion, copy: Path) -> Iterator[Path]:
     """
     tags = tags_of(found)
     with ExitStack() as stack:
-        with tags.followed("weights_uri"):
-            file = stack.enter_context(tracking.downloaded(tags.weights_uri))
+        with tags.followed("weights_uri") as weights_uri:
+            file = stack.enter_context(tracking.downloaded(weights_uri))
             spec, weights = read_weights(file)
         stored = registry.load_files(copy, None).state_dict()  # type: ignore[attr-defined]  # a module
         same = all(name in weights and torch.equal(weights[name], value) for name, value in stored.items())
         if not same or (spec.classes, spec.image_size) != (tags.classes, tags.image_size):
-            raise StageError(f"{tags.uri}: the weights in {tags.weights_uri} are not those that were registered")
+            raise StageError(f"{tags.uri}: the weights in {weights_uri} are not those that were registered")
         del stored, weights
         yield file
 
 
 def _fp32_result(found: ModelVersion) -> Fp32Evidence:
     """What the training of a version has found, by its tag."""
-    tags = tags_of(found)
-    with tags.followed("train_run_id"):
-        return tracking.read_result(Fp32Evidence, tags.train_run_id, "fp32")
+    with tags_of(found).followed("train_run_id") as run_id:
+        return tracking.read_result(Fp32Evidence, run_id, "fp32")
 
 
 def fp32_of_run(run_id: str, dataset: Dataset) -> Fp32:
@@ -185,9 +183,10 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     tags, own = tags_of(found), uri_of(found)
     if tags.latency_run_id is None:
         raise InputError(f"--model-uri {uri}: its latency was not measured; run `qexp latency --model-uri {uri}` first")
-    fp32 = replace(_fp32_result(found), verified=tags_of(registry.source_of(found)).verified)
-    with tags.followed("latency_run_id"):
-        latency = tracking.read_result(LatencyEvidence, tags.latency_run_id, "latency")
+    source = registry.source_of(found)
+    fp32 = replace(_fp32_result(found), verified=tags_of(source).verified)
+    with tags.followed("latency_run_id") as run_id:
+        latency = tracking.read_result(LatencyEvidence, run_id, "latency")
         if own not in latency.names:
             raise InputError("must be a run that has timed this version")
     judged = []
@@ -196,8 +195,8 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
             version = registry.find_version(timed, "int8")
         except InputError:  # one that was timed beside it has been deleted since: its times stay in the table
             continue
-        with tags_of(version).followed("quantize_run_id"):
-            int8 = int8_of_run(tags_of(version).quantize_run_id)
+        with tags_of(version).followed("quantize_run_id") as run_id:
+            int8 = int8_of_run(run_id)
             if int8.version_uri not in latency.names:
                 raise InputError("must be the run that has quantized this version")
         judged.append(judge(config, fp32, int8, latency))

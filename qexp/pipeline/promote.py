@@ -110,7 +110,8 @@ def _candidate(name: str, number: str | None) -> ModelVersion:
     try:
         return registry.find_version(f"models:/{name}/{number}", "int8")
     except InputError as error:
-        raise InputError(f"--version {number}: {str(error).partition(': ')[2]}") from None
+        given, _, why = str(error).partition(": ")
+        raise InputError(f"--version {number}: {why}") if given.startswith("--model-uri") else error from None
 
 
 def _awaits_times(uri: str) -> bool:

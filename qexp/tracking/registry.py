@@ -180,9 +180,8 @@ def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVer
 
 def source_of(found: ModelVersion) -> ModelVersion:
     """The fp32 version that an int8 version was made from; InputError if it is not there under that name."""
-    tags = tags_of(found)
-    with tags.followed("fp32_uri"):
-        return find_version(tags.fp32_uri, "fp32", option="fp32 version")
+    with tags_of(found).followed("fp32_uri") as uri:
+        return find_version(uri, "fp32", option="version")
 
 
 def exists(uri: str) -> bool:

@@ -207,10 +207,11 @@ class Tags:
         return InputError(f"{self.uri}: its tag {name} is {short}: {why}")
 
     @contextmanager
-    def followed(self, name: str) -> Iterator[None]:
-        """While what a tag names is looked for: an InputError says which tag of which version has named it."""
+    def followed(self, name: str) -> Iterator[Any]:
+        """The value of a tag, while what it names is looked for; an InputError then says which tag has named it."""
+        value = self.read(TAGS[name])
         try:
-            yield
+            yield value
         except InputError as error:
             raise self.wrong(name, str(error)) from None
 
