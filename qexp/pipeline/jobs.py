@@ -83,6 +83,13 @@ def run_main(
 def _model_of_run(run_id: str, given: str | None) -> str | None:
     """The registered version that a run has begun with, None if it trains; InputError if another one is given."""
     begun = tracking.find_run(run_id).data.tags.get("qexp.model_uri")
+    if begun:
+        try:
+            begun = uri_of(registry.find_version(begun, "fp32", option="version"))
+        except InputError as error:
+            raise InputError(
+                f"--resume {run_id}: its tag qexp.model_uri names no version to resume with: {error}"
+            ) from None
     if given and (begun is None or uri_of(registry.find_version(given, "fp32")) != begun):
         was = f"with {begun}" if begun else "without one, with a training"
         raise InputError(f"--model-uri {given}: run {run_id} was started {was}; leave the option out")

@@ -3,6 +3,7 @@
 The pipeline writes and reads them; `uploads.py` says what each looks like in MLflow.
 """
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -71,6 +72,10 @@ KINDS: dict[str, Any] = {
 }
 
 
+# Of a model, beside its result, which has their digests: nothing of them is opened before they have been compared.
+FILES = ("model.safetensors", "model.onnx", "model.pth", "tensors.safetensors", "model.json")
+
+
 @dataclass(frozen=True)
 class Kept:
     """A result that MLflow lacks, the run that it belongs to, and when it was found, in ms since 1970: metrics are
@@ -99,7 +104,9 @@ def keep(folder: Path, run_id: str, result: Result) -> Kept:
     kept = Kept(run_id, int(1000 * time.time()), result)
     evidence = result.evidence if isinstance(result, NewModel) else result
     values = TypeAdapter(KINDS[kind]).dump_python(evidence, mode="json")
-    text = json.dumps({"kind": kind, "run_id": run_id, "at_ms": kept.at_ms, "result": values}, indent=2)
+    files = {name: _digest(folder / name) for name in FILES if (folder / name).is_file()}
+    about = {"kind": kind, "run_id": run_id, "at_ms": kept.at_ms, "files": files}
+    text = json.dumps(about | {"result": values}, indent=2)
     with replacing(folder / RESULT) as temporary:
         temporary.write_text(text)
     return kept
@@ -115,12 +122,20 @@ def kept_in(folder: Path) -> Kept | None:
         return None
     try:
         values = json.loads((folder / RESULT).read_text())
+        for name, digest in values.get("files", {}).items():  # results of earlier versions name none
+            if name not in FILES or _digest(folder / name) != digest:
+                raise ValueError(f"{name} is not the file that was written")
         result = TypeAdapter(KINDS[values["kind"]]).validate_json(json.dumps(values["result"]))
         if values["kind"] in ("fp32", "int8"):
             result = _load_model(folder, result)
         return Kept(values["run_id"], values["at_ms"], result)
     except Exception as error:  # json, pydantic, safetensors, torch and onnx have their own types
         raise InputError(f"{folder}: the result that is kept there cannot be read ({first_line(error)})") from None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _save_model(folder: Path, new: NewModel) -> None:

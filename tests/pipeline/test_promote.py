@@ -1,6 +1,9 @@
 """`qexp promote`: what is rejected leaves the alias where it is, what is forced is recorded, what passes moves it."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from qexp.pipeline import promote
 from qexp.pipeline.loading import evidence_of_version
 from qexp.pipeline.promote import run_promote, succeed
 from qexp.report import sentences
-from qexp.tracking import registry
+from qexp.tracking import aliases, registry
 from qexp.tracking.store import uri_of
 
 NAME = "smallnet-digits-int8"
@@ -141,6 +144,37 @@ def test_another_champion_is_not_replaced_unseen(client: mlflow.MlflowClient) ->
     assert _champions(client)[0] == "1" and succeed(uri_of(first), None)  # it has the alias already
     assert succeed(uri_of(second), uri_of(first)) and _champions(client) == ["2", "1"]
     client.set_registered_model_alias(NAME, "champion", before[0])
+
+
+def test_of_two_that_end_at_once_one_replaces_the_champion(
+    client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both have been compared with the first version, and look who is champion at the same moment."""
+    before, first = _champions(client), client.get_model_version(NAME, "1")
+    made = [client.create_model_version(NAME, first.source, first.run_id, tags=first.tags) for _ in range(2)]
+    client.set_registered_model_alias(NAME, "champion", "1")
+    look, both = promote.version_with, threading.Barrier(2)
+
+    def look_together(alias: str, name: str) -> Any:
+        found = look(alias, name)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(1)  # for the other, which may not be let in
+        return found
+
+    monkeypatch.setattr(promote, "version_with", look_together)
+    with ThreadPoolExecutor(2) as threads:
+        replaced = list(threads.map(lambda one: succeed(uri_of(one), uri_of(first)), made))
+    assert sorted(replaced) == [False, True]
+    assert _champions(client)[0] == str(made[replaced.index(True)].version)
+    assert client.get_registered_model(NAME).tags == {} and "another process moves" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(aliases, "ABANDONED_S", 0.1)
+    client.set_registered_model_tag(NAME, f"{aliases.MOVES}of-one-that-was-killed", "true")
+    assert succeed(uri_of(first), uri_of(made[replaced.index(True)])) and _champions(client)[0] == "1"
+    assert client.get_registered_model(NAME).tags == {} and "that-was-killed there for 0.1 s" in capsys.readouterr().err
+    client.set_registered_model_alias(NAME, "champion", before[0])
+    for one in made:
+        client.delete_model_version(NAME, one.version)
 
 
 def test_a_challenger_of_somebody_else_is_bad_input(client: mlflow.MlflowClient) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished
+from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 from stores import new_store
 
@@ -19,6 +20,7 @@ from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
 from qexp.tracking import registry
+from qexp.tracking.leftovers import discard_unregistered
 from qexp.training.train import TrainResult
 
 BARE = """
@@ -220,6 +222,25 @@ def test_a_version_that_is_being_made_is_none_yet(finished: Finished, tmp_path: 
     assert registry.newest_version("smallnet-digits-int8") == "1"
     with pytest.raises(InputError, match="must be a version of kind int8"):
         registry.find_version(f"models:/smallnet-digits-int8/{made.version}", "int8")
+
+
+def test_models_that_somebody_has_registered_stay(tmp_path: Path) -> None:
+    """Whatever a run has left: from the logged model, or from the place of its files, where the version has no run."""
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    client, made = mlflow.MlflowClient(), []
+    with mlflow.start_run(experiment_id="0") as run:
+        for name in ("by-model", "by-place", "unused"):
+            made.append(mlflow.initialize_logged_model(name=name))
+            client.log_outputs(run.info.run_id, [LoggedModelOutput(made[-1].model_id, 0)])
+        by_model, by_place, unused = made
+        for name, source in (("by-model", f"models:/{by_model.model_id}"), ("by-place", by_place.artifact_location)):
+            client.create_registered_model(name)
+            client.create_model_version(name, source)
+            client.set_registered_model_alias(name, "champion", "1")
+        discard_unregistered(run.info.run_id)
+    assert unused.model_id not in {model.model_id for model in client.search_logged_models(["0"])}
+    assert len(client.search_logged_models(["0"])) == 2
+    assert all(client.get_model_version_by_alias(name, "champion") for name in ("by-model", "by-place"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"), KeyboardInterrupt()])

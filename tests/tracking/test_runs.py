@@ -12,8 +12,9 @@ from stores import new_store
 
 from qexp.config import Config, load_config
 from qexp.errors import InputError
+from qexp.files import to_json
 from qexp.quantization.sensitivity import SensitivityResult
-from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.tracking import runs as tracking
 from qexp.tracking.store import use_store
 
@@ -25,6 +26,27 @@ def runs(finished: Finished) -> dict[str, Run]:
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("qexp-digits")
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_a_damaged_result_is_one_line(evidence: Evidence, tmp_path: Path) -> None:
+    """Also where it is whole JSON, but lacks what was measured on the test images, or the times of a model."""
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    with mlflow.start_run(experiment_id="0") as run:
+        tracking.log_result("fp32", evidence.fp32)
+    (file,) = tmp_path.rglob("fp32.json")
+    assert tracking.read_result(Fp32Evidence, run.info.run_id, "fp32") == evidence.fp32
+    no_test = json.dumps(json.loads(file.read_text()) | {"accuracy": {}})
+    untimed = json.loads(to_json(evidence.measured))
+    untimed["latency"]["rows"][0]["stats"].pop("int8_fx")
+    not_times = ["", "{", "[]", "{}", "null", "NaN", "[" * 100_000, '{"a": ' * 10_000, "\udcff", no_test]
+    for text, kind in [*((text, Fp32Evidence) for text in not_times), (json.dumps(untimed), LatencyEvidence)]:
+        file.write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(InputError, match=rf"^runs:/{run.info.run_id}/results/fp32.json: is damaged \(.+\)$"):
+            tracking.read_result(kind, run.info.run_id, "fp32")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(InputError, match=rf"^runs:/{run.info.run_id}/results/fp32.json: "):
+        tracking.read_result(Fp32Evidence, run.info.run_id, "fp32")
 
 
 def test_run_tree(runs: dict[str, Run], finished: Finished) -> None:
