@@ -187,8 +187,6 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     fp32 = replace(_fp32_result(found), verified=tags_of(source).verified)
     with tags.followed("latency_run_id") as run_id:
         latency = tracking.read_result(LatencyEvidence, run_id, "latency")
-        if own not in latency.names:
-            raise InputError("must be a run that has timed this version")
     judged = []
     for timed in sorted(latency.names, key=lambda other: other != own):  # the one that was asked for comes first
         try:
@@ -200,6 +198,8 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
             if int8.version_uri not in latency.names:
                 raise InputError("must be the run that has quantized this version")
         judged.append(judge(config, fp32, int8, latency))
+    if not judged:
+        raise tags.wrong("latency_run_id", "must be a run that has timed a version that is there")
     champion = version_with(CHAMPION, found.name)
     now, before = uri_of(champion) if champion else None, tags.champion_kept or "none"
     floats = latency.fair_floats(config.gate.of(found.name))
