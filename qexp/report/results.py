@@ -74,7 +74,8 @@ class Fp32Evidence:
     contents: FileContents | None = None
     verified: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError where something is missing without which nothing can be said: the file was changed."""
         _need_test(self.accuracy)
 
 
@@ -112,7 +113,8 @@ class Int8Evidence:
     contents: FileContents | None = None
     verified: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError where something is missing without which nothing can be said: the file was changed."""
         _need_test(self.accuracy)
         _need_test(self.comparison)
 
@@ -144,7 +146,8 @@ class LatencyEvidence:
     run_id: str
     bf16: Bf16Evidence | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError where something is missing without which nothing can be said: the file was changed."""
         rows, timed = self.latency.rows, {name for names in self.names.values() for name in names}
         if not (rows and all(self.names.values()) and all(row.stats.keys() >= timed for row in rows)):
             raise ValueError("the times of a model are missing")

@@ -29,6 +29,7 @@ from qexp.errors import InputError, first_line
 from qexp.files import from_json, to_json
 from qexp.measurement.host import Host
 from qexp.progress import say
+from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.tracking import metrics, outage
 from qexp.tracking.job_folder import forget_end, job_folder
 from qexp.tracking.outage import store_errors
@@ -354,11 +355,16 @@ def read_result(kind: type[T], run_id: str, name: str) -> T:
     file = f"results/{name}.json"
     text = _read_text(run_id, file)
     try:
-        return from_json(kind, text)
+        found = from_json(kind, text)
+        if isinstance(found, Fp32Evidence | Int8Evidence | LatencyEvidence):
+            found.check()
+        return found
     except ValidationError as error:
-        why = error.errors()[0]
-        place = f" at {'.'.join(map(str, why['loc']))}" if why["loc"] else ""
-        raise InputError(f"runs:/{run_id}/{file}: is damaged ({why['msg']}{place})") from None
+        first = error.errors()[0]
+        why = " at ".join([first["msg"], *filter(None, [".".join(map(str, first["loc"]))])])
+    except ValueError as error:
+        why = str(error)
+    raise InputError(f"runs:/{run_id}/{file}: is damaged ({why})")
 
 
 def read_config(run_id: str) -> Config:
