@@ -22,11 +22,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -145,9 +144,8 @@ def start_forking() -> None:
 
 def _children_are_forks(files: Path) -> None:
     _forking[:] = [Forking(files)]
-    ours = SimpleNamespace(run=_run_forked, DEVNULL=subprocess.DEVNULL)
     for module in ("qexp.measurement.sweep", "qexp.tracking.clean_process"):
-        sys.modules[module].subprocess = ours  # type: ignore[attr-defined]
+        sys.modules[module].run_python = _run_forked  # type: ignore[attr-defined]
 
 
 def start_forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], before: str = "") -> Forked:
@@ -167,14 +165,13 @@ def run_apart(test: Callable[..., None], *arguments: object) -> None:
     assert process.wait() == 0, process.stderr
 
 
-def _run_forked(command: list[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Stands for `subprocess.run` of a Python program."""
-    words = tuple(command[3:])  # without the interpreter and `-W ignore`
+def _run_forked(words: Sequence[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Stands for `run_python` of qexp.processes."""
     ours = f"/proc/{os.getpid()}/fd/2"
     written = {} if options.get("capture_output") else {"written": (ours, ours)}
-    process = _forking[0].start(os.getcwd(), words, env, clean=words[0] == "-c", **written)
+    process = _forking[0].start(os.getcwd(), tuple(words), env, clean=words[0] == "-c", **written)
     code = process.wait(600)
-    return subprocess.CompletedProcess(command, code, process.stdout, process.stderr)
+    return subprocess.CompletedProcess(words, code, process.stdout, process.stderr)
 
 
 def _serve(requests: Connection) -> None:
