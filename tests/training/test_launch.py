@@ -13,6 +13,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import NOT_TIMED, PLAIN, environment_for, run_qexp, start_qexp
+from shadows import write_shadows
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from qexp.config import Config, TrainConfig
@@ -49,6 +50,7 @@ def _still_there(workers: list[int]) -> list[int]:
 def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
     options = "--epochs 500 --image-size 8 --processes 2".split()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    write_shadows(tmp_path)  # from which none of them imports
     process = start_qexp(tmp_path, "train", *options)
     process.wait_for_line("epoch 2/500")
     workers = _workers(process.pid)
