@@ -83,8 +83,10 @@ def test_a_search_that_was_cut_off_goes_on(number: signal.Signals, code: int, in
     assert process.wait() == code
     before = [trial for trial in _study(in_use, name).trials if trial.state.is_finished() and trial.values]
     assert 2 <= len(before) < 4
+    with (in_use.folder / "studies" / f"{name}.journal").open("ab") as journal:
+        journal.write(b'{"op_code":8,"worker_i')  # cut off while it wrote
     done = run_qexp(in_use.folder, "search", *options)
-    assert done.code == 0, done.stderr
+    assert done.code == 0 and done.stderr.count("is damaged; resuming") == 1, done.stderr
     trials = _trials(in_use, done.summary["run_id"])
     ended = Counter(run.info.status for run in trials)
     assert ended["FINISHED"] == 4 and ended.total() - ended["KILLED"] == 4
