@@ -14,6 +14,7 @@ import typer
 
 from qexp.environment import wait_without_spinning
 from qexp.errors import InputError, StageError, first_line, hide_passwords
+from qexp.files import own_temporary_folder
 from qexp.processes import end_with
 from qexp.progress import announce, clear_line
 
@@ -38,7 +39,8 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that a library starts import nothing from the current folder
     announce("starting")  # importing torch takes seconds
     try:
-        summary = action()
+        with own_temporary_folder():
+            summary = action()
     except InputError as error:
         fail(str(error), BAD_INPUT)
     except StageError as error:
