@@ -157,17 +157,12 @@ def start_forked(folder: Path, arguments: tuple[str, ...], environment: dict[str
 def run_apart(test: Callable[..., None], *arguments: object) -> None:
     """Call a function of a test module in a process of its own, whose memory ends with it; what it raises is an
     AssertionError here. Arguments are plain values."""
-    process = start_apart(test, *arguments)
-    assert process.wait() == 0, process.stderr
-
-
-def start_apart(test: Callable[..., None], *arguments: object) -> Forked:
-    """The process that does so, in the current folder."""
     call = f"import {test.__module__}; {test.__module__}.{test.__name__}(*{arguments!r})"
     folders = [str(Path(inspect.getfile(test)).parent), str(REPOSITORY / "tests")]
     code = f"import sys; sys.path[:0] = {folders!r}; {call}"
     environment = dict(os.environ) | {"OMP_NUM_THREADS": str(sys.modules["torch"].get_num_threads())}
-    return _forking[0].start(os.getcwd(), ("-c", code), environment)
+    process = _forking[0].start(os.getcwd(), ("-c", code), environment)
+    assert process.wait() == 0, process.stderr
 
 
 def _run_forked(words: Sequence[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":

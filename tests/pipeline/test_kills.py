@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import tempfile
+import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -21,7 +22,7 @@ import optuna
 import pytest
 import torch
 from conftest import EXECUTION, REPOSITORY, build_tiny, equal_weights
-from forked import start_apart
+from sqlalchemy import Engine, event
 from stores import new_store
 from torch import nn
 
@@ -51,14 +52,15 @@ from qexp.tracking.results import WrittenReport
 from qexp.tracking.store import logged_model_of
 from qexp.training.train import EpochResult, train_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The value of `grace_period`")]
 PAGE = REPOSITORY / "docs" / "reference" / "kills.md"
 MOMENTS = [
     cell.strip()
     for cell in re.findall(r"^\| ([^|]+) \|.*\|$", PAGE.read_text(), re.MULTILINE)
     if cell.strip() not in ("killed", ":--")
 ]
-NAME, INT8 = "sensitivity-smallnet", "tiny-int8"
+NAME = "sensitivity-smallnet"
+PUT_BACK = ((jobs, "upload"), (reports, "write_report"), (reports, "shutil"), (registry, "reloads_equal"))
 FOUND = SensitivityResult(
     (LayerSensitivity("network.0", 31.5, 93.75, 94.0, 0.025, 0.0078),),
     fp32_top1_percent=95.0, int8_top1_percent=93.0, images=64, observer="histogram", per_channel=True,
@@ -66,27 +68,27 @@ FOUND = SensitivityResult(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return new_store(tmp_path_factory.mktemp("store"))
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a new store."""
+def folder(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with an experiment of its own."""
     monkeypatch.chdir(tmp_path)
-    for owner, name in ((jobs, "upload"), (reports, "write_report"), (reports, "shutil"), (registry, "reloads_equal")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # functions below put others in their place
-    use_store()
-    mlflow.set_experiment("digits")
+    for owner, name in PUT_BACK:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    mlflow.set_tracking_uri(store)
+    mlflow.set_experiment(tmp_path.name)
     return tmp_path
-
-
-def use_store() -> None:
-    mlflow.set_tracking_uri(new_store(Path.cwd()))
-    os.environ["MLFLOW_EXPERIMENT_ID"] = "1"
 
 
 # --- In the process that is killed ---
 
 
-def do(work: str, target: str, when: str, count: int, *arguments: Any) -> None:
-    """Call a function of this module, and die `when` (before or after) the `count`-th call of `target` is made."""
+def die_at(target: str, when: str, count: int) -> None:
+    """Die `when` (before or after) the `count`-th call of `target` is made."""
     place, _, name = target.rpartition(".")
     module, _, inner = place.partition(":")
     owner: Any = import_module(module)
@@ -104,14 +106,22 @@ def do(work: str, target: str, when: str, count: int, *arguments: Any) -> None:
         return found
 
     setattr(owner, name, dies)
-    use_store()
-    globals()[work](*arguments)
 
 
-def killed(work: Callable[..., None], target: str, when: str, *arguments: Any, count: int = 1) -> None:
-    """Let a process die so."""
-    process = start_apart(do, work.__name__, target, when, count, *arguments)
-    assert process.wait(60) == -signal.SIGKILL, process.stderr
+def killed(work: Callable[..., Any], target: str, when: str, *arguments: Any, count: int = 1) -> None:
+    """Call `work` in a fork of this process, which dies so."""
+    if (child := os.fork()) == 0:
+        try:
+            signal.alarm(60)
+            torch.set_num_threads(1)  # OpenMP's others do not survive a fork
+            die_at(target, when, count)
+            work(*arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
 # --- A job and its stages ---
@@ -135,16 +145,28 @@ def worked(folder: Path) -> SensitivityResult:
     return FOUND
 
 
+def _experiment() -> list[str]:
+    return [os.environ["MLFLOW_EXPERIMENT_ID"]]
+
+
+def _int8() -> str:
+    return f"int8-{_experiment()[0]}"
+
+
+def _fp32() -> str:
+    return f"fp32-{_experiment()[0]}"
+
+
 def _runs() -> dict[str, list[str]]:
     """The status of each run by its name, the newest first."""
     found = dict[str, list[str]]()
-    for run in mlflow.MlflowClient().search_runs(["1"], order_by=["attributes.start_time DESC"]):
+    for run in mlflow.MlflowClient().search_runs(_experiment(), order_by=["attributes.start_time DESC"]):
         found.setdefault(run.info.run_name, []).append(run.info.status)
     return found
 
 
 def _job() -> str:
-    (run,) = mlflow.MlflowClient().search_runs(["1"], "tags.`qexp.stage` = 'main'")
+    (run,) = mlflow.MlflowClient().search_runs(_experiment(), "tags.`qexp.stage` = 'main'")
     return str(run.info.run_id)
 
 
@@ -169,12 +191,6 @@ def before_the_configuration(folder: Path) -> None:
         config_of_run({}, _job(), "run")
 
 
-def while_a_stage_works(folder: Path) -> None:
-    killed(whole_job, "qexp.pipeline.job.keep", "before")
-    assert _runs() == {"main": ["RUNNING"], NAME: ["RUNNING"]} and _left() == set()
-    _resumed("FINISHED", "KILLED", works=2)
-
-
 def before_the_result_is_renamed(folder: Path) -> None:
     killed(whole_job, "pathlib:Path.replace", "before")
     assert _runs() == {"main": ["RUNNING"], NAME: ["RUNNING"]} and _left() == {"result.json.tmp"}
@@ -189,12 +205,6 @@ def before_the_upload(folder: Path) -> None:
 
 def in_the_upload(folder: Path) -> None:
     killed(whole_job, "qexp.tracking.runs.log_result", "before")
-    assert _runs() == {"main": ["RUNNING"], NAME: ["RUNNING"]} and _left() == {"result.json"}
-    _resumed("FINISHED", works=1)
-
-
-def after_the_upload(folder: Path) -> None:
-    killed(whole_job, "qexp.pipeline.job.upload", "after")
     assert _runs() == {"main": ["RUNNING"], NAME: ["RUNNING"]} and _left() == {"result.json"}
     _resumed("FINISHED", works=1)
 
@@ -229,9 +239,9 @@ def training(place: str) -> None:
 
 def train_in(place: Path, dataset: Dataset, on_epoch: Callable[[EpochResult], None] = lambda epoch: None) -> nn.Module:
     model = build_tiny(dataset)
-    options = TrainConfig(epochs=3, patience=3, batch_size=64, **EXECUTION)
+    options = TrainConfig(epochs=2, batch_size=64, **EXECUTION)
     result = train_model(model, dataset, options, 0, on_epoch, place)
-    assert [epoch.epoch for epoch in result.epochs] == [1, 2, 3]
+    assert [epoch.epoch for epoch in result.epochs] == [1, 2]
     return model
 
 
@@ -278,11 +288,11 @@ def before_the_epoch_is_logged(folder: Path, tiny: Dataset) -> None:
     torch.save(tiny, "tiny.pt")
     Path("a").mkdir()
     killed(logged_training, "qexp.tracking.uploads.log_curves", "before", "a", count=2)
-    (run,) = mlflow.MlflowClient().search_runs(["1"])
+    (run,) = mlflow.MlflowClient().search_runs(_experiment())
     assert tracking.logged_steps(run.info.run_id, "train/loss") == {1}
     logged_training("a", run.info.run_id)
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
-    assert [point.step for point in history] == [1, 2, 3]
+    assert [point.step for point in history] == [1, 2]
 
 
 # --- Registering ---
@@ -299,7 +309,7 @@ def register(result: SensitivityResult, folder: Path, at_ms: int) -> Sensitivity
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).eval()
     sample = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     stored, spec = torch.jit.trace(model, to_float(sample)), ModelSpec("smallnet", ("cat", "dog"), 8)
-    version = registry.register("int8", model, INT8, spec, sample, {"engine": "fx"}, stored, once=True)
+    version = registry.register("int8", model, _int8(), spec, sample, {"engine": "fx"}, stored, once=True)
     registry.make_challenger(version)
     return uploads.upload(result, folder, at_ms)
 
@@ -308,24 +318,24 @@ def _registered(models: int, versions: int, target: str, when: str, count: int =
     """So many logged models and versions are left; in the end there is one of each, complete, with its alias."""
     killed(registering, target, when, count=count)
     client = mlflow.MlflowClient()
-    assert len(mlflow.search_logged_models(["1"], output_format="list")) == models
-    left = client.search_model_versions()
+    assert len(mlflow.search_logged_models(_experiment(), output_format="list")) == models
+    left = client.search_model_versions(f"name = '{_int8()}'")
     assert len(left) == versions
     registering(_job())
-    (version,) = client.search_model_versions()
-    (model,) = mlflow.search_logged_models(["1"], output_format="list")
+    (version,) = client.search_model_versions(f"name = '{_int8()}'")
+    (model,) = mlflow.search_logged_models(_experiment(), output_format="list")
     assert version.tags["kind"] == "int8" and version.tags["artifact_sha256"]
     assert logged_model_of(version) == model.model_id
-    assert client.get_model_version_by_alias(INT8, "challenger").version == version.version
+    assert client.get_model_version_by_alias(_int8(), "challenger").version == version.version
     assert not left or left[0].source == version.source
     assert _runs() == {"main": ["FINISHED"], NAME: ["FINISHED"]} and len(Path("worked").read_text()) == 1
 
 
-VERSIONS = "mlflow.store.model_registry.sqlalchemy_store:SqlAlchemyStore.create_model_version"
+BEGIN_MODEL = "mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore.create_logged_model"
 
 
 def before_there_is_a_version(folder: Path) -> None:
-    _registered(1, 0, VERSIONS, "before")
+    _registered(1, 0, BEGIN_MODEL, "after")
 
 
 def in_the_middle_of_its_tags(folder: Path) -> None:
@@ -340,24 +350,24 @@ def before_its_alias(folder: Path) -> None:
 
 
 def deciding() -> None:
-    registry.tag_version(f"models:/{INT8}/1", {"gate": "passed", "gate_reason": "kept", "verdict": "ship int8"})
+    registry.tag_version(f"models:/{_int8()}/1", {"gate": "passed", "gate_reason": "kept", "verdict": "ship int8"})
 
 
 def _two_versions() -> None:
     client = mlflow.MlflowClient()
-    for name in ("tiny-fp32", INT8):
+    for name in (_fp32(), _int8()):
         client.create_registered_model(name)
         for number in (1, 2):
-            client.create_model_version(name, "nowhere", tags={"fp32_uri": f"models:/tiny-fp32/{number}"})
+            client.create_model_version(name, "nowhere", tags={"fp32_uri": f"models:/{_fp32()}/{number}"})
 
 
 def in_the_middle_of_the_decision(folder: Path) -> None:
     _two_versions()
     killed(deciding, "mlflow:MlflowClient.set_model_version_tag", "before", count=3)
     client = mlflow.MlflowClient()
-    assert {"gate", "gate_reason", "verdict"} - set(client.get_model_version(INT8, "1").tags) == {"verdict"}
+    assert {"gate", "gate_reason", "verdict"} - set(client.get_model_version(_int8(), "1").tags) == {"verdict"}
     deciding()
-    assert client.get_model_version(INT8, "1").tags["verdict"] == "ship int8"
+    assert client.get_model_version(_int8(), "1").tags["verdict"] == "ship int8"
 
 
 def reporting(resume: str | None = None) -> None:
@@ -367,7 +377,8 @@ def reporting(resume: str | None = None) -> None:
             (place / name).write_text(name)
 
     def work(place: Path) -> WrittenReport:
-        return reports.report(FakeEvidence, place, "out", None)  # type: ignore[arg-type]
+        evidence: Any = SimpleNamespace(int8=SimpleNamespace(version_uri=f"models:/{_int8()}/1"))
+        return reports.report(evidence, place, "out", None)
 
     reports.write_report = write  # type: ignore[assignment]
     reports.shutil = SimpleNamespace(rmtree=shutil.rmtree, copytree=partial(shutil.copytree, copy_function=copy_one))
@@ -376,13 +387,8 @@ def reporting(resume: str | None = None) -> None:
         job.stage("report", "note", Config(), work, read=str, holds=None)
 
 
-class FakeEvidence:
-    class int8:
-        version_uri = f"models:/{INT8}/1"
-
-
 def while_the_report_is_copied(folder: Path) -> None:
-    killed(reporting, "test_kills.copy_one", "after")
+    killed(reporting, f"{__name__}.copy_one", "after")
     assert len(os.listdir("out")) == 1
     reporting(_job())
     assert sorted(os.listdir("out")) == ["report.html", "report.md"] and not Path("checkpoints").exists()
@@ -393,19 +399,19 @@ def copy_one(source: str, target: str) -> None:
 
 
 def moving() -> None:
-    assert succeed(f"models:/{INT8}/2", f"models:/{INT8}/1")
+    assert succeed(f"models:/{_int8()}/2", f"models:/{_int8()}/1")
 
 
 def between_the_two_aliases(folder: Path) -> None:
     _two_versions()
     client = mlflow.MlflowClient()
-    for name in ("tiny-fp32", INT8):
+    for name in (_fp32(), _int8()):
         client.set_registered_model_alias(name, "champion", "1")
     killed(moving, "qexp.tracking.aliases.set_alias", "after")
-    champions = [str(client.get_model_version_by_alias(name, "champion").version) for name in (INT8, "tiny-fp32")]
+    champions = [str(client.get_model_version_by_alias(name, "champion").version) for name in (_int8(), _fp32())]
     assert champions == ["2", "1"]
     moving()
-    assert str(client.get_model_version_by_alias("tiny-fp32", "champion").version) == "2"
+    assert str(client.get_model_version_by_alias(_fp32(), "champion").version) == "2"
 
 
 # --- A search ---
@@ -441,7 +447,7 @@ def before_the_study_says_what_for(folder: Path) -> None:
 
 
 def while_a_trial_is_measured(folder: Path) -> None:
-    killed(searching, "test_kills.measure", "before", count=2)
+    killed(searching, f"{__name__}.measure", "before", count=2)
     told = list[bool]()
     study = _study()
     trial = take_trial(study, lambda trial, again: told.append(again))
@@ -494,7 +500,7 @@ def do_nothing() -> None:
 
 
 def at_any_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed(temporary, "test_kills.do_nothing", "before")
+    killed(temporary, f"{__name__}.do_nothing", "before")
     assert len([*Path().glob("qexp-work-*")]) == 1
     monkeypatch.setattr(files, "YOUNG_S", -1)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -505,11 +511,9 @@ def at_any_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 CASES: dict[str, Callable[..., None]] = {
     "after the job's run was made, before its configuration is recorded": before_the_configuration,
-    "while a stage works": while_a_stage_works,
-    "before the result of a stage is renamed": before_the_result_is_renamed,
+    "while a stage works, until the result is renamed": before_the_result_is_renamed,
     "after the result of a stage is written, before anything is uploaded": before_the_upload,
-    "in the middle of the upload": in_the_upload,
-    "after the upload, before the stage's run ends": after_the_upload,
+    "in the middle of the upload, or after it, before the stage's run ends": in_the_upload,
     "after the stage's run has ended, before its folder is removed": before_the_folder_of_the_stage_goes,
     "between two stages, or after the last one": between_two_stages,
     "after the job's run has ended, before its folder is removed": before_the_folder_of_the_job_goes,
@@ -517,7 +521,7 @@ CASES: dict[str, Callable[..., None]] = {
     "while a checkpoint is written": while_a_checkpoint_is_written,
     "after the best weights are written, before their checkpoint": between_best_weights_and_checkpoint,
     "after a checkpoint, before its epoch is in MLflow": before_the_epoch_is_logged,
-    "after the model's files are stored, before there is a version": before_there_is_a_version,
+    "while the model's files are stored, before there is a version": before_there_is_a_version,
     "after the version is made, before it has all tags": in_the_middle_of_its_tags,
     "after its tags, before its alias": before_its_alias,
     "in the middle of the tags of the decision": in_the_middle_of_the_decision,
@@ -541,3 +545,51 @@ def test_what_is_left_and_how_it_is_resumed(moment: str, folder: Path, request: 
 
 def test_the_page_has_each_moment() -> None:
     assert MOMENTS == list(CASES)
+
+
+def committing(number: int) -> None:
+    """A job whose stage registers a version, up to the `number`-th commit to the store's database."""
+    commits = list[int]()
+
+    def before(connection: Any) -> None:
+        commits.append(1)
+        if len(commits) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    event.listen(Engine, "commit", before)
+    registering()
+    at_its_end()
+
+
+def at_its_end() -> None:
+    Path("ended").touch()
+
+
+@pytest.mark.long
+def test_killed_at_every_commit_a_job_is_resumed_to_the_same_end(folder: Path) -> None:
+    for number in range(1, 1000):
+        place = folder / str(number)
+        place.mkdir()
+        os.chdir(place)
+        mlflow.set_experiment(f"{folder.name}-{number}")
+        killed(committing, f"{__name__}.at_its_end", "after", number)
+        if Path("ended").exists():
+            break
+        if not (found := _runs().get("main")):
+            continue  # nothing is there, not even a run
+        assert found == ["RUNNING"] or found == ["FINISHED"]
+        try:
+            tracking.read_config(_job())
+        except InputError:
+            continue  # what cannot be resumed is refused
+        if found == ["RUNNING"]:
+            registering(_job())
+        else:
+            sync_run(job_folder(_job()))
+        statuses = {status for found in _runs().values() for status in found}
+        assert statuses <= {"FINISHED", "KILLED"} and not Path("checkpoints").exists()
+        (version,) = mlflow.MlflowClient().search_model_versions(f"name = '{_int8()}'")
+        (model,) = mlflow.search_logged_models(_experiment(), output_format="list")
+        assert version.tags["kind"] == "int8" and logged_model_of(version) == model.model_id
+        assert mlflow.MlflowClient().get_model_version_by_alias(_int8(), "challenger").version == version.version
+    assert number > 30
