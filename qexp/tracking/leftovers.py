@@ -47,7 +47,7 @@ def _models_of(run_id: str) -> set[str]:
     run = client.get_run(run_id)
     begun = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'")
     outputs = run.outputs.model_outputs if run.outputs else []
-    return {model.model_id for model in (*outputs, *begun)}
+    return {output.model_id for output in outputs} | {model.model_id for model in begun}
 
 
 @contextmanager
