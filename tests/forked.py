@@ -150,8 +150,15 @@ def _children_are_forks(files: Path) -> None:
 
 def start_forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], before: str = "") -> Forked:
     """Start `qexp ARGUMENTS` in `folder`; `before` is Python that the process runs first."""
+    return start_python(folder, ("-m", "entrypoints.cli", *arguments), environment, before)
+
+
+def start_python(
+    folder: Path, command: tuple[str, ...], environment: dict[str, str], before: str = "", **more: Any
+) -> Forked:
+    """Start a Python program, `-m module` or `-c code` and arguments; `more` are fields of `Request`."""
     assert _forking, "a test that starts a process is marked slow"
-    return _forking[0].start(str(folder), ("-m", "entrypoints.cli", *arguments), environment, before)
+    return _forking[0].start(str(folder), command, environment, before, **more)
 
 
 def run_apart(test: Callable[..., None], *arguments: object) -> None:
