@@ -1,8 +1,9 @@
 """Processes for tests that are forks of one that has imported torch, MLflow and qexp already, which takes seconds.
 
-`start_forking` makes that process before anything is computed: threads do not survive a fork. Commands, latency sweeps
-and the verification of registered models run as its forks. What a clean subprocess does is proved by real ones: all
-those of tests/test_mlflow_run.py, and the one in tests/tracking/test_registry.py.
+`start_forking` makes that process before anything is computed: threads do not survive a fork. Commands, latency sweeps,
+MLflow's servers and the verification of registered models run as its forks. Real processes prove what a clean
+subprocess does: those that `mlflow run` starts in tests/test_mlflow_run.py, the one in tests/tracking/test_registry.py,
+and `make server` in tests/test_server.py.
 """
 
 import atexit
