@@ -53,7 +53,7 @@ def search_space(config: Config) -> dict[str, list[Any]]:
     return {
         "calibration_samples": list(search.sample_counts),
         "observer": list(search.observers or [quantize.observer]),
-        "engine": list(quantize.engine),
+        "engine": sorted(quantize.engine),  # here, as in a grid, the order has no meaning
         "weight_scale": list(search.weight_scales or ["channel" if quantize.per_channel else "layer"]),
         "fp32_layers": list(search.fp32_layer_counts),
     }
@@ -82,10 +82,16 @@ def find_study(place: Place, name: str, config: Config, facts: dict[str, Any]) -
         return None
     theirs = made_for if isinstance(made_for, dict) else {}
     for key, value in facts.items():
-        if theirs.get(key) != value:
+        if _in_any_order(theirs.get(key)) != _in_any_order(value):
             was = f"was made for {key} {theirs[key]}" if key in theirs else f"holds trials with another {key}"
             raise InputError(f"--study {name}: {was}, not {value}; give it another name, or the same options")
-    return Study(found, place, search_space(config), config.search, config.seed)
+    space = {name: theirs.get(name, choices) for name, choices in search_space(config).items()}
+    return Study(found, place, space, config.search, config.seed)
+
+
+def _in_any_order(value: Any) -> Any:
+    """Of a list, what is in it: earlier versions made studies for lists as they were given."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def make_study(place: Place, name: str, config: Config, facts: dict[str, Any]) -> Study:
