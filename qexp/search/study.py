@@ -6,12 +6,12 @@ setup.py finds or makes it in a place of storage.py; queue.py hands out its tria
 import itertools
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from qexp.config import Config, SearchConfig
+from qexp.config import Config, Engine, SearchConfig
 from qexp.errors import InputError
 from qexp.files import from_json
 from qexp.search.results import SearchPoint
@@ -53,7 +53,7 @@ def search_space(config: Config) -> dict[str, list[Any]]:
     return {
         "calibration_samples": list(search.sample_counts),
         "observer": list(search.observers or [quantize.observer]),
-        "engine": sorted(quantize.engine),  # here, as in a grid, the order has no meaning
+        "engine": [name for name in get_args(Engine) if name in quantize.engine],  # the order given has no meaning here
         "weight_scale": list(search.weight_scales or ["channel" if quantize.per_channel else "layer"]),
         "fp32_layers": list(search.fp32_layer_counts),
     }
@@ -91,7 +91,7 @@ def find_study(place: Place, name: str, config: Config, facts: dict[str, Any]) -
 
 def _in_any_order(value: Any) -> Any:
     """Of a list, what is in it: earlier versions made studies for lists as they were given."""
-    return sorted(value) if isinstance(value, list) else value
+    return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def make_study(place: Place, name: str, config: Config, facts: dict[str, Any]) -> Study:
