@@ -510,7 +510,8 @@ def parse_options(overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
 
 def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> str:
     """One line from pydantic's error: key (or option), value, what is allowed."""
-    path = [shown(part) for part in error["loc"] if not isinstance(part, int)] or [shown(error["loc"][0])]
+    place = error["loc"] or (error["input"],)  # nowhere: a key that is no text in UTF-8
+    path = [shown(part) for part in place if not isinstance(part, int)] or [shown(place[0])]
     section = path[0] if len(path) > 1 else ""
     key = ".".join(path)
     if separator == "-":  # of the command line, where no key is unknown
