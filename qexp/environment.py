@@ -60,5 +60,5 @@ def looked_in(path: str | os.PathLike[str]) -> str:
     """What a message says of a path that is not there: where a relative one was looked for."""
     if os.path.isabs(path):
         return ""
-    whole = "; mlflow run works in the project's folder, so give the whole path" if under_mlflow_run() else ""
-    return f" in {os.getcwd()}{whole}"
+    whole = f'; mlflow run works in the project\'s folder, so give the whole path: "$PWD/{os.fspath(path)}"'
+    return f" in {os.getcwd()}{whole if under_mlflow_run() else ''}"

@@ -153,6 +153,10 @@ def _process(
         (("train", "--dataset", "cifar10", "--data-dir", "nowhere"), "--data-dir nowhere: no such folder"),
         (("promote", "a-int8", "--data-dir", "/nowhere"), "--data-dir /nowhere: no such folder"),
         (("run", "--epochs", "ten"), "--epochs ten: must be a valid integer"),
+        (("latency", "--model-uri", "models:/a"), "--model-uri models:/a: must be models:/NAME/VERSION"),
+        (("verify", "a/1"), "URI a/1: must be models:/NAME/VERSION"),
+        (("train", "--resume", "last"), "--resume last: no such run"),
+        (("train", "--data-dir=~/nowhere"), f"--data-dir {Path.home()}/nowhere: no such folder"),
         (("run", "--bf16", "perhaps"), "--bf16 perhaps: must be true or false"),
     ],
 )
@@ -164,6 +168,14 @@ def test_what_is_wrong_is_refused_at_once_and_leaves_nothing(
     assert done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     assert cpu_s < 2
+
+
+def test_under_mlflow_run_a_relative_path_is_told_where_it_was_looked_for(tmp_path: Path) -> None:
+    store = {"MLFLOW_RUN_ID": "0" * 32, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    done, _ = _process("train", "--dataset", "imagefolder", "--data-dir", "pictures", folder=tmp_path, **store)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--data-dir pictures: no such folder in {tmp_path}" in done.stderr and '"$PWD/pictures"' in done.stderr
+    assert list(tmp_path.iterdir()) == []  # no database either, to which the reason would go
 
 
 @pytest.mark.parametrize("columns", [80, 120])
