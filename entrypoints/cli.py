@@ -20,9 +20,7 @@ from .sync import sync
 from .train import train
 from .verify import verify
 
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=SETTINGS
-)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=SETTINGS)
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": main,
     "train": train,
@@ -46,8 +44,9 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and end")
     ] = False,
@@ -56,6 +55,8 @@ def program(
 
     Every command ends with its result: a table on a terminal, one line of JSON into a pipe or a file, or with --json.
     """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main_program() -> None:

@@ -15,6 +15,7 @@ import typer
 from qexp.environment import wait_without_spinning
 from qexp.errors import InputError, StageError, first_line, hide_passwords
 from qexp.files import own_temporary_folder
+from qexp.last_resort import choose_folder, explain
 from qexp.processes import end_with
 from qexp.progress import announce, clear_line
 
@@ -26,7 +27,8 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
     """Run a command to its end, and show its result (nothing if another process has): a table on a terminal, one line
     of JSON into a pipe or a file, or if `as_json`. Or else a line on standard error and an exit code.
 
-    2 for bad input, 1 for a stage that failed, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP.
+    2 for bad input, 1 for a stage that failed, or for an error that nobody has foreseen, whose traceback is in the log
+    that the line names, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: loading int8 weights warns of a deprecation
     wait_without_spinning()
@@ -37,6 +39,7 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # when the launcher is killed, its processes stop, with a checkpoint
         end_with(os.getppid(), signal.SIGTERM)
     os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that a library starts import nothing from the current folder
+    choose_folder()
     announce("starting")  # importing torch takes seconds
     try:
         with own_temporary_folder():
@@ -50,9 +53,7 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
     except SystemExit as stopped:
         fail("terminated", int(stopped.code or 0))
     except Exception as error:
-        if not type(error).__module__.startswith("mlflow."):
-            raise
-        fail(f"MLflow: {first_line(error)}", 1)
+        fail(f"MLflow: {first_line(error)}" if type(error).__module__.startswith("mlflow.") else explain(error), 1)
     else:
         if summary is not None:
             _show(_rounded(summary), as_json or not sys.stdout.isatty())
@@ -85,7 +86,7 @@ def fail(message: str, code: int) -> None:
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
     else:
         clear_line()
-        typer.echo(f"error: {line}", err=True)
+        print(f"error: {line}", file=sys.stderr, flush=True)
         if code in (1, BAD_INPUT) and "MLFLOW_RUN_ID" in os.environ:  # no stage has taken it
             from qexp.tracking.refused import end_refused
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config, option_name
-from qexp.models.names import TORCHVISION
+from qexp.models.names import TORCHVISION, check_run_id, parse_version_uri
 from qexp.pipeline.checks import check_options
 
 from .ending import finish
@@ -92,6 +92,7 @@ def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., No
             elsewhere = any(given_or_none(str(own.get(name, ""))) for name in ("model_uri", "resume"))
 
             def action() -> Any:
+                _check_given(own)
                 settled = load_config(given_or_none(config), overrides)
                 check_options(settled, new_model="model" in fields and not elsewhere)
                 return command(settled, **own)
@@ -109,6 +110,15 @@ def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., No
         return run
 
     return decorate
+
+
+def _check_given(own: dict[str, Any]) -> None:
+    """Raise InputError where a version or a run cannot be one, before a store is looked for, or made."""
+    for name, option in (("model_uri", "--model-uri"), ("uri", "URI")):
+        if uri := given_or_none(own.get(name, "")):
+            parse_version_uri(uri, option)
+    if run_id := given_or_none(own.get("resume", "")):
+        check_run_id(run_id, "--resume")
 
 
 def given_or_none(value: str) -> str | None:

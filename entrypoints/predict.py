@@ -1,5 +1,6 @@
 """`qexp predict`: what a registered version sees in image files."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -31,7 +32,7 @@ def predict(config: Config, *, uri: Uri, images: Images, top_k: TopK = "3") -> d
 
     if not (top_k.isdecimal() and int(top_k)):
         raise InputError(f"--top-k {top_k}: must be a whole number, at least 1")
-    return run_predict(config, uri, images, int(top_k))
+    return run_predict(config, uri, list(map(os.path.expanduser, images)), int(top_k))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import typer.core
 import typer.exceptions
 
 from qexp.errors import InputError
+from qexp.last_resort import explain
+from qexp.streams import NOBODY_READS, guard_streams, nobody_reads, output_problem
 
 from .ending import BAD_INPUT, fail
 from .options import fields_of, is_flag
@@ -52,7 +54,11 @@ def add_command(app: typer.Typer, command: Callable[..., None], name: str | None
 
 
 def run_app(app: typer.Typer, words: list[str] | None = None, name: str | None = None) -> None:
-    """Run a command line; what Typer refuses (unknown or missing options) is one line too, and exit code 2."""
+    """Run a command line; what Typer refuses (unknown or missing options) is one line too, and exit code 2.
+
+    Where standard output cannot be written, the exit code is 1, or 141 if nobody reads it any more.
+    """
+    guard_streams()
     words = sys.argv[1:] if words is None else words
     code: Any = None
     try:
@@ -61,7 +67,12 @@ def run_app(app: typer.Typer, words: list[str] | None = None, name: str | None =
         code = _refused(f"{error.format_message()} (see --help)", error.exit_code)
     except InputError as error:
         code = _refused(str(error))
+    except Exception as error:
+        code = _refused(explain(error), 1)
     code = code if isinstance(code, int) else 0
+    if (problem := output_problem()) and code == 0:
+        why = f"standard output cannot be written ({problem.strerror}); the command itself has done its work"
+        code = NOBODY_READS if nobody_reads(problem) else _refused(why, 1)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # gloo's threads may abort a process that Python tears down around them
         sys.stdout.flush()
         sys.stderr.flush()

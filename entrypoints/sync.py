@@ -20,6 +20,6 @@ def sync(run_dir: RunDir, json: Json = False) -> None:
     def action() -> dict[str, object]:
         from qexp.pipeline.job import sync_run
 
-        return sync_run(run_dir)
+        return sync_run(run_dir.expanduser())
 
     finish(action, json)

@@ -13,7 +13,7 @@ import copy
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from qexp.config import LatencyConfig, QuantizeConfig
-from qexp.errors import InputError, first_line
+from qexp.errors import InputError, StageError, as_arguments, first_line
 from qexp.measurement.accuracy import ComparedModels, compare_models, predict_logits
 from qexp.measurement.activity import watch_machine
 from qexp.measurement.cost import Cost, measure_cost
@@ -38,7 +38,32 @@ VERIFY_IMAGES = 64
 NAME_EXCLUDES = "/:.%\"'@"  # what MLflow refuses in a name, of a registered model or of a logged one, and in a URI
 WITH_LABELS = ("max_top1_drop", "max_tries", "sensitivity_images")  # options of the command, which has labels
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def _in_words_of_python(function: Function) -> Function:
+    """`function`, whose errors name arguments instead of the command line's options, which what it calls knows."""
+
+    @wraps(function)
+    def called(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except (InputError, StageError) as error:
+            error.args = (as_arguments(str(error)),)
+            raise
+
+    return called  # type: ignore[return-value]
+
+
+class _Times(LatencyResult):
+    """What `benchmark` returns: its shortcomings name arguments, too."""
+
+    @property
+    def shortcomings(self) -> tuple[str, ...]:
+        return tuple(map(as_arguments, super().shortcomings))
+
+
+@_in_words_of_python
 def quantize(
     model: nn.Module,
     images: Images,
@@ -78,6 +103,7 @@ def quantize(
         return quantize_model(module, calibration, settings, reduce_range)
 
 
+@_in_words_of_python
 def compare(model: Predict, int8: Predict, images: Images, labels: Any = None) -> ComparedModels:
     """The accuracy of both models on the same images, and how they differ image by image.
 
@@ -110,6 +136,7 @@ def compare(model: Predict, int8: Predict, images: Images, labels: Any = None) -
     return compare_models(first, second, truth)
 
 
+@_in_words_of_python
 def benchmark(
     models: Mapping[str, Predict],
     image_size: int,
@@ -157,9 +184,10 @@ def benchmark(
                 used = torch.get_num_threads()
         finally:
             torch.set_num_threads(before)
-    return LatencyResult(baseline, rows, (), used, settings.profile or {}, settings.max_busy_percent)
+    return _Times(baseline, rows, (), used, settings.profile or {}, settings.max_busy_percent)
 
 
+@_in_words_of_python
 def cost(
     model: nn.Module | QuantizedModel,
     image_size: int,
@@ -193,6 +221,7 @@ def cost(
         return measure_cost(module, size, sizes, layers)
 
 
+@_in_words_of_python
 def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[str], image_size: int) -> str:
     """Register a model in MLflow's registry, and verify that it reloads bit for bit in a clean subprocess.
 
@@ -234,6 +263,7 @@ def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[
         return own_models.register(kind, module, name, spec, sample, {}, copy.deepcopy(module))
 
 
+@_in_words_of_python
 def load(uri: str) -> Predict:
     """The registered model at `uri` as a function of images, with the int8 kernels that won when it was measured.
 
@@ -245,7 +275,8 @@ def load(uri: str) -> Predict:
         uri: models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS.
 
     Returns:
-        Float images [N, 3, H, W] in [0, 1] to float logits [N, classes].
+        Float images [N, 3, H, W] in [0, 1] to float logits [N, classes]. A version of engine `onnx` also takes numpy
+        arrays and uint8.
 
     Raises:
         InputError: the URI has another form or does not exist, or the extra `onnx` is needed and not installed.

@@ -5,9 +5,9 @@ The commands make their options from these models; `config.yaml` and `MLproject`
 leaves the default, which None stands for where the value is chosen by a later stage.
 """
 
-import re
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -21,16 +21,20 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from qexp import yaml_file
 from qexp.errors import InputError
+from qexp.yaml_file import shown
 
+MOST = 10**9  # of any number of images, steps, threads, …: far more than can be meant
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 # Options of training that may differ when it is resumed: where and how fast, not what is computed.
 HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes", "train_threads")
 Engine = Literal["fx", "pt2e", "onnx"]
 Observer = Literal["histogram", "minmax", "batch_average", "percentile"]
 Scale = Literal["channel", "layer"]
+Baseline = Literal["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"]
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
 Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
 
 
@@ -51,21 +55,46 @@ def _once(names: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _in_order_of(words: Any) -> AfterValidator:
+    """Each choice once, in the order in which they are declared: the order given has no meaning."""
+    return AfterValidator(lambda given: [word for word in get_args(words) if word in given])
+
+
+def _text(value: str) -> str:
+    """A name or an address, which goes into a line of a message and into MLflow."""
+    if not value.isprintable():
+        raise ValueError("must be text that can be printed")
+    return value
+
+
+def _path(value: str) -> str:
+    """A path, with the home folder for ~ wherever it was written: a shell puts it there only at the start of a word."""
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("must be a path in UTF-8")
+    return os.path.expanduser(value)
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Folder = Annotated[str, AfterValidator(_path)]
+
+
 Engines = Annotated[list[Engine], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once)]
 Names = Annotated[
-    list[Annotated[str, StringConstraints(strip_whitespace=True)]], BeforeValidator(_as_list), AfterValidator(_once)
+    list[Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_text)]],
+    BeforeValidator(_as_list),
+    AfterValidator(lambda names: sorted(set(names))),
 ]
 Baselines = Annotated[
-    list[Literal["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"]],
+    list[Baseline],
     BeforeValidator(lambda value: [] if value in ("none", ["none"]) else _as_list(value)),
-    AfterValidator(_once),
+    _in_order_of(Baseline),
 ]
 
 
 class DataConfig(BaseModel):
     model_config = STRICT
     dataset: Literal["digits", "cifar10", "imagefolder"] = Field("digits", description="data set")
-    data_dir: str | None = Field(
+    data_dir: Folder | None = Field(
         None, description="folder of cifar10 (auto: data/cifar10-python) or imagefolder (must be given)"
     )
     image_size: int = Field(32, ge=8, le=1024, description="height and width of the model's input, pixels")
@@ -75,7 +104,7 @@ class DataConfig(BaseModel):
 class TrainConfig(BaseModel):
     model_config = STRICT
     epochs: int = Field(20, ge=1, le=10_000, description="passes over the training images, at most")
-    batch_size: int = Field(128, ge=2, description="images a step")
+    batch_size: int = Field(128, ge=2, le=MOST, description="images a step")
     optimizer: Literal["sgd", "adamw"] | None = Field(
         None, description="optimizer; auto: adamw for networks with layer norm and SqueezeNet, else sgd"
     )
@@ -92,12 +121,17 @@ class TrainConfig(BaseModel):
         5.0, gt=0, description="norm to which the gradient of all weights is scaled down, if larger"
     )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
-    crop_padding: int = Field(4, ge=0, description="random crop after reflecting so many pixels at each border")
+    crop_padding: int = Field(
+        4, ge=0, le=MOST, description="random crop after reflecting so many pixels at each border"
+    )
     flip: bool | None = Field(None, description="random horizontal flip; auto: off for digits, else on")
     bf16: bool | None = Field(None, description="bf16 autocast; auto: on where timed steps are faster by a fifth")
     channels_last: bool | None = Field(None, description="channels-last memory layout; auto: as timed steps are faster")
     train_threads: int | None = Field(
-        None, ge=1, description="CPU threads of training; auto: threads if given, else as timed steps are faster"
+        None,
+        ge=1,
+        le=MOST,
+        description="CPU threads of training; auto: threads if given, else as timed steps are faster",
     )
     device: Literal["cpu", "cuda"] | None = Field(None, description="where to train; auto: cuda if there is one")
     processes: int = Field(1, ge=1, le=64, description="training processes on this machine, started by torchrun")
@@ -107,6 +141,7 @@ class TrainConfig(BaseModel):
     patience: int = Field(
         6,
         ge=1,
+        le=MOST,
         description="epochs without a better validation top-1, or the same with a lower loss, before training stops",
     )
 
@@ -119,9 +154,12 @@ class QuantizeConfig(BaseModel):
         description="int8 kernels of engine fx; auto: the faster ones, as measured (torch alone takes x86)",
     )
     calibration_samples: int | None = Field(
-        None, ge=1, description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer"
+        None,
+        ge=1,
+        le=MOST,
+        description="un-augmented training images that set the ranges; auto: 256, or all if there are fewer",
     )
-    calibration_batch_size: int = Field(64, ge=1, description="images a calibration step")
+    calibration_batch_size: int = Field(64, ge=1, le=MOST, description="images a calibration step")
     observer: Annotated[Observer, BeforeValidator(_renamed)] = Field(
         "histogram", description="how activation ranges are chosen: histogram, minmax, batch_average, percentile"
     )
@@ -141,9 +179,12 @@ class QuantizeConfig(BaseModel):
         "(upper end), points; the limit of the verdict is gate.max_top1_drop",
         json_schema_extra={"option": "quantize_max_top1_drop"},
     )
-    max_tries: int = Field(10, ge=1, description="quantizations that the budget may cost")
+    max_tries: int = Field(10, ge=1, le=MOST, description="quantizations that the budget may cost")
     sensitivity_images: int = Field(
-        256, ge=0, description="validation images on which each layer's sensitivity is measured; 0: not measured"
+        256,
+        ge=0,
+        le=MOST,
+        description="validation images on which each layer's sensitivity is measured; 0: not measured",
     )
 
     @property
@@ -176,7 +217,12 @@ def _number(value: Any) -> Any:
         return value
 
 
-Weights = Annotated[dict[PositiveInt, Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_as_weights)]
+Weights = Annotated[
+    dict[PositiveInt, Annotated[float, Field(gt=0)]],
+    Field(min_length=1),
+    BeforeValidator(_as_weights),
+    AfterValidator(lambda weights: dict(sorted(weights.items()))),
+]
 
 
 DEFAULT_BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -200,9 +246,11 @@ class LatencyConfig(BaseModel):
     profile: Weights | None = Field(
         None, description="how much each batch size counts, 1:3,128:1; those left out do not; auto: all alike"
     )
-    warmup: int = Field(5, ge=1, description="untimed passes of each model after each load")
-    loads: int = Field(5, ge=1, description="loads of all models at each batch size; at least 3 for a verdict")
-    min_repeats: int = Field(20, ge=2, description="rounds at each batch size, at least; each times every model")
+    warmup: int = Field(5, ge=1, le=MOST, description="untimed passes of each model after each load")
+    loads: int = Field(5, ge=1, le=MOST, description="loads of all models at each batch size; at least 3 for a verdict")
+    min_repeats: int = Field(
+        20, ge=2, le=MOST, description="rounds at each batch size, at least; each times every model"
+    )
     min_seconds: float = Field(1.0, ge=0, description="seconds of timing at each batch size, at least")
     max_busy_percent: float = Field(
         5.0,
@@ -288,24 +336,28 @@ class SearchConfig(BaseModel):
     )
     sample_counts: Counts = Field([8, 16, 32, 64, 128, 256, 512], description="calibration sample counts to try")
     observers: (
-        Annotated[list[Observer], Field(min_length=1), BeforeValidator(_renamed), AfterValidator(_once)] | None
+        Annotated[list[Observer], Field(min_length=1), BeforeValidator(_renamed), _in_order_of(Observer)] | None
     ) = Field(None, description="observers to try; auto: the one of quantize.observer")
-    weight_scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_once)] | None = Field(
+    weight_scales: Annotated[list[Scale], Field(min_length=1), _in_order_of(Scale)] | None = Field(
         None,
         description="weight scales to try: channel (one a channel), layer (one a layer); auto: as per_channel",
     )
     fp32_layer_counts: Annotated[
-        list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))
+        list[Annotated[int, Field(ge=0, le=MOST)]],
+        Field(min_length=1),
+        AfterValidator(lambda counts: sorted(set(counts))),
     ] = Field([0], description="how many layers stay fp32, most sensitive first, to try; 0: none")
-    latency_batch_size: int = Field(1, ge=1, description="batch size at which a trial is timed")
-    seeds_per_point: int = Field(3, ge=1, description="calibration subsets drawn for each point")
+    latency_batch_size: int = Field(1, ge=1, le=MOST, description="batch size at which a trial is timed")
+    seeds_per_point: int = Field(3, ge=1, le=MOST, description="calibration subsets drawn for each point")
     sampler: Literal["grid", "tpe", "nsga2"] = Field(
         "grid", description="grid: every point once; tpe, nsga2: Optuna's samplers of these names"
     )
-    trials: int = Field(20, ge=1, description="trials of tpe and nsga2, over all workers; the grid has its own number")
-    study: str | None = Field(None, description="name of the study; auto: made from the model version and the options")
-    study_dir: str = Field("studies", description="folder of the study's journal file")
-    storage: str | None = Field(
+    trials: int = Field(
+        20, ge=1, le=MOST, description="trials of tpe and nsga2, over all workers; the grid has its own number"
+    )
+    study: Text | None = Field(None, description="name of the study; auto: made from the model version and the options")
+    study_dir: Folder = Field("studies", description="folder of the study's journal file")
+    storage: Text | None = Field(
         None, description="database of a study with several workers, postgresql://USER@HOST/DATABASE; auto: study_dir"
     )
     heartbeat_seconds: int = Field(
@@ -319,12 +371,16 @@ class SearchConfig(BaseModel):
 
 class Config(BaseModel):
     model_config = STRICT
-    model: str = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
+    model: Text = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
     seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"
+        None, ge=1, le=MOST, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"
     )
-    output_dir: str | None = Field(None, description="folder that gets a copy of the report; auto: only MLflow has it")
+    output_dir: Folder | None = Field(
+        None,
+        description="folder that gets a copy of the report (a relative one: below the current folder, which is the "
+        "project's under mlflow run); auto: only MLflow has it",
+    )
     quick: bool = Field(
         False,
         description="less of everything that is not given: 4 epochs, 64 sensitivity images, batch sizes 1, 8, 32, "
@@ -362,20 +418,6 @@ def option_name(section: str, key: str) -> str:
     what only the file can say."""
     owner = type(Config.model_fields[section].default) if section else Config
     return str((owner.model_fields[key].json_schema_extra or {}).get("option", key))  # type: ignore[union-attr]
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `5e-4` as text; YAML 1.2, and everybody's expectation, reads a number."""
-
-
-class _Yaml12Dumper(yaml.SafeDumper):
-    """Quotes text that the loader would read as a number."""
-
-
-for _side in (_Yaml12Loader, _Yaml12Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
 
 
 def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
@@ -425,29 +467,20 @@ def is_default(config: Config, section: str, key: str) -> bool:
 
 
 def _read_file(path: str | None) -> dict[str, Any]:
-    file = Path(path or "config.yaml")
-    if path is None and not file.is_file():
+    file = Path(os.path.expanduser(path or "config.yaml"))
+    if path is None and not os.path.lexists(file):
         return {}
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {file}: cannot be read ({error}); give a YAML file like config.yaml") from None
-    return _parse(text, str(file))
+    return _checked(yaml_file.read_text(file), shown(file))
 
 
 def parse_yaml(text: str) -> Config:
     """The configuration in `text`, as `to_yaml` writes it."""
-    return Config.model_validate(_parse(text, "config.yaml"), strict=True)
+    return Config.model_validate(_checked(text, "config.yaml"), strict=True)
 
 
-def _parse(text: str, file: str) -> dict[str, Any]:
-    try:
-        values = yaml.load(text, _Yaml12Loader) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config {file}: must hold `key: value` lines, not {type(values).__name__}")
-    values = _without_auto(values)
+def _checked(text: str, file: str) -> dict[str, Any]:
+    """What `text` says, once it is known that it is a configuration; `file` is what messages call it."""
+    values = _without_auto(yaml_file.parse(text, file))
     try:
         Config.model_validate(values, strict=True)
     except ValidationError as error:
@@ -477,7 +510,8 @@ def parse_options(overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
 
 def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> str:
     """One line from pydantic's error: key (or option), value, what is allowed."""
-    path = [str(part) for part in error["loc"] if not isinstance(part, int)] or [str(error["loc"][0])]
+    place = error["loc"] or (error["input"],)  # nowhere: a key that is no text in UTF-8
+    path = [shown(part) for part in place if not isinstance(part, int)] or [shown(place[0])]
     section = path[0] if len(path) > 1 else ""
     key = ".".join(path)
     if separator == "-":  # of the command line, where no key is unknown
@@ -485,10 +519,10 @@ def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> s
     if error["type"] == "extra_forbidden":
         fields = _fields_of(path[:-1])
         return f"{prefix}{key}: unknown key; allowed here: {', '.join(fields)}"
-    message = error["msg"].replace("Input should be", "must be").replace("'", "")
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be").replace("'", "")
     message = message.partition(", unable to parse")[0].partition(" or instance of")[0]
     message = "must be a valid boolean, true or false" if error["type"].startswith("bool") else message
-    return f"{prefix}{key}{equals}{error['input']}: {message}"
+    return f"{prefix}{key}{equals}{shown(error['input'])}: {message}"
 
 
 def _fields_of(path: list[str]) -> list[str]:
@@ -502,7 +536,7 @@ def _fields_of(path: list[str]) -> list[str]:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as text that `load_config` reads back."""
     values = config.model_dump(mode="json")
-    return yaml.dump(_auto_named(values), Dumper=_Yaml12Dumper, sort_keys=False)
+    return yaml.dump(_auto_named(values), Dumper=yaml_file.Dumper, sort_keys=False)
 
 
 def _auto_named(value: Any) -> Any:

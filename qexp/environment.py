@@ -1,4 +1,5 @@
-"""Environment variables: set for the length of a block, and OMP_WAIT_POLICY, by which OpenMP's threads wait."""
+"""Environment variables: set for the length of a block; OMP_WAIT_POLICY, by which OpenMP's threads wait; and what
+`mlflow run` sets."""
 
 import os
 from collections.abc import Iterator
@@ -48,3 +49,16 @@ def as_the_user_set(variables: dict[str, str]) -> dict[str, str]:
 def waiting() -> str:
     """How OpenMP's threads wait in this process: passive, active, or default (they spin for a while)."""
     return os.environ.get(WAIT_POLICY, "default").lower()
+
+
+def under_mlflow_run() -> bool:
+    """Whether `mlflow run` has started this process: in the project's folder, wherever the user was."""
+    return "MLFLOW_RUN_ID" in os.environ
+
+
+def looked_in(path: str | os.PathLike[str]) -> str:
+    """What a message says of a path that is not there: where a relative one was looked for."""
+    if os.path.isabs(path):
+        return ""
+    whole = f'; mlflow run works in the project\'s folder, so give the whole path: "$PWD/{os.fspath(path)}"'
+    return f" in {os.getcwd()}{whole if under_mlflow_run() else ''}"

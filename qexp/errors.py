@@ -15,6 +15,10 @@ DYNAMOS = re.compile(r'File "(?:[^"]*/)?([^"]+)", line (\d+), in .*\n\s*(.+)')
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # First lines that say nothing: of torch.onnx, whose reason is the cause, and of TorchScript, whose reason comes last.
 EMPTY_WORDS = ("Failed to export the model with", "The following operation failed in the TorchScript")
+# Options of the command line in a message: told with a value, and by their name alone.
+OPTION_TOLD = re.compile(r"(?<!\S)--([a-z][a-z0-9-]*) (true|false|[^\s:;]+(?=:))")
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
+WORDS = {"true": "True", "false": "False", "auto": "None"}
 REFUSED = "failed with error code 401"
 
 
@@ -63,6 +67,12 @@ def with_place(error: BaseException) -> str:
 
 def _of_a_model(file: str) -> bool:
     return not LIBRARIES.search(file) and not file.startswith(OURS)
+
+
+def as_arguments(text: str) -> str:
+    """A message that names options of the command line, as Python names them: `keep_fp32=a`, for `--keep-fp32 a`."""
+    text = OPTION_TOLD.sub(lambda found: f"{found[1].replace('-', '_')}={WORDS.get(found[2], found[2])}", text)
+    return OPTION.sub(lambda found: found[1].replace("-", "_"), text)
 
 
 def hide_passwords(text: str) -> str:

@@ -16,7 +16,7 @@ from stores import new_store
 from torch import Tensor, nn
 
 import qexp
-from qexp.errors import InputError
+from qexp.errors import InputError, StageError
 from qexp.quantization import QuantizedModel
 from qexp.quantization.equivalence import sqnr_db
 
@@ -234,6 +234,27 @@ def test_what_is_no_batch_of_images_is_refused(given: Any, words: list[str], mob
     _refused(lambda: qexp.quantize(mobile, given(images)), *words)
 
 
+def test_messages_name_arguments_and_no_options_of_the_command_line(mobile: nn.Module, images: Tensor) -> None:
+    class Borrowing(nn.Module):
+        """Uses the weights of a layer without calling it, so the layer stays fp32."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.features(x).mean((2, 3)), self.head.weight, self.head.bias)
+
+    quantize: Any = qexp.quantize
+    _refused(lambda: quantize(mobile, images, keep_fp32=["nothing", "other"]), "keep_fp32=nothing,other: not among")
+    with pytest.raises(StageError) as failed:
+        quantize(Borrowing(), images)
+    assert "allow_float=True" in str(failed.value) and "--" not in str(failed.value)
+    times = qexp.benchmark({"own": mobile}, 16, [1], **FAST | {"loads": 1, "min_repeats": 2})
+    assert "(min_repeats, loads)" in times.shortcomings[0] and "--" not in "".join(times.shortcomings)
+    _refused(lambda: qexp.load("nothing"), "uri nothing: must be models:/NAME/VERSION")
+
+
 def test_other_bad_input_is_refused(mobile: nn.Module, int8: QuantizedModel, images: Tensor, labels: Tensor) -> None:
     quantize: Any = qexp.quantize
     _refused(lambda: quantize(mobile, images, engine="best"), "engine", "best", "fx", "pt2e", "onnx")
@@ -290,6 +311,10 @@ def test_registered_models_load_and_the_commands_say_what_they_lack(
         assert version.tags["verified"] == "true" and version.tags["registered_by"] == "qexp.register"
         with torch.no_grad():
             assert torch.equal(qexp.load(one)(images), model(images))
+    turned = images.double().numpy()[:, :, ::-1, ::-1]  # of another type, backwards in memory
+    expected = onnx(torch.from_numpy(turned.copy()).float())
+    assert torch.equal(qexp.load(onnx_uri)(turned), expected)
+    assert torch.equal(qexp.load(onnx_uri)((255 * images).round().to(torch.uint8).numpy()), onnx(images))
     mobile.train()
     found = mlflow.MlflowClient()
     assert found.get_model_version("own-int8", "1").run_id == run.info.run_id

@@ -5,9 +5,12 @@ import pty
 import re
 import resource
 import shlex
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -20,7 +23,7 @@ from typer.testing import CliRunner
 
 from entrypoints.cli import COMMANDS, app
 from entrypoints.options import COMMON, choices, fields_of
-from entrypoints.program import _with_options_unpacked, _with_plain_flags
+from entrypoints.program import _with_options_unpacked, _with_plain_flags, run_app
 from qexp import __version__
 from qexp.errors import InputError
 
@@ -151,6 +154,10 @@ def _process(
         (("train", "--dataset", "cifar10", "--data-dir", "nowhere"), "--data-dir nowhere: no such folder"),
         (("promote", "a-int8", "--data-dir", "/nowhere"), "--data-dir /nowhere: no such folder"),
         (("run", "--epochs", "ten"), "--epochs ten: must be a valid integer"),
+        (("latency", "--model-uri", "models:/a"), "--model-uri models:/a: must be models:/NAME/VERSION"),
+        (("verify", "a/1"), "URI a/1: must be models:/NAME/VERSION"),
+        (("train", "--resume", "last"), "--resume last: no such run"),
+        (("train", "--data-dir=~/nowhere"), f"--data-dir {Path.home()}/nowhere: no such folder"),
         (("run", "--bf16", "perhaps"), "--bf16 perhaps: must be true or false"),
     ],
 )
@@ -162,6 +169,14 @@ def test_what_is_wrong_is_refused_at_once_and_leaves_nothing(
     assert done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     assert cpu_s < 2
+
+
+def test_under_mlflow_run_a_relative_path_is_told_where_it_was_looked_for(tmp_path: Path) -> None:
+    store = {"MLFLOW_RUN_ID": "0" * 32, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    done, _ = _process("train", "--dataset", "imagefolder", "--data-dir", "pictures", folder=tmp_path, **store)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--data-dir pictures: no such folder in {tmp_path}" in done.stderr and '"$PWD/pictures"' in done.stderr
+    assert list(tmp_path.iterdir()) == []  # no database either, to which the reason would go
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -194,9 +209,72 @@ def test_the_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"qexp {__version__}\n"
 
 
+def _in_a_shell(command: str, folder: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """A line of bash in which `qexp` is the command; the exit code is that of the first program of a pipe."""
+    line = f'{command.replace("qexp", f"{shlex.quote(sys.executable)} -m entrypoints.cli")}; exit "${{PIPESTATUS[0]}}"'
+    environment = environment_for("") | variables
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_without_words_there_is_help(tmp_path: Path) -> None:
+    done = _in_a_shell("qexp", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Usage: qexp [OPTIONS] COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("qexp >&-", 0, ""),
+        ("qexp run --epochs ten >&- 2>&- <&-", 2, ""),
+        ("qexp run --epochs ten 2>/dev/full", 2, ""),
+        ("qexp >/dev/full", 1, "error: standard output cannot be written (No space left on device)"),
+        ("qexp | true", 141, ""),
+    ],
+)
+def test_streams_may_be_closed_full_or_read_by_nobody(command: str, code: int, said: str, tmp_path: Path) -> None:
+    done = _in_a_shell(command, tmp_path)
+    assert done.returncode == code and done.stdout == "" and done.stderr.startswith(said)
+    assert done.stderr.count("\n") == bool(said), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_database_does_not_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    done = _in_a_shell("qexp models >&- 2>&-", tmp_path, MLFLOW_TRACKING_URI=new_store(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
+
+
+def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    done = _in_a_shell("qexp run --model ü", tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and done.stderr.startswith("error: --model \\xfc: unknown")
+
+
+@pytest.mark.parametrize("kind", [RecursionError, MemoryError, EOFError, ValueError])
+def test_an_error_that_nobody_has_foreseen_is_one_line_with_a_log(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(given: object) -> None:
+        raise kind("no use of postgresql://me:secret@host/x\nat all")
+
+    monkeypatch.setattr("qexp.tracking.catalog.list_models", fail)
+    monkeypatch.setenv("QEXP_LOG_DIR", str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *given: None)  # a command sets its own
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, ["models"], name="qexp")
+    (log,) = tmp_path.iterdir()
+    line = capsys.readouterr().err
+    assert ended.value.code == 1 and line.count("\n") == 1
+    assert line.startswith(f"error: {kind.__name__}: no use of postgresql://me:***@host/x (") and str(log) in line
+    kept = log.read_text()
+    assert "Traceback (most recent call last)" in kept and "in fail" in kept and "secret" not in kept
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("", set(COMMANDS)),
         ("pro", {"promote"}),
         ("run --quantize-m", {"--quantize-max-top1-drop"}),
         ("run --dataset ", {"digits", "cifar10", "imagefolder"}),

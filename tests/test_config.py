@@ -1,13 +1,19 @@
 """Configuration: precedence, what is refused and how it is explained, and the repository's config.yaml."""
 
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
+from strategies import SEEDED, nasty_texts, trees
 
+from qexp import yaml_file
 from qexp.config import (
     QUICK,
     Config,
@@ -19,6 +25,7 @@ from qexp.config import (
     flat_params,
     given_otherwise,
     load_config,
+    parse_options,
     parse_yaml,
     to_yaml,
 )
@@ -37,6 +44,13 @@ CHANGED = Config(
     gate=GateConfig(max_top1_drop=-0.5, models={"vgg16-pets-int8": {"max_top1_drop": 0.25}}),
     search=SearchConfig(observers=["minmax", "histogram"], study="mine"),
 )
+
+
+OPTIONS = [
+    (section if isinstance(field.default, BaseModel) else "", key)
+    for section, field in Config.model_fields.items()
+    for key in (type(field.default).model_fields if isinstance(field.default, BaseModel) else [section])
+]
 
 
 def _write(folder: Path, text: str) -> str:
@@ -177,6 +191,137 @@ def test_text_that_is_not_yaml(tmp_path: Path, text: str) -> None:
 def test_yaml_that_is_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
     message = _refusal(tmp_path, text)
     assert "options.yaml" in message and "`key: value`" in message and message.endswith(f"not {kind}")
+
+
+MOST = yaml_file.MOST_BYTES
+TOO_MUCH = {
+    "brackets": ("[" * 20_000, "nested more than 8 levels"),
+    "indented": ("- " * 20_000, "nested more than 8 levels"),
+    "a mapping in itself": ("gate: &g {models: *g}", "alias (*g)"),
+    "nested aliases": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "alias (*a)"),
+    "an integer of 5,000 digits": ("seed: " + "9" * 5000, "5000 characters"),
+    "a hexadecimal one": ("seed: 0x" + "f" * 5000, "5002 characters"),
+    "keys": ("".join(f"k{number}: 1\n" for number in range(20_000)), "more than 10,000 values"),
+    "comments": ("# nothing\n" * (MOST // 10 + 1), "more than 256 KiB"),
+    "a key twice": ("seed: 1\ntrain: {epochs: 2}\nseed: 3\n", "key seed twice, again in line 3"),
+    "a date that is none": ("seed: 2020-13-45", "not YAML: a value that is none"),
+    "a number of another base": ("seed: " + ":".join("1" * 3000) + ".5", "not YAML: a value that is none"),
+    "an object": ("seed: !!python/object/apply:os.system [ls]", "not YAML: could not determine a constructor"),
+    "two documents": ("seed: 1\n---\nseed: 2\n", "not YAML: expected a single document"),
+    "no UTF-8": ("model: \udcff", "is not UTF-8 at byte 7"),
+    "a key of another type": ("2020-01-01: 1", "Keys should be strings"),
+    "more than anybody means": ("train: {batch_size: 100000000000}", "less than or equal to 1000000000"),
+    "a name with the end of a line": ('search: {study: "a\\nb"}', "must be text that can be printed"),
+    "a path with a NUL": ('data: {data_dir: "a\\0b"}', "must be a path in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_what_no_configuration_needs_is_refused_at_once(case: str, tmp_path: Path) -> None:
+    text, said = TOO_MUCH[case]
+    file = tmp_path / "options.yaml"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    started = time.monotonic()
+    with pytest.raises(InputError) as refused:
+        load_config(str(file))
+    assert time.monotonic() - started < 5
+    assert said in str(refused.value) and str(file) in str(refused.value)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "name", ["pipe", "/dev/zero", "/dev/null", "/dev/stdin", "folder", "~/nothing", "a\0b", "a" * 5000]
+)
+def test_only_regular_files_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    with pytest.raises(InputError, match=r"^--config .*: cannot be read \(.*\); give a YAML file") as refused:
+        load_config(name)
+    assert str(refused.value).isprintable()
+
+
+@SEEDED
+@given(st.dictionaries(st.sampled_from(list(Config.model_fields)) | nasty_texts(), trees(), max_size=5))
+def test_any_values_are_a_configuration_or_one_line(tree: dict[str, object]) -> None:
+    _config_or_one_line(yaml.dump(tree, allow_unicode=True))
+
+
+@SEEDED
+@given(st.sampled_from(OPTIONS), trees(leaves=6))
+def test_any_value_of_an_option_is_taken_or_refused_in_one_line(option: tuple[str, str], value: object) -> None:
+    section, key = option
+    _config_or_one_line(yaml.dump({section: {key: value}} if section else {key: value}))
+
+
+@SEEDED
+@given(st.lists(st.sampled_from([*"[]{}:,-?&*!|>%@#\"'\n \t~=<.0", "a", "train:\n  ", "epochs: ", "!!", "---\n"])))
+def test_any_text_is_a_configuration_or_one_line(parts: list[str]) -> None:
+    _config_or_one_line("".join(parts))
+
+
+@SEEDED
+@given(st.sampled_from(OPTIONS), nasty_texts())
+def test_any_text_of_an_option_is_taken_or_refused_in_one_line(option: tuple[str, str], text: str) -> None:
+    section, key = option
+    try:
+        parse_options({section: {key: text}})
+        parse_options({section: {key: text.split(",")}})
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+def _config_or_one_line(text: str) -> None:
+    try:
+        config = parse_yaml(text)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 1000
+    else:
+        assert parse_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(("section", "key"), [("data", "data_dir"), ("", "output_dir"), ("search", "study_dir")])
+def test_the_home_folder_stands_for_a_tilde_wherever_a_path_comes_from(
+    section: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    line = f"{key}: ~/x y\n"
+    for config in (
+        load_config(_write(tmp_path, f"{section}:\n  {line}" if section else line)),
+        load_config(_write(tmp_path, ""), {section: {key: "~/x y"}}),
+    ):
+        assert getattr(getattr(config, section) if section else config, key) == "/home/me/x y"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "one", "other"),
+    [
+        ("search", "observers", "minmax,histogram", "histogram,minmax,minmax"),
+        ("search", "weight_scales", "layer,channel", "channel,layer"),
+        ("search", "sample_counts", "8,4", "4,8"),
+        ("search", "fp32_layer_counts", "2,0", "0,2"),
+        ("quantize", "keep_fp32", "b,a.0", "a.0, b"),
+        ("latency", "baselines", "bf16,fp32_eager", "fp32_eager,bf16"),
+        ("latency", "batch_sizes", "8,1", "1,8"),
+        ("latency", "profile", "8:1,1:3", "1:3,8:1"),
+    ],
+)
+def test_lists_whose_order_has_no_meaning_are_the_same_in_any(
+    section: str, key: str, one: str, other: str, tmp_path: Path
+) -> None:
+    empty = _write(tmp_path, "")
+    first, second = (load_config(empty, {section: {key: given.split(",")}}) for given in (one, other))
+    assert to_yaml(first) == to_yaml(second) != to_yaml(Config())
+
+
+def test_engines_of_a_study_are_the_same_in_any_order(tmp_path: Path) -> None:
+    from qexp.search.study import search_space
+
+    empty = _write(tmp_path, "")
+    spaces = [
+        search_space(load_config(empty, {"quantize": {"engine": given}})) for given in (["fx", "onnx"], ["onnx", "fx"])
+    ]
+    assert repr(spaces[0]) == repr(spaces[1])
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What gets installed: one top-level package, a console command, and versions that all files agree on."""
 
+import os
 import runpy
 import shutil
 import subprocess
@@ -43,6 +44,29 @@ def test_the_wheel_adds_one_top_level_name(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"qexp"}
     (entries,) = (name for name in names if name.endswith("entry_points.txt"))
     assert "qexp = qexp.entrypoints.cli:main_program" in wheel.read(entries).decode()
+
+
+@pytest.mark.slow
+def test_from_the_folder_above_a_checkout_the_package_is_found(tmp_path: Path) -> None:
+    checkout = tmp_path / "qexp"  # which would be a namespace package, without anything in it
+    checkout.mkdir()
+    for name in ("qexp", "entrypoints"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, checkout / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, checkout)
+    build = "from setuptools.build_meta import build_editable as build; build('../out')"
+    subprocess.run([sys.executable, "-c", build], cwd=checkout, check=True, capture_output=True)
+    (file,) = (tmp_path / "out").glob("qexp-*.whl")
+    zipfile.ZipFile(file).extractall(tmp_path / "site")
+    program = "import site; site.addsitedir('site'); import qexp, qexp.entrypoints.cli as cli; "
+    program += "print(qexp.load, cli.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("<function load") and str(checkout) in done.stdout
 
 
 @pytest.mark.slow

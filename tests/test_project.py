@@ -19,7 +19,7 @@ LAYERS = ("", "models", "measurement", "data", "quantization", "training", "repo
 ONLY_IN = {
     "mlflow": ("tracking/",),
     "optuna": ("search/",),
-    "sqlalchemy": ("search/",),
+    "sqlalchemy": ("search/", "tracking/"),
     "matplotlib": ("report/figures.py",),
     "torchinfo": ("measurement/cost.py",),
     "subprocess": ("processes.py", "tracking/commit.py"),  # for git; Python processes are started at one place

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qexp.config import DataConfig
+from qexp.environment import looked_in
 from qexp.errors import InputError
 
 EXPECTED = "expected DIR/train/<class>/… and DIR/test/<class>/…"
@@ -16,10 +17,19 @@ def check_data_dir(options: DataConfig) -> None:
             raise InputError(f"--data-dir: {need}")
         return
     root = Path(options.data_dir)
-    if not root.is_dir():
+    if not is_folder(root, "--data-dir"):
         wanted = EXPECTED if options.dataset == "imagefolder" else "make it first, or leave the option out"
-        raise InputError(f"--data-dir {root}: no such folder; {wanted}")
+        raise InputError(f"--data-dir {root}: no such folder{looked_in(root)}; {wanted}")
     if options.dataset == "imagefolder":
         for part in ("train", "test"):
-            if not (root / part).is_dir():
+            if not is_folder(root / part, "--data-dir"):
                 raise InputError(f"--data-dir {root}: no folder {root / part}; {EXPECTED}")
+
+
+def is_folder(path: Path | str, option: str) -> bool:
+    """Whether there is such a folder; InputError where that cannot be said: a folder above may not be looked into, or
+    the name is too long."""
+    try:
+        return Path(path).is_dir()
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be looked at ({error.strerror})") from None

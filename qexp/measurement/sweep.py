@@ -32,6 +32,7 @@ from tqdm import tqdm
 from qexp.config import LatencyConfig
 from qexp.errors import StageError, first_line
 from qexp.files import from_json, to_json
+from qexp.last_resort import explain
 from qexp.measurement.activity import watch_machine
 from qexp.measurement.host import reuse_freed_memory
 from qexp.measurement.latency import (
@@ -48,6 +49,7 @@ from qexp.measurement.latency import (
 from qexp.measurement.sweep_models import BASELINE, Predict, SweepModel, load, prepare_baseline
 from qexp.processes import end_with, run_python
 from qexp.progress import Progress, in_words, say
+from qexp.streams import guard_streams
 
 LONGEST_PASS_S = 1.0  # of the slowest model; batch sizes that take longer are left out unless they were chosen
 REST_S = 0.02  # between two models, about: until no thread computes any more
@@ -295,9 +297,13 @@ def _say_row(row: LatencyRow) -> None:
 
 
 if __name__ == "__main__":
+    guard_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
     try:
         _main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except Exception as error:  # the store, a model's file, memory: any library's
-        say(first_line(error))
+    except StageError as error:
+        say(str(error))
+        sys.exit(1)
+    except Exception as error:  # of a model's file, of memory: any library's
+        say(explain(error))
         sys.exit(1)

@@ -1,15 +1,19 @@
-"""The names of the classifiers, without importing torchvision, which takes seconds.
+"""The names of the classifiers, without importing torchvision, which takes seconds; the form of a version's URI and of
+a run's id.
 
 For the command line, which refuses a wrong name at once and completes a right one. A test compares the list with what
 torchvision has; where another version of it is installed, an unknown name is looked up there.
 """
 
 import difflib
+import re
 from importlib.metadata import version
 
 from qexp.errors import InputError
 
 MADE_FROM = "0.28.0"  # the version of torchvision
+VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
+RUN_ID = re.compile(r"[0-9a-f]{32}")
 TORCHVISION = """
     alexnet convnext_base convnext_large convnext_small convnext_tiny densenet121 densenet161 densenet169
     densenet201 efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5
@@ -44,3 +48,21 @@ def available_models() -> list[str]:
     from qexp.models.vision import torchvision
 
     return ["smallnet", *torchvision.models.list_models(module=torchvision.models)]
+
+
+def parse_version_uri(uri: str, option: str) -> re.Match[str]:
+    """The groups `name`, and `version` or `alias`, of a registered version's URI, which was given as `option`.
+
+    Raises:
+        InputError: it has another form.
+    """
+    parts = VERSION_URI.fullmatch(uri)
+    if parts is None:
+        raise InputError(f"{option} {uri}: must be models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
+    return parts
+
+
+def check_run_id(run_id: str, option: str) -> None:
+    """Raise InputError unless this can be the id of a run."""
+    if not RUN_ID.fullmatch(run_id):
+        raise InputError(f"{option} {run_id}: no such run: an id is 32 digits and letters from a to f")

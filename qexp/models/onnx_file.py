@@ -4,6 +4,7 @@ import logging
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,9 @@ OPSET = 20
 
 
 class OnnxClassifier:
-    """Float images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on as many threads as torch has.
+    """Images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on as many threads as torch has.
+
+    Images are a tensor or an array of numpy, floats in [0, 1] or uint8, of any memory layout. The logits are a tensor.
 
     Not `optimized`, each operation of the file runs as it stands, in fp32 between QuantizeLinear and DequantizeLinear.
     """
@@ -33,8 +36,12 @@ class OnnxClassifier:
         given = str(model) if isinstance(model, Path) else model.SerializeToString()
         self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run(None, {INPUT: images.detach().numpy()})[0])
+    def __call__(self, images: Tensor | np.ndarray) -> Tensor:
+        given = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+        if given.dtype == np.uint8:
+            given = given.astype(np.float32) / np.float32(255)
+        given = np.ascontiguousarray(given, np.float32)
+        return torch.from_numpy(self.session.run(None, {INPUT: given})[0])
 
 
 def export(model: nn.Module, example: Tensor, file: Path) -> None:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from qexp.config import Config, LatencyConfig
-from qexp.data.folders import check_data_dir
+from qexp.data.folders import check_data_dir, is_folder
+from qexp.environment import looked_in
 from qexp.errors import InputError
 from qexp.models.names import check_model_name
 
@@ -21,8 +22,8 @@ def check_options(config: Config, new_model: bool) -> None:
     if new_model:
         check_model_name(config.model)
         check_data_dir(config.data)
-    elif config.data.data_dir and not Path(config.data.data_dir).is_dir():
-        raise InputError(f"--data-dir {config.data.data_dir}: no such folder")
+    elif config.data.data_dir and not is_folder(config.data.data_dir, "--data-dir"):
+        raise InputError(f"--data-dir {config.data.data_dir}: no such folder{looked_in(config.data.data_dir)}")
     check_profile(config.latency)
     check_output_dir(config.output_dir)
 
@@ -39,7 +40,10 @@ def check_output_dir(name: str | None) -> None:
     if name is None:
         return
     folder = Path(name).absolute()
-    there = next(one for one in (folder, *folder.parents) if one.exists())
+    try:
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+    except OSError as error:
+        raise InputError(f"--output-dir {name}: cannot be looked at ({error.strerror})") from None
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "cannot be written" if there.is_dir() else "is not a folder"
         raise InputError(f"--output-dir {name}: must be a folder that can be written; {there} {why}")

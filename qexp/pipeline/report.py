@@ -4,6 +4,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+from qexp.progress import say
 from qexp.report.page import Origin, write_report
 from qexp.report.results import Evidence
 from qexp.tracking import runs as tracking
@@ -20,7 +21,7 @@ def report(evidence: Evidence, folder: Path, output_dir: str | None, run_id: str
     date, owner = datetime.now(UTC).date().isoformat(), run_id or tracking.active_run_id()
     write_report(evidence, place, Origin(date, owner, tracking.run_page(owner)))
     if output_dir:  # it is there whatever becomes of the store
-        shutil.copytree(place, output_dir, dirs_exist_ok=True)
+        _copy(place, output_dir)
     return WrittenReport(evidence.int8.version_uri)
 
 
@@ -28,4 +29,11 @@ def copy_report(report_uri: str, output_dir: str | None) -> None:
     """Copy a report that is logged already to `output_dir`, if that is set."""
     if output_dir:
         with tracking.downloaded(report_uri.rpartition("/")[0]) as folder:
-            shutil.copytree(folder, output_dir, dirs_exist_ok=True)
+            _copy(folder, output_dir)
+
+
+def _copy(folder: Path, output_dir: str) -> None:
+    """Under `mlflow run` a relative path leads to the project's folder, so the whole one is said."""
+    target = Path(output_dir).absolute()
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    say(f"a copy of the report is in {target}")

@@ -6,12 +6,12 @@ setup.py finds or makes it in a place of storage.py; queue.py hands out its tria
 import itertools
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from qexp.config import Config, SearchConfig
+from qexp.config import Config, Engine, SearchConfig
 from qexp.errors import InputError, first_line
 from qexp.files import from_json
 from qexp.search.results import SearchPoint
@@ -53,7 +53,7 @@ def search_space(config: Config) -> dict[str, list[Any]]:
     return {
         "calibration_samples": list(search.sample_counts),
         "observer": list(search.observers or [quantize.observer]),
-        "engine": list(quantize.engine),
+        "engine": [name for name in get_args(Engine) if name in quantize.engine],  # the order given has no meaning here
         "weight_scale": list(search.weight_scales or ["channel" if quantize.per_channel else "layer"]),
         "fp32_layers": list(search.fp32_layer_counts),
     }
@@ -82,10 +82,16 @@ def find_study(place: Place, name: str, config: Config, facts: dict[str, Any]) -
         return None
     theirs = made_for if isinstance(made_for, dict) else {}
     for key, value in facts.items():
-        if theirs.get(key) != value:
+        if _in_any_order(theirs.get(key)) != _in_any_order(value):
             was = f"was made for {key} {theirs[key]}" if key in theirs else f"holds trials with another {key}"
             raise InputError(f"--study {name}: {was}, not {value}; give it another name, or the same options")
-    return Study(found, place, search_space(config), config.search, config.seed)
+    space = {name: theirs.get(name, choices) for name, choices in search_space(config).items()}
+    return Study(found, place, space, config.search, config.seed)
+
+
+def _in_any_order(value: Any) -> Any:
+    """Of a list, what is in it: earlier versions made studies for lists as they were given."""
+    return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def make_study(place: Place, name: str, config: Config, facts: dict[str, Any]) -> Study:

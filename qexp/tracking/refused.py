@@ -3,6 +3,7 @@
 import mlflow
 from mlflow.entities import RunStatus
 
+from qexp.tracking.address import check, connect, use_plain_paths
 from qexp.tracking.store import quickly
 
 
@@ -11,6 +12,9 @@ def end_refused(run_id: str, reason: str) -> None:
     reason is on standard error as well."""
     try:
         with quickly():
+            for address in use_plain_paths():  # MLflow would make a database where there is none
+                check(address)
+                connect(address)
             client = mlflow.MlflowClient()
             client.set_tag(run_id, "qexp.error", reason)
             client.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))

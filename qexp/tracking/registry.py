@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from qexp.environment import as_the_user_set
 from qexp.errors import InputError, StageError, first_line
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents, read_contents
+from qexp.models.names import parse_version_uri
 from qexp.models.stored import SUFFIXES, model_file
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
@@ -44,7 +44,6 @@ from qexp.tracking.tags import MADE_BY as MADE_BY
 from qexp.tracking.tags import OWN as OWN
 from qexp.tracking.tags import TAGS, Tags, tags_of
 
-URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
 KERNELS = "Kernels:"  # begins what is said about them in a version's description
 LONGEST_LIST = 1000  # characters of a description that names of classes or layers take; PostgreSQL has room for 5,000
 Predict = Callable[[Tensor], Tensor]
@@ -192,9 +191,7 @@ def exists(uri: str) -> bool:
 
 def look_up(uri: str, option: str = "--model-uri") -> ModelVersion:
     """The version that `uri` names, of whatever kind; InputError if it does not exist."""
-    parts = URI.fullmatch(uri)
-    if parts is None:
-        raise InputError(f"{option} {uri}: must be models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
+    parts = parse_version_uri(uri, option)
     client = mlflow.MlflowClient()
     try:
         if parts["alias"]:

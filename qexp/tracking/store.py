@@ -20,17 +20,19 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from qexp.environment import environment
+from qexp.environment import environment, under_mlflow_run
 from qexp.errors import InputError, first_line, hide_passwords
+from qexp.tracking.address import IN_A_PROJECT, Address, addresses, check, connect, folders, use_plain_paths
 
 T = TypeVar("T")
-SQLITE = "sqlite:///"
 TRIES = 6
 MISSING = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # MLflow's words for what is not there
 LOST_A_RACE = ("BAD_REQUEST", "TEMPORARILY_UNAVAILABLE")  # MLflow's words for a row that is there, a locked database
 
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
+# It writes an error's whole traceback, which is then raised with the same words.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def quickly() -> AbstractContextManager[None]:
@@ -101,36 +103,55 @@ def use_store() -> None:
     not there is made.
 
     Raises:
-        InputError: one does not; the message names its URI.
+        InputError: one does not; the message names its URI. Or `mlflow run` has begun a run that is not in this store.
     """
-    try:
-        with quickly(), _alone(mlflow.get_tracking_uri(), mlflow.get_registry_uri()):
-            ask_store()
-    except Exception as error:  # no server, wrong scheme, no database driver, a store of another version: any library's
-        raise InputError(
-            f"MLFLOW_TRACKING_URI {store_name()}: the tracking store does not answer "
-            f"({first_line(error)}); start it, or unset the variable to use sqlite:///mlflow.db"
-        ) from None
+    found = use_plain_paths()
+    for address in found:
+        check(address)
+    with quickly(), _alone(*folders(found)):
+        for address in found:
+            connect(address)
+        for address, ask in _questions():
+            try:
+                ask()
+            except Exception as error:  # no server, wrong scheme, a store of another version: any library's
+                raise address.refusal(first_line(error)) from None
+        if under_mlflow_run():
+            _check_given_run(os.environ["MLFLOW_RUN_ID"])
 
 
 def ask_store() -> None:
     """Any library's error if tracking store or registry do not answer."""
-    client = mlflow.MlflowClient()
-    client.search_experiments(max_results=1)
-    client.search_registered_models(max_results=1)
+    for _, ask in _questions():
+        ask()
+
+
+def _questions() -> Iterator[tuple[Address, Callable[[], object]]]:
+    found = addresses()
+    tracking, registry = found[0].uri, found[-1].uri
+    yield found[0], lambda: mlflow.MlflowClient(tracking, tracking).search_experiments(max_results=1)
+    yield found[-1], lambda: mlflow.MlflowClient(tracking, registry).search_registered_models(max_results=1)
+
+
+def _check_given_run(run_id: str) -> None:
+    try:
+        mlflow.MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        if not is_missing(error):
+            raise
+        hint = f"; {IN_A_PROJECT}" if (file := addresses()[0].file) and not file.is_absolute() else ""
+        raise InputError(f"MLFLOW_RUN_ID {run_id}: no such run in {store_name()} in {os.getcwd()}{hint}") from None
 
 
 @contextmanager
-def _alone(*uris: str) -> Iterator[None]:
+def _alone(*folders: Path) -> Iterator[None]:
     """One process at a time: two that make the tables of a new SQLite file at once break it for good.
 
     The lock is on the file's folder, so that nothing is left behind, and ends with the process. A file system without
     such locks goes without.
     """
-    folders = {Path(uri.removeprefix(SQLITE).split("?")[0]).absolute().parent for uri in uris if uri.startswith(SQLITE)}
     with ExitStack() as stack:
-        for folder in sorted(folders):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in sorted(set(folders)):
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             with suppress(OSError):

@@ -1,6 +1,7 @@
 """Several processes on one store that is new to all of them: nothing is lost, nothing is broken."""
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,9 +11,13 @@ import mlflow
 import pytest
 from conftest import start_qexp
 from mlflow.exceptions import MlflowException
+from postgres import installed
 from servers import start_server
+from stores import new_store
 
-from qexp.errors import InputError
+from qexp.errors import InputError, StoreError
+from qexp.tracking.refused import end_refused
+from qexp.tracking.runs import use_experiment
 from qexp.tracking.store import again, use_store
 
 PIPELINES, PROCESSES, ROUNDS = 2, 4, 3
@@ -149,3 +154,109 @@ def test_first_use_leaves_the_database_alone_in_its_folder(tmp_path: Path, monke
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/file/mlflow.db")
     with pytest.raises(InputError, match="does not answer"):
         use_store()
+
+
+SET = r"; set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
+ADDRESSES = {
+    "'sqlite:///mlflow.db'": "begins or ends with a blank or a quote; set MLFLOW_TRACKING_URI=sqlite:///mlflow.db",
+    " sqlite:///mlflow.db": "begins or ends with a blank or a quote; set MLFLOW_TRACKING_URI=sqlite:///mlflow.db",
+    '"http://127.0.0.1:5000"': "begins or ends with a blank or a quote; set MLFLOW_TRACKING_URI=http://127.0.0.1:5000",
+    "file:./mlruns": f"MLflow no longer takes its earlier store of files){SET}",
+    "./mlruns": f"MLflow no longer takes its earlier store of files){SET}",
+    "sqlite://": f"it names no file, so what is logged would be lost){SET}",
+    "sqlite:///:memory:": f"it names no file, so what is logged would be lost){SET}",
+    "sqlite:mlflow.db": f"or a database such as postgresql://USER@HOST/NAME){SET}",
+    "htp://somewhere": f"must be sqlite:///FILE, http(s)://HOST:PORT or a database such as postgresql://USER@HOST/NAME){SET}",
+    "sqlite:///folder": f"it is no regular file){SET}",
+    "sqlite:///pipe": f"it is no regular file){SET}",
+    "sqlite:///text": f"file is not a database){SET}",
+    "sqlite:///text/mlflow.db": f"Not a directory){SET}",
+    "sqlite:////proc/mlflow.db": f"unable to open database file){SET}",
+    "http://127.0.0.1:9": "(no answer (Connection refused)); start it, or set MLFLOW_TRACKING_URI to another",
+}
+
+
+@pytest.mark.parametrize("uri", ADDRESSES)
+def test_an_address_that_cannot_be_used_is_refused_at_once_with_what_to_set(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    os.mkfifo("pipe")
+    Path("text").write_text("this is a text and not a database")
+    started = time.monotonic()
+    mlflow.set_tracking_uri(uri)
+    with pytest.raises(InputError) as refused:
+        use_store()
+    assert str(refused.value).startswith(f"MLFLOW_TRACKING_URI {repr(uri) if 'blank' in ADDRESSES[uri] else uri}: ")
+    assert ADDRESSES[uri] in str(refused.value)
+    assert capfd.readouterr() == ("", "") and time.monotonic() - started < 20
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "pipe", "text"}
+
+
+@pytest.mark.skipif(not installed(), reason="needs psycopg and PostgreSQL, as engines of a database do")
+def test_a_database_that_is_away_is_asked_once(capfd: pytest.CaptureFixture[str]) -> None:
+    mlflow.set_tracking_uri("postgresql://me:secret@127.0.0.1:9/x")
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"postgresql://me:\*\*\*@127.0.0.1:9/x: .*Connection refused"):
+        use_store()
+    assert time.monotonic() - started < 20 and capfd.readouterr().err == ""
+
+
+def test_old_runs_here_are_told_apart_from_a_variable_that_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)
+    (tmp_path / "mlruns" / "0" / "meta.yaml").touch()
+    with pytest.raises(
+        InputError, match=rf"where MLFLOW_TRACKING_URI is not set and a folder mlruns holds one\){SET}$"
+    ):
+        use_store()
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    use_store()
+
+
+@pytest.mark.parametrize("name", ["Jane Doe", "ü#+,(x)", "50% off", "100%"])
+def test_a_folder_of_any_name_holds_the_default_store_and_nothing_is_made_beside_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    new_store(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    use_store()
+    assert mlflow.MlflowClient().get_experiment("0").artifact_location == str(folder / "mlruns" / "0")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in folder.iterdir()] == ["mlflow.db"]
+
+
+def test_what_sqlite_cannot_write_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Read-only, locked and full: the reason is in the error, and SQLAlchemy's own lines are not before it."""
+    new_store(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///file:{tmp_path}/mlflow.db?mode=ro&uri=true")
+    use_store()  # whoever only reads may go on
+    with pytest.raises(StoreError, match="attempt to write a readonly database"):
+        use_experiment("digits")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_under_mlflow_run_a_relative_database_is_not_that_of_the_project(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    if there:
+        new_store(tmp_path)
+    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    command = 'MLFLOW_TRACKING_URI="sqlite:///$PWD/mlflow.db" mlflow run …'
+    with pytest.raises(InputError, match=f"no such {'run' if there else 'file'}") as refused:
+        use_store()
+    assert str(tmp_path) in str(refused.value) and str(refused.value).endswith(command)
+    end_refused("0" * 32, "why")
+    assert [path.name for path in tmp_path.iterdir()] == (["mlflow.db"] if there else [])
