@@ -1,5 +1,5 @@
-"""torchvision imports beside a CPU build of torch, and its classifiers are there, also for a process that only unpickles
-one, as the latency sweep's does."""
+"""torchvision imports beside a CPU build of torch, and its classifiers are there, also in a process that only unpickles
+one, as that of the latency sweep does."""
 
 import subprocess
 import sys
