@@ -1,6 +1,5 @@
 """What a registered version sees in image files: class names and probabilities."""
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from qexp.errors import InputError, StageError, first_line
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.host import read_host
 from qexp.progress import say
-from qexp.tracking import registry
+from qexp.tracking import class_names, registry
 from qexp.tracking.integrity import checked_copy
 from qexp.tracking.store import uri_of, use_store
 
@@ -69,10 +68,11 @@ def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list
     for file in files:
         _check(file)
     own = uri_of(found)
-    classes, image_size = json.loads(found.tags["classes"]), int(found.tags["image_size"])
+    image_size = int(found.tags["image_size"])
     registry.refuse_pickled(found)
     try:
         with checked_copy(found) as files_of_model:
+            classes = class_names.names_of(found.tags["classes"], files_of_model)
             model = registry.load_files(str(files_of_model), found.tags.get("backend"))
     except StageError:
         raise

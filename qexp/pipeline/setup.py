@@ -23,6 +23,7 @@ from qexp.quantization.trial import refusals
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import check_unlocked, job_folder, stage_folder
+from qexp.tracking.limits import check_names
 from qexp.tracking.store import use_store
 from qexp.training import launch
 from qexp.training.distributed import read_group
@@ -64,6 +65,8 @@ def prepare(config: Config, model_uri: str | None, given: tuple[str, ...] = (), 
     dataset = load_dataset(config.data, config.seed)
     if model_uri:
         check_data(model_uri, dataset)
+    else:
+        check_names(f"{config.model}-{dataset.name}-int8", dataset.classes)
     if read_group().leads:
         if warning := dataset.duplicates.warning(len(dataset.test)):
             say(f"warning: {warning}")

@@ -41,8 +41,8 @@ def refusals(
 
 
 def settle(network: nn.Module, images: Tensor) -> nn.Module:
-    """A copy with weights as if it were trained a little: batch norm has the statistics of these images, uint8
-    [N, 3, H, W], and no layer has weights of zeros, which some begin with: their logits would not depend on the image.
+    """A copy whose logits depend on the image: batch norm has the statistics of these images, uint8 [N, 3, H, W], and
+    no layer has weights of zeros, which some begin with.
     """
     settled = copy.deepcopy(network)
     norms = [module for module in settled.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

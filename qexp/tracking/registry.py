@@ -1,6 +1,5 @@
 """The MLflow model registry: versions with signature, example, pinned requirements, lineage; verification; aliases."""
 
-import json
 import os
 import re
 import warnings
@@ -24,6 +23,7 @@ from qexp.errors import InputError, StageError, first_line
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents
 from qexp.models.stored import SUFFIXES
+from qexp.tracking import class_names
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version, quiet
@@ -117,7 +117,8 @@ def register(
         environment = child_environment(torch.get_num_threads())
         verified = reloads_equal(uri, model, sample, environment, without_pickle)
         size_bytes, (digest, contents) = _stored_bytes(uri), stored_facts(uri)
-        facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
+        names = class_names.as_tag(spec.classes)
+        facts = {"classes": names, "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
         facts |= {"artifact_sha256": digest}
         if "train_run_id" in tags:  # a stage of a job: its configuration is there
@@ -335,10 +336,9 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
     yield "Size", told("{} MB", "size_mb")
     yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
-    classes = json.loads(tags["classes"])
-    names = ", ".join(map(str, classes)).replace("|", "\\|")
-    order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
-    yield "Output", f"logits [N, {len(classes)}] in the order {order}"
+    names = ", ".join(class_names.in_tag(tags["classes"]) or ()).replace("|", "\\|")
+    order = names if 0 < len(names) <= LONGEST_LIST else class_names.place_of(tags["classes"])
+    yield "Output", f"logits [N, {class_names.count_of(tags['classes'])}] in the order {order}"
     yield "Promotion", tags["promotion_reason"].replace("|", "\\|")
     runs = {"training": "train_run_id", "quantization": "quantize_run_id", "latency": "latency_run_id"}
     links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(tags[tag]))]

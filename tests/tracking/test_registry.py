@@ -12,13 +12,16 @@ import pytest
 import torch
 from conftest import Finished
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
+from PIL import Image
 from stores import new_store
+from torch import nn
 
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
-from qexp.tracking import registry
+from qexp.pipeline.predict import predict_files
+from qexp.tracking import class_names, registry
 from qexp.training.train import TrainResult
 
 BARE = """
@@ -87,6 +90,36 @@ def test_description_of_a_version_gives_the_answer_and_links_to_its_runs(
     assert f"[training]({runs}/{fp32.run_id})" in fp32.description and "Drop" not in fp32.description
     for kind in ("fp32", "int8"):
         assert "digits" in client.get_registered_model(f"smallnet-digits-{kind}").description
+
+
+@pytest.mark.slow
+def test_names_that_no_tag_holds_are_in_a_file_of_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as ImageNet-21k has; names of 35 letters make longer lists of fewer."""
+    names = tuple(f"class {number:05d} of a large set of images" for number in range(10_450))
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, len(names))).eval()
+    sample = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    with mlflow.start_run(experiment_id="0"):
+        version = registry.register("fp32", model, "many-fp32", ModelSpec("many", names, 16), sample, {})
+    found = registry.find_version(version.uri, "fp32")
+    assert found.tags["classes"] == "10450 names: metadata.classes of the file MLmodel"
+    assert "logits [N, 10450] in the order of `metadata.classes of the file MLmodel`" in registry.describe(found)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    _, (predicted,) = predict_files(version.uri, [str(tmp_path / "red.png")], 2)
+    with torch.no_grad():
+        logits = model(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16))
+    assert predicted.classes == tuple(names[place] for place in logits[0].topk(2).indices)
+
+
+def test_names_are_in_the_tag_where_they_fit() -> None:
+    few = ["cat", 'a "dog"', "Ä"]
+    tag = class_names.as_tag(few)
+    assert json.loads(tag) == few and class_names.in_tag(tag) == tuple(few) and class_names.count_of(tag) == 3
+    longest = class_names.as_tag([(class_names.LONGEST_TAG - 4) * "x"])
+    assert len(longest) == class_names.LONGEST_TAG and class_names.in_tag(longest)
+    assert class_names.in_tag(class_names.as_tag([(class_names.LONGEST_TAG - 3) * "x"])) is None
 
 
 def test_descriptions_fit_into_a_database_with_any_number_of_names() -> None:
