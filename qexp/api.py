@@ -279,7 +279,8 @@ def _checked(kind: type[Options], function: str, given: dict[str, Any], left_out
 
 
 def _check_kind(model: Any) -> None:
-    if not isinstance(model, nn.Module | QuantizedModel):
+    # What `load` gives of an ONNX file is a module without layers.
+    if not isinstance(model, nn.Module | QuantizedModel) or type(model).__name__ == "OnnxClassifier":
         raise InputError(f"model: must be an nn.Module or what qexp.quantize returns, and is {type(model).__name__}")
 
 

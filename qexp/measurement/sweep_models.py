@@ -69,7 +69,7 @@ def load(model: SweepModel, folder: Path) -> Predict:
     if model.name == "fp32_onnx":
         from qexp.models.onnx_file import OnnxClassifier
 
-        return OnnxClassifier(folder / "fp32_onnx.onnx")
+        return OnnxClassifier(folder / "fp32_onnx.onnx").forward  # as load_stored does
     if model.name == EAGER:
         return load_module(folder / f"{EAGER}.pt")  # which this process has written
     if model.name in ("fp32_traced", BF16):

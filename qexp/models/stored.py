@@ -34,6 +34,14 @@ def load_module(file: Path) -> nn.Module:
     return module
 
 
+def as_other_modules(module: nn.Module) -> nn.Module:
+    """The module of an exported program with `eval` and `train` as any other module has them, which torch replaces by
+    methods that raise. Both change nothing: the program holds what evaluation computes."""
+    for method in ("eval", "train"):
+        vars(module).pop(method, None)
+    return module
+
+
 def load_stored(folder: Path, backend: str | None = None) -> Predict:
     """The model whose file is below `folder`: float images [N, 3, H, W] in [0, 1] to float logits [N, classes].
 
@@ -44,7 +52,7 @@ def load_stored(folder: Path, backend: str | None = None) -> Predict:
     if file.suffix == ".onnx":
         from qexp.models.onnx_file import OnnxClassifier
 
-        return OnnxClassifier(file)
+        return OnnxClassifier(file).forward  # without what calling a module costs, which would be timed
     if backend:
         torch.backends.quantized.engine = backend
     with warnings.catch_warnings():

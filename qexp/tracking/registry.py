@@ -22,7 +22,7 @@ from qexp.environment import as_the_user_set
 from qexp.errors import InputError, StageError, first_line
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents
-from qexp.models.stored import SUFFIXES
+from qexp.models.stored import SUFFIXES, as_other_modules
 from qexp.tracking import class_names
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
@@ -277,7 +277,7 @@ def load_files(place: str, backend: str | None) -> Predict:
         torch.backends.quantized.engine = backend
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        return mlflow.pytorch.load_model(place)
+        return as_other_modules(mlflow.pytorch.load_model(place))
 
 
 def _stored_bytes(uri: str) -> int:

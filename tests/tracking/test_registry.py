@@ -1,5 +1,6 @@
 """The registry, on a real SQLite store: what a version carries, verification, aliases, a clean subprocess."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 from stores import new_store
 from torch import nn
 
+import qexp
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import to_float
@@ -210,6 +212,19 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
     found = mlflow.MlflowClient().get_model_version("damaged", version.version)
     assert found.tags["verified"] == "false"
     assert found.aliases == []
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_what_users_do_with_modules_works(client: mlflow.MlflowClient, digits: Dataset, kind: str) -> None:
+    model = qexp.load(f"models:/smallnet-digits-{kind}/1")
+    images = to_float(digits.test.images[:4])
+    expected = model(images)
+    for same in (model.eval(), model.train(), model.to("cpu"), model.float(), model.cpu(), copy.deepcopy(model)):
+        assert torch.equal(same(images), expected)
+    assert torch.equal(nn.Sequential(model, nn.Identity()).eval()(images.clone().requires_grad_()), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(images), expected)
+    assert len(model.state_dict()) == len(list(model.parameters())) + len(list(model.buffers()))
 
 
 def test_load_sets_the_engine_of_the_version(client: mlflow.MlflowClient) -> None:
