@@ -58,7 +58,8 @@ class WindowAttention(nn.Module):
 
     def _windows(self, x: Tensor, channels: int) -> Tensor:
         """Maps [N, height, width, channels] as [N * windows, tokens, channels]."""
-        x = x.reshape(-1, self.counts[0], self.window[0], self.counts[1], self.window[1], channels)
+        # Not by `reshape`: torch.ao would quantize, with its result, whatever else takes the map.
+        x = x.unflatten(2, (self.counts[1], self.window[1])).unflatten(1, (self.counts[0], self.window[0]))
         return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, math.prod(self.window), channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -126,9 +126,10 @@ def test_first_projection_of_attention_can_stay_fp32(images: Tensor, engine: str
 
 
 def _swin(version: int) -> nn.Module:
-    """Two blocks of windows of 4x4 tokens, the second of them shifted, with weights that no initialisation gives."""
+    """Two blocks of windows of 4x4 tokens, the second of them shifted, and one on a map of a quarter of the size, with
+    weights that no initialisation gives."""
     swin = torchvision.models.swin_transformer
-    options: dict[str, Any] = {"patch_size": [2, 2], "depths": [2], "num_heads": [2], "window_size": [4, 4]}
+    options: dict[str, Any] = {"patch_size": [2, 2], "depths": [2, 1], "num_heads": [2, 2], "window_size": [4, 4]}
     if version == 2:
         options |= {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
     model = swin.SwinTransformer(embed_dim=8, num_classes=10, **options).eval()
@@ -143,7 +144,7 @@ def test_windows_are_constants(version: int, size: tuple[int, int]) -> None:
     model, images = _swin(version), torch.rand(3, 3, *size)
     cleaned = clean(model, images[:2], False)
     layers = [name for name, module in cleaned.named_modules() if isinstance(module, nn.Linear) and "attn" in name]
-    assert layers == [f"features.1.{block}.attn.{layer}" for block in (0, 1) for layer in ("qkv", "proj")]
+    assert layers == [f"features.{block}.attn.{layer}" for block in ("1.0", "1.1", "3.0") for layer in ("qkv", "proj")]
     with torch.no_grad():
         assert torch.allclose(cleaned(images), model(images), atol=1e-5)
 
