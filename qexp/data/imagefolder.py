@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # fr
 MOST_PIXELS = "QEXP_MAX_IMAGE_PIXELS"  # environment variable; without it, Pillow's 178,956,970
 # What Pillow opens only with the help of another program, or names without decoding.
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+LEFT_S = 3600  # after which a cache that was not written to its end is nobody's
 DECODER = 2  # version of the decoding below, in the caches' names: 2 honours EXIF orientations
 
 
@@ -221,6 +223,10 @@ def cached(
             return tensors
     tensors = read()
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+    with suppress(OSError):
+        for left in root.glob(".qexp-cache-*.tmp"):  # by a process that was killed: writing one takes seconds
+            if time.time() - left.stat().st_mtime > LEFT_S:
+                left.unlink()
     try:
         for stale in root.glob(f".qexp-cache-{image_size}px-*.safetensors"):
             stale.unlink(missing_ok=True)

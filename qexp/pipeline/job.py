@@ -29,9 +29,10 @@ from qexp.tracking.job_folder import (
     locked,
     noted_end,
     remove_folder,
+    remove_if_empty,
     stage_folder,
 )
-from qexp.tracking.outage import store_errors
+from qexp.tracking.outage import AdvisedError, store_errors
 from qexp.tracking.results import Fp32, Kept, Result, keep, kept_in
 from qexp.tracking.runs import Run
 from qexp.tracking.store import store_name, use_store
@@ -96,8 +97,8 @@ class Job:
             folder = self._folder(name, run_id)
             tracking.log_setup(config, self.host)
             _log_inputs(inputs)
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = keep(folder, run_id, work(folder))
+            with _new_folder(folder):
+                kept = keep(folder, run_id, work(folder))
             found = self._send(kept, folder, then)
         self._remove(folder)
         return found
@@ -145,16 +146,37 @@ class Job:
 
 
 @contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """The folder of a stage that works inside the block. If the stage fails, what it has left there goes, unless it can
+    be resumed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not (folder / RESULT).is_file() and not checkpoint_exists(folder):
+            remove_folder(folder)
+        raise
+
+
+@contextmanager
 def run_at_the_top(
     name: str, note: str, resume: str | None = None, lock: str = LOCK, stage: str | None = None
 ) -> Iterator[str]:
     """A run that belongs to no other, and its folder, which no other process may use meanwhile.
 
-    Of one that is resumed, nothing is touched before it is known that nobody else is at work on it.
+    Of one that is resumed, nothing is touched before it is known that nobody else is at work on it. If the run fails
+    before anything was kept in its folder, there is no folder afterwards.
     """
-    with lock_of(resume, lock), tracking.start_run(name, note, resume, stage) as run_id:
-        with lock_of(None if resume else run_id, lock):
-            yield run_id
+    begun = resume
+    try:
+        with lock_of(resume, lock), tracking.start_run(name, note, resume, stage) as run_id:
+            begun = run_id
+            with lock_of(None if resume else run_id, lock):
+                yield run_id
+    except BaseException as error:
+        if begun and not isinstance(error, AdvisedError):  # whose message names the folder
+            remove_if_empty(begun)
+        raise
 
 
 @contextmanager
