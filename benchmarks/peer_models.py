@@ -127,8 +127,8 @@ LOADERS: dict[str, Callable[[Path], Predict]] = {
     "fx_onednn": _torchscript("fx_onednn", "onednn"),
     "pt2e": _torchscript("pt2e", "x86"),
     FOLDED: _torchscript(FOLDED, "onednn"),
-    "onnx": lambda folder: OnnxClassifier(folder / "onnx.onnx"),
-    "onnxruntime": lambda folder: OnnxClassifier(folder / "onnxruntime.onnx"),
-    "onnxruntime_u8s8_per_channel": lambda folder: OnnxClassifier(folder / "onnxruntime_u8s8_per_channel.onnx"),
+    "onnx": lambda folder: OnnxClassifier(folder / "onnx.onnx").forward,
+    "onnxruntime": lambda folder: OnnxClassifier(folder / "onnxruntime.onnx").forward,
+    "onnxruntime_u8s8_per_channel": lambda folder: OnnxClassifier(folder / "onnxruntime_u8s8_per_channel.onnx").forward,
     "openvino": _load_openvino,
 }

@@ -29,13 +29,13 @@ from qexp.measurement.cost import Cost, measure_cost
 from qexp.measurement.latency import AGAIN, LatencyResult, Run, measure_latency
 from qexp.models.classifier import ModelSpec
 from qexp.quantization import KERNELS, QuantizedModel, quantize_model
+from qexp.tracking.limits import check_names
 
 Images: TypeAlias = Tensor | Iterable[Any]
 Predict: TypeAlias = Callable[[Tensor], Tensor]
 Options = TypeVar("Options", bound=BaseModel)
 CALIBRATION_IMAGES = 256  # as the commands take, where they are not told
 VERIFY_IMAGES = 64
-NAME_EXCLUDES = "/:.%\"'@"  # what MLflow refuses in a name, of a registered model or of a logged one, and in a URI
 WITH_LABELS = ("max_top1_drop", "max_tries", "sensitivity_images")  # options of the command, which has labels
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -244,9 +244,8 @@ def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[
             this size; the store does not answer.
         StageError: the model cannot be stored.
     """
-    if not name.strip() or set(name) & set(NAME_EXCLUDES):
-        raise InputError(f"name {name!r}: must not be empty, nor have one of {' '.join(NAME_EXCLUDES)} in it")
     size, names = _image_size(image_size), tuple(str(one) for one in classes)
+    check_names(name, names)
     sample = torch.randint(0, 256, (VERIFY_IMAGES, 3, size, size), generator=torch.Generator().manual_seed(0))
     sample = sample.to(torch.uint8)
     _check_kind(model)
@@ -311,7 +310,8 @@ def _checked(kind: type[Options], function: str, given: dict[str, Any], left_out
 
 
 def _check_kind(model: Any) -> None:
-    if not isinstance(model, nn.Module | QuantizedModel):
+    # What `load` gives of an ONNX file is a module without layers.
+    if not isinstance(model, nn.Module | QuantizedModel) or type(model).__name__ == "OnnxClassifier":
         raise InputError(f"model: must be an nn.Module or what qexp.quantize returns, and is {type(model).__name__}")
 
 

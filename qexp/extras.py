@@ -41,6 +41,11 @@ def check_engines(engines: Sequence[str]) -> None:
                     raise _missing(OF_ENGINE[engine], f"engine {engine}", package)
 
 
+def is_installed(engine: str) -> bool:
+    """Whether all that an engine needs is installed. Nothing is imported for that."""
+    return engine not in OF_ENGINE or all(map(_is_there, EXTRAS[OF_ENGINE[engine]]))
+
+
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None

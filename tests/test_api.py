@@ -294,9 +294,11 @@ def test_registered_models_load_and_the_commands_say_what_they_lack(
 ) -> None:
     uri = new_store(tmp_path)
     mlflow.set_tracking_uri(uri)
-    for name in ("", "a/b", "a:b", "a@b", "a.b"):
+    for name in ("", "a/b", "a:b", "a@b", "a.b", "a?b", "a#b", "a\nb", 251 * "a"):
         _refused(lambda name=name: qexp.register(mobile, name, classes=CLASSES, image_size=16), "name")  # type: ignore[misc]
     _refused(lambda: qexp.register(mobile, "own-fp32", classes=CLASSES[1:], image_size=16), "4 names", "5 logits")
+    bad = [*CLASSES[1:], "\udcff"]
+    _refused(lambda: qexp.register(mobile, "own-fp32", classes=bad, image_size=16), "UTF-8")
     fp32_uri = qexp.register(mobile, "own-fp32", classes=CLASSES, image_size=16)
     assert mobile.training
     with mlflow.start_run() as run:

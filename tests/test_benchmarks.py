@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY, latency_row
 
 BENCHMARKS = REPOSITORY / "benchmarks"
-PROGRAMS = ("peers", "recipe", "search", "serving", "training", "classifiers", "execution", "picture")
+PROGRAMS = ("peers", "recipe", "search", "serving", "training", "classifiers", "engines", "execution", "picture")
 COMMITTED = REPOSITORY / "results" / "peers.json"
 
 

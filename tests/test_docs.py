@@ -321,6 +321,15 @@ def test_table_of_classifiers() -> None:
     assert rows and _missing(rows) == []
 
 
+def test_table_of_the_engines() -> None:
+    rows = _read("engines.json")["rows"]
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    cells = {name: " | ".join(f"{row['sqnr_db']:.1f} dB" for row in rows if row["network"] == name) for name in names}
+    layers = {row["network"]: row["int8_layers"] for row in rows if not row["refused"]}
+    size = {row["network"]: row["image_size"] for row in rows}
+    assert rows and _missing([f"{name} | {size[name]} | {layers[name]} | {cells[name]}" for name in names]) == []
+
+
 def test_table_of_the_recipe() -> None:
     small = next(found for found in _read("recipe.json") if found["model"] == "smallnet")
     first, *others = small["rows"]

@@ -5,7 +5,9 @@ datasets.py, and decodes the files of `qexp predict`.
 """
 
 import hashlib
+import math
 import os
+import re
 import stat
 import time
 import warnings
@@ -28,6 +30,8 @@ from qexp.measurement.host import free_memory_bytes, read_cpus
 from qexp.progress import say, track
 
 warnings.filterwarnings("ignore", "Palette images with Transparency")  # which is dropped, as intended
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from half the limit on
+MOST_PIXELS = "QEXP_MAX_IMAGE_PIXELS"  # environment variable; without it, Pillow's 178,956,970
 # What Pillow opens only with the help of another program, or names without decoding.
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 LEFT_S = 3600  # after which a cache that was not written to its end is nobody's
@@ -127,6 +131,8 @@ def _is_image(file: str) -> bool:
     try:
         with Image.open(file, formats=formats()):
             return True
+    except Image.DecompressionBombError:  # decoding says so
+        return True
     except Exception:  # of what is no image, each of Pillow's decoders raises what it likes
         return False
 
@@ -139,12 +145,27 @@ def decode_files(files: Sequence[str], image_size: int, what: str = "--data-dir:
             not hold so many images.
     """
     check_memory(len(files), image_size)
+    _allow_pixels()
     images = np.empty((len(files), 3, image_size, image_size), dtype=np.uint8)
     with ThreadPoolExecutor(read_cpus().most_busy) as pool:  # PIL lets go of the interpreter lock while it decodes
         decoded = pool.map(partial(_decode, image_size=image_size, what=what), files, chunksize=256)
         for row, image in enumerate(track(decoded, "decoding images", len(files))):
             images[row] = image
     return torch.from_numpy(images)
+
+
+def _allow_pixels() -> None:
+    """Set how many pixels an image may have before it is decoded: a small file can hold as many as fill the memory.
+
+    Raises:
+        InputError: the environment variable holds no number.
+    """
+    text = os.environ.get(MOST_PIXELS, "").strip()
+    if not text:
+        return
+    if not re.fullmatch(r"[1-9]\d{0,11}", text, re.ASCII):
+        raise InputError(f"{MOST_PIXELS} {text}: must be a number of pixels, 1 or more")
+    Image.MAX_IMAGE_PIXELS = math.ceil(int(text) / 2)  # of which Pillow refuses more than twice as many
 
 
 def _decode(file: str, image_size: int, what: str) -> np.ndarray:
@@ -155,6 +176,9 @@ def _decode(file: str, image_size: int, what: str) -> np.ndarray:
             if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # asked first: turning costs, even by nothing
                 ImageOps.exif_transpose(opened, in_place=True)
             image = _with_8_bits(opened).convert("RGB")
+    except Image.DecompressionBombError as error:
+        said = re.sub(" pixels, could be .*", " pixels", first_line(error))
+        raise InputError(f"{what} {file}: {said}; if you trust the file, set {MOST_PIXELS} to more") from None
     except Exception as error:  # of a broken file, each of Pillow's decoders raises what it likes
         raise InputError(f"{what} {file}: {first_line(error)}") from None
     if image.size != (image_size, image_size):

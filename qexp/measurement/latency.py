@@ -210,7 +210,8 @@ class LatencyResult(Shown):
 
     `weights` say how much each batch size counts (those left out: nothing; an empty dict: all alike).
     `max_busy_percent` is the share of the timed cores that others may take before no verdict rests on the times.
-    `left_out` are batch sizes that were not chosen and take too long; the reason is a main clause.
+    `left_out` are batch sizes that were not chosen and take too long; the reason is a main clause. `models_left_out`
+    are models that were asked for and could not be timed, with the reasons.
     """
 
     baseline: str
@@ -221,6 +222,7 @@ class LatencyResult(Shown):
     max_busy_percent: float = 100.0
     left_out: tuple[int, ...] = ()
     left_out_because: str = ""
+    models_left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def counted(self) -> tuple[LatencyRow, ...]:

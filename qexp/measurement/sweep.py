@@ -103,7 +103,7 @@ def _main(question: Path, answer: Path) -> None:
     tqdm.monitor_interval = 0  # its thread would wake up while others are timed
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         # In forks, before this process computes anything itself: OpenMP's threads do not survive one.
-        started, options, because = _start_all(request, Path(name))
+        started, options, because, gone = _start_all(request, Path(name))
         reuse_freed_memory()  # as in training: without it, fp32 pays for page faults at large batch sizes
         prepare = _preparer(list(started), request, Path(name))
         progress = _announce(list(started.values()), options)
@@ -115,14 +115,16 @@ def _main(question: Path, answer: Path) -> None:
     startups = tuple(found.startup for found in started.values())
     left_out = tuple(size for size in request.options.batch_sizes if size not in options.batch_sizes)
     weights, busy = options.profile or {}, options.max_busy_percent
-    result = LatencyResult(BASELINE, rows, startups, request.threads, weights, busy, left_out, because)
+    result = LatencyResult(BASELINE, rows, startups, request.threads, weights, busy, left_out, because, gone)
     answer.write_text(to_json(result))
 
 
-def _start_all(request: SweepRequest, folder: Path) -> tuple[dict[SweepModel, Started], LatencyConfig, str]:
-    """How each model starts up, without baselines that cannot be made of this one or do not run; the options with the
-    batch sizes that are left; and why others are not. Files are in `folder`."""
-    able, options, because = dict[SweepModel, Started](), request.options, ""
+def _start_all(
+    request: SweepRequest, folder: Path
+) -> tuple[dict[SweepModel, Started], LatencyConfig, str, dict[str, str]]:
+    """How each model starts up; the options with the batch sizes that are left, and why others are not; and baselines
+    that cannot be made of this model or do not run, with the reasons. Files are in `folder`."""
+    able, options, because, gone = dict[SweepModel, Started](), request.options, "", dict[str, str]()
     models = list(request.models)
     progress = Progress("starting each model", len(models))
     for model in models:  # which grows when they must be started again, with fewer batch sizes
@@ -135,6 +137,7 @@ def _start_all(request: SweepRequest, folder: Path) -> tuple[dict[SweepModel, St
             if not is_baseline:
                 raise StageError(f"{name}: {error}") from None
             able.pop(model, None)
+            gone[name] = str(error)
             say(f"baseline {name} is left out: {error}")
         else:
             if options.fits_batch_sizes and len(sizes := fitting(started.pass_s)) < len(options.batch_sizes):
@@ -147,7 +150,7 @@ def _start_all(request: SweepRequest, folder: Path) -> tuple[dict[SweepModel, St
     if because:
         others = ", ".join(str(size) for size in request.options.batch_sizes if size not in options.batch_sizes)
         say(f"batch sizes left out: {others}: {because} (--no-fit-batch-sizes times them too)")
-    return {model: able[model] for model in request.models if model in able}, options, because
+    return {model: able[model] for model in request.models if model in able}, options, because, gone
 
 
 def fitting(pass_s: dict[int, float]) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.models.classifier import load_classifier
-from qexp.models.stored import load_stored
+from qexp.models.stored import load_module, load_stored
 
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
@@ -69,9 +69,9 @@ def load(model: SweepModel, folder: Path) -> Predict:
     if model.name == "fp32_onnx":
         from qexp.models.onnx_file import OnnxClassifier
 
-        return OnnxClassifier(folder / "fp32_onnx.onnx")
+        return OnnxClassifier(folder / "fp32_onnx.onnx").forward  # as load_stored does
     if model.name == EAGER:
-        return torch.load(folder / f"{EAGER}.pt", weights_only=False)  # a whole module, that this process has written
+        return load_module(folder / f"{EAGER}.pt")  # which this process has written
     if model.name in ("fp32_traced", BF16):
         module = torch.jit.load(folder / f"{model.name}.pt")
         return in_bf16(module) if model.name == BF16 else module

@@ -110,6 +110,26 @@ def _check_image_size(network: nn.Module, spec: ModelSpec) -> None:
         ) from None
 
 
+def needs_two_images(network: nn.Module, image_size: int) -> bool:
+    """Whether a training step needs more than one image: batch norm has no variance of a single value, which is what
+    one image leaves of each channel on a map of one pixel.
+
+    Args:
+        network: as `outline` gives it, or another one that may be changed.
+    """
+    device = next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            network.train()(torch.zeros(1, 3, image_size, image_size, device=device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        return True
+    finally:
+        network.eval()
+    return False
+
+
 def repeated_inputs(model: Classifier) -> int:
     """How many equal copies of each value the first linear layer of a VGG sees.
 

@@ -1,8 +1,10 @@
 """A classifier as an ONNX file: written from a PyTorch module, run by ONNX Runtime."""
 
+import copy
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +21,18 @@ MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 OPSET = 20
 
 
-class OnnxClassifier:
+class OnnxClassifier(nn.Module):
     """Images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on as many threads as torch has.
 
     Images are a tensor or an array of numpy, floats in [0, 1] or uint8, of any memory layout. The logits are a tensor.
 
     Not `optimized`, each operation of the file runs as it stands, in fp32 between QuantizeLinear and DequantizeLinear.
+    It has no parameters, so that what moves, converts or trains those of a module leaves it as it is.
     """
 
     def __init__(self, model: onnx.ModelProto | Path, optimized: bool = True) -> None:
+        super().__init__()
+        self.eval()
         options = onnxruntime.SessionOptions()
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -36,12 +41,17 @@ class OnnxClassifier:
         given = str(model) if isinstance(model, Path) else model.SerializeToString()
         self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, images: Tensor | np.ndarray) -> Tensor:
+    def forward(self, images: Tensor | np.ndarray) -> Tensor:
         given = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
         if given.dtype == np.uint8:
             given = given.astype(np.float32) / np.float32(255)
         given = np.ascontiguousarray(given, np.float32)
         return torch.from_numpy(self.session.run(None, {INPUT: given})[0])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxClassifier":
+        """The same session: it has no state, and several threads may use it at once."""
+        copied: OnnxClassifier = copy.copy(self)
+        return copied
 
 
 def export(model: nn.Module, example: Tensor, file: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Predict = Callable[[Tensor], Tensor]
 SUFFIXES = (".pt2", ".pth", ".onnx")  # of the model itself, beside MLflow's metadata
@@ -15,6 +15,31 @@ def model_file(folder: Path) -> Path:
     """The one model file below `folder`."""
     (file,) = [found for found in folder.rglob("model.*") if found.suffix in SUFFIXES]
     return file
+
+
+def load_module(file: Path) -> nn.Module:
+    """A module that this process, or one that it has started, has pickled: never a file of anybody else.
+
+    A process that has not imported torchvision before imports it to unpickle one of its networks, which fails beside a
+    CPU build of torch without the declarations of vision.py.
+    """
+    try:
+        module: nn.Module = torch.load(file, weights_only=False)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        import qexp.models.vision  # noqa: F401
+
+        module = torch.load(file, weights_only=False)
+    return module
+
+
+def as_other_modules(module: nn.Module) -> nn.Module:
+    """The module of an exported program with `eval` and `train` as any other module has them, which torch replaces by
+    methods that raise. Both change nothing: the program holds what evaluation computes."""
+    for method in ("eval", "train"):
+        vars(module).pop(method, None)
+    return module
 
 
 def load_stored(folder: Path, backend: str | None = None) -> Predict:
@@ -27,7 +52,7 @@ def load_stored(folder: Path, backend: str | None = None) -> Predict:
     if file.suffix == ".onnx":
         from qexp.models.onnx_file import OnnxClassifier
 
-        return OnnxClassifier(file)
+        return OnnxClassifier(file).forward  # without what calling a module costs, which would be timed
     if backend:
         torch.backends.quantized.engine = backend
     with warnings.catch_warnings():

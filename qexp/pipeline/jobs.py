@@ -21,6 +21,7 @@ from qexp.pipeline.setup import (
     config_of_run,
     prepare,
     prepare_for_version,
+    try_engines,
     with_quantization_checked,
 )
 from qexp.pipeline.train import follow, train
@@ -59,6 +60,8 @@ def run_main(
         config = config_of_run(overrides or {}, resume, "run")
     setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
+    if not (model_uri or resume or launch.is_worker()):
+        try_engines(config, dataset)
     name, note = f"{config.model}-{dataset.name}", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
     if model_uri or (resume and has_stage(resume, f"train-{config.model}")):
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
@@ -269,6 +272,8 @@ def run_train(
         use_store()
         config = config_of_run(overrides or {}, resume, "train")
     setup = prepare(config, None, resume=resume)
+    if not (resume or launch.is_worker()):
+        try_engines(setup.config, setup.dataset, needed=False)
     name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {setup.dataset.name}."
     if _trained_by_others(setup, "train", name, note, resume, command):
         return None

@@ -57,7 +57,7 @@ def check_data(uri: str, dataset: Dataset, kind: str = "fp32") -> None:
     """Raise InputError unless the version was made with this data: its test images might be among others."""
     tags = tags_of(registry.find_version(uri, kind))
     digest = tags.data_digest
-    if digest == dataset.digest and len(tags.classes) != len(dataset.classes):
+    if digest == dataset.digest and tags.classes.count != len(dataset.classes):
         raise tags.wrong("classes", f"must be the {len(dataset.classes)} names of its data")
     if digest != dataset.digest:
         raise InputError(

@@ -6,7 +6,7 @@ Plain functions: modules, tensors and folders go in, results come out. The figur
 import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -105,11 +105,14 @@ def time_models(
 ) -> LatencyResult:
     """Time the baselines and these int8 models in a clean subprocess, the model named `repeated` twice."""
     baselines = [name for name in config.latency.baselines if name != BF16 or bf16_is_timed(config, host)]
-    if len(baselines) < len(config.latency.baselines):
-        say(f"baseline bf16 is left out: {host.cpu} has no bf16 instructions")
+    gone = {BF16: f"{host.cpu} has no bf16 instructions"} if len(baselines) < len(config.latency.baselines) else {}
+    for name, reason in gone.items():
+        say(f"baseline {name} is left out: {reason}")
     models = [SweepModel(name, files.fp32_folder) for name in (BASELINE, *baselines)] + list(int8)
     size, weights = config.data.image_size, str(files.weights)
-    return run_sweep(SweepRequest(tuple(models), repeated, weights, size, host.threads, config.latency), environment)
+    request = SweepRequest(tuple(models), repeated, weights, size, host.threads, config.latency)
+    result = run_sweep(request, environment)
+    return replace(result, models_left_out=gone | result.models_left_out)
 
 
 def bf16_is_timed(config: Config, host: Host) -> bool:

@@ -68,8 +68,8 @@ def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list
     for file in files:
         _check(file)
     own = uri_of(found)
-    classes, image_size = tags_of(found).classes, tags_of(found).image_size
-    model = registry.open_version(found)
+    image_size, model = tags_of(found).image_size, registry.open_version(found)
+    classes = registry.class_names_of(found)
     predictions: list[Prediction] = []
     for start in range(0, len(files), BATCH_SIZE):
         batch = files[start : start + BATCH_SIZE]

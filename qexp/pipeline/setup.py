@@ -1,6 +1,7 @@
 """What comes before the first run of a command: options settled, and whatever can be refused is refused."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,17 +10,20 @@ from torch import nn
 from qexp.config import HOW_TO_TRAIN, Config, parse_options
 from qexp.data.datasets import Dataset, calibration_count, load_dataset
 from qexp.errors import InputError
-from qexp.extras import check_engines
+from qexp.extras import check_engines, is_installed
 from qexp.measurement.host import Host, read_host, too_many_threads
-from qexp.models.classifier import ModelSpec, outline
+from qexp.models.classifier import ModelSpec, needs_two_images, outline
 from qexp.pipeline.checks import check_options
 from qexp.pipeline.job import check_checkpoint
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
+from qexp.pipeline.train import fresh_classifier
 from qexp.progress import say
 from qexp.quantization import KERNELS, LOADED_WITHOUT_PICKLE, check_layer_names
+from qexp.quantization.trial import refusals
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import check_unlocked, job_folder, stage_folder
+from qexp.tracking.limits import check_names
 from qexp.tracking.store import use_store
 from qexp.tracking.tags import tags_of
 from qexp.training import launch
@@ -62,6 +66,8 @@ def prepare(config: Config, model_uri: str | None, given: tuple[str, ...] = (), 
     dataset = load_dataset(config.data, config.seed)
     if model_uri:
         check_data(model_uri, dataset)
+    else:
+        check_names(f"{config.model}-{dataset.name}-int8", dataset.classes)
     if read_group().leads:
         if warning := dataset.duplicates.warning(len(dataset.test)):
             say(f"warning: {warning}")
@@ -96,9 +102,57 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
 
 
+def try_engines(config: Config, dataset: Dataset, needed: bool = True) -> None:
+    """Try the engines of `config` on the untrained network, and say which take it.
+
+    SmallNet is not tried: the tests hold every engine to it.
+
+    Args:
+        needed: whether the command quantizes; `qexp train` only warns.
+
+    Raises:
+        InputError: none of them takes it; the message says which other engine does.
+    """
+    if config.model == "smallnet":
+        return
+    engines, at = config.quantize.engine, f"at --image-size {config.data.image_size}"
+    say(f"trying {', '.join(engines)} on {config.model} before its training")
+    refused = _refusals(config, dataset, engines)
+    because = "; ".join(refused.values())
+    if len(refused) < len(engines):
+        takes = ", ".join(engine for engine in engines if engine not in refused)
+        return say(f"engines that take {config.model} {at}: {takes}" + (f"; not {because}" if refused else ""))
+    others = [engine for engine in KERNELS if engine not in engines and is_installed(engine)]
+    also = _refusals(config, dataset, others)
+    use = next((f"use --engine {engine}" for engine in others if engine not in also), "use another --model")
+    said = f"--engine {','.join(engines)}: does not take --model {config.model} {at}: {because}; {use}"
+    if needed:
+        raise InputError(said)
+    say(f"warning: {said}")
+
+
+def _refusals(config: Config, dataset: Dataset, engines: Sequence[str]) -> dict[str, str]:
+    network = fresh_classifier(config, dataset)
+    reduce_range = not read_host(None).has_int8_dot_product
+    return refusals(network, dataset.train.images, config.quantize, engines, reduce_range)
+
+
 def _settled(config: Config, dataset: Dataset) -> Config:
     network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
+    _check_steps(config, dataset, network)
     return config.model_copy(update={"train": settle_options(config.train, dataset.name, network)})
+
+
+def _check_steps(config: Config, dataset: Dataset, network: nn.Module) -> None:
+    """Raise InputError where a training step has fewer images than the network and the processes need. `network` is
+    as `outline` gives it."""
+    images, options = len(dataset.train), config.train
+    if images < options.processes:
+        raise InputError(f"--processes {options.processes}: must be at most {images}, the number of training images")
+    size = config.data.image_size
+    if images == 1 and needs_two_images(network, size):
+        needs = f"{config.model} at --image-size {size} needs 2, for its batch norm on maps of one pixel"
+        raise InputError(f"--data-dir {dataset.source}: one image is left to train with; {needs}")
 
 
 def prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:

@@ -25,6 +25,7 @@ from qexp.quantization.cleanup import clean
 from qexp.quantization.engines import fx
 from qexp.quantization.equivalence import check_kernels
 from qexp.quantization.result import QuantizedModel, QuantizeResult
+from qexp.quantization.windows import computed_before
 
 __all__ = ["KERNELS", "LOADED_WITHOUT_PICKLE", "QuantizedModel", "quantize_model"]
 
@@ -70,7 +71,9 @@ def quantize_model(
     started = time.monotonic()
     with torch.no_grad():
         source = clean(model, to_float(calibration_images[:2]), options.fold_pool)
-    layers = list(dict.fromkeys([*_layer_names(model), *_layer_names(source)]))  # and attention's first projections
+    constant = computed_before(model, source)
+    layers = [name for name in _layer_names(model) if name not in constant]
+    layers = list(dict.fromkeys([*layers, *_layer_names(source)]))  # and attention's first projections
     made = ENGINES[engine](source, calibration_images, options, reduce_range)
     missing = [name for name in layers if name not in made.int8_layers]
     unused = _unused_layers(model, missing, to_float(calibration_images[:1]))

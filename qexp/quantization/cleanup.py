@@ -17,6 +17,7 @@ from qexp.errors import StageError, first_line
 from qexp.progress import say
 from qexp.quantization.attention import SelfAttention, replace_attention
 from qexp.quantization.equivalence import same_logits
+from qexp.quantization.windows import replace_windows
 
 OTHER_FUNCTION = "torch.fx traces it as another function, as it does where a tensor is changed in place"
 ADDITIONS = ("add", "sub", "add_", "sub_")
@@ -59,6 +60,7 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
         copied = _copied(model)
         with torch.no_grad():
             expected = copied(example)
+            replace_windows(copied, example)
             cleaned = _cleaned(copied, example, fold_pool)
             if not same_logits(expected, cleaned(example)):
                 raise ValueError(OTHER_FUNCTION)

@@ -10,6 +10,7 @@ from qexp.errors import StageError, first_line
 from qexp.measurement.accuracy import to_float
 
 MOST_IMAGES = 64
+FEW_IMAGES = 8
 BATCH_SIZE = 32
 # What int8 kernels round otherwise than the quantized program moves the logits by up to about the error that
 # quantization has made (0 to 1.5 times its power over all networks of the tests); a wrong kernel by 100 times and more.
@@ -38,7 +39,7 @@ def check_kernels(
         StageError: the int8 model does not take batches of other sizes, its logits depend on them, or they differ from
             those of the program by more than roundings explain.
     """
-    some = images[:MOST_IMAGES]
+    some = _varied(images[:MOST_IMAGES])
     alone = {size: _of_any_batch(engine, int8, some[:1].expand(size, -1, -1, -1)) for size in (1, 3)}
     exact, expected = (_logits(model, some) for model in (fp32, program))
     found = _of_any_batch(engine, int8, some)
@@ -57,6 +58,15 @@ def check_kernels(
                 f"engine {engine}: the logits that its int8 model gives for an image depend on the size of the batch, "
                 f"{size} or {min(len(some), BATCH_SIZE)} images; use another --engine"
             )
+
+
+def _varied(images: Tensor) -> Tensor:
+    """The images, and mirrored ones where there are few: of a handful of logits, the size of an error says little."""
+    for dim in (-1, -2):
+        images = torch.cat([images, images.flip(dim)]) if len(images) < FEW_IMAGES else images
+    if len(images) < FEW_IMAGES and images.shape[-1] == images.shape[-2]:
+        images = torch.cat([images, images.transpose(-1, -2)])
+    return images
 
 
 def _logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

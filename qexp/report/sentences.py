@@ -428,10 +428,11 @@ def _kernels(evidence: Evidence) -> list[str]:
 
 
 def _left_out(latency: LatencyResult) -> list[str]:
-    if not latency.left_out:
-        return []
-    sizes = ", ".join(map(str, latency.left_out))
-    return [f"Batch sizes {sizes} were not timed: {latency.left_out_because}."]
+    said = [f"Baseline `{name}` was not timed: {reason}." for name, reason in latency.models_left_out.items()]
+    if latency.left_out:
+        sizes = ", ".join(map(str, latency.left_out))
+        said.insert(0, f"Batch sizes {sizes} were not timed: {latency.left_out_because}.")
+    return said
 
 
 def how_timed(evidence: Evidence) -> list[str]:

@@ -21,7 +21,13 @@ from qexp.pipeline import loading
 from qexp.pipeline.job import Job, runs_below
 from qexp.pipeline.jobs import sensitivity_stage, train_stage
 from qexp.pipeline.quantize import BUDGET_IMAGES, warn_of_reduced_range
-from qexp.pipeline.setup import Setup, check_data_of_run, prepare, with_quantization_checked
+from qexp.pipeline.setup import (
+    Setup,
+    check_data_of_run,
+    prepare,
+    try_engines,
+    with_quantization_checked,
+)
 from qexp.progress import say
 from qexp.quantization.sensitivity import most_sensitive_first
 from qexp.search.storage import Place
@@ -71,6 +77,8 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
     config, host, dataset = prepare(config, model_uri, given=("data",))
     with_quantization_checked(config, dataset)
     _check_space(config, dataset)
+    if not model_uri:
+        try_engines(config, dataset)
     if model_uri:
         facts = _facts(config, host, model_uri)
         study = find_study(place, name or _own_name(facts), config, facts)

@@ -1,6 +1,5 @@
 """The MLflow model registry: versions with signature, example, pinned requirements, lineage; verification; aliases."""
 
-import json
 import os
 import warnings
 from collections import defaultdict
@@ -23,7 +22,8 @@ from qexp.errors import InputError, StageError, first_line
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents, read_contents
 from qexp.models.names import parse_version_uri
-from qexp.models.stored import SUFFIXES, model_file
+from qexp.models.stored import SUFFIXES, as_other_modules, model_file
+from qexp.tracking import class_names
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version, quiet
@@ -121,8 +121,8 @@ def register(
             tag_version(uri, {"artifact_sha256": digest_of(copy)})  # before anything of it is opened
             verified = reloads_equal(uri, copy, model, sample, environment, without_pickle)
             contents = read_contents(model_file(copy))
-        size_bytes = _stored_bytes(uri)
-        facts = {"classes": json.dumps(spec.classes), "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
+        size_bytes, names = _stored_bytes(uri), class_names.as_tag(spec.classes)
+        facts = {"classes": names, "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
         if "train_run_id" in tags:  # a stage of a job: its configuration is there
             facts |= {"config_uri": f"runs:/{run_id}/config.yaml"}
@@ -265,13 +265,22 @@ def open_version(found: ModelVersion, backend: str | None = None) -> Predict:
             raise StageError(f"{tags.uri}: cannot be loaded ({first_line(error)})") from error
 
 
+def class_names_of(found: ModelVersion) -> tuple[str, ...]:
+    """The names of a version's classes, in the order of its logits."""
+    classes = tags_of(found).classes
+    if classes.names is not None:
+        return classes.names
+    with checked_copy(found) as copy:
+        return classes.read(copy)
+
+
 def _check_shape(tags: Tags, copy: Path) -> None:
     """Raise InputError unless a version's tags have as many names, and images as large, as its model."""
     signature = Model.load(str(copy)).signature
     if signature is None or signature.outputs is None:
         return
     size, outputs = signature.inputs.inputs[0].shape[-1], signature.outputs.inputs[0].shape[-1]
-    if len(tags.classes) != outputs:
+    if tags.classes.count != outputs:
         raise tags.wrong("classes", f"must be {outputs} names, as the model has outputs")
     if tags.image_size != size:
         raise tags.wrong("image_size", f"must be {size}, as the model was registered")
@@ -289,7 +298,7 @@ def load_files(folder: Path, backend: str | None) -> Predict:
         torch.backends.quantized.engine = backend
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        return mlflow.pytorch.load_model(place)
+        return as_other_modules(mlflow.pytorch.load_model(place))
 
 
 def _stored_bytes(uri: str) -> int:
@@ -351,9 +360,9 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     yield "Size", told("{} MB", "size_mb")
     yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
     if classes := typed.known("classes"):
-        names = ", ".join(classes).replace("|", "\\|")
-        order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
-        yield "Output", f"logits [N, {len(classes)}] in the order {order}"
+        names = ", ".join(classes.names or ()).replace("|", "\\|")
+        order = names if 0 < len(names) <= LONGEST_LIST else classes.place
+        yield "Output", f"logits [N, {classes.count}] in the order {order}"
     yield "Promotion", tags["promotion_reason"].replace("|", "\\|")
     runs = {"training": "train_run_id", "quantization": "quantize_run_id", "latency": "latency_run_id"}
     links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(tags[tag]))]

@@ -32,6 +32,7 @@ from qexp.progress import say
 from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.tracking import metrics, outage
 from qexp.tracking.job_folder import forget_end, job_folder
+from qexp.tracking.limits import short_param
 from qexp.tracking.outage import store_errors
 from qexp.tracking.store import again, all_pages, is_missing, store_name
 
@@ -244,7 +245,7 @@ def log_setup(config: Config, host: Host) -> None:
     training will settle by timing are logged once it has."""
     run = _active_run()
     params = params_of(stage_of(run), config) | {"host.cpu": host.cpu}
-    mlflow.log_params({name: value for name, value in params.items() if name not in run.data.params})
+    mlflow.log_params({name: short_param(value) for name, value in params.items() if name not in run.data.params})
     with store_errors():
         mlflow.log_text(to_yaml(config), "config.yaml")
         mlflow.log_text(to_json(host), "host.json")

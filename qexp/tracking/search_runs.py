@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from qexp.errors import InputError, StageError, first_line
 from qexp.progress import say
 from qexp.tracking import runs as tracking
+from qexp.tracking.limits import short_param
 from qexp.tracking.store import is_missing, store_name
 
 
@@ -68,7 +69,7 @@ def _leave_running() -> None:
 @contextmanager
 def logging_params(run_id: str, params: dict[str, object]) -> Iterator[None]:
     """Parameters of a run, written while the block computes: a database waits for its disk."""
-    given = [Param(name, str(value)) for name, value in params.items()]
+    given = [Param(name, short_param(value)) for name, value in params.items()]
     with ThreadPoolExecutor(1) as thread:
         written = thread.submit(mlflow.MlflowClient().log_batch, run_id, params=given)
         yield

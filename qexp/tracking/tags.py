@@ -4,7 +4,6 @@ Every reader takes its values from here: `tags_of(version).threads`. A tag that 
 names the version, the tag, its value and what is allowed. Without torch, for commands that only look something up.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 from mlflow.entities.model_registry import ModelVersion
 
 from qexp.errors import InputError
+from qexp.tracking import class_names
 from qexp.tracking.store import uri_of
 
 T = TypeVar("T")
@@ -99,13 +99,6 @@ def _truth() -> Tag[bool]:
     return Tag(parse, "true or false")
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = json.loads(text)
-    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise ValueError
-    return tuple(names)
-
-
 def _run() -> Tag[str]:
     return _matching("[0-9a-f]{32}", "the id of a run, 32 hexadecimal digits")
 
@@ -123,7 +116,7 @@ class Tags:
 
     kind = _one_of("fp32", "int8", of_all=True)
     verified = _truth()
-    classes = Tag(_names, "a JSON list of names, one or more", of_all=True)
+    classes = Tag(class_names.parse_tag, "a JSON list of names, one or more", of_all=True)
     image_size = _whole(1, MOST_PIXELS, of_all=True)
     artifact_sha256 = _matching("[0-9a-f]{64}", "64 hexadecimal digits", of_all=True)
     loads_without_pickle = _optional(_truth())

@@ -178,3 +178,19 @@ def test_free_memory_is_that_of_the_control_group(tmp_path: Path, version: int) 
     assert free_memory_bytes(tmp_path) == 2_000_000
     (group / names[0]).write_text("max\n" if version == 2 else "9223372036854771712\n")
     assert free_memory_bytes(tmp_path) == 5_120_000
+
+
+def test_images_of_too_many_pixels_have_a_way_round(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow refuses 178,956,970 pixels, and more; here an image without suffix has more than 100."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    Image.new("RGB", (11, 10), "red").save(pets / "train" / "cat" / "large", "PNG")
+    said = _refusal(pets)
+    assert "broken image" in said and said.endswith(
+        "cat/large: Image size (110 pixels) exceeds limit of 100 pixels; if you trust the file, set "
+        "QEXP_MAX_IMAGE_PIXELS to more"
+    )
+    monkeypatch.setenv("QEXP_MAX_IMAGE_PIXELS", "110")
+    assert len(_load(pets).train) + len(_load(pets).validation) == 9
+    monkeypatch.setenv("QEXP_MAX_IMAGE_PIXELS", "many")
+    (pets / "train" / "cat" / "another.png").write_bytes((pets / "train" / "cat" / "0.png").read_bytes())
+    assert _refusal(pets) == "QEXP_MAX_IMAGE_PIXELS many: must be a number of pixels, 1 or more"

@@ -95,7 +95,7 @@ def test_large_batch_sizes_are_left_out_unless_they_are_chosen(
 
     monkeypatch.setattr(sweep, "_start_up", start)
     given = LatencyConfig(baselines=[], fit_batch_sizes=False if chosen else None)
-    able, options, because = sweep._start_all(_request("a", "b", tmp_path, given), tmp_path)
+    able, options, because, _ = sweep._start_all(_request("a", "b", tmp_path, given), tmp_path)
     assert [one.name for one in able] == ["fp32", "int8_fx", "int8_fx_onednn"]
     if chosen:
         assert options == given and not because and capsys.readouterr().err == ""
@@ -151,7 +151,7 @@ def test_baselines_that_cannot_be_made_are_left_out(
     broken = "fp32_traced"
     monkeypatch.setattr(sweep, "prepare_baseline", refuse)
     monkeypatch.setattr(sweep, "_start_up", start)
-    able, options, _ = sweep._start_all(_request("a", "b", tmp_path), tmp_path)
+    able, options, _, gone = sweep._start_all(_request("a", "b", tmp_path), tmp_path)
     assert options == OPTIONS
     assert [one.name for one in able] == ["fp32", "fp32_eager", "int8_fx", "int8_fx_onednn"]
     assert [found.model for found in (one.startup for one in able.values())] == [
@@ -164,6 +164,7 @@ def test_baselines_that_cannot_be_made_are_left_out(
     assert "baseline fp32_traced is left out: no such instruction" in said
     assert "baseline fp32_onnx is left out: no such operator" in said
     assert "baseline bf16 is left out: the process that loads it ended with exit code 9" in said
+    assert gone["fp32_onnx"] == "no such operator" and set(gone) == {"fp32_onnx", "fp32_traced", "bf16"}
     broken = "int8_fx"
     with pytest.raises(StageError, match="int8_fx: no such instruction"):
         sweep._start_all(_request("a", "b", tmp_path), tmp_path)

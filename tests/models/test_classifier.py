@@ -18,6 +18,7 @@ from qexp.models.classifier import (
     build_classifier,
     channel_statistics,
     load_classifier,
+    needs_two_images,
     outline,
     repeated_inputs,
     save_classifier,
@@ -104,6 +105,14 @@ def test_image_size_that_a_vision_transformer_does_not_take() -> None:
     """It is built for 224 px and asserts that it gets them."""
     with pytest.raises(InputError, match=r"--image-size 32.*vit_b_16"):
         _build("vit_b_16")
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "needed"), [("resnet18", 32, 2), ("resnet18", 64, 1), ("smallnet", 8, 1)]
+)
+def test_batch_norm_of_one_pixel_needs_two_images(name: str, image_size: int, needed: int) -> None:
+    network = outline(ModelSpec(name, TEN, image_size))
+    assert needs_two_images(network, image_size) is (needed == 2) and not network.training
 
 
 def test_normalised_training_images_have_mean_zero_and_deviation_one(digits: Dataset) -> None:

@@ -1,4 +1,7 @@
-"""Exact clean-up: a layer that is called twice keeps its batch norms apart, attention becomes linear layers."""
+"""Exact clean-up: a layer that is called twice keeps its batch norms apart, attention becomes linear layers, that in
+windows with constants in place of what follows from the size of the maps."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
+from qexp.models.vision import torchvision
 from qexp.quantization import quantize_model
 from qexp.quantization.cleanup import clean
 
@@ -119,3 +123,38 @@ def test_first_projection_of_attention_can_stay_fp32(images: Tensor, engine: str
     wrong = QuantizeConfig(engine=engine, keep_fp32=["last.in_proj"])
     with pytest.raises(InputError, match=r"--keep-fp32 last.in_proj: not among the layers conv, .*attention.in_proj$"):
         quantize_model(_Attention().eval(), images, wrong, False)
+
+
+def _swin(version: int) -> nn.Module:
+    """Two blocks of windows of 4x4 tokens, the second of them shifted, and one on a map of a quarter of the size, with
+    weights that no initialisation gives."""
+    swin = torchvision.models.swin_transformer
+    options: dict[str, Any] = {"patch_size": [2, 2], "depths": [2, 1], "num_heads": [2, 2], "window_size": [4, 4]}
+    if version == 2:
+        options |= {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    model = swin.SwinTransformer(embed_dim=8, num_classes=10, **options).eval()
+    for parameter in model.parameters():  # the bias of the keys too, which the second version ignores
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (8, 8), (6, 10)])  # tokens: 8x8, 6x10, one window, not even that
+def test_windows_are_constants(version: int, size: tuple[int, int]) -> None:
+    model, images = _swin(version), torch.rand(3, 3, *size)
+    cleaned = clean(model, images[:2], False)
+    layers = [name for name, module in cleaned.named_modules() if isinstance(module, nn.Linear) and "attn" in name]
+    assert layers == [f"features.{block}.attn.{layer}" for block in ("1.0", "1.1", "3.0") for layer in ("qkv", "proj")]
+    with torch.no_grad():
+        assert torch.allclose(cleaned(images), model(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "version"), [("fx", 2), ("onnx", 1)])
+def test_attention_in_windows_is_int8(images: Tensor, engine: str, version: int) -> None:
+    model = _swin(version)
+    made = quantize_model(model, images, QuantizeConfig(engine=engine, observer="minmax"), False)
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert made.result.int8_layers == tuple(name for name in layers if "cpb_mlp" not in name)  # which has no inputs
+    assert made.result.float_layers == ()
+    with torch.no_grad():
+        assert _sqnr_db(model(images.float() / 255), made.module(images.float() / 255)) > 20

@@ -337,6 +337,12 @@ def test_rounds_noise_and_intervals_are_those_of_all_batch_sizes(evidence: Evide
     assert _has(sentences.latency(enough), support) == [False]
 
 
+def test_a_baseline_that_dropped_out_is_said(evidence: Evidence) -> None:
+    without = replace(evidence.latency, models_left_out={"fp32_eager": "no such operator"})
+    said = sentences.how_timed(replace(evidence, measured=replace(evidence.measured, latency=without)))
+    assert "Baseline `fp32_eager` was not timed: no such operator." in said
+
+
 def test_kernels_that_won_and_those_that_are_level(evidence: Evidence) -> None:
     def said(onednn_ms: float) -> str:
         rows = [latency_row(size, {"fp32": 8.0, "int8_fx": 2.0, "int8_fx_onednn": onednn_ms}) for size in (1, 8)]

@@ -1,5 +1,6 @@
 """The registry, on a real SQLite store: what a version carries, verification, aliases, a clean subprocess."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,13 +14,18 @@ import torch
 from conftest import Finished
 from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
+from PIL import Image
 from stores import new_store
+from torch import nn
 
+import qexp
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
-from qexp.tracking import registry
+from qexp.pipeline.predict import predict_files
+from qexp.tracking import class_names, registry
+from qexp.tracking.class_names import ClassNames
 from qexp.tracking.leftovers import discard_unregistered
 from qexp.training.train import TrainResult
 
@@ -89,6 +95,36 @@ def test_description_of_a_version_gives_the_answer_and_links_to_its_runs(
     assert f"[training]({runs}/{fp32.run_id})" in fp32.description and "Drop" not in fp32.description
     for kind in ("fp32", "int8"):
         assert "digits" in client.get_registered_model(f"smallnet-digits-{kind}").description
+
+
+@pytest.mark.slow
+def test_names_that_no_tag_holds_are_in_a_file_of_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as ImageNet-21k has; names of 35 letters make longer lists of fewer."""
+    names = tuple(f"class {number:05d} of a large set of images" for number in range(10_450))
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, len(names))).eval()
+    sample = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    with mlflow.start_run(experiment_id="0"):
+        version = registry.register("fp32", model, "many-fp32", ModelSpec("many", names, 16), sample, {})
+    found = registry.find_version(version.uri, "fp32")
+    assert found.tags["classes"] == "10450 names: metadata.classes of the file MLmodel"
+    assert "logits [N, 10450] in the order of `metadata.classes of the file MLmodel`" in registry.describe(found)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    _, (predicted,) = predict_files(version.uri, [str(tmp_path / "red.png")], 2)
+    with torch.no_grad():
+        logits = model(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16))
+    assert predicted.classes == tuple(names[place] for place in logits[0].topk(2).indices)
+
+
+def test_names_are_in_the_tag_where_they_fit() -> None:
+    few = ["cat", 'a "dog"', "Ä"]
+    tag = class_names.as_tag(few)
+    assert json.loads(tag) == few and class_names.parse_tag(tag) == ClassNames(3, tuple(few))
+    longest = class_names.as_tag([(class_names.LONGEST_TAG - 4) * "x"])
+    assert len(longest) == class_names.LONGEST_TAG and class_names.parse_tag(longest).names
+    assert class_names.parse_tag(class_names.as_tag([(class_names.LONGEST_TAG - 3) * "x"])) == ClassNames(1, None)
 
 
 def test_descriptions_fit_into_a_database_with_any_number_of_names() -> None:
@@ -179,6 +215,19 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
     found = mlflow.MlflowClient().get_model_version("damaged", version.version)
     assert found.tags["verified"] == "false"
     assert found.aliases == []
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_what_users_do_with_modules_works(client: mlflow.MlflowClient, digits: Dataset, kind: str) -> None:
+    model = qexp.load(f"models:/smallnet-digits-{kind}/1")
+    images = to_float(digits.test.images[:4])
+    expected = model(images)
+    for same in (model.eval(), model.train(), model.to("cpu"), model.float(), model.cpu(), copy.deepcopy(model)):
+        assert torch.equal(same(images), expected)
+    assert torch.equal(nn.Sequential(model, nn.Identity()).eval()(images.clone().requires_grad_()), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(images), expected)
+    assert len(model.state_dict()) == len(list(model.parameters())) + len(list(model.buffers()))
 
 
 def test_load_sets_the_engine_of_the_version(client: mlflow.MlflowClient) -> None:

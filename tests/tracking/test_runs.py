@@ -10,9 +10,10 @@ from conftest import Finished
 from mlflow.entities import Run
 from stores import new_store
 
-from qexp.config import Config, load_config
+from qexp.config import Config, QuantizeConfig, load_config
 from qexp.errors import InputError
 from qexp.files import to_json
+from qexp.measurement.host import read_host
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.tracking import runs as tracking
@@ -222,3 +223,13 @@ def test_configuration_artifact_reads_back(empty_store: mlflow.MlflowClient) -> 
     with tracking.start_run("main", "note") as run_id:
         tracking.log_setup(config, tracking_host())
     assert tracking.read_config(run_id) == config
+
+
+def test_parameters_fit_into_a_store(tmp_path: Path) -> None:
+    layers = [f"network.features.denseblock4.denselayer{number}.conv1" for number in range(200)]
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    with mlflow.start_run(experiment_id="0") as run:
+        tracking.log_setup(Config(quantize=QuantizeConfig(keep_fp32=layers)), read_host(1))
+    shown = mlflow.MlflowClient().get_run(run.info.run_id).data.params["quantize.keep_fp32"]
+    assert len(shown) == 6000 and shown.startswith("['network.features.") and shown.endswith("…")
+    assert tracking.read_config(run.info.run_id).quantize.keep_fp32 == layers
