@@ -3,44 +3,26 @@
 A stage is a plain function that gets a folder for its files and returns a result. The result is written to the folder
 in one step and then uploaded. So there are two states after any kill and any lost server: the result is there, or it is
 not. Resuming calls the same stages in the same order; one whose result is there, in MLflow or in the folder, is read
-instead of computed. `sync_run` uploads what is in the folder of a job. Only training has a finer grain, its checkpoint.
+instead of computed. `sync.py` uploads what is in the folder of a job. Only training has a finer grain, its checkpoint.
 """
 
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset, Split
-from qexp.errors import InputError
 from qexp.measurement.host import Host
 from qexp.progress import say
-from qexp.tracking import metrics
 from qexp.tracking import runs as tracking
-from qexp.tracking.job_folder import (
-    LOCK,
-    RESULT,
-    check_unlocked,
-    job_folder,
-    lock_of,
-    locked,
-    noted_end,
-    remove_folder,
-    stage_folder,
-)
-from qexp.tracking.outage import store_errors
-from qexp.tracking.results import Fp32, Kept, Result, keep, kept_in
+from qexp.tracking.job_folder import LOCK, job_folder, lock_of, remove_folder, stage_folder
+from qexp.tracking.results import Kept, Result, keep, kept_in
 from qexp.tracking.runs import Run
-from qexp.tracking.store import store_name, use_store
-from qexp.tracking.uploads import log_curves, upload
-from qexp.training.checkpoint import checkpoint_exists, load_checkpoint
-from qexp.training.train import EpochResult
+from qexp.tracking.uploads import upload
 
 T = TypeVar("T")
-RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -178,98 +160,9 @@ def runs_below(run_id: str) -> dict[str, list[Run]]:
     return found
 
 
-def has_stage(job_run_id: str, name: str) -> bool:
-    """Whether the result of a stage of a stopped job is there."""
-    if (stage_folder(job_folder(job_run_id), name) / RESULT).is_file():
-        return True
-    return any(run.info.status == "FINISHED" for run in runs_below(job_run_id).get(name, []))
-
-
-def check_checkpoint(training: Run, folder: Path) -> None:
-    """Raise InputError if the training has finished epochs whose checkpoint is not here, or is damaged."""
-    run_id = training.info.run_id
-    if (folder / RESULT).is_file():
-        return
-    if checkpoint_exists(folder):
-        load_checkpoint(folder)
-    elif tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH):
-        raise InputError(
-            f"--resume {run_id}: no checkpoint in {folder.parent}; "
-            "give the command in the folder where the run was started"
-        )
-
-
 def _log_inputs(inputs: Inputs | None) -> None:
     if inputs:
         tracking.log_datasets(inputs.dataset, inputs.splits)
         if inputs.calibration:
             subset, digest = inputs.calibration
             tracking.log_dataset(subset, inputs.dataset, "calibration", digest)
-
-
-def sync_run(folder: Path) -> dict[str, Any]:
-    """Upload what is in the folder of a job, checkpoints/RUN_ID, to the store that it was started with.
-
-    Results of stages get their runs: metrics, artifacts, registered versions. A training that is not over gets its
-    curves. What is left then is done by `--resume`. Whatever fails here can be repeated.
-
-    Raises:
-        InputError: not the folder of a run of this store, or a process is still at work on it.
-        StageError: the store fails, or the disk of its artifacts; the folder stays as it is.
-    """
-    run_id = folder.resolve().name
-    if not RUN_ID.fullmatch(run_id):
-        raise InputError(f"RUN_DIR {folder}: must be the folder of a run, such as checkpoints/{'0123456789abcdef' * 2}")
-    use_store()
-    with store_errors():
-        run = tracking.find_run(run_id, "RUN_DIR")
-        if not folder.is_dir() and run.info.status != "FINISHED":
-            raise InputError(f"RUN_DIR {folder}: no such folder; give the command where the run was started")
-        check_unlocked(run_id)
-        runs = [run, *tracking.children_of(run_id)]
-        with locked(folder, run_id) if folder.is_dir() else nullcontext():
-            trained = [fp32.version.uri for fp32 in _upload_results(folder, runs) if isinstance(fp32, Fp32)]
-            otherwise = (noted_end(folder, run_id) or ("KILLED",))[0]
-            for one in runs:
-                ended = noted_end(folder, one.info.run_id) or (otherwise,)
-                tracking.end_open_runs([tracking.find_run(one.info.run_id)], *ended)
-        status = tracking.find_run(run_id).info.status
-    more: dict[str, Any] = {"fp32": trained[0]} if trained else {}
-    if status == "FINISHED":
-        remove_folder(folder)
-        say(f"run {run_id} is complete in {store_name()}")
-    else:
-        more["next"] = _next(run, trained)
-        say(f"what is left: {more['next']}")
-    return {"command": "sync", "run_id": run_id, "status": status, **more}
-
-
-def _upload_results(folder: Path, runs: list[Run]) -> Iterator[Any]:
-    for place in sorted(path for path in folder.glob("*") if path.is_dir()):
-        kept = kept_in(place)
-        if kept is None:
-            if checkpoint_exists(place):
-                training = next((run for run in runs if tracking.stage_of(run) == "train"), None)
-                if training:  # nobody has deleted it
-                    _upload_curves(place, training)
-            continue
-        run = tracking.find_run(kept.run_id)
-        if run.info.status != "FINISHED":
-            with tracking.start_run(place.name, run.data.tags.get("mlflow.note.content", ""), kept.run_id):
-                yield upload(kept.result, place, kept.at_ms)
-        remove_folder(place)
-
-
-def _upload_curves(folder: Path, training: Run) -> None:
-    run_id = training.info.run_id
-    epochs = load_checkpoint(folder)["position"]["epochs"]
-    logged = tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH)
-    log_curves([EpochResult(**values) for values in epochs], logged, run_id)
-
-
-def _next(job: Run, trained: list[str]) -> str:
-    """The command that does what is left; `trained` are the versions that have been uploaded."""
-    stage = tracking.stage_of(job)
-    if stage in ("main", "train"):
-        return f"qexp {'run' if stage == 'main' else 'train'} --resume {job.info.run_id}"
-    return f"qexp {stage} --model-uri {trained[0]}" if trained else f"the same `qexp {stage}` command again"

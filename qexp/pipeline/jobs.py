@@ -10,19 +10,13 @@ from qexp.config import Config
 from qexp.errors import InputError, StageError, StoreError
 from qexp.pipeline import loading
 from qexp.pipeline.decide import decide
-from qexp.pipeline.job import Inputs, Job, has_stage, open_job, run_at_the_top
+from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
 from qexp.pipeline.measure import measure_bf16, time_versions
 from qexp.pipeline.promote import hold_against_champion, succeed
 from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sensitivity_images
 from qexp.pipeline.report import report
-from qexp.pipeline.setup import (
-    Overrides,
-    Setup,
-    config_of_run,
-    prepare,
-    prepare_for_version,
-    with_quantization_checked,
-)
+from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_run
+from qexp.pipeline.setup import Setup, prepare, prepare_for_version, with_quantization_checked
 from qexp.pipeline.train import follow, train
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
@@ -32,7 +26,8 @@ from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import LAUNCHER_LOCK
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of, use_store
-from qexp.tracking.uploads import TrainingLog, upload_answer, upload_decision
+from qexp.tracking.training_log import TrainingLog
+from qexp.tracking.uploads import upload_answer, upload_decision
 from qexp.training import launch
 from qexp.training.distributed import read_group
 
@@ -54,7 +49,7 @@ def run_main(
     """
     if resume:
         use_store()
-        model_uri = _model_of_run(resume, model_uri)
+        model_uri = model_of_run(resume, model_uri)
         config = config_of_run(overrides or {}, resume, "run")
     setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
@@ -77,15 +72,6 @@ def run_main(
         done = quantize_to_report(job, setup, fp32)
         upload_answer(done.evidence)
     return _summary("run", str(job.run_id), done)
-
-
-def _model_of_run(run_id: str, given: str | None) -> str | None:
-    """The registered version that a run has begun with, None if it trains; InputError if another one is given."""
-    begun = tracking.find_run(run_id).data.tags.get("qexp.model_uri")
-    if given and (begun is None or uri_of(registry.find_version(given, "fp32")) != begun):
-        was = f"with {begun}" if begun else "without one, with a training"
-        raise InputError(f"--model-uri {given}: run {run_id} was started {was}; leave the option out")
-    return begun
 
 
 def _trained_by_others(

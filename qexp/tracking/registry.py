@@ -4,8 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from qexp.errors import InputError, StageError, first_line
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents
 from qexp.models.stored import SUFFIXES
+from qexp.tracking import description
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version, quiet
@@ -34,8 +34,6 @@ from qexp.tracking.store import (
     all_pages,
     is_missing,
     logged_model_of,
-    page_of_run,
-    page_of_version,
     registry_name,
     split_uri,
     uri_of,
@@ -43,8 +41,6 @@ from qexp.tracking.store import (
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
 MADE_BY, OWN = "registered_by", "qexp.register"  # tag of the versions of one's own models, and its value
-KERNELS = "Kernels:"  # begins what is said about them in a version's description
-LONGEST_LIST = 1000  # characters of a description that names of classes or layers take; PostgreSQL has room for 5,000
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -245,8 +241,7 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
         again(partial(client.set_model_version_tag, name, number, key, text))
     found = client.get_model_version(name, number)
     if "classes" in found.tags:
-        _, begins, kernels = (found.description or "").partition(KERNELS)
-        client.update_model_version(name, number, describe(found) + (f"\n\n{begins}{kernels}" if begins else ""))
+        client.update_model_version(name, number, description.of_version(found))
 
 
 def load_version(uri: str, backend: str | None = None) -> Predict:
@@ -290,79 +285,8 @@ def _stored_bytes(uri: str) -> int:
 def describe_kernels(uri: str, measured: str) -> None:
     """Say in the description of an int8 version which kernels were the faster ones, and by how much."""
     found = look_up(uri)
-    text = (found.description or "").split(KERNELS)[0].rstrip()
-    mlflow.MlflowClient().update_model_version(found.name, found.version, f"{text}\n\n{KERNELS} {measured}")
-
-
-def describe(found: ModelVersion) -> str:
-    """Markdown for a version's page, from its tags: the answer, figures, links, what it takes and gives, how to load
-    it. What a tag of an older version does not say is left out."""
-    tags, lines = found.tags, list[str]()
-    if "verdict" in tags:  # without Markdown: a list of versions shows how the text begins, as it is
-        lines += [f"{tags['verdict'].capitalize()}: {tags.get('verdict_reason', '')}.", ""]
-    elif "gate_reason" in tags:
-        lines += [f"Gate {tags['gate_reason']}.", ""]
-    if tags.get("verified") == "false":
-        lines += ["Not verified: loaded in a clean subprocess, it did not give the same logits.", ""]
-    lines += ["| | |", "| :-- | :-- |", *(f"| {name} | {text} |" for name, text in _rows(found) if text), ""]
-    load = {
-        "pytorch": f"model = mlflow.pytorch.load_model({uri_of(found)!r})",
-        "onnx": f"model = mlflow.pyfunc.load_model({uri_of(found)!r})  # predict(images)['logits'], of a numpy array",
-    }[tags.get("flavor", "pytorch")]
-    return "\n".join([*lines, "To load it:", "", f"```python\n{load}\n```"])
-
-
-def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
-    """The table of a version's description; an empty text where a tag is missing."""
-    tags = defaultdict(str, found.tags)
-
-    def told(text: str, *names: str) -> str:
-        """`text` with these tags in it, numbers in four digits."""
-        return text.format(*(_short(tags[name]) for name in names)) if set(names) <= set(found.tags) else ""
-
-    yield "Test top-1", told("{} % on {}", "test_top1_percent", "dataset")
-    if fp32 := found.tags.get("fp32_uri"):
-        drops = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
-        yield "Drop", told("{} points (95 % interval {} to {})", *drops)
-        yield "Made from", f"[{fp32}]({page_of_version(fp32)})"
-    calibrated = told(", {} calibration images", "calibration_samples")
-    layers = tags["float_layers"].replace("none", "")
-    left = f"; in fp32: {layers if len(layers) <= LONGEST_LIST else 'see tag `float_layers`'}" if layers else ""
-    yield "Engine", tags["engine"] and f"{tags['engine']}{calibrated}{left}"
-    mean = told("{}x the fastest float in the mean over batch sizes, ", "mean_speedup")
-    yield "Speed", told(f"{mean}at least {{}}x", "smallest_speedup")
-    times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
-    yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
-    yield "Size", told("{} MB", "size_mb")
-    yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
-    classes = json.loads(tags["classes"])
-    names = ", ".join(map(str, classes)).replace("|", "\\|")
-    order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
-    yield "Output", f"logits [N, {len(classes)}] in the order {order}"
-    yield "Promotion", tags["promotion_reason"].replace("|", "\\|")
-    runs = {"training": "train_run_id", "quantization": "quantize_run_id", "latency": "latency_run_id"}
-    links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(tags[tag]))]
-    if page := _page(tags["report_run_id"]):
-        links.insert(0, f"[report]({page}/artifacts/report/report.html)")
-    yield "Runs", ", ".join(links)
-
-
-def _short(text: str) -> str:
-    """A number in four digits; anything else as it is."""
-    try:
-        return text if text.isdecimal() else f"{float(text):.4g}"
-    except ValueError:
-        return text.replace("|", "\\|")
-
-
-def _page(run_id: str) -> str:
-    """The address of a run's page; the empty text if the run is gone."""
-    try:
-        return page_of_run(run_id) if run_id else ""
-    except MlflowException as error:
-        if is_missing(error):
-            return ""
-        raise
+    text = description.with_kernels(found.description or "", measured)
+    mlflow.MlflowClient().update_model_version(found.name, found.version, text)
 
 
 def _describe_model(name: str, kind: str, dataset: str | None) -> None:
@@ -370,10 +294,4 @@ def _describe_model(name: str, kind: str, dataset: str | None) -> None:
     client = mlflow.MlflowClient()
     if client.get_registered_model(name).description:
         return
-    what = {
-        "fp32": "Trained classifiers in fp32. The alias `champion` follows that of the int8 model",
-        "int8": "Classifiers quantized to int8. The version with the alias `champion` is the one to ship",
-    }[kind]
-    of = f" The data set is {dataset}." if dataset else ""
-    text = f"{what}; the description of each version says what was measured and links its runs.{of}"
-    client.update_registered_model(name, text)
+    client.update_registered_model(name, description.of_model(kind, dataset))

@@ -4,7 +4,6 @@ One function a kind of result. Each logs to the active run and can be repeated: 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import singledispatch
@@ -15,26 +14,21 @@ from typing import Any
 import mlflow
 from torch import Tensor
 
-from qexp.config import Config
-from qexp.errors import StageError
 from qexp.measurement.gate import PASSED, UNMEASURED
-from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
 from qexp.models.classifier import Classifier, save_classifier
-from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
 from qexp.report.promotion import CANDIDATE, FORCED, Promotion
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
-from qexp.tracking import metrics, registry
+from qexp.tracking import description, metrics, registry
 from qexp.tracking import runs as tracking
-from qexp.tracking.outage import store_errors
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, WrittenReport
-from qexp.tracking.store import model_id_of, page_of_run, quickly, split_uri
-from qexp.training.train import EpochResult
+from qexp.tracking.store import model_id_of, page_of_run, split_uri
+from qexp.tracking.training_log import log_curves
 
 LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
 
@@ -125,44 +119,6 @@ def _log_weights(model: Classifier, run_id: str) -> str:
     return f"runs:/{run_id}/weights/model.safetensors"
 
 
-class TrainingLog:
-    """A training under way: what it settles by timing, and its curves, epoch by epoch, in the active run.
-
-    A store that fails stops no training: what it lacks is sent with the next epoch, or at the end.
-    """
-
-    def __init__(self, config: Config, host: Host) -> None:
-        self.config, self.host = config, host
-        self.waiting: list[EpochResult] = []
-        self.logged: set[int] | None = None
-
-    def settled(self, execution: dict[str, bool | int]) -> None:
-        """How the steps are computed is part of the configuration from now on."""
-        tracking.log_setup(self.config.with_training(execution), self.host)
-
-    def epoch(self, result: EpochResult) -> None:
-        """Log an epoch that the run lacks, and those that could not be logged before it."""
-        away = bool(self.waiting)
-        self.waiting.append(result)
-        try:
-            with store_errors(), quickly() if away else nullcontext():
-                if self.logged is None or away:  # an answer may have been lost, not the request
-                    self.logged = tracking.logged_steps(_run_id(), metrics.FIRST_OF_EPOCH)
-                log_curves(self.waiting, self.logged)
-            self.waiting.clear()
-        except StageError as error:
-            if not away:
-                say(f"{error}; training continues, its curves will be logged once the store is back")
-
-
-def log_curves(epochs: Sequence[EpochResult], logged: set[int], run_id: str | None = None) -> None:
-    """Log the epochs that are not in `logged` to a run, the active one unless named, and add them."""
-    for epoch in epochs:
-        if epoch.epoch not in logged:
-            tracking.log_metrics(metrics.of_epoch(epoch), epoch.epoch, (run_id, None) if run_id else None)
-            logged.add(epoch.epoch)
-
-
 @upload.register
 def _sensitivity(result: SensitivityResult, folder: Path, at_ms: int) -> SensitivityResult:
     tracking.log_table(metrics.columns([asdict(layer) for layer in result.layers]), "sensitivity")
@@ -191,7 +147,7 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         tags |= _latency_tags(found, models[0].name)
         if models[0].backend:
             tags["backend"] = models[0].backend
-            registry.describe_kernels(uri, _about_kernels(found, models))
+            registry.describe_kernels(uri, description.about_kernels(found, models))
         registry.tag_version(uri, tags)
     registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
     least = found.least_speedup(fastest, floats)
@@ -227,19 +183,6 @@ def _latency_tags(result: LatencyResult, name: str) -> dict[str, str]:
     row = min(result.rows, key=lambda row: row.batch_size)
     p50_ms = f"{row.stats[name].p50_ms:.4g}"
     return {"p50_ms": p50_ms, "p50_batch_size": str(row.batch_size), "p50_threads": str(result.threads)}
-
-
-def _about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
-    first = found[0]
-    means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
-    text = f"`{first.backend}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
-    if first.backend == "x86":
-        return f"{text} They are the default kernels."
-    return (
-        f"{text} TorchScript packs int8 weights at load for the engine of the process, `x86` unless it was set: for "
-        f"the same speed without qexp, set `torch.backends.quantized.engine = {first.backend!r}` before loading. "
-        "Outputs are the same either way."
-    )
 
 
 @upload.register

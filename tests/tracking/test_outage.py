@@ -14,7 +14,8 @@ from forked import Forked
 from servers import Server
 
 from qexp.errors import InputError, first_line, hide_passwords
-from qexp.pipeline.job import has_stage, sync_run
+from qexp.pipeline.resume import has_stage
+from qexp.pipeline.sync import sync_run
 
 TRAIN = ["--epochs", "4", "--image-size", "8"]
 EPOCHS = list(range(1, 5))

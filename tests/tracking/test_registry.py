@@ -18,7 +18,7 @@ from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
-from qexp.tracking import registry
+from qexp.tracking import description, registry
 from qexp.training.train import TrainResult
 
 BARE = """
@@ -93,10 +93,10 @@ def test_descriptions_fit_into_a_database_with_any_number_of_names() -> None:
     """PostgreSQL takes 5,000 characters."""
     classes = json.dumps([f"a class of birds {number}" for number in range(1000)])
     layers = ",".join(f"features.{number}.0" for number in range(1000))
-    text = registry.describe(_version(classes=classes, engine="fx", float_layers=layers))
+    text = description.of_version(_version(classes=classes, engine="fx", float_layers=layers))
     assert len(text) < 1000 and "logits [N, 1000] in the order of the tag `classes`" in text
     assert "in fp32: see tag `float_layers`" in text
-    few = registry.describe(_version(flavor="onnx", engine="onnx", float_layers="none"))
+    few = description.of_version(_version(flavor="onnx", engine="onnx", float_layers="none"))
     assert "logits [N, 2] in the order cat, dog" in few and "predict(images)['logits']" in few
     assert "| Engine | onnx |" in few
 
@@ -104,7 +104,7 @@ def test_descriptions_fit_into_a_database_with_any_number_of_names() -> None:
 def test_a_version_of_earlier_qexp_is_described_by_the_tags_that_it_has(client: mlflow.MlflowClient) -> None:
     """Those that are no longer set do no harm, what is not known is left out, nor does a run that is gone."""
     old = {"observer": "minmax", "backend_speedups": "x86 2.00", "fold_pool": "false", "smallest_speedup": "1.500"}
-    text = registry.describe(_version(test_top1_percent="93.5", dataset="birds", train_run_id="0" * 32, **old))
+    text = description.of_version(_version(test_top1_percent="93.5", dataset="birds", train_run_id="0" * 32, **old))
     assert "| Test top-1 | 93.5 % on birds |" in text and "| Speed | at least 1.5x |" in text
     assert "minmax" not in text and "Runs" not in text and "None" not in text
 
