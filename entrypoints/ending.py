@@ -14,8 +14,9 @@ from typing import Any
 import typer
 
 from qexp.environment import wait_without_spinning
-from qexp.errors import InputError, StageError, first_line, hide_passwords
-from qexp.progress import announce, clear_line
+from qexp.errors import InputError, StageError, first_line
+from qexp.progress import announce, clean_logs, clear_line
+from qexp.text import hide_secrets, printable
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 BAD_INPUT = 2
@@ -36,6 +37,7 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when the launcher is killed, its processes stop
+    clean_logs()
     announce("starting")  # importing torch takes seconds
     try:
         summary = action()
@@ -53,7 +55,7 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
         fail(f"MLflow: {first_line(error)}", 1)
     else:
         if summary is not None:
-            _show(_rounded(summary), as_json or not sys.stdout.isatty())
+            _show(_fit_to_show(summary), as_json or not sys.stdout.isatty())
 
 
 def _show(summary: Summary, as_json: bool) -> None:
@@ -66,18 +68,20 @@ def _show(summary: Summary, as_json: bool) -> None:
         show(summary)
 
 
-def _rounded(value: Any) -> Any:
-    """Four decimals are more than any measurement here holds."""
+def _fit_to_show(value: Any) -> Any:
+    """Without secrets, and with four decimals, which are more than any measurement here holds."""
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: _fit_to_show(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
+        return [_fit_to_show(inner) for inner in value]
+    if isinstance(value, str):
+        return hide_secrets(value)
     return round(value, 4) if isinstance(value, float) else value
 
 
 def fail(message: str, code: int) -> None:
     """End with one line and an exit code; a run that MLflow has started for this command keeps the line as a tag."""
-    line = hide_passwords(" ".join(message.split()))
+    line = printable(message)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher shows it, and ends the other processes
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it sends to this one too, that is ending already
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))

@@ -16,6 +16,7 @@ from qexp.config import Config
 from qexp.data.datasets import Dataset, Split
 from qexp.measurement.host import Host
 from qexp.progress import say
+from qexp.text import as_text
 from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import LOCK, job_folder, lock_of, remove_folder, stage_folder
 from qexp.tracking.results import Kept, Result, keep, kept_in
@@ -61,7 +62,7 @@ class Job:
 
         Args:
             name: of its run, and of its folder.
-            note: Markdown for the page of its run.
+            note: Markdown for the page of its run; values of others in it are `opaque`.
             config: what it is told to do.
             work: computes the result; it gets the folder for files that belong to it.
             read: the result that a finished run has logged.
@@ -73,7 +74,7 @@ class Job:
             found = self._found_before(name, note, read, resume, then)
             if found is not None and holds(found):
                 return found
-        say(f"{name}: {note.replace('`', '')}")
+        say(f"{name}: {as_text(note.replace('`', ''))}")
         with self._run(name, note, resume) as run_id:
             folder = self._folder(name, run_id)
             tracking.log_setup(config, self.host)

@@ -21,6 +21,7 @@ from qexp.pipeline.train import follow, train
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.results import Bf16Evidence, Evidence, Int8Evidence, LatencyEvidence
+from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import LAUNCHER_LOCK
@@ -53,7 +54,10 @@ def run_main(
         config = config_of_run(overrides or {}, resume, "run")
     setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
-    name, note = f"{config.model}-{dataset.name}", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
+    name, note = (
+        f"{config.model}-{dataset.name}",
+        f"Can {config.model} on {opaque(dataset.name)} ship as int8 on this CPU?",
+    )
     if model_uri or (resume and has_stage(resume, f"train-{config.model}")):
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
             return None
@@ -108,7 +112,7 @@ def train_stage(job: Job, setup: Setup, resume: str | None = None) -> Fp32:
     name = f"train-{config.model}"
     return job.stage(
         name,
-        f"Training of {config.model} on {dataset.name}.",
+        f"Training of {config.model} on {opaque(dataset.name)}.",
         config,
         lambda folder: train(config, host, dataset, folder, log.settled, log.epoch),
         read=lambda run_id: loading.fp32_of_run(run_id, dataset),
@@ -184,7 +188,7 @@ def sensitivity_stage(job: Job, setup: Setup, fp32: Fp32) -> SensitivityResult |
         return None
     return job.stage(
         f"sensitivity-{config.model}",
-        f"Layer by layer: `{fp32.version.uri}` in int8.",
+        f"Layer by layer: `{opaque(fp32.version.uri)}` in int8.",
         config,
         lambda folder: find_sensitivity(config, host, dataset, fp32),
         read=lambda run_id: tracking.read_result(SensitivityResult, run_id, "sensitivity"),
@@ -199,7 +203,7 @@ def quantize_stage(
     subset, digest = calibration(config, setup.dataset)
     return job.stage(
         f"quantize-{engine}-{len(subset)}",
-        f"Quantization of `{fp32.version.uri}`.",
+        f"Quantization of `{opaque(fp32.version.uri)}`.",
         config,
         lambda folder: quantize(config, setup.host, setup.dataset, fp32, sensitivity),
         read=loading.int8_of_run,
@@ -216,7 +220,7 @@ def latency_stage(job: Job, config: Config, fp32_uri: str, engines: dict[str, st
             environment = registry.child_environment(job.host.threads)
             return time_versions(config, job.host, files, engines, found, environment)
 
-    uris = ", ".join(f"`{uri}`" for uri in (fp32_uri, *engines))
+    uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *engines))
     return job.stage(
         f"latency-{config.model}",
         f"Latency of {uris}.",
@@ -231,7 +235,7 @@ def report_stage(job: Job, config: Config, evidence: Evidence) -> str:
     """The URI of the report's page. It is always written anew: what it says of the champion may have changed."""
     return job.stage(
         "report",
-        f"Report on `{evidence.int8.version_uri}`: see the artifacts.",
+        f"Report on `{opaque(evidence.int8.version_uri)}`: see the artifacts.",
         config,
         lambda folder: report(evidence, folder, config.output_dir, job.run_id),
         read=str,
@@ -247,7 +251,7 @@ def run_train(
         use_store()
         config = config_of_run(overrides or {}, resume, "train")
     setup = prepare(config, None, resume=resume)
-    name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {setup.dataset.name}."
+    name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {opaque(setup.dataset.name)}."
     if _trained_by_others(setup, "train", name, note, resume, command):
         return None
     fp32 = train_stage(Job(setup.host), setup, resume)

@@ -25,6 +25,7 @@ from qexp.pipeline.setup import Setup, prepare
 from qexp.progress import say
 from qexp.report.promotion import CANDIDATE, Promotion
 from qexp.report.results import Bf16Evidence, Evidence, LatencyEvidence
+from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.aliases import CHALLENGER, CHAMPION, move_champion, version_with
@@ -126,14 +127,14 @@ def _promotion(
     then: Callable[[Promotion], None] = lambda found: None,
 ) -> Promotion:
     """The stage: what `compare_with_champion` finds, as `settle` changes it, in a run of its own."""
-    against = f" and `{uri_of(champion)}`, the champion" if champion else ""
+    against = f" and `{opaque(uri_of(champion))}`, the champion" if champion else ""
 
     def work(folder: Path) -> Result:
         return settle(compare_with_champion(setup.config, setup.host, setup.dataset, candidate, champion))
 
     found = job.stage(
         f"promote-{candidate.name}",
-        f"`{uri_of(candidate)}` against the gate{against}.",
+        f"`{opaque(uri_of(candidate))}` against the gate{against}.",
         setup.config,
         work,
         read=lambda run_id: tracking.read_result(Promotion, run_id, "promotion"),

@@ -12,16 +12,17 @@ from mlflow.exceptions import MlflowException
 
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import SweepModel
+from qexp.text import as_markdown, opaque
 from qexp.tracking.store import is_missing, page_of_run, page_of_version, uri_of
 
-KERNELS = "Kernels:"  # begins what is said about them in a version's description
+KERNELS = "\n\nKernels:"  # begins what is said about them in a version's description; no tag has line breaks there
 LONGEST_LIST = 1000  # characters of a description that names of classes or layers take; PostgreSQL has room for 5,000
 
 
 def of_version(found: ModelVersion) -> str:
     """Markdown for a version's page, from its tags: the answer, figures, links, what it takes and gives, how to load
     it. What a tag of an older version does not say is left out."""
-    tags, lines = found.tags, list[str]()
+    tags, lines = opaque(dict(found.tags)), list[str]()
     if "verdict" in tags:  # without Markdown: a list of versions shows how the text begins, as it is
         lines += [f"{tags['verdict'].capitalize()}: {tags.get('verdict_reason', '')}.", ""]
     elif "gate_reason" in tags:
@@ -29,18 +30,19 @@ def of_version(found: ModelVersion) -> str:
     if tags.get("verified") == "false":
         lines += ["Not verified: loaded in a clean subprocess, it did not give the same logits.", ""]
     lines += ["| | |", "| :-- | :-- |", *(f"| {name} | {text} |" for name, text in _rows(found) if text), ""]
+    uri = opaque(repr(uri_of(found)))
     load = {
-        "pytorch": f"model = mlflow.pytorch.load_model({uri_of(found)!r})",
-        "onnx": f"model = mlflow.pyfunc.load_model({uri_of(found)!r})  # predict(images)['logits'], of a numpy array",
+        "pytorch": f"model = mlflow.pytorch.load_model({uri})",
+        "onnx": f"model = mlflow.pyfunc.load_model({uri})  # predict(images)['logits'], of a numpy array",
     }[tags.get("flavor", "pytorch")]
-    text = "\n".join([*lines, "To load it:", "", f"```python\n{load}\n```"])
+    text = as_markdown("\n".join([*lines, "To load it:", "", f"```python\n{load}\n```"]))
     _, begins, kernels = (found.description or "").partition(KERNELS)
-    return f"{text}\n\n{begins}{kernels}" if begins else text
+    return f"{text}{begins}{kernels}"
 
 
 def with_kernels(text: str, measured: str) -> str:
     """A version's description with `measured` as what it says of kernels."""
-    return f"{text.split(KERNELS)[0].rstrip()}\n\n{KERNELS} {measured}"
+    return f"{text.split(KERNELS)[0].rstrip()}{KERNELS} {measured}"
 
 
 def about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
@@ -59,7 +61,7 @@ def about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
 
 def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     """The table of a version's description; an empty text where a tag is missing."""
-    tags = defaultdict(str, found.tags)
+    tags = defaultdict(str, opaque(dict(found.tags)))
 
     def told(text: str, *names: str) -> str:
         """`text` with these tags in it, numbers in four digits."""
@@ -69,7 +71,7 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     if fp32 := found.tags.get("fp32_uri"):
         drops = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
         yield "Drop", told("{} points (95 % interval {} to {})", *drops)
-        yield "Made from", f"[{fp32}]({page_of_version(fp32)})"
+        yield "Made from", f"[{opaque(fp32)}]({page_of_version(fp32)})"
     calibrated = told(", {} calibration images", "calibration_samples")
     layers = tags["float_layers"].replace("none", "")
     left = f"; in fp32: {layers if len(layers) <= LONGEST_LIST else 'see tag `float_layers`'}" if layers else ""
@@ -80,14 +82,14 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
     yield "Size", told("{} MB", "size_mb")
     yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
-    classes = json.loads(tags["classes"])
-    names = ", ".join(map(str, classes)).replace("|", "\\|")
+    classes = json.loads(found.tags["classes"])
+    names = opaque(", ".join(map(str, classes)))
     order = names if len(names) <= LONGEST_LIST else "of the tag `classes`"
     yield "Output", f"logits [N, {len(classes)}] in the order {order}"
-    yield "Promotion", tags["promotion_reason"].replace("|", "\\|")
+    yield "Promotion", tags["promotion_reason"]
     runs = {"training": "train_run_id", "quantization": "quantize_run_id", "latency": "latency_run_id"}
-    links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(tags[tag]))]
-    if page := _page(tags["report_run_id"]):
+    links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(found.tags.get(tag, "")))]
+    if page := _page(found.tags.get("report_run_id", "")):
         links.insert(0, f"[report]({page}/artifacts/report/report.html)")
     yield "Runs", ", ".join(links)
 
@@ -97,7 +99,7 @@ def _short(text: str) -> str:
     try:
         return text if text.isdecimal() else f"{float(text):.4g}"
     except ValueError:
-        return text.replace("|", "\\|")
+        return text
 
 
 def _page(run_id: str) -> str:
@@ -116,5 +118,5 @@ def of_model(kind: str, dataset: str | None) -> str:
         "fp32": "Trained classifiers in fp32. The alias `champion` follows that of the int8 model",
         "int8": "Classifiers quantized to int8. The version with the alias `champion` is the one to ship",
     }[kind]
-    of = f" The data set is {dataset}." if dataset else ""
-    return f"{what}; the description of each version says what was measured and links its runs.{of}"
+    of = f" The data set is {opaque(dataset)}." if dataset else ""
+    return as_markdown(f"{what}; the description of each version says what was measured and links its runs.{of}")

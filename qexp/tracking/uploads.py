@@ -23,6 +23,7 @@ from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
 from qexp.report.promotion import CANDIDATE, FORCED, Promotion
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.text import opaque
 from qexp.tracking import description, metrics, registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.registry import Registered
@@ -66,8 +67,8 @@ def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
     tracking.log_text(new.layers, LAYER_TABLE)
     top1 = evidence.accuracy["test"].top1_percent
     tracking.set_note(
-        f"{evidence.model} on {evidence.data.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
-        f"{evidence.train.best_epoch}; registered as `{version.uri}`."
+        f"{evidence.model} on {opaque(evidence.data.name)}: test top-1 **{top1:.2f} %** with the weights of epoch "
+        f"{evidence.train.best_epoch}; registered as `{opaque(version.uri)}`."
     )
     parameters = sum(parameter.numel() for parameter in new.stored.parameters())
     values = metrics.of_model(evidence.accuracy, version.size_bytes, parameters)
@@ -93,8 +94,8 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy}), "accuracy")
     tracking.log_result("int8", evidence)
     tracking.set_note(
-        f"`{fp32_version.uri}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
-        f"{test.top1_drop_points:.2f} points; registered as `{version.uri}`."
+        f"`{opaque(fp32_version.uri)}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
+        f"{test.top1_drop_points:.2f} points; registered as `{opaque(version.uri)}`."
     )
     tracking.log_text(new.layers, LAYER_TABLE)
     return evidence
@@ -197,7 +198,7 @@ def _promotion(result: Promotion, folder: Path, at_ms: int) -> Promotion:
     tracking.log_metrics(found.figures, at_ms=at_ms)
     registry.tag_version(found.uri, _promotion_tags(found, run_id, at_ms))
     tracking.set_tag("qexp.promotion", found.word)
-    tracking.set_note(f"`{found.uri}` {found.summary}.")
+    tracking.set_note("`{0.uri}` {0.summary}.".format(opaque(found)))
     return found
 
 
@@ -270,7 +271,7 @@ def upload_answer(evidence: Evidence) -> None:
     given = "qexp.model_uri" in tracking.find_run(run_id).data.tags  # then fp32 was there before
     tracking.log_models([fp32] if given else [], int8s if given else [fp32, *int8s])
     report = page_of_run(run_id, "artifacts/report/report.html")
-    tracking.set_note(f"{sentences.answer(evidence)}\n\n[The whole report]({report})")
+    tracking.set_note(f"{sentences.answer(opaque(evidence))}\n\n[The whole report]({report})")
 
 
 def _run_id() -> str:

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished
+from markdown import markdown
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
+from nasty import Page, nasty
 from stores import new_store
 
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
+from qexp.text import printable
 from qexp.tracking import description, registry
 from qexp.training.train import TrainResult
 
@@ -249,3 +252,25 @@ def test_a_version_that_could_not_be_completed_is_none_until_the_next_try_comple
         assert registry.register(*given, once=True).uri == "models:/unfinished/1"
     (version,) = mlflow.MlflowClient().search_model_versions("name = 'unfinished'")
     assert version.tags["kind"] == "fp32" and version.description and len(list(tmp_path.rglob("model.pt2"))) == 1
+
+
+def test_no_tag_of_a_version_is_markup_in_its_description() -> None:
+    """Written anew again and again, it stays the same."""
+    for name in nasty(150, seed=3):
+        shown, tags = (
+            " ".join(printable(name).replace("`", "'").split()),
+            dict.fromkeys(("verdict", "gate_reason"), name),
+        )
+        tags |= {"engine": name, "verdict_reason": name, "promotion_reason": name, "float_layers": name, "cpu": name}
+        tags |= {"classes": json.dumps([name, "dog"]), "dataset": name, "test_top1_percent": "1"}
+        version = _version(**tags)
+        version._name = name.replace("/", "")
+        first = description.of_version(version)
+        version._description = description.with_kernels(first, "`x86` is used.")
+        text = description.of_version(version)
+        assert text == version.description == f"{first}\n\nKernels: `x86` is used."
+        page = Page(markdown(text, extensions=["tables", "fenced_code"]))
+        assert page.tags <= {"p", "table", "thead", "tbody", "tr", "th", "td", "pre", "code"} and not page.open
+        assert page.attributes <= {"class", "style"} and not page.addresses
+        assert " ".join(page.text.replace("`", "'").split()).count(shown) >= 4, name
+        assert Page(markdown(description.of_model("int8", name))).tags == {"p", "code"}
