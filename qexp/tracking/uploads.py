@@ -28,7 +28,7 @@ from qexp.tracking import description, metrics, registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, WrittenReport
-from qexp.tracking.store import model_id_of, page_of_run, split_uri
+from qexp.tracking.store import logged_model_of, model_id_of, page_of_run, split_uri
 from qexp.tracking.training_log import log_curves
 
 LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
@@ -61,7 +61,6 @@ def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
     name = f"{evidence.model}-{evidence.data.name}-fp32"
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(new.stored, run_id)} | new.tags
     version = _registered("fp32", new, name, tags)
-    registry.make_challenger(version)
     evidence = _with_version(evidence, version)
     tracking.log_result("fp32", evidence)
     tracking.log_text(new.layers, LAYER_TABLE)
@@ -73,6 +72,7 @@ def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
     parameters = sum(parameter.numel() for parameter in new.stored.parameters())
     values = metrics.of_model(evidence.accuracy, version.size_bytes, parameters)
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
+    registry.make_challenger(version)  # last: a stage that fails on its way moves no alias
     return Fp32(new.stored, version, evidence, new.logits)
 
 
@@ -88,9 +88,9 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     values = metrics.of_model(accuracy, version.size_bytes, cost.parameters)
     values |= metrics.of_comparison(test, cost.int8_percent)
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
-    for owner, counted in ((fp32_version.owner, evidence.fp32_cost), (version.owner, cost)):
+    for model_id, counted in ((fp32_version.model_id, evidence.fp32_cost), (version.model_id, cost)):
         for batch_size, count in counted.macs.items():
-            tracking.log_metrics({"macs": count}, batch_size, owner, at_ms)
+            tracking.log_metrics({"macs": count}, batch_size, (_run_id(), model_id), at_ms)
     tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy}), "accuracy")
     tracking.log_result("int8", evidence)
     tracking.set_note(
@@ -134,21 +134,22 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     limits = tracking.read_config(evidence.run_id).gate
     fp32 = registry.from_entity(registry.find_version(evidence.fp32_uri, "fp32"))
     versions = {uri: registry.find_version(uri, "int8") for uri in evidence.names}
-    owners = {evidence.name_of(uri): registry.from_entity(version).owner for uri, version in versions.items()}
-    tracking.log_models(model_id for _, model_id in (fp32.owner, *owners.values()))
-    fastest = found.winner(list(owners))
+    # In this run: those that made the models may be gone, or belong to others.
+    models = {evidence.name_of(uri): logged_model_of(version) for uri, version in versions.items()}
+    tracking.log_models((fp32.model_id, *models.values()))
+    fastest = found.winner(list(models))
     floats = evidence.fair_floats(limits.of(split_uri(next(iter(versions)))[0]))
-    _log_times(found, fastest, floats, {found.baseline: fp32.owner} | owners, at_ms)
+    _log_times(found, fastest, floats, {found.baseline: fp32.model_id} | models, at_ms)
     if evidence.bf16:
         tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.top1_drop_points), at_ms=at_ms)
     tracking.log_result("latency", evidence)
     for uri, version in versions.items():
-        models = _with_kernels(version.tags["engine"], evidence.names[uri])
-        tags = {"latency_run_id": evidence.run_id} | _speedup_tags(found, models[0].name, floats)
-        tags |= _latency_tags(found, models[0].name)
-        if models[0].backend:
-            tags["backend"] = models[0].backend
-            registry.describe_kernels(uri, description.about_kernels(found, models))
+        kernels = _with_kernels(version.tags["engine"], evidence.names[uri])
+        tags = {"latency_run_id": evidence.run_id} | _speedup_tags(found, kernels[0].name, floats)
+        tags |= _latency_tags(found, kernels[0].name)
+        if kernels[0].backend:
+            tags["backend"] = kernels[0].backend
+            registry.describe_kernels(uri, description.about_kernels(found, kernels))
         registry.tag_version(uri, tags)
     registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
     least = found.least_speedup(fastest, floats)
@@ -159,12 +160,11 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     return evidence
 
 
-def _log_times(
-    result: LatencyResult, chosen: str, floats: Sequence[str], owners: dict[str, tuple[str, str]], at_ms: int
-) -> None:
+def _log_times(result: LatencyResult, chosen: str, floats: Sequence[str], models: dict[str, str], at_ms: int) -> None:
+    """To the active run; `models` has the ids of logged models by the names under which they were timed."""
     for whose, step, values in metrics.of_latency(result, chosen, floats):
-        if whose is None or whose in owners:
-            tracking.log_metrics(values, step, owners[whose] if whose else None, at_ms)
+        if whose is None or whose in models:
+            tracking.log_metrics(values, step, (_run_id(), models[whose]) if whose else None, at_ms)
     tracking.log_table(metrics.latency_table(result), "latency")
 
 
