@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset, Split
 from qexp.measurement.host import Host
+from qexp.pipeline.settle import settle
 from qexp.progress import say
 from qexp.text import as_text
 from qexp.tracking import runs as tracking
@@ -24,6 +25,7 @@ from qexp.tracking.runs import Run
 from qexp.tracking.uploads import upload
 
 T = TypeVar("T")
+AGAIN = "qexp.again"  # tag of the run of a stage alone: the command that repeats it
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Inputs:
 class Job:
     """The run of a command, which the runs of its stages are below; without one, each stage is a run at the top.
 
-    `left` are the runs that a stopped process has left below a job that is resumed, by name, the newest first.
+    `left` are the runs that a stopped process has left below a job that is resumed, by name, the newest first. `again`
+    is the command to give once more where a stage alone was stopped before it had a result.
     """
 
     host: Host
     run_id: str | None = None
     left: dict[str, list[Run]] | None = None
+    again: str = ""
 
     def stage(
         self,
@@ -56,7 +60,6 @@ class Job:
         inputs: Inputs | None = None,
         resume: str | None = None,
         holds: Callable[[T], bool] | None = lambda found: True,
-        then: Callable[[T], None] = lambda found: None,
     ) -> T:
         """What a stage has found: in a run that has finished, in the job's folder, or else by calling `work`.
 
@@ -68,26 +71,25 @@ class Job:
             read: the result that a finished run has logged.
             resume: the run in which `work` was stopped, and resumes, if it has begun.
             holds: whether an earlier result may be used again. None: never; the work is always done.
-            then: what follows in the same run, once the result is uploaded.
         """
         if holds:
-            found = self._found_before(name, note, read, resume, then)
+            found = self._found_before(name, note, read, resume)
             if found is not None and holds(found):
                 return found
         say(f"{name}: {as_text(note.replace('`', ''))}")
         with self._run(name, note, resume) as run_id:
             folder = self._folder(name, run_id)
             tracking.log_setup(config, self.host)
+            if self.again:
+                tracking.set_tag(AGAIN, self.again)
             _log_inputs(inputs)
             folder.mkdir(parents=True, exist_ok=True)
             kept = keep(folder, run_id, work(folder))
-            found = self._send(kept, folder, then)
+            sent: T = self._send(kept, folder)
         self._remove(folder)
-        return found
+        return sent
 
-    def _found_before(
-        self, name: str, note: str, read: Callable[[str], T], resume: str | None, then: Callable[[T], None]
-    ) -> T | None:
+    def _found_before(self, name: str, note: str, read: Callable[[str], T], resume: str | None) -> T | None:
         """The result of a finished run, or the one that was kept in the folder, which is uploaded now."""
         if self.left is None and resume is None:  # what else is in the folder is of another job
             return None
@@ -97,14 +99,14 @@ class Job:
         if not (kept := kept_in(self._folder(name, job))):
             return None
         with self._run(name, note, kept.run_id):
-            found: T = self._send(kept, self._folder(name, job), then)
+            found: T = self._send(kept, self._folder(name, job))
         self._remove(self._folder(name, job))
         return found
 
-    def _send(self, kept: Kept, folder: Path, then: Callable[[T], None]) -> T:
-        found: T = upload(kept.result, folder, kept.at_ms)
-        then(found)
-        return found
+    def _send(self, kept: Kept, folder: Path) -> Any:
+        """Upload a result, and move the alias that a stage alone asks for."""
+        found = upload(kept.result, folder, kept.at_ms)
+        return found if self.run_id else settle(found)
 
     def _folder(self, name: str, run_id: str) -> Path:
         return stage_folder(job_folder(self.run_id or run_id), name)

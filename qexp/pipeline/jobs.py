@@ -1,5 +1,6 @@
 """The commands of qexp: each calls the stages in order and returns what the last line on standard output shows."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,11 +9,12 @@ from typing import Any
 
 from qexp.config import Config
 from qexp.errors import InputError, StageError, StoreError
+from qexp.measurement.gate import UNMEASURED
 from qexp.pipeline import loading
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
 from qexp.pipeline.measure import measure_bf16, time_versions
-from qexp.pipeline.promote import hold_against_champion, succeed
+from qexp.pipeline.promote import hold_against_champion
 from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sensitivity_images
 from qexp.pipeline.report import report
 from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_run
@@ -24,6 +26,7 @@ from qexp.report.results import Bf16Evidence, Evidence, Int8Evidence, LatencyEvi
 from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
+from qexp.tracking.aliases import succeed
 from qexp.tracking.job_folder import LAUNCHER_LOCK
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of, use_store
@@ -145,7 +148,9 @@ def quantize_to_report(job: Job, setup: Setup, fp32: Fp32) -> Reported:
     while True:
         judged = hold_against_champion(job, setup, evidence)
         report_uri = report_stage(job, config, judged)
-        # The alias moves last: a job that fails on its way moves none.
+        # Aliases move last: a job that fails on its way moves none.
+        if judged.gate.word != UNMEASURED:
+            registry.make_challenger(registry.from_entity(registry.find_version(judged.int8.version_uri, "int8")))
         if not judged.champion or succeed(judged.int8.version_uri, judged.before_uri):
             return Reported(judged, report_uri)
         say("another version has become champion meanwhile: comparing with that one")
@@ -266,15 +271,14 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     setup = prepare(config, model_uri)
     setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     fp32 = loading.fp32_from_registry(model_uri, setup.dataset)
-    quantized = quantize_all(Job(setup.host), setup, fp32)
-    versions = [registry.from_entity(registry.find_version(int8.version_uri, "int8")) for int8 in quantized.int8s]
-    for version in versions:
-        registry.make_challenger(version)
+    again = shlex.join(["qexp", "quantize", "--model-uri", fp32.version.uri])
+    quantized = quantize_all(Job(setup.host, again=again), setup, fp32)
+    first = registry.from_entity(registry.find_version(quantized.int8s[0].version_uri, "int8"))
     found = [_figures_of(fp32, int8) for int8 in quantized.int8s]
     more: Summary = {"versions": found} if len(found) > 1 else {}
     more |= {"failed_engines": quantized.failed} if quantized.failed else {}
     more["test_images_also_in_training"] = setup.dataset.duplicates.test_images_seen
-    return {"command": "quantize", "run_id": versions[0].run_id, "fp32": fp32.version.uri, **found[0], **more}
+    return {"command": "quantize", "run_id": first.run_id, "fp32": fp32.version.uri, **found[0], **more}
 
 
 def _figures_of(fp32: Fp32, int8: Int8Evidence) -> Summary:
@@ -292,9 +296,10 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     config, host = prepare_for_version(config, model_uri)
     int8 = registry.find_version(model_uri, "int8")
     uri = registry.from_entity(int8).uri
+    again = shlex.join(["qexp", "latency", "--model-uri", uri])
     # Timing does not change the accuracy of bf16.
     bf16 = partial(loading.bf16_of, int8.tags)
-    evidence = latency_stage(Job(host), config, int8.tags["fp32_uri"], {uri: int8.tags["engine"]}, bf16)
+    evidence = latency_stage(Job(host, again=again), config, int8.tags["fp32_uri"], {uri: int8.tags["engine"]}, bf16)
     name = evidence.name_of(uri)
     result, floats = evidence.latency, evidence.fair_floats(config.gate.of(int8.name))
     over_fp32 = {str(row.batch_size): row.speedups[name].median for row in result.rows}
@@ -309,7 +314,8 @@ def run_report(config: Config, model_uri: str) -> Summary:
     """Write the report on the registered int8 version `model_uri` from what its runs have logged."""
     config, host = prepare_for_version(config, model_uri)
     evidence = loading.evidence_of_version(config, model_uri)
-    done = Reported(evidence, report_stage(Job(host), config, evidence))
+    again = shlex.join(["qexp", "report", "--model-uri", evidence.int8.version_uri])
+    done = Reported(evidence, report_stage(Job(host, again=again), config, evidence))
     return _summary("report", done.report_uri.split("/")[1], done)
 
 

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import InputError
+from qexp.pipeline.job import AGAIN
+from qexp.pipeline.settle import settle
 from qexp.progress import say
+from qexp.report.promotion import Promotion
+from qexp.report.results import Int8Evidence
 from qexp.tracking import metrics
 from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import check_unlocked, locked, noted_end, remove_folder
@@ -48,19 +52,21 @@ def sync_run(folder: Path) -> dict[str, Any]:
         check_unlocked(run_id)
         runs = [run, *tracking.children_of(run_id)]
         with locked(folder, run_id) if folder.is_dir() else nullcontext():
-            trained = [fp32.version.uri for fp32 in _upload_results(folder, runs) if isinstance(fp32, Fp32)]
+            found = list(_upload_results(folder, runs))
             otherwise = (noted_end(folder, run_id) or ("KILLED",))[0]
             for one in runs:
                 ended = noted_end(folder, one.info.run_id) or (otherwise,)
                 tracking.end_open_runs([tracking.find_run(one.info.run_id)], *ended)
         status = tracking.find_run(run_id).info.status
-    more: dict[str, Any] = {"fp32": trained[0]} if trained else {}
+    more: dict[str, Any] = {}
+    for one in found:
+        more |= _facts_of(one)
     if status == "FINISHED":
         remove_folder(folder)
         say(f"run {run_id} is complete in {store_name()}")
-    else:
-        more["next"] = _next(run, trained)
-        say(f"what is left: {more['next']}")
+    if left := _next(run, status):
+        more["next"] = left
+        say(f"what is left: {left}")
     return {"command": "sync", "run_id": run_id, "status": status, **more}
 
 
@@ -73,10 +79,11 @@ def _upload_results(folder: Path, runs: list[Run]) -> Iterator[Any]:
                 if training:  # nobody has deleted it
                     _upload_curves(place, training)
             continue
-        run = tracking.find_run(kept.run_id)
+        run = next((run for run in runs if run.info.run_id == kept.run_id), None) or tracking.find_run(kept.run_id)
         if run.info.status != "FINISHED":
             with tracking.start_run(place.name, run.data.tags.get("mlflow.note.content", ""), kept.run_id):
-                yield upload(kept.result, place, kept.at_ms)
+                found = upload(kept.result, place, kept.at_ms)
+                yield settle(found) if run is runs[0] else found
         remove_folder(place)
 
 
@@ -87,9 +94,24 @@ def _upload_curves(folder: Path, training: Run) -> None:
     log_curves([EpochResult(**values) for values in epochs], logged, run_id)
 
 
-def _next(job: Run, trained: list[str]) -> str:
-    """The command that does what is left; `trained` are the versions that have been uploaded."""
-    stage = tracking.stage_of(job)
+def _facts_of(found: Any) -> dict[str, Any]:
+    """What the command's last line shows of a result that has been uploaded."""
+    if isinstance(found, Fp32):
+        return {"fp32": found.version.uri}
+    if isinstance(found, Int8Evidence):
+        return {"int8": found.version_uri}
+    if isinstance(found, Promotion):
+        return {"int8": found.uri, "decision": found.word, "reasons": list(found.reasons)}
+    return {}
+
+
+def _next(job: Run, status: str) -> str:
+    """The command that does what is left to do; the empty text if nothing is."""
+    stage, again = tracking.stage_of(job), job.data.tags.get(AGAIN, "")
+    if stage == "sensitivity" and again:  # of `qexp quantize`, whose next run has not begun
+        return again
+    if status == "FINISHED":
+        return ""
     if stage in ("main", "train"):
         return f"qexp {'run' if stage == 'main' else 'train'} --resume {job.info.run_id}"
-    return f"qexp {stage} --model-uri {trained[0]}" if trained else f"the same `qexp {stage}` command again"
+    return again or f"the same `qexp {stage}` command again"

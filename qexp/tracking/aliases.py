@@ -4,7 +4,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from qexp.tracking.store import again, is_missing, split_uri
+from qexp.tracking.store import again, is_missing, split_uri, uri_of
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 
@@ -23,6 +23,16 @@ def set_alias(alias: str, uri: str) -> None:
     """Give the version `models:/NAME/VERSION` an alias of its model."""
     name, number = split_uri(uri)
     again(lambda: mlflow.MlflowClient().set_registered_model_alias(name, alias, number))
+
+
+def succeed(int8_uri: str, champion_uri: str | None) -> bool:
+    """Make a version `champion` if the one that it was compared with, or none, still is, or if it has the alias itself;
+    whether that was so."""
+    now = version_with(CHAMPION, split_uri(int8_uri)[0])
+    unmoved = (uri_of(now) if now else None) in (champion_uri, int8_uri)
+    if unmoved:
+        move_champion(int8_uri)
+    return unmoved
 
 
 def move_champion(int8_uri: str) -> None:

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from qexp.errors import InputError, StageError, first_line
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents
 from qexp.models.stored import SUFFIXES
+from qexp.progress import say
 from qexp.tracking import description
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
@@ -242,6 +244,17 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
     found = client.get_model_version(name, number)
     if "classes" in found.tags:
         client.update_model_version(name, number, description.of_version(found))
+
+
+@contextmanager
+def others_left_alone(uri: str) -> Iterator[None]:
+    """What the block writes about a version that was there before is left out where its owner lets others only read."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        say(f"{uri} may only be read: its tags stay as they are")
 
 
 def load_version(uri: str, backend: str | None = None) -> Predict:

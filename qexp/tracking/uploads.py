@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 from torch import Tensor
 
-from qexp.measurement.gate import PASSED, UNMEASURED
+from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
 from qexp.models.classifier import Classifier, save_classifier
@@ -151,7 +151,8 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
             tags["backend"] = kernels[0].backend
             registry.describe_kernels(uri, description.about_kernels(found, kernels))
         registry.tag_version(uri, tags)
-    registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
+    with registry.others_left_alone(fp32.uri):
+        registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
     least = found.least_speedup(fastest, floats)
     tracking.set_note(
         f"{fastest} over the fastest float: **{found.mean_ratio(floats, fastest).median:.2f}x** in the mean, "
@@ -196,7 +197,9 @@ def _promotion(result: Promotion, folder: Path, at_ms: int) -> Promotion:
     tracking.log_result("latency", found.measured)
     tracking.log_result("promotion", found)
     tracking.log_metrics(found.figures, at_ms=at_ms)
-    registry.tag_version(found.uri, _promotion_tags(found, run_id, at_ms))
+    tags = _promotion_tags(found, run_id, at_ms)
+    if registry.look_up(found.uri).tags.get("promotion_at", "") <= tags["promotion_at"]:  # no later one has decided
+        registry.tag_version(found.uri, tags)
     tracking.set_tag("qexp.promotion", found.word)
     tracking.set_note("`{0.uri}` {0.summary}.".format(opaque(found)))
     return found
@@ -246,15 +249,12 @@ def _report(result: WrittenReport, folder: Path, at_ms: int) -> str:
 
 
 def upload_decision(evidence: Evidence) -> None:
-    """The gate's decision as tags of each int8 version, the verdict as those of the version chosen, which becomes
-    challenger. No alias moves where the times are not good enough for a verdict."""
+    """The gate's decision as tags of each int8 version, the verdict as those of the version chosen."""
     for judged in evidence.versions:
         tags = {"gate": judged.gate.word, "gate_reason": judged.gate.summary}
         registry.tag_version(judged.int8.version_uri, tags)
     chosen = evidence.int8.version_uri
     registry.tag_version(chosen, {"verdict": evidence.verdict.word, "verdict_reason": evidence.verdict.reason})
-    if evidence.gate.word != UNMEASURED:
-        registry.make_challenger(registry.from_entity(registry.find_version(chosen, "int8")))
 
 
 def upload_answer(evidence: Evidence) -> None:
