@@ -7,6 +7,7 @@ what it needs may not be installed.
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -23,17 +24,17 @@ from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
 from qexp.quantization.engines import fx
 from qexp.quantization.equivalence import check_kernels
-from qexp.quantization.result import EngineResult, QuantizedModel, QuantizeResult
+from qexp.quantization.result import QuantizedModel, QuantizeResult
 
 __all__ = ["KERNELS", "LOADED_WITHOUT_PICKLE", "QuantizedModel", "quantize_model"]
 
-Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], EngineResult]
+Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], QuantizedModel]
 # What `torch.backends.quantized.engine` may be at load, the default first; None: it does not matter.
 KERNELS: dict[str, tuple[str | None, ...]] = {"fx": fx.KERNELS, "pt2e": (None,), "onnx": (None,)}
 LOADED_WITHOUT_PICKLE = ("onnx",)  # engines whose versions MLflow loads where it is told not to open pickles
 
 
-def _imported(name: str, *arguments: Any) -> EngineResult:
+def _imported(name: str, *arguments: Any) -> QuantizedModel:
     """What an engine returns whose file is imported now."""
     check_engines([name])
     with extra(OF_ENGINE[name], f"engine {name}"):
@@ -63,8 +64,7 @@ def quantize_model(
             `options.allow_float` is off: the message names them; or the int8 kernels compute something else.
     """
     (engine,) = options.engine
-    kept = tuple(options.keep_fp32 or ())
-    check_layer_names(model, kept)
+    check_layer_names(model, options.keep_fp32 or ())
     if reduce_range is None:
         reduce_range = not read_host(None).has_int8_dot_product
     started = time.monotonic()
@@ -75,26 +75,17 @@ def quantize_model(
     missing = [name for name in layers if name not in made.int8_layers]
     unused = _unused_layers(model, missing, to_float(calibration_images[:1]))
     layers, missing = ([name for name in names if name not in unused] for names in (layers, missing))
-    result = QuantizeResult(
-        engine=engine,
-        backend=made.backend,
-        observer=options.observer,
-        per_channel=options.per_channel,
-        reduce_range=reduce_range,
-        calibration_images=len(calibration_images),
+    result = replace(
+        made.result,
         int8_layers=tuple(name for name in layers if name in made.int8_layers),
         float_layers=tuple(dict.fromkeys([*missing, *(name for name in made.float_layers if name not in unused)])),
         duration_s=time.monotonic() - started,
-        load_backend=made.load_backend,
-        kept_layers=kept,
-        saturating_layers=made.saturating_layers,
-        percentile=options.percentile_used,
     )
     if not options.allow_float:
         _refuse_float_layers(result)
-    quantized = QuantizedModel(made.call, made.stored, made.flavor, source, result)
-    check_kernels(engine, quantized.reloaded(), made.reference, source, calibration_images)
-    return quantized
+    assert made.reference is not None
+    check_kernels(engine, made.reloaded(), made.reference, source, calibration_images)
+    return replace(made, source=source, result=result, reference=None)
 
 
 def check_layer_names(network: nn.Module, kept: Sequence[str]) -> None:

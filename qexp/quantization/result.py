@@ -1,4 +1,4 @@
-"""The results of quantization: what an engine returns, how the model was quantized, and the int8 model itself."""
+"""The result of quantization: the int8 model, as an engine returns it, and how it was made."""
 
 import io
 from collections.abc import Callable
@@ -9,31 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qexp.config import QuantizeConfig
 from qexp.errors import InputError
 from qexp.files import replacing
 from qexp.tables import Shown, Table
-
-
-@dataclass(frozen=True)
-class EngineResult:
-    """An int8 model as an engine has made it.
-
-    `call` takes float images [N, 3, H, W] in [0, 1] and gives float logits [N, classes]. `stored` is what the MLflow
-    flavour of the name `flavor` logs, and what a reloaded version computes with. Layers are the qualified names of
-    Conv2d and Linear modules. `load_backend` is what `torch.backends.quantized.engine` must be at load for the speed
-    of `backend`; None: any. The weights of `saturating_layers` have 7 bits, whatever the CPU. `reference` is the
-    quantized program from before the engine put int8 kernels into it: the same integers, computed with in fp32.
-    """
-
-    call: Callable[[Tensor], Tensor]
-    reference: Callable[[Tensor], Tensor]
-    stored: Any
-    flavor: Literal["pytorch", "onnx"]
-    backend: str
-    int8_layers: tuple[str, ...]
-    float_layers: tuple[str, ...]
-    load_backend: str | None = None
-    saturating_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,9 +20,10 @@ class QuantizeResult:
     """How a model was quantized. Layers are the qualified names of its Conv2d and Linear modules, and of the first
     projections of its attention (`….in_proj`), of which quantization makes linear layers.
 
-    With `reduce_range`, all weights have 7 bits. `kept_layers` are those of `float_layers` that were asked to stay
-    fp32. `load_backend` and `saturating_layers` are as in `EngineResult`. `percentile` is that of the observer of this
-    name, None with others.
+    With `reduce_range`, all weights have 7 bits; those of `saturating_layers` have, whatever the CPU. `kept_layers` are
+    those of `float_layers` that were asked to stay fp32. `load_backend` is what `torch.backends.quantized.engine` must
+    be at load for the speed of `backend`; None: any. `percentile` is that of the observer of this name, None with
+    others. `duration_s` is 0 until all is done.
     """
 
     engine: str
@@ -60,6 +40,37 @@ class QuantizeResult:
     saturating_layers: tuple[str, ...] = ()
     percentile: float | None = None
 
+    @classmethod
+    def with_options(
+        cls,
+        options: QuantizeConfig,
+        reduce_range: bool,
+        calibration_images: int,
+        *,
+        backend: str,
+        int8_layers: tuple[str, ...],
+        float_layers: tuple[str, ...],
+        load_backend: str | None = None,
+        saturating_layers: tuple[str, ...] = (),
+    ) -> "QuantizeResult":
+        """What an engine has found, beside what it was asked for."""
+        (engine,) = options.engine
+        return cls(
+            engine=engine,
+            backend=backend,
+            observer=options.observer,
+            per_channel=options.per_channel,
+            reduce_range=reduce_range,
+            calibration_images=calibration_images,
+            int8_layers=int8_layers,
+            float_layers=float_layers,
+            duration_s=0,
+            load_backend=load_backend,
+            kept_layers=tuple(options.keep_fp32 or ()),
+            saturating_layers=saturating_layers,
+            percentile=options.percentile_used,
+        )
+
 
 SUFFIXES = {"pytorch": ".pth", "onnx": ".onnx"}  # by flavour, of the file that MLflow stores
 
@@ -68,8 +79,10 @@ SUFFIXES = {"pytorch": ".pth", "onnx": ".onnx"}  # by flavour, of the file that 
 class QuantizedModel(Shown):
     """The int8 model, float images [N, 3, H, W] in [0, 1] to float logits [N, classes], and how it was made.
 
-    `source` is the fp32 module that was quantized: the model after its exact clean-up. `result` says how. The model is
-    called as a module is; `print(model)` shows what it is.
+    `stored` is what the MLflow flavour of the name `flavor` logs, and what a reloaded version computes with. `source`
+    is the fp32 module that was quantized: the model after its exact clean-up. `result` says how. `reference` is there
+    until the int8 kernels have been held against it: the quantized program from before the engine put them into it, the
+    same integers computed with in fp32. The model is called as a module is; `print(model)` shows what it is.
     """
 
     module: Callable[[Tensor], Tensor]
@@ -77,6 +90,7 @@ class QuantizedModel(Shown):
     flavor: Literal["pytorch", "onnx"]
     source: nn.Module
     result: QuantizeResult
+    reference: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits float32 [N, classes] of float images [N, 3, H, W] in [0, 1].

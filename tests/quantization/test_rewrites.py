@@ -18,7 +18,7 @@ from qexp.quantization import ENGINES, quantize_model
 from qexp.quantization.cleanup import clean
 from qexp.quantization.engines import lowering
 from qexp.quantization.equivalence import check_kernels, sqnr_db
-from qexp.quantization.result import EngineResult
+from qexp.quantization.result import QuantizedModel
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -125,7 +125,7 @@ def some_images() -> tuple[Tensor, Tensor]:
     return patches(16, 12), to_float(patches(40, 12))
 
 
-def make(engine: str, model: nn.Module, images: Tensor) -> EngineResult:
+def make(engine: str, model: nn.Module, images: Tensor) -> QuantizedModel:
     source = clean(model, to_float(images[:2]), False)
     return ENGINES[engine](source, images, QuantizeConfig(engine=engine, observer="minmax"), False)
 
@@ -136,11 +136,11 @@ def test_skips_compute_what_the_quantized_program_does(forward: Forward, engine:
     model, (images, inputs) = network(forward), some_images()
     made = make(engine, model, images)
     with torch.no_grad():
-        exact, program, int8 = (function(inputs) for function in (model, made.reference, made.call))
+        exact, program, int8 = (function(inputs) for function in (model, made.reference, made.module))
         assert sqnr_db(exact, int8) > max(sqnr_db(exact, program) - 3, 5)
         for size in (1, 3):
-            assert torch.allclose(made.call(inputs[:size]), int8[:size], atol=1e-6)
-    check_kernels(engine, made.call, made.reference, model, images)
+            assert torch.allclose(made.module(inputs[:size]), int8[:size], atol=1e-6)
+    check_kernels(engine, made.module, made.reference, model, images)
 
 
 def test_a_tensor_changed_under_another_name() -> None:
@@ -198,7 +198,7 @@ def test_another_network_is_refused(engine: str, monkeypatch: pytest.MonkeyPatch
     images = some_images()[0]
     wrong = make(engine, other, images)
     right = ENGINES[engine]
-    swapped = lambda *given: replace(right(*given), call=wrong.call, stored=wrong.stored)  # noqa: E731
+    swapped = lambda *given: replace(right(*given), module=wrong.module, stored=wrong.stored)  # noqa: E731
     monkeypatch.setitem(quantization.ENGINES, engine, swapped)
     with pytest.raises(StageError, match=f"^engine {engine}: its int8 kernels compute something else"):
         quantize_model(model, images, QuantizeConfig(engine=engine, allow_float=True), False)
@@ -240,7 +240,7 @@ def test_logits_are_floats_of_an_int8_layer(end: str, engine: str) -> None:
     model, (images, inputs) = network(ENDS[end]), some_images()
     made = make(engine, model, images)
     with torch.no_grad():
-        exact, logits = model(inputs), made.call(inputs)
+        exact, logits = model(inputs), made.module(inputs)
     found = logits[logits != 0]  # which a ReLU gives many times
     assert found.unique().numel() > 0.9 * found.numel() > 100
     assert made.float_layers == () and {"head", "last", "pointwise"} & set(made.int8_layers)
@@ -258,4 +258,4 @@ def test_a_last_convolution_of_more_than_one_pixel_stays_int8_in_onnx() -> None:
     made = make("onnx", model, images)
     assert made.float_layers == () and set(made.int8_layers) == {"a", "b"}
     with torch.no_grad():
-        assert sqnr_db(model(inputs), made.call(inputs)) > 15
+        assert sqnr_db(model(inputs), made.module(inputs)) > 15

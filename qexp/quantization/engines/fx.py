@@ -39,7 +39,7 @@ from qexp.quantization.engines.packed import SCALAR_TYPES, Factors, Output, Pack
 from qexp.quantization.equivalence import same_logits
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import below, calibration_batches, observer_class
-from qexp.quantization.result import EngineResult
+from qexp.quantization.result import QuantizedModel, QuantizeResult
 
 KERNELS = ("x86", "onednn")  # what a process uses that sets none, then the other
 MOST_GROUPS = 100  # of a convolution that torch's x86 leaves to oneDNN (should_use_onednn_quant in aten)
@@ -72,7 +72,7 @@ class Float(nn.Module):
         return self.operation(*arguments, **options)
 
 
-def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
+def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
     example, limits = to_float(images[:2]), {}
     batches = list(calibration_batches(images, options.calibration_batch_size))
@@ -88,10 +88,17 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
         mapping = _qconfig_mapping(options, reduce_range, saturating, limits)
         reference, converted = _calibrate_and_convert(model, batches, mapping, expected)
         module = _trace(converted, example, limits)
-    int8, floats = _int8_layers(converted), _float_products(converted)
-    return EngineResult(
-        module, reference, module, "pytorch", backend, int8, floats, backend, () if reduce_range else saturating
+    result = QuantizeResult.with_options(
+        options,
+        reduce_range,
+        len(images),
+        backend=backend,
+        int8_layers=_int8_layers(converted),
+        float_layers=_float_products(converted),
+        load_backend=backend,
+        saturating_layers=() if reduce_range else saturating,
     )
+    return QuantizedModel(module, module, "pytorch", model, result, reference)
 
 
 def _logits_before(model: nn.Module, images: Tensor) -> Tensor:

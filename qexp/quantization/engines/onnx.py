@@ -29,7 +29,7 @@ from qexp.progress import track
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import calibration_batches, observer_class
-from qexp.quantization.result import EngineResult
+from qexp.quantization.result import QuantizedModel, QuantizeResult
 
 LAYER_TYPES = ("Conv", "Gemm", "MatMul")
 # With these, all that multiply by weights: what is not quantized is told.
@@ -39,7 +39,7 @@ MOST_BYTES = 2_000_000_000  # of activations, all of which are there at once: Vi
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
+def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
     """See `qexp.quantization.quantize_model`."""
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
 
 def _quantize(
     model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool, folder: Path
-) -> EngineResult:
+) -> QuantizedModel:
     exported, prepared, quantized, ranges = (
         folder / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx", "ranges.json")
     )
@@ -79,7 +79,10 @@ def _quantize(
     in_int8 = _int8_nodes(quantized, folder / "optimized.onnx")
     floats = {layer for node, layer in products.items() if node not in in_int8}
     int8 = tuple(layer for layer in products.values() if layer not in floats)
-    return EngineResult(OnnxClassifier(stored), reference, stored, "onnx", "onnxruntime", int8, tuple(sorted(floats)))
+    result = QuantizeResult.with_options(
+        options, reduce_range, len(images), backend="onnxruntime", int8_layers=int8, float_layers=tuple(sorted(floats))
+    )
+    return QuantizedModel(OnnxClassifier(stored), stored, "onnx", model, result, reference)
 
 
 def _observe(graph: onnx.ModelProto, images: Tensor, options: QuantizeConfig) -> TensorsData:

@@ -19,7 +19,7 @@ from qexp.measurement.accuracy import to_float
 from qexp.progress import track
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import calibration_batches, observer_class
-from qexp.quantization.result import EngineResult
+from qexp.quantization.result import QuantizedModel, QuantizeResult
 
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 # Torch's own for observers. The 2**-12 of torchao's quantizer is coarser than int8 for weights below 0.03.
@@ -32,7 +32,7 @@ LEFT_FP32 = (
 )  # fmt: skip
 
 
-def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
+def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
     """See `qexp.quantization.quantize_model`; `model` may be changed."""
     for noisy in ("torchao", "torch.utils._pytree"):  # of CUDA extensions that cannot be loaded, of names that change
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -45,7 +45,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     return made
 
 
-def _quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> EngineResult:
+def _quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
     from torchao.quantization.pt2e import quantize_pt2e
 
     from qexp.quantization.engines.lowering import lower
@@ -68,7 +68,15 @@ def _quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_
     stayed = {_module_of(node) or name for node in lowered.graph.nodes if (name := _fp32_weights(node))}
     module = torch.jit.trace(lowered, example, check_trace=False).eval()
     int8_layers = tuple(name for name in layers if name not in stayed)
-    return EngineResult(module, converted, module, "pytorch", "onednn", int8_layers, tuple(sorted(stayed)))
+    result = QuantizeResult.with_options(
+        options,
+        reduce_range,
+        len(images),
+        backend="onednn",
+        int8_layers=int8_layers,
+        float_layers=tuple(sorted(stayed)),
+    )
+    return QuantizedModel(module, module, "pytorch", model, result, converted)
 
 
 def _quantizer(options: QuantizeConfig, reduce_range: bool) -> Any:
