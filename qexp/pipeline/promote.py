@@ -53,7 +53,7 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     before = uri_of(champion) if champion else None
     setup = prepare(config, fp32_uri)
     other = champion if before != uri else None
-    again = shlex.join(["qexp", "promote", name, "--version", candidate.version, *(["--force"] if force else [])])
+    again = shlex.join(["qexp", "promote", name, "--version", str(candidate.version), *(["--force"] if force else [])])
     job = Job(setup.host, again=again)
     found = _promotion(job, setup, candidate, other, lambda found: replace(found, force=force))
     if found.overtaken:
