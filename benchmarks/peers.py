@@ -13,6 +13,7 @@ Writes OUTPUT.md, OUTPUT.json and OUTPUT.png.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,8 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
         made = make_all(fp32.model, images, folder, reduce_range=not host.has_int8_dot_product)
         entries = _entries(folder, made, fp32.logits["test"], dataset)
         command = [sys.executable, "-W", "ignore", __file__, "--time", name, "--rounds", str(rounds)]
-        subprocess.run(command, env=registry.child_environment(host.threads), check=True)
+        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run(command, env=registry.child_environment(host.threads) | path, check=True)
         rows = from_json(tuple[LatencyRow, ...], (folder / "rows.json").read_text())
         limits = from_json(Limits, (folder / "limits.json").read_text())
         profiles = from_json(dict[int, tuple[Operation, ...]], (folder / "profiles.json").read_text())

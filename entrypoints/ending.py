@@ -1,6 +1,5 @@
 """The one way in which every command ends: its result, or one line on standard error and an exit code."""
 
-import ctypes
 import json
 import os
 import signal
@@ -15,10 +14,11 @@ import typer
 
 from qexp.environment import wait_without_spinning
 from qexp.errors import InputError, StageError, first_line
+from qexp.files import own_temporary_folder
+from qexp.processes import end_with
 from qexp.progress import announce, clean_logs, clear_line
 from qexp.text import hide_secrets, printable
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 BAD_INPUT = 2
 Summary = dict[str, Any]
 
@@ -35,12 +35,14 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed; under nohup it stays ignored
         signal.signal(signal.SIGHUP, _terminated)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when the launcher is killed, its processes stop
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # when the launcher is killed, its processes stop, with a checkpoint
+        end_with(os.getppid(), signal.SIGTERM)
+    os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that a library starts import nothing from the current folder
     clean_logs()
     announce("starting")  # importing torch takes seconds
     try:
-        summary = action()
+        with own_temporary_folder():
+            summary = action()
     except InputError as error:
         fail(str(error), BAD_INPUT)
     except StageError as error:

@@ -1,17 +1,23 @@
-"""Files that are written whole or not at all, and results as JSON."""
+"""Files that are written whole or not at all, results as JSON, and the folder of a command's temporary files."""
 
+import fcntl
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter
 
+from qexp.environment import environment
 from qexp.errors import StageError, first_line
 
 T = TypeVar("T")
+TEMPORARY = "qexp-work-"  # begins the names of folders for temporary files
+YOUNG_S = 60  # a folder may be younger than its lock
 
 
 @contextmanager
@@ -78,3 +84,47 @@ def to_json(result: object) -> str:
 def from_json(kind: type[T], text: str) -> T:
     """The result that `to_json` wrote."""
     return TypeAdapter(kind).validate_json(text)
+
+
+@contextmanager
+def own_temporary_folder() -> Iterator[None]:
+    """Within the block, the temporary files of this process, of its libraries and of its children are in one folder,
+    which is removed at the end. So are those that this user's killed processes have left."""
+    above = tempfile.tempdir
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
+        held = _lock(folder)
+    except OSError:  # nothing can be written there: what needs a file says so
+        yield
+        return
+    try:
+        _remove_abandoned(folder.parent)
+        tempfile.tempdir = str(folder)
+        with environment(TMPDIR=str(folder)):
+            yield
+    finally:
+        tempfile.tempdir = above
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _remove_abandoned(above: Path) -> None:
+    """Remove the folders whose process is gone: its lock went with it."""
+    for folder in above.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):  # another user's, or another process removes it now
+            found = folder.lstat()
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > YOUNG_S:
+                held = _lock(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds the folder for this process and its forks; OSError if another process does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -20,7 +20,7 @@ T = TypeVar("T")
 PORT = r"""\d{1,5}(?:[/?#][^@\s]*)?(?:[\s,;:)\]'"<>]|\.?\s|\.?$)"""
 # As in postgresql://user:password@host. A password may have blanks and an @ in it, so that the last @ ends it; without
 # a user's name it is a token. models:/name@alias is none.
-IN_ADDRESS = re.compile(rf"(://(?!\[)[^:/?#\s]*:)(?!{PORT})(?:(?:(?!://|models:/).)*|\S*)@|(://)[^:/?#@\s]{{20,}}@")
+IN_ADDRESS = re.compile(rf"(://(?!\[)[^:/?#\s]*:)(?!{PORT})(?:(?:(?!://|models:/| \().)*|\S*)@|(://)[^:/?#@\s]{{20,}}@")
 SECRET = (
     r"pass(?:word|wd|phrase)|pwd|secret|token|api[-_]?key|access[-_]?key(?:[-_]?id)?|account[-_]?key|credentials?|"
     r"signature|sig"

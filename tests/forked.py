@@ -22,11 +22,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -145,15 +144,21 @@ def start_forking() -> None:
 
 def _children_are_forks(files: Path) -> None:
     _forking[:] = [Forking(files)]
-    ours = SimpleNamespace(run=_run_forked, DEVNULL=subprocess.DEVNULL)
     for module in ("qexp.measurement.sweep", "qexp.tracking.clean_process"):
-        sys.modules[module].subprocess = ours  # type: ignore[attr-defined]
+        sys.modules[module].run_python = _run_forked  # type: ignore[attr-defined]
 
 
 def start_forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], before: str = "") -> Forked:
     """Start `qexp ARGUMENTS` in `folder`; `before` is Python that the process runs first."""
+    return start_python(folder, ("-m", "entrypoints.cli", *arguments), environment, before)
+
+
+def start_python(
+    folder: Path, command: tuple[str, ...], environment: dict[str, str], before: str = "", **more: Any
+) -> Forked:
+    """Start a Python program, `-m module` or `-c code` and arguments; `more` are fields of `Request`."""
     assert _forking, "a test that starts a process is marked slow"
-    return _forking[0].start(str(folder), ("-m", "entrypoints.cli", *arguments), environment, before)
+    return _forking[0].start(str(folder), command, environment, before, **more)
 
 
 def run_apart(test: Callable[..., None], *arguments: object) -> None:
@@ -167,14 +172,13 @@ def run_apart(test: Callable[..., None], *arguments: object) -> None:
     assert process.wait() == 0, process.stderr
 
 
-def _run_forked(command: list[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Stands for `subprocess.run` of a Python program."""
-    words = tuple(command[3:])  # without the interpreter and `-W ignore`
+def _run_forked(words: Sequence[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Stands for `run_python` of qexp.processes."""
     ours = f"/proc/{os.getpid()}/fd/2"
     written = {} if options.get("capture_output") else {"written": (ours, ours)}
-    process = _forking[0].start(os.getcwd(), words, env, clean=words[0] == "-c", **written)
+    process = _forking[0].start(os.getcwd(), tuple(words), env, clean=words[0] == "-c", **written)
     code = process.wait(600)
-    return subprocess.CompletedProcess(command, code, process.stdout, process.stderr)
+    return subprocess.CompletedProcess(words, code, process.stdout, process.stderr)
 
 
 def _serve(requests: Connection) -> None:

@@ -3,20 +3,32 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
+from forked import Forked, start_python
 from postgres import free_port
 from stores import new_store
 
 START_S, STOP_S = 180, 20
+# `mlflow server` starts uvicorn as a program of its own: here, in the process that has MLflow, which takes ten seconds.
+UVICORN_IN_PLACE = """
+import os, runpy, sys
+import uvicorn  # before MLflow, which then knows that it serves
+import mlflow.server
+
+def run(command, extra_env=None, **options):
+    os.environ.update(extra_env or {})
+    sys.argv = command[2:]
+    runpy.run_module("uvicorn", run_name="__main__", alter_sys=True)
+
+mlflow.server._exec_cmd = run
+"""
 
 
 @dataclass
@@ -36,11 +48,16 @@ class Server:
 
     def start(self, stack: ExitStack) -> None:
         """Start it, or start it again; it ends with `stack`."""
-        log = stack.enter_context((self.folder / "server.log").open("a"))
-        store = self.store or new_store(self.folder)
-        artifacts = str(self.artifacts or self.folder / "artifacts")
-        running = _running_server(store, artifacts, self.port, ["--workers", "1", *self.options], log)
-        self.pid = stack.enter_context(running)[1].pid
+        arguments = f"server --host 127.0.0.1 --port {self.port} --workers 1 --artifacts-destination".split()
+        words = ("-m", "mlflow", *arguments, str(self.artifacts or self.folder / "artifacts"), *self.options)
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+        environment["MLFLOW_BACKEND_STORE_URI"] = self.store or new_store(self.folder)
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        log = str(self.folder / "server.log")
+        process = start_python(self.folder, words, environment, UVICORN_IN_PLACE, written=(log, log))
+        self.pid = process.pid
+        stack.callback(_end, process)
+        wait_until_it_answers(self.url, process)
 
     def kill(self) -> None:
         """SIGKILL for it and all that it has started."""
@@ -56,29 +73,21 @@ def start_server(folder: Path, store: str = "", artifacts: Path | None = None, *
         yield server
 
 
-@contextmanager
-def _running_server(
-    store: str, artifacts: str, port: int, options: Sequence[str], log: IO[str]
-) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """`mlflow server` on 127.0.0.1, answering: its URL and process. All of its processes end with the block."""
-    command = [sys.executable, *f"-m mlflow server --host 127.0.0.1 --port {port}".split()]
-    command += ["--artifacts-destination", artifacts, *options]
-    own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"} | own
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_it_answers(url, process)
-        yield url, process
-    finally:
-        stop_group(process)
+def _end(process: Forked) -> None:
+    """End it, and all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(STOP_S)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
 
 
-def wait_until_it_answers(url: str, process: "subprocess.Popen[bytes]") -> None:
+def wait_until_it_answers(url: str, process: "subprocess.Popen[bytes] | Forked") -> None:
     """Until a server of MLflow answers at all: one that asks who we are does."""
     end = time.monotonic() + START_S
     while time.monotonic() < end:
-        assert process.poll() is None, f"the server has ended with exit code {process.returncode}"
+        assert (code := process.poll()) is None, f"the server has ended with exit code {code}"
         try:
             urllib.request.urlopen(f"{url}/health", timeout=2)
             return

@@ -14,6 +14,7 @@ import mlflow
 import pytest
 from conftest import REPOSITORY, Finished, environment_for, run_qexp, start_qexp
 from mlflow.projects.utils import load_project
+from shadows import write_shadows
 from stores import new_store
 from typer.testing import CliRunner
 
@@ -290,6 +291,7 @@ def test_the_run_that_mlflow_has_started_keeps_the_reason(words: str, reason: st
 def _on_a_terminal(folder: Path, uri: str, *words: str) -> str:
     """What a command writes on standard output, which is a terminal of 80 columns."""
     ours, theirs = pty.openpty()
+    write_shadows(folder)  # from which it imports nothing
     command = [sys.executable, "-m", "entrypoints.cli", *words]
     environment = environment_for(uri) | {"COLUMNS": "80", "TERM": "dumb"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=theirs, stderr=subprocess.PIPE)

@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY
 
+from qexp import files
 from qexp.data import imagefolder
 from qexp.errors import StageError
-from qexp.files import replacing
+from qexp.files import TEMPORARY, own_temporary_folder, replacing
 from qexp.models.classifier import Classifier, ModelSpec, save_classifier
 
 FULL = """
@@ -46,8 +48,8 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
         plain.write_text("as everybody does")
     finally:
         os.umask(before)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 4 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 4 and {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
@@ -74,3 +76,37 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
         and "checkpoint.pt: cannot be written ([Errno 27]" in done.stderr
     )
     assert (tmp_path / "checkpoint.pt").read_text() == "previous" and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+IN_USE = """
+import tempfile
+from qexp.files import own_temporary_folder
+with own_temporary_folder():
+    print(tempfile.mkdtemp(), flush=True)
+    input()
+"""
+
+
+def test_temporary_files_of_a_killed_process_are_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(files, "YOUNG_S", -1)
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", IN_USE], env=environment, **pipes)  # type: ignore[call-overload]
+    theirs = Path(process.stdout.readline().strip())
+    (tmp_path / "qexp-notes").mkdir()
+    with own_temporary_folder():
+        with tempfile.NamedTemporaryFile() as file:
+            ours = Path(file.name).parent
+        assert theirs.parent.name.startswith(TEMPORARY) and theirs.is_dir()
+        assert {ours, theirs.parent, tmp_path / "qexp-notes"} == {*tmp_path.iterdir()}
+        child = subprocess.run([sys.executable, "-c", "import tempfile; print(tempfile.gettempdir())"], stdout=-1)
+        assert child.stdout.decode().strip() == str(ours)
+    process.kill()
+    process.wait()
+    assert theirs.is_dir() and not ours.exists() and tempfile.gettempdir() == str(tmp_path)
+    with own_temporary_folder():
+        assert not theirs.parent.exists()
+    assert os.listdir(tmp_path) == ["qexp-notes"]

@@ -22,6 +22,8 @@ ONLY_IN = {
     "sqlalchemy": ("search/",),
     "matplotlib": ("report/figures.py",),
     "torchinfo": ("measurement/cost.py",),
+    "subprocess": ("processes.py", "tracking/commit.py"),  # for git; Python processes are started at one place
+    "multiprocessing": ("measurement/sweep.py",),  # forks, which end with the sweep
     "typer": (),
 }
 

@@ -7,6 +7,7 @@ datasets.py, and decodes the files of `qexp predict`.
 import hashlib
 import os
 import stat
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from qexp.progress import say, track
 warnings.filterwarnings("ignore", "Palette images with Transparency")  # which is dropped, as intended
 # What Pillow opens only with the help of another program, or names without decoding.
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+LEFT_S = 3600  # after which a cache that was not written to its end is nobody's
 DECODER = 2  # version of the decoding below, in the caches' names: 2 honours EXIF orientations
 
 
@@ -198,6 +200,10 @@ def cached(
             return tensors
     tensors = read()
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+    with suppress(OSError):
+        for left in root.glob(".qexp-cache-*.tmp"):  # by a process that was killed: writing one takes seconds
+            if time.time() - left.stat().st_mtime > LEFT_S:
+                left.unlink()
     try:
         for stale in root.glob(f".qexp-cache-{image_size}px-*.safetensors"):
             stale.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The latency sweep in a process of its own: `python -m qexp.measurement.sweep REQUEST.json RESULT.json`.
+"""The latency sweep in a process of its own: the module qexp.measurement.sweep with REQUEST.json and RESULT.json.
 
 It fixes the thread count, loads copies of all models as a user does, and does nothing else while it times them, but
 watch what else the machine does. Start-up and memory are measured first, in one more process per model; from the passes
@@ -9,10 +9,10 @@ keep one kernel, for the first shape that they see, as a service with that batch
 
 import math
 import multiprocessing
+import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,6 +46,7 @@ from qexp.measurement.latency import (
     measure_latency,
 )
 from qexp.measurement.sweep_models import BASELINE, Predict, SweepModel, load, prepare_baseline
+from qexp.processes import end_with, run_python
 from qexp.progress import Progress, in_words, say
 
 LONGEST_PASS_S = 1.0  # of the slowest model; batch sizes that take longer are left out unless they were chosen
@@ -77,8 +78,8 @@ def run_sweep(request: SweepRequest, environment: dict[str, str]) -> LatencyResu
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder, "request.json"), Path(folder, "result.json")
         question.write_text(to_json(request))
-        command = [sys.executable, "-W", "ignore", "-m", "qexp.measurement.sweep", str(question), str(answer)]
-        status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
+        words = ["-m", "qexp.measurement.sweep", str(question), str(answer)]
+        status = run_python(words, environment, stdout=sys.stderr).returncode
         if status != 0:
             names = ", ".join(model.name for model in request.models)
             raise StageError(f"the latency sweep of {names} failed with exit code {status}; see the lines above")
@@ -260,7 +261,10 @@ def _in_fork(work: Callable[..., Any]) -> Any:
         StageError: it raised, or the copy was killed, for instance for its memory.
     """
 
+    parent = os.getpid()
+
     def send(end: Connection) -> None:
+        end_with(parent)
         try:
             with torch.no_grad():
                 end.send((work(), ""))

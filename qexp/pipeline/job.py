@@ -19,10 +19,12 @@ from qexp.pipeline.settle import settle
 from qexp.progress import say
 from qexp.text import as_text
 from qexp.tracking import runs as tracking
-from qexp.tracking.job_folder import LOCK, job_folder, lock_of, remove_folder, stage_folder
+from qexp.tracking.job_folder import LOCK, RESULT, job_folder, lock_of, remove_folder, remove_if_empty, stage_folder
+from qexp.tracking.outage import AdvisedError
 from qexp.tracking.results import Kept, Result, keep, kept_in
 from qexp.tracking.runs import Run
 from qexp.tracking.uploads import upload
+from qexp.training.checkpoint import checkpoint_exists
 
 T = TypeVar("T")
 AGAIN = "qexp.again"  # tag of the run of a stage alone: the command that repeats it
@@ -83,8 +85,8 @@ class Job:
             if self.again:
                 tracking.set_tag(AGAIN, self.again)
             _log_inputs(inputs)
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = keep(folder, run_id, work(folder))
+            with _new_folder(folder):
+                kept = keep(folder, run_id, work(folder))
             sent: T = self._send(kept, folder)
         self._remove(folder)
         return sent
@@ -130,16 +132,37 @@ class Job:
 
 
 @contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """The folder of a stage that works inside the block. If the stage fails, what it has left there goes, unless it can
+    be resumed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not (folder / RESULT).is_file() and not checkpoint_exists(folder):
+            remove_folder(folder)
+        raise
+
+
+@contextmanager
 def run_at_the_top(
     name: str, note: str, resume: str | None = None, lock: str = LOCK, stage: str | None = None
 ) -> Iterator[str]:
     """A run that belongs to no other, and its folder, which no other process may use meanwhile.
 
-    Of one that is resumed, nothing is touched before it is known that nobody else is at work on it.
+    Of one that is resumed, nothing is touched before it is known that nobody else is at work on it. If the run fails
+    before anything was kept in its folder, there is no folder afterwards.
     """
-    with lock_of(resume, lock), tracking.start_run(name, note, resume, stage) as run_id:
-        with lock_of(None if resume else run_id, lock):
-            yield run_id
+    begun = resume
+    try:
+        with lock_of(resume, lock), tracking.start_run(name, note, resume, stage) as run_id:
+            begun = run_id
+            with lock_of(None if resume else run_id, lock):
+                yield run_id
+    except BaseException as error:
+        if begun and not isinstance(error, AdvisedError):  # whose message names the folder
+            remove_if_empty(begun)
+        raise
 
 
 @contextmanager

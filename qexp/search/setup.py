@@ -4,22 +4,24 @@ Fed by the options and by the stages of pipeline/, for the model; gives job.py t
 """
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from qexp.config import Config, given_otherwise
+from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
 from qexp.data.datasets import Dataset, dataset_name
 from qexp.errors import InputError
 from qexp.measurement.accuracy import measure_accuracy
 from qexp.measurement.host import Host
 from qexp.models.classifier import ModelSpec, outline
 from qexp.pipeline import loading
-from qexp.pipeline.job import Job
+from qexp.pipeline.job import Job, runs_below
 from qexp.pipeline.jobs import sensitivity_stage, train_stage
 from qexp.pipeline.quantize import BUDGET_IMAGES, warn_of_reduced_range
-from qexp.pipeline.setup import Setup, prepare, with_quantization_checked
+from qexp.pipeline.setup import Setup, check_data_of_run, prepare, with_quantization_checked
 from qexp.progress import say
 from qexp.quantization.sensitivity import most_sensitive_first
 from qexp.search.storage import Place
@@ -27,8 +29,10 @@ from qexp.search.study import Study, find_study, make_study, search_space
 from qexp.search.trials import Bench, time_against_fp32
 from qexp.tracking import registry, search_runs
 from qexp.tracking import runs as tracking
+from qexp.tracking.job_folder import FOLDER, check_unlocked, job_folder, locked, remove_if_empty
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of
+from qexp.training.checkpoint import load_checkpoint
 
 # Options of quantization that the space varies, or that no trial looks at: they make no other study.
 OF_NO_TRIAL = {
@@ -70,6 +74,8 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
         facts = _facts(config, host, model_uri)
         study = find_study(place, name or _own_name(facts), config, facts)
         parent = _parent_of(study)
+    else:
+        parent = _stopped_in_training(config, dataset)
     if parent:
         tracking.use_experiment(dataset.name, parent)
     return Ready(config, host, dataset, model_uri, study, parent)
@@ -77,6 +83,28 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
 
 def _parent_of(study: Study | None) -> str | None:
     return search_runs.find_parent(study.note("run_id"), study.name) if study else None
+
+
+def _stopped_in_training(config: Config, dataset: Dataset) -> str | None:
+    """The run of a search that was stopped while it trained the model that this one needs; its checkpoint is here."""
+    for folder in sorted(Path(FOLDER).glob(f"*/train-{config.model}")):
+        run_id = folder.parent.name
+        with suppress(InputError):  # of another store, at work, of other images, damaged: this search trains anew
+            check_unlocked(run_id)
+            run = tracking.find_run(run_id)
+            same = _of_training(tracking.read_config(run_id)) == _of_training(config)
+            if tracking.stage_of(run) == "search" and run.info.status != "FINISHED" and same:
+                check_data_of_run(run_id, dataset)
+                load_checkpoint(folder)
+                say(f"the training of search {run_id} was stopped, and is resumed")
+                return run_id
+    return None
+
+
+def _of_training(config: Config) -> tuple[Any, ...]:
+    """What two trainings must have in common to be one."""
+    data, options = config.data.model_dump(exclude={"data_dir"}), config.train.model_dump(exclude=set(HOW_TO_TRAIN))
+    return config.model, config.seed, data, options
 
 
 def _newest(config: Config) -> str | None:
@@ -102,7 +130,7 @@ def set_up(ready: Ready, place: Place, run_id: str) -> tuple[Study, Bench]:
     if ready.parent_run_id is None:
         tracking.log_setup(config, host)
         tracking.log_datasets(dataset, ("train", "validation"))
-    uri = ready.model_uri or train_stage(Job(host, run_id), Setup(config, host, dataset)).version.uri
+    uri = ready.model_uri or _train(ready, run_id)
     fp32 = loading.fp32_from_registry(uri, dataset, splits=("validation",))
     study = ready.study
     if study is None:
@@ -120,6 +148,15 @@ def set_up(ready: Ready, place: Place, run_id: str) -> tuple[Study, Bench]:
     top1 = measure_accuracy(fp32.logits["validation"], dataset.validation.labels).top1_percent
     version = fp32.version
     return study, Bench(config, host, dataset, fp32.model, version.uri, version.size_bytes, top1, order, p50_ms)
+
+
+def _train(ready: Ready, run_id: str) -> str:
+    """Train a model below the parent run, where no other search may do so meanwhile; the URI of its version."""
+    with locked(job_folder(run_id), run_id):
+        job = Job(ready.host, run_id, runs_below(run_id))
+        uri = train_stage(job, Setup(ready.config, ready.host, ready.dataset)).version.uri
+    remove_if_empty(run_id)
+    return uri
 
 
 def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[str, ...]:

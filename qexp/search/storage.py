@@ -23,6 +23,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from qexp.config import SearchConfig
 from qexp.errors import InputError, StageError, first_line
 from qexp.progress import say
+from qexp.search.journal import mend_journal
 from qexp.text import hide_secrets
 
 DRIVER = "postgresql+psycopg"
@@ -52,7 +53,7 @@ class Folder:
         """Optuna's storage for a study of this name, the same one each time.
 
         Raises:
-            InputError: the file cannot be written, or another search is at work on it.
+            InputError: the file cannot be written or is no journal, or another search is at work on it.
         """
         if study not in self.opened:
             self.opened[study] = self._open(study)
@@ -65,16 +66,20 @@ class Folder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             busy = self.closing.enter_context(Path(file).with_suffix(".busy").open("w"))
+            fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mend_journal(Path(file))
             # A search that is killed while it writes leaves its lock behind; the next one removes it after a while.
             backend = JournalFileBackend(file, lock_obj=JournalFileOpenLock(file, grace_period=STALE_LOCK_S))
-        except OSError as error:
-            raise InputError(f"--study-dir {self.path}: cannot be written ({error})") from None
-        try:
-            fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             several = "several workers need --storage postgresql://… and --study NAME"
             raise InputError(f"--study {study}: another search is at work in {file}; {several}") from None
-        return JournalStorage(backend)
+        except OSError as error:
+            raise InputError(f"--study-dir {self.path}: cannot be written ({error})") from None
+        try:
+            return JournalStorage(backend)
+        except Exception as error:  # operations that make no sense together: whatever Optuna meets
+            why = f"its operations do not belong together ({type(error).__name__}: {first_line(error)})"
+            raise InputError(f"--study {study}: {file} is no journal of a study: {why}") from None
 
     def exclusive(self, purpose: str, wait_word: str = "") -> AbstractContextManager[None]:
         """One worker at a time inside the block: here there is only one."""

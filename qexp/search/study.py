@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from qexp.config import Config, SearchConfig
-from qexp.errors import InputError
+from qexp.errors import InputError, first_line
 from qexp.files import from_json
 from qexp.search.results import SearchPoint
 from qexp.search.storage import Place
@@ -117,4 +117,8 @@ def points_of(study: Study) -> list[SearchPoint]:
 
 
 def _point(trial: FrozenTrial) -> SearchPoint:
-    return from_json(SearchPoint, trial.user_attrs["point"])
+    try:
+        return from_json(SearchPoint, trial.user_attrs["point"])
+    except (KeyError, ValueError) as error:  # of another program, or changed by hand
+        why = f"trial {trial.number} of the study holds no result of a search ({first_line(error)})"
+        raise InputError(f"--study: {why}; give it another name") from None

@@ -1,7 +1,5 @@
 """A model in a process that imports nothing of qexp: what a user's process sees of a registered version."""
 
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from qexp.errors import StageError
 from qexp.measurement.accuracy import to_float
+from qexp.processes import run_python
 from qexp.progress import say
 from qexp.tracking.outage import store_errors
 from qexp.tracking.store import ask_store
@@ -44,8 +43,8 @@ def bare_logits(source: str, images: Tensor, environment: dict[str, str]) -> Ten
     with tempfile.TemporaryDirectory() as folder:
         inputs, logits = Path(folder, "images.npy"), Path(folder, "logits.npy")
         np.save(inputs, images.numpy())
-        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, source, str(inputs), str(logits)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        words = ["-c", SCRIPT, source, str(inputs), str(logits)]
+        done = run_python(words, environment, capture_output=True, text=True)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise StageError(f"it does not load and run in a clean subprocess: {lines[-1]}")

@@ -1,5 +1,6 @@
 """The git commit of the code that runs, for a version's lineage."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,8 +11,12 @@ CODE = Path(__file__).resolve().parent
 def read_commit(folder: Path = CODE) -> str:
     """The commit of the repository that tracks the code in `folder`, with `-dirty` if files have changed since.
 
-    `unknown` where there is no git, or where the code is installed: a repository around it is another project's.
+    `unknown` where there is no git, where the code is installed (a repository around it is another project's), or where
+    the repository belongs to another user than the code: git runs programs that its settings name.
     """
+    repositories = [above / ".git" for above in (folder, *folder.parents) if os.path.exists(above / ".git")]
+    if any(found.stat().st_uid != folder.stat().st_uid for found in repositories):
+        return UNKNOWN
     if not _git(folder, "ls-files", "__init__.py"):
         return UNKNOWN
     commit = _git(folder, "rev-parse", "HEAD")
@@ -20,7 +25,7 @@ def read_commit(folder: Path = CODE) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git prints; the folder may belong to another user, as in a container."""
+    """What git prints; code and repository may belong to another user than this process's, as in a container."""
     command = ["git", "-c", "safe.directory=*", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -44,6 +44,14 @@ def remove_folder(folder: Path) -> None:
             folder.rmdir()
 
 
+def remove_if_empty(run_id: str) -> None:
+    """Remove the folder of a job if nothing but locks that nobody holds is in it."""
+    folder, locks = job_folder(run_id), (LOCK, LAUNCHER_LOCK)
+    if folder.is_dir() and {file.name for file in folder.iterdir()} <= set(locks):
+        with suppress(InputError, StageError), locked(folder, run_id, LOCK), locked(folder, run_id, LAUNCHER_LOCK):
+            remove_folder(folder)
+
+
 def note_end(job: Path, run_id: str, status: str, error: str) -> None:
     """Note how a run has ended that MLflow could not be told of."""
     if job.is_dir():

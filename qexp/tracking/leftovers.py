@@ -42,8 +42,12 @@ def discard_unregistered(run_id: str, others: Collection[str] = ()) -> None:
 
 
 def _models_of(run_id: str) -> set[str]:
-    outputs = mlflow.MlflowClient().get_run(run_id).outputs
-    return {model.model_id for model in outputs.model_outputs} if outputs else set()
+    """The logged models of a run: its outputs, and what was begun in it and had not become an output yet."""
+    client = mlflow.MlflowClient()
+    run = client.get_run(run_id)
+    begun = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    outputs = run.outputs.model_outputs if run.outputs else []
+    return {output.model_id for output in outputs} | {model.model_id for model in begun}
 
 
 @contextmanager

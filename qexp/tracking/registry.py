@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -145,14 +144,11 @@ def refuse_pickled(found: ModelVersion) -> None:
 
 def child_environment(threads: int) -> dict[str, str]:
     """The environment of a child process that reads the same store with so many threads, waiting as the user's do."""
-    package_parent = str(Path(__file__).resolve().parents[2])
-    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # loading int8 weights warns, once a process, of a deprecation
-        "PYTHONPATH": os.pathsep.join(paths),
     }
     return as_the_user_set(dict(os.environ)) | own
 

@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from qexp.config import HOW_TO_TRAIN, Config, to_yaml
 from qexp.environment import environment
 from qexp.errors import InputError, StageError, first_line
+from qexp.processes import python_command, python_environment
 
 BAD_INPUT = 2  # the exit code of InputError
 SHUTDOWN_TIMEOUT_S = 120  # for the checkpoint that a signal asks for
@@ -71,8 +72,9 @@ def run_workers(
             arguments += [*resume, *_free_options(config)]
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with environment(**variables):
-                elastic_launch(settings, sys.executable)(*arguments)
+            with environment(**python_environment(dict(os.environ)) | variables):
+                python, *words = python_command(*arguments)
+                elastic_launch(settings, python)(*words)
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             kind = InputError if failure.exitcode == BAD_INPUT else StageError

@@ -1,6 +1,7 @@
 """Stages in a real store: called once, kept where the store fails, read when the job is resumed, uploaded by sync."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlflow
@@ -141,3 +142,22 @@ def test_a_model_that_cannot_be_registered_takes_no_other_with_it(host: Host) ->
             raise OSError("No space left on device")
     assert [model.model_id for model in mlflow.search_logged_models(["1"], output_format="list")] == [own]
     assert partly != own
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("error", [StageError("no engine takes it"), KeyboardInterrupt()])
+def test_a_stage_that_fails_leaves_a_folder_only_if_it_can_be_resumed(
+    error: BaseException, whole: bool, host: Host
+) -> None:
+    def fail(folder: Path) -> SensitivityResult:
+        (folder / "model.pth").write_bytes(b"half of it")
+        if resumable:
+            (folder / "checkpoint.pt").touch()
+        raise error
+
+    for resumable in (False, True):
+        begun = open_job(host, Config(), "main", "note") if whole else nullcontext(Job(host))
+        with pytest.raises(type(error)), begun as job:
+            _stage(job, fail)
+        assert [file.name for file in Path().glob(f"checkpoints/*/{NAME}/*.pt")] == ["checkpoint.pt"] * resumable
+        assert Path("checkpoints").exists() == resumable

@@ -42,7 +42,8 @@ TABLE = {
     "convnext_tiny": (64, 59),
     "vit_b_16": (224, 50),  # 38 layers, and the first projection of attention in 12 blocks
 }
-# One network of each kind of block; the others in `make test-long`, since their blocks are alike.
+# One network of each kind of block with every engine; the others, whose blocks are alike, with one, and in
+# `make test-long` with every engine.
 ALWAYS = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x1_0", "convnext_tiny")
 LEAST_SQNR_DB = 15  # of the logits; a scale that is wrong in one layer leaves less than 5
 INT8 = (
@@ -99,6 +100,12 @@ def test_classifier(name: str) -> None:
 def test_vision_transformer() -> None:
     """With the engine that quantizes it best, the one that people will take."""
     run_apart(check, "vit_b_16", "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in (*ALWAYS, "vit_b_16")])
+def test_classifier_with_the_default_engine(name: str) -> None:
+    run_apart(check, name, "fx")
 
 
 def check(name: str, *engines: str) -> None:

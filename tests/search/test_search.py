@@ -8,16 +8,18 @@ from pathlib import Path
 import mlflow
 import optuna
 import pytest
-from conftest import PLAIN, Finished, run_qexp, start_qexp
+from conftest import NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from qexp.config import Config, DataConfig, QuantizeConfig, load_config
+from qexp.data.datasets import load_dataset
 from qexp.files import from_json
 from qexp.search.findings import quantize_command
 from qexp.search.results import SearchResult
-from qexp.search.setup import _newest
+from qexp.search.setup import _newest, _stopped_in_training
+from qexp.tracking.runs import read_config
 
 COUNTS = ["--sample-counts", "8,32,128", "--seeds-per-point", "2", "--observers", "minmax,histogram"]
 
@@ -83,8 +85,10 @@ def test_a_search_that_was_cut_off_goes_on(number: signal.Signals, code: int, in
     assert process.wait() == code
     before = [trial for trial in _study(in_use, name).trials if trial.state.is_finished() and trial.values]
     assert 2 <= len(before) < 4
+    with (in_use.folder / "studies" / f"{name}.journal").open("ab") as journal:
+        journal.write(b'{"op_code":8,"worker_i')  # cut off while it wrote
     done = run_qexp(in_use.folder, "search", *options)
-    assert done.code == 0, done.stderr
+    assert done.code == 0 and done.stderr.count("is damaged; resuming") == 1, done.stderr
     trials = _trials(in_use, done.summary["run_id"])
     ended = Counter(run.info.status for run in trials)
     assert ended["FINISHED"] == 4 and ended.total() - ended["KILLED"] == 4
@@ -237,10 +241,26 @@ def test_newest_version_is_the_newest_that_fits(finished: Finished) -> None:
         assert _newest(load_config(None, {}).model_copy(update=other)) is None
 
 
-def test_without_a_registered_model_one_is_trained_first(tmp_path: Path) -> None:
-    done = run_qexp(tmp_path, "search", "--epochs", "1", "--sample-counts", "8", "--seeds-per-point", "1")
-    assert done.code == 0, done.stderr
-    assert done.summary["fp32"] == "models:/smallnet-digits-fp32/1"
+def test_without_a_registered_model_one_is_trained_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that was killed is resumed by the same command, and by no other."""
+    options = [*"--epochs 9 --patience 9 --image-size 8 --sample-counts 8 --seeds-per-point 1".split(), *NOT_TIMED]
+    process = start_qexp(tmp_path, "search", *options)
+    process.wait_for_line("epoch 1/9")
+    process.kill()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    config = read_config(folder.name)
+    dataset = load_dataset(config.data, config.seed)
+    for change in ({"seed": 5}, {"train": config.train.model_copy(update={"epochs": 5})}):
+        assert _stopped_in_training(config.model_copy(update=change), dataset) is None
+    assert _stopped_in_training(config.model_copy(update={"threads": 7}), dataset) == folder.name
+    done = run_qexp(tmp_path, "search", *options)
+    assert done.code == 0 and "resuming in epoch" in done.stderr, done.stderr
+    assert done.summary["fp32"] == "models:/smallnet-digits-fp32/1" and done.summary["run_id"] == folder.name
+    runs = mlflow.MlflowClient(done.uri).search_runs(["1"])
+    assert sorted(run.info.run_name for run in runs) == ["search", "train-smallnet", "trial-000"]
+    assert {run.info.status for run in runs} == {"FINISHED"} and not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

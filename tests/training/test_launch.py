@@ -13,6 +13,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import NOT_TIMED, PLAIN, environment_for, run_qexp, start_qexp
+from shadows import write_shadows
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from qexp.config import Config, TrainConfig
@@ -49,6 +50,7 @@ def _still_there(workers: list[int]) -> list[int]:
 def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
     options = "--epochs 500 --image-size 8 --processes 2".split()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    write_shadows(tmp_path)  # from which none of them imports
     process = start_qexp(tmp_path, "train", *options)
     process.wait_for_line("epoch 2/500")
     workers = _workers(process.pid)
@@ -66,10 +68,10 @@ def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_whole_job_in_two_processes_is_stopped_and_resumed(tmp_path: Path) -> None:
     sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
-    options = "--epochs 12 --patience 12 --image-size 8 --processes 2".split()
+    options = "--epochs 6 --patience 6 --image-size 8 --processes 2".split()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     process = start_qexp(tmp_path, "run", *options, *sweep, *PLAIN)
-    process.wait_for_line("epoch 2/12")
+    process.wait_for_line("epoch 2/6")
     process.send_signal(signal.SIGTERM)
     assert process.wait(90) == 143 and "Traceback" not in process.stderr, process.stderr
     client = mlflow.MlflowClient(uri)
@@ -89,7 +91,7 @@ def test_whole_job_in_two_processes_is_stopped_and_resumed(tmp_path: Path) -> No
     assert (
         runs["smallnet-digits"].run_id == stopped["smallnet-digits"].run_id and runs["train-smallnet"].run_id == train
     )
-    assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 13))
+    assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 7))
     assert process.stderr.count("resuming in epoch") == 1 and len(process.stdout.splitlines()) == 1
 
 
