@@ -13,11 +13,12 @@ from typing import Any
 import typer
 
 from qexp.environment import wait_without_spinning
-from qexp.errors import InputError, StageError, first_line, hide_passwords
+from qexp.errors import InputError, StageError, first_line
 from qexp.files import own_temporary_folder
 from qexp.last_resort import choose_folder, explain
 from qexp.processes import end_with
-from qexp.progress import announce, clear_line
+from qexp.progress import announce, clean_logs, clear_line
+from qexp.text import hide_secrets, printable
 
 BAD_INPUT = 2
 Summary = dict[str, Any]
@@ -40,6 +41,7 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
         end_with(os.getppid(), signal.SIGTERM)
     os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that a library starts import nothing from the current folder
     choose_folder()
+    clean_logs()
     announce("starting")  # importing torch takes seconds
     try:
         with own_temporary_folder():
@@ -56,7 +58,7 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
         fail(f"MLflow: {first_line(error)}" if type(error).__module__.startswith("mlflow.") else explain(error), 1)
     else:
         if summary is not None:
-            _show(_rounded(summary), as_json or not sys.stdout.isatty())
+            _show(_fit_to_show(summary), as_json or not sys.stdout.isatty())
 
 
 def _show(summary: Summary, as_json: bool) -> None:
@@ -69,18 +71,20 @@ def _show(summary: Summary, as_json: bool) -> None:
         show(summary)
 
 
-def _rounded(value: Any) -> Any:
-    """Four decimals are more than any measurement here holds."""
+def _fit_to_show(value: Any) -> Any:
+    """Without secrets, and with four decimals, which are more than any measurement here holds."""
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: _fit_to_show(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
+        return [_fit_to_show(inner) for inner in value]
+    if isinstance(value, str):
+        return hide_secrets(value)
     return round(value, 4) if isinstance(value, float) else value
 
 
 def fail(message: str, code: int) -> None:
     """End with one line and an exit code; a run that MLflow has started for this command keeps the line as a tag."""
-    line = hide_passwords(" ".join(message.split()))
+    line = printable(message)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher shows it, and ends the other processes
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which it sends to this one too, that is ending already
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))

@@ -18,7 +18,7 @@ def sync(run_dir: RunDir, json: Json = False) -> None:
     """
 
     def action() -> dict[str, object]:
-        from qexp.pipeline.job import sync_run
+        from qexp.pipeline.sync import sync_run
 
         return sync_run(run_dir.expanduser())
 

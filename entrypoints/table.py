@@ -3,8 +3,11 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from qexp.text import printable
 
 Summary = dict[str, Any]
 UNITS = {  # endings of names, and what they say of a number
@@ -30,19 +33,19 @@ def show(summary: Summary) -> None:
     facts = [line for key, value in summary.items() if key not in told for line in _lines(key, value)]
     width = max((len(name) for name, _ in facts), default=0)
     for name, text in facts:
-        console.print(Text.assemble((f"{name:{width}}  ", "dim"), text), soft_wrap=True)
+        console.print(Text.assemble((f"{name:{width}}  ", "dim"), printable(text)), soft_wrap=True)
     if answer:
         colour = "bold green" if str(answer).startswith(GOOD) else "bold yellow"
-        console.print(Text.assemble(("Verdict: ", "bold"), (str(answer), colour)), soft_wrap=True)
+        console.print(Text.assemble(("Verdict: ", "bold"), (printable(str(answer)), colour)), soft_wrap=True)
         reasons = summary.get("verdict_reason") or "; ".join(summary.get("reasons", ()))
         ship = f"ship {summary['ship']}" if summary.get("ship") else ""
         for line in filter(None, (reasons, ship)):
-            console.print(Text(f"  {line}"), soft_wrap=True)
+            console.print(Text(f"  {printable(line)}"), soft_wrap=True)
 
 
 def _side_by_side(summary: Summary) -> Table:
     """Accuracy and size of fp32 and int8."""
-    table = Table("", "fp32", f"int8 ({summary['engine']})", "int8 against fp32")
+    table = Table("", "fp32", escape(printable(f"int8 ({summary['engine']})")), "int8 against fp32")
     fp32, int8, drop, ratio, _ = (summary[key] for key in SIDE_BY_SIDE)
     table.add_row("test top-1", f"{fp32:.2f} %", f"{int8:.2f} %", f"{-drop:+.2f} points")
     sizes = [f"{summary[key]:.3g} MB" if key in summary else "" for key in SIZES]

@@ -4,8 +4,8 @@ import re
 import traceback
 from pathlib import Path
 
-# As in postgresql://user:password@host, also one with an @ in it, and as in postgresql://host/name?password=…
-PASSWORD = re.compile(r"(://[^:/?#@\s]*:)\S*(@)|([?&]password=)[^&\s]*", re.IGNORECASE)
+from qexp.text import hide_secrets
+
 NO_ANSWER = re.compile(r"API request to \S+ failed with (?:timeout )?exception")
 NOBODY = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out")  # nobody is there, as the system says it
 # Files that are no model's own: those of libraries and ours.
@@ -35,7 +35,7 @@ class StoreError(StageError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as part of one line; its type where it says nothing. No passwords."""
+    """What an error of another library says, as part of one line; its type where it says nothing. No secrets."""
     lines = COLOURS.sub("", str(error)).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -48,7 +48,7 @@ def first_line(error: BaseException) -> str:
         )
     if REFUSED in lines[0]:
         return "401: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user that it knows"
-    return hide_passwords(lines[0])[:300]
+    return hide_secrets(lines[0])[:300]
 
 
 def with_place(error: BaseException) -> str:
@@ -73,8 +73,3 @@ def as_arguments(text: str) -> str:
     """A message that names options of the command line, as Python names them: `keep_fp32=a`, for `--keep-fp32 a`."""
     text = OPTION_TOLD.sub(lambda found: f"{found[1].replace('-', '_')}={WORDS.get(found[2], found[2])}", text)
     return OPTION.sub(lambda found: found[1].replace("-", "_"), text)
-
-
-def hide_passwords(text: str) -> str:
-    """`text` with *** for every password in a URL."""
-    return PASSWORD.sub(lambda found: f"{found[1]}***{found[2]}" if found[1] else f"{found[3]}***", text)

@@ -32,7 +32,8 @@ def replacing(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f"{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        with by_umask(temporary):
+            yield temporary
         _sync(temporary)
         temporary.replace(file)
         _sync(file.parent)
@@ -40,6 +41,16 @@ def replacing(file: Path) -> Iterator[Path]:
         raise StageError(f"{file}: cannot be written ({first_line(_root(error))}{_room(file.parent)})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def by_umask(file: Path) -> Iterator[None]:
+    """What the block writes as `file` may be read by those whom the umask lets read a new file: safetensors writes
+    for its owner alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    yield
+    file.chmod(mode)
 
 
 def _sync(path: Path) -> None:

@@ -6,7 +6,8 @@ import sys
 import tempfile
 import traceback
 
-from qexp.errors import first_line, hide_passwords
+from qexp.errors import first_line
+from qexp.text import hide_secrets
 
 FOLDER = "QEXP_LOG_DIR"  # in the environment: where a command and its child processes write their logs
 
@@ -23,7 +24,7 @@ def explain(error: BaseException) -> str:
     try:
         descriptor, file = tempfile.mkstemp(".log", "qexp-error-", os.environ.get(FOLDER))
         with os.fdopen(descriptor, "w", errors="backslashreplace") as log:
-            log.write(hide_passwords(f"{shlex.join(sys.argv)}\n\n{text}"))
+            log.write(hide_secrets(f"{shlex.join(sys.argv)}\n\n{text}"))
     except OSError as problem:  # a full disk may have been the reason
         return f"{said} (unexpected; its traceback cannot be kept: {problem.strerror})"
     return f"{said} (unexpected; its traceback is in {file})"

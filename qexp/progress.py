@@ -3,15 +3,17 @@
 Every stage says what it does; what takes longer than ten seconds shows how far it is, too.
 """
 
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from qexp.errors import hide_passwords
+from qexp.text import printable
 
 QUIET = os.environ.get("RANK", "0") != "0"  # of several training processes, the first speaks
 T = TypeVar("T")
@@ -25,15 +27,31 @@ def say(line: str) -> None:
     if QUIET:
         return
     clear_line()
-    tqdm.write(hide_passwords(line), file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)
     sys.stderr.flush()
+
+
+def clean_logs() -> None:
+    """What libraries log or warn of is shown as `say` shows a line; for a program of ours, not for a user's."""
+    make, form = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*given: Any, **named: Any) -> logging.LogRecord:
+        made = make(*given, **named)
+        made.msg, made.args = printable(made.getMessage()), ()
+        return made
+
+    def warning(message: Warning | str, *given: Any, **named: Any) -> str:
+        return form(printable(str(message)), *given, **named)
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = warning
 
 
 def announce(what: str) -> None:
     """Show on a terminal what is being done, until the next line or bar; nothing elsewhere."""
     if sys.stderr.isatty() and not QUIET:
         clear_line()
-        print(f"{what} …", end="", file=sys.stderr, flush=True)
+        print(f"{printable(what)} …", end="", file=sys.stderr, flush=True)
         _announced.append(what)
 
 
@@ -55,14 +73,14 @@ class Progress:
     """
 
     def __init__(self, label: str, total: float, initial: float = 0, counted: bool = True) -> None:
-        self.label, self.total, self.done, self.counted = label, total, initial, counted
+        self.label, self.total, self.done, self.counted = printable(label), total, initial, counted
         self._initial, self._started = initial, time.monotonic()
         self._last = self._started
         clear_line()
         bar = sys.stderr.isatty() and not QUIET
         form = None if counted else BAR
         self._bar = (
-            tqdm(desc=label, total=total, initial=initial, leave=False, file=sys.stderr, bar_format=form)
+            tqdm(desc=self.label, total=total, initial=initial, leave=False, file=sys.stderr, bar_format=form)
             if bar
             else None
         )

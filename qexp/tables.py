@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from qexp.text import printable
+
 
 @dataclass(frozen=True)
 class Table:
@@ -17,11 +19,12 @@ class Table:
 
     def text(self) -> str:
         """For a terminal: the first column to the left, the others to the right."""
-        lines = [self.columns, *self.rows]
+        lines = [tuple(map(printable, line)) for line in (self.columns, *self.rows)]
         widths = [max(len(line[place]) for line in lines) for place in range(len(self.columns))]
         shown = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.title, "", shown[0], rule, *shown[1:], *self.notes])
+        title, *notes = map(printable, (self.title, *self.notes))
+        return "\n".join([title, "", shown[0], rule, *shown[1:], *notes])
 
     def html(self) -> str:
         """For a notebook."""

@@ -7,11 +7,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY
 
 from qexp import files
+from qexp.data import imagefolder
 from qexp.errors import StageError
 from qexp.files import TEMPORARY, own_temporary_folder, replacing
+from qexp.models.classifier import Classifier, ModelSpec, save_classifier
 
 FULL = """
 import resource, sys, torch
@@ -28,6 +31,26 @@ def test_new_text_takes_the_place_of_the_old(tmp_path: Path) -> None:
         with replacing(file) as temporary:
             temporary.write_text(text)
         assert file.read_text() == text and os.listdir(file.parent) == ["file"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027, 0o077])
+def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    """Weights too, which safetensors writes for their owner alone; and the cache of a folder of images."""
+    before = os.umask(umask)
+    try:
+        spec = ModelSpec("smallnet", ("a", "b"), 8)
+        save_classifier(Classifier(spec, torch.zeros(3), torch.ones(3)), tmp_path / "new" / "weights.safetensors")
+        with replacing(tmp_path / "new" / "text") as temporary:
+            temporary.write_text("text")
+        images = {"images": torch.zeros(1)}
+        imagefolder.cached(tmp_path, [], 8, lambda: images, lambda found: True)
+        plain = tmp_path / "plain"
+        plain.write_text("as everybody does")
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 4 and {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_error_leaves_the_old_text(tmp_path: Path) -> None:

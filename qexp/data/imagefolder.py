@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qexp.errors import InputError, first_line
+from qexp.files import by_umask
 from qexp.measurement.host import free_memory_bytes, read_cpus
 from qexp.progress import say, track
 
@@ -230,7 +231,8 @@ def cached(
     try:
         for stale in root.glob(f".qexp-cache-{image_size}px-*.safetensors"):
             stale.unlink(missing_ok=True)
-        save_file(tensors, temporary)
+        with by_umask(temporary):
+            save_file(tensors, temporary)
         temporary.replace(cache)
     except (OSError, SafetensorError) as error:  # a read-only or full disk costs the next start some seconds, no more
         with suppress(OSError):

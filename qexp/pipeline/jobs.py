@@ -1,5 +1,6 @@
 """The commands of qexp: each calls the stages in order and returns what the last line on standard output shows."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,33 +9,30 @@ from typing import Any
 
 from qexp.config import Config
 from qexp.errors import InputError, StageError, StoreError
+from qexp.measurement.gate import UNMEASURED
 from qexp.pipeline import loading
 from qexp.pipeline.decide import decide
-from qexp.pipeline.job import Inputs, Job, has_stage, open_job, run_at_the_top
+from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
 from qexp.pipeline.measure import measure_bf16, time_versions
-from qexp.pipeline.promote import hold_against_champion, succeed
+from qexp.pipeline.promote import hold_against_champion
 from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sensitivity_images
 from qexp.pipeline.report import report
-from qexp.pipeline.setup import (
-    Overrides,
-    Setup,
-    config_of_run,
-    prepare,
-    prepare_for_version,
-    try_engines,
-    with_quantization_checked,
-)
+from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_run
+from qexp.pipeline.setup import Setup, prepare, prepare_for_version, try_engines, with_quantization_checked
 from qexp.pipeline.train import follow, train
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.results import Bf16Evidence, Evidence, Int8Evidence, LatencyEvidence
+from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
+from qexp.tracking.aliases import succeed
 from qexp.tracking.job_folder import LAUNCHER_LOCK
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of, use_store
 from qexp.tracking.tags import tags_of
-from qexp.tracking.uploads import TrainingLog, upload_answer, upload_decision
+from qexp.tracking.training_log import TrainingLog
+from qexp.tracking.uploads import upload_answer, upload_decision
 from qexp.training import launch
 from qexp.training.distributed import read_group
 
@@ -56,13 +54,16 @@ def run_main(
     """
     if resume:
         use_store()
-        model_uri = _model_of_run(resume, model_uri)
+        model_uri = model_of_run(resume, model_uri)
         config = config_of_run(overrides or {}, resume, "run")
     setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     if not (model_uri or resume or launch.is_worker()):
         try_engines(config, dataset)
-    name, note = f"{config.model}-{dataset.name}", f"Can {config.model} on {dataset.name} ship as int8 on this CPU?"
+    name, note = (
+        f"{config.model}-{dataset.name}",
+        f"Can {config.model} on {opaque(dataset.name)} ship as int8 on this CPU?",
+    )
     if model_uri or (resume and has_stage(resume, f"train-{config.model}")):
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
             return None
@@ -81,22 +82,6 @@ def run_main(
         done = quantize_to_report(job, setup, fp32)
         upload_answer(done.evidence)
     return _summary("run", str(job.run_id), done)
-
-
-def _model_of_run(run_id: str, given: str | None) -> str | None:
-    """The registered version that a run has begun with, None if it trains; InputError if another one is given."""
-    begun = tracking.find_run(run_id).data.tags.get("qexp.model_uri")
-    if begun:
-        try:
-            begun = uri_of(registry.find_version(begun, "fp32", option="version"))
-        except InputError as error:
-            raise InputError(
-                f"--resume {run_id}: its tag qexp.model_uri names no version to resume with: {error}"
-            ) from None
-    if given and (begun is None or uri_of(registry.find_version(given, "fp32")) != begun):
-        was = f"with {begun}" if begun else "without one, with a training"
-        raise InputError(f"--model-uri {given}: run {run_id} was started {was}; leave the option out")
-    return begun
 
 
 def _trained_by_others(
@@ -133,7 +118,7 @@ def train_stage(job: Job, setup: Setup, resume: str | None = None) -> Fp32:
     name = f"train-{config.model}"
     return job.stage(
         name,
-        f"Training of {config.model} on {dataset.name}.",
+        f"Training of {config.model} on {opaque(dataset.name)}.",
         config,
         lambda folder: train(config, host, dataset, folder, log.settled, log.epoch),
         read=lambda run_id: loading.fp32_of_run(run_id, dataset),
@@ -166,7 +151,9 @@ def quantize_to_report(job: Job, setup: Setup, fp32: Fp32) -> Reported:
     while True:
         judged = hold_against_champion(job, setup, evidence)
         report_uri = report_stage(job, config, judged)
-        # The alias moves last: a job that fails on its way moves none.
+        # Aliases move last: a job that fails on its way moves none.
+        if judged.gate.word != UNMEASURED:
+            registry.make_challenger(registry.from_entity(registry.find_version(judged.int8.version_uri, "int8")))
         if not judged.champion or succeed(judged.int8.version_uri, judged.before_uri):
             return Reported(judged, report_uri)
         say("another version has become champion meanwhile: comparing with that one")
@@ -209,7 +196,7 @@ def sensitivity_stage(job: Job, setup: Setup, fp32: Fp32) -> SensitivityResult |
         return None
     return job.stage(
         f"sensitivity-{config.model}",
-        f"Layer by layer: `{fp32.version.uri}` in int8.",
+        f"Layer by layer: `{opaque(fp32.version.uri)}` in int8.",
         config,
         lambda folder: find_sensitivity(config, host, dataset, fp32),
         read=lambda run_id: tracking.read_result(SensitivityResult, run_id, "sensitivity"),
@@ -224,7 +211,7 @@ def quantize_stage(
     subset, digest = calibration(config, setup.dataset)
     return job.stage(
         f"quantize-{engine}-{len(subset)}",
-        f"Quantization of `{fp32.version.uri}`.",
+        f"Quantization of `{opaque(fp32.version.uri)}`.",
         config,
         lambda folder: quantize(config, setup.host, setup.dataset, fp32, sensitivity),
         read=loading.int8_of_run,
@@ -241,7 +228,7 @@ def latency_stage(job: Job, config: Config, fp32_uri: str, engines: dict[str, st
             environment = registry.child_environment(job.host.threads)
             return time_versions(config, job.host, files, engines, found, environment)
 
-    uris = ", ".join(f"`{uri}`" for uri in (fp32_uri, *engines))
+    uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *engines))
     return job.stage(
         f"latency-{config.model}",
         f"Latency of {uris}.",
@@ -256,7 +243,7 @@ def report_stage(job: Job, config: Config, evidence: Evidence) -> str:
     """The URI of the report's page. It is always written anew: what it says of the champion may have changed."""
     return job.stage(
         "report",
-        f"Report on `{evidence.int8.version_uri}`: see the artifacts.",
+        f"Report on `{opaque(evidence.int8.version_uri)}`: see the artifacts.",
         config,
         lambda folder: report(evidence, folder, config.output_dir, job.run_id),
         read=str,
@@ -274,7 +261,7 @@ def run_train(
     setup = prepare(config, None, resume=resume)
     if not (resume or launch.is_worker()):
         try_engines(setup.config, setup.dataset, needed=False)
-    name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {setup.dataset.name}."
+    name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {opaque(setup.dataset.name)}."
     if _trained_by_others(setup, "train", name, note, resume, command):
         return None
     fp32 = train_stage(Job(setup.host), setup, resume)
@@ -289,15 +276,14 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     setup = prepare(config, model_uri)
     setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     fp32 = loading.fp32_from_registry(model_uri, setup.dataset)
-    quantized = quantize_all(Job(setup.host), setup, fp32)
-    versions = [registry.from_entity(registry.find_version(int8.version_uri, "int8")) for int8 in quantized.int8s]
-    for version in versions:
-        registry.make_challenger(version)
+    again = shlex.join(["qexp", "quantize", "--model-uri", fp32.version.uri])
+    quantized = quantize_all(Job(setup.host, again=again), setup, fp32)
+    first = registry.from_entity(registry.find_version(quantized.int8s[0].version_uri, "int8"))
     found = [_figures_of(fp32, int8) for int8 in quantized.int8s]
     more: Summary = {"versions": found} if len(found) > 1 else {}
     more |= {"failed_engines": quantized.failed} if quantized.failed else {}
     more["test_images_also_in_training"] = setup.dataset.duplicates.test_images_seen
-    return {"command": "quantize", "run_id": versions[0].run_id, "fp32": fp32.version.uri, **found[0], **more}
+    return {"command": "quantize", "run_id": first.run_id, "fp32": fp32.version.uri, **found[0], **more}
 
 
 def _figures_of(fp32: Fp32, int8: Int8Evidence) -> Summary:
@@ -316,9 +302,10 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     int8 = registry.find_version(model_uri, "int8")
     uri = registry.from_entity(int8).uri
     fp32_uri, engine = uri_of(registry.source_of(int8)), tags_of(int8).engine
+    again = shlex.join(["qexp", "latency", "--model-uri", uri])
     # Timing does not change the accuracy of bf16.
     bf16 = partial(loading.bf16_of, int8)
-    evidence = latency_stage(Job(host), config, fp32_uri, {uri: engine}, bf16)
+    evidence = latency_stage(Job(host, again=again), config, fp32_uri, {uri: engine}, bf16)
     name = evidence.name_of(uri)
     result, floats = evidence.latency, evidence.fair_floats(config.gate.of(int8.name))
     over_fp32 = {str(row.batch_size): row.speedups[name].median for row in result.rows}
@@ -333,7 +320,8 @@ def run_report(config: Config, model_uri: str) -> Summary:
     """Write the report on the registered int8 version `model_uri` from what its runs have logged."""
     config, host = prepare_for_version(config, model_uri)
     evidence = loading.evidence_of_version(config, model_uri)
-    done = Reported(evidence, report_stage(Job(host), config, evidence))
+    again = shlex.join(["qexp", "report", "--model-uri", evidence.int8.version_uri])
+    done = Reported(evidence, report_stage(Job(host, again=again), config, evidence))
     return _summary("report", done.report_uri.split("/")[1], done)
 
 

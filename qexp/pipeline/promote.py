@@ -3,6 +3,7 @@
 All are measured in this session: the same test images, the same machine, one latency sweep.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,17 +23,16 @@ from qexp.pipeline.loading import bf16_of, load_weights, local_files, logits_of_
 from qexp.pipeline.measure import bf16_is_timed, measure_bf16, time_models
 from qexp.pipeline.setup import Setup, prepare
 from qexp.progress import say
-from qexp.report.promotion import CANDIDATE, Promotion
+from qexp.report.promotion import CANDIDATE, OVERTAKEN, Promotion
 from qexp.report.results import Bf16Evidence, Evidence, LatencyEvidence
+from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
-from qexp.tracking.aliases import CHALLENGER, CHAMPION, move_champion, only_mover, version_with
+from qexp.tracking.aliases import CHALLENGER, CHAMPION, version_with
 from qexp.tracking.catalog import list_models
 from qexp.tracking.results import Result
-from qexp.tracking.store import ModelVersion, split_uri, uri_of, use_store
+from qexp.tracking.store import ModelVersion, uri_of, use_store
 from qexp.tracking.tags import tags_of
-
-CHANGED = "another version has become champion meanwhile"
 
 
 def run_promote(config: Config, name: str, version: str | None = None, force: bool = False) -> dict[str, Any]:
@@ -50,18 +50,12 @@ def run_promote(config: Config, name: str, version: str | None = None, force: bo
     champion = version_with(CHAMPION, name)
     before = uri_of(champion) if champion else None
     setup = prepare(config, fp32_uri)
-
-    def move_alias(found: Promotion) -> None:  # no alias moves without a word on why: the decision is logged by now
-        if force:
-            with only_mover(name):
-                move_champion(uri)
-        elif found.word == "passed" and not succeed(uri, before):
-            tags = {"promotion": "rejected", "promotion_reason": f"rejected: {CHANGED}"}
-            registry.tag_version(uri, tags)
-            raise StageError(f"{uri} is not promoted: {CHANGED}; run it again, to compare with that one")
-
     other = champion if before != uri else None
-    found = _promotion(Job(setup.host), setup, candidate, other, lambda found: replace(found, force=force), move_alias)
+    again = shlex.join(["qexp", "promote", name, "--version", str(candidate.version), *(["--force"] if force else [])])
+    job = Job(setup.host, again=again)
+    found = _promotion(job, setup, candidate, other, lambda found: replace(found, force=force))
+    if found.overtaken:
+        raise StageError(f"{uri} is not promoted: {OVERTAKEN}; run it again, to compare with that one")
     if found.word in ("rejected", UNMEASURED):
         still = f"the champion is still {before}" if before else "there is still no champion"
         raise StageError(f"{uri} is not promoted: {found.summary}; {still}")
@@ -83,18 +77,6 @@ def hold_against_champion(job: Job, setup: Setup, evidence: Evidence) -> Evidenc
     found = _promotion(job, setup, candidate, champion, lambda found: replace(found, gate=evidence.gate))
     passed = found.word == "passed"
     return replace(evidence, champion=passed, succession=found.succession, before_uri=uri_of(champion))
-
-
-def succeed(int8_uri: str, champion_uri: str | None) -> bool:
-    """Make a version `champion` if the one that it was compared with, or none, still is, or if it has the alias itself;
-    whether that was so."""
-    name, _ = split_uri(int8_uri)
-    with only_mover(name):
-        now = version_with(CHAMPION, name)
-        unmoved = (uri_of(now) if now else None) in (champion_uri, int8_uri)
-        if unmoved:
-            move_champion(int8_uri)
-    return unmoved
 
 
 def _candidate(name: str, number: str | None) -> ModelVersion:
@@ -124,24 +106,22 @@ def _promotion(
     setup: Setup,
     candidate: ModelVersion,
     champion: ModelVersion | None,
-    settle: Callable[[Promotion], Promotion],
-    then: Callable[[Promotion], None] = lambda found: None,
+    change: Callable[[Promotion], Promotion],
 ) -> Promotion:
-    """The stage: what `compare_with_champion` finds, as `settle` changes it, in a run of its own."""
-    against = f" and `{uri_of(champion)}`, the champion" if champion else ""
+    """The stage: what `compare_with_champion` finds, as `change` changes it, in a run of its own."""
+    against = f" and `{opaque(uri_of(champion))}`, the champion" if champion else ""
 
     def work(folder: Path) -> Result:
-        return settle(compare_with_champion(setup.config, setup.host, setup.dataset, candidate, champion))
+        return change(compare_with_champion(setup.config, setup.host, setup.dataset, candidate, champion))
 
     found = job.stage(
         f"promote-{candidate.name}",
-        f"`{uri_of(candidate)}` against the gate{against}.",
+        f"`{opaque(uri_of(candidate))}` against the gate{against}.",
         setup.config,
         work,
         read=lambda run_id: tracking.read_result(Promotion, run_id, "promotion"),
         inputs=Inputs(setup.dataset, ("test",)),
         holds=lambda found: (found.uri, found.champion_uri) == (uri_of(candidate), champion and uri_of(champion)),
-        then=then,
     )
     if found.word not in ("rejected", UNMEASURED):  # which the last line says
         say(f"{found.uri} {found.summary}")

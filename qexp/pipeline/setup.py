@@ -1,38 +1,32 @@
 """What comes before the first run of a command: options settled, and whatever can be refused is refused."""
 
-import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from qexp.config import HOW_TO_TRAIN, Config, parse_options
+from qexp.config import Config
 from qexp.data.datasets import Dataset, calibration_count, load_dataset
 from qexp.errors import InputError
 from qexp.extras import check_engines, is_installed
 from qexp.measurement.host import Host, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
 from qexp.pipeline.checks import check_options
-from qexp.pipeline.job import check_checkpoint
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
+from qexp.pipeline.resume import check_data_of_run
 from qexp.pipeline.train import fresh_classifier
 from qexp.progress import say
 from qexp.quantization import KERNELS, LOADED_WITHOUT_PICKLE, check_layer_names
 from qexp.quantization.trial import refusals
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
-from qexp.tracking.job_folder import check_unlocked, job_folder, stage_folder
 from qexp.tracking.limits import check_names
 from qexp.tracking.store import use_store
 from qexp.tracking.tags import tags_of
 from qexp.training import launch
 from qexp.training.distributed import read_group
 from qexp.training.recipe import settle_options
-
-# What may differ when a run is resumed: where and how fast, not what comes out.
-FREE = ("data_dir", "output_dir", "threads", *HOW_TO_TRAIN)
-Overrides = dict[str, dict[str, Any]]  # text of the options given, by section and key
 
 
 class Setup(NamedTuple):
@@ -170,69 +164,3 @@ def _use_threads(config: Config) -> Host:
         say(f"warning: {warning}")
     torch.set_num_threads(host.threads)
     return host
-
-
-def config_of_run(overrides: Overrides, run_id: str, command: str) -> Config:
-    """The configuration that the run of `qexp <command>` was started with, but for the options of FREE in `overrides`.
-
-    Args:
-        overrides: text of the options given, by section and key.
-
-    Raises:
-        InputError: there is no such run, it is of another command or has finished, an option asks for something else,
-            or the checkpoint of a training is not here.
-    """
-    run = tracking.find_run(run_id)
-    begun_as = tracking.stage_of(run)
-    stage = {"run": "main"}.get(command, command)
-    if begun_as != stage:
-        right = {"main": "run", "train": "train"}.get(begun_as)
-        only = "only runs of `qexp train` and `qexp run` can be resumed"
-        hint = f"use `qexp {right} --resume {run_id}`" if right else only
-        raise InputError(f"--resume {run_id}: not a run of `qexp {command}`; {hint}")
-    if run.info.status == "FINISHED":
-        raise InputError(f"--resume {run_id}: this run has finished; there is nothing left to do")
-    if leads := read_group().leads:
-        check_unlocked(run_id)
-    try:
-        recorded = tracking.read_config(run_id)
-    except InputError as error:
-        why = f"its configuration cannot be read: {error}"
-        raise InputError(f"--resume {run_id}: {why}; if it stopped before it was recorded, start a new run") from None
-    given = parse_options(overrides)
-    if "threads" in given.get("", {}) and "WORLD_SIZE" not in os.environ:  # as at the start: those of training, too
-        given.setdefault("train", {}).setdefault("train_threads", given[""]["threads"])
-    config = _with_free_options(recorded, given, run_id)
-    if leads:
-        _check_training(run, config)
-    return config
-
-
-def _check_training(job: tracking.Run, config: Config) -> None:
-    """Of a training that was stopped in the middle, the checkpoint must be here."""
-    runs = [job, *tracking.children_of(job.info.run_id)]
-    training = next((run for run in runs if tracking.stage_of(run) == "train"), None)
-    if training and training.info.status != "FINISHED":
-        check_checkpoint(training, stage_folder(job_folder(job.info.run_id), f"train-{config.model}"))
-
-
-def _with_free_options(recorded: Config, given: dict[str, dict[str, Any]], run_id: str) -> Config:
-    for section, options in given.items():
-        before = getattr(recorded, section) if section else recorded
-        for name, value in options.items():
-            if name not in FREE and value != getattr(before, name):
-                option, was = name.replace("_", "-"), getattr(before, name)
-                raise InputError(f"--{option} {value}: run {run_id} was started with {was}; leave the option out")
-    parts = {name: getattr(recorded, name).model_copy(update=options) for name, options in given.items() if name}
-    return recorded.model_copy(update=given.get("", {}) | parts)
-
-
-def check_data_of_run(run_id: str, dataset: Dataset) -> None:
-    """Raise InputError unless these are the images that the run has begun with."""
-    inputs = tracking.find_run(run_id).inputs
-    logged = inputs.dataset_inputs if inputs else []
-    digests = {tag.value: found.dataset.digest for found in logged for tag in found.tags}  # by what they are used for
-    for split in ("train", "validation", "test"):
-        own = getattr(dataset, split).digest
-        if digests.get(split, own) != own:
-            raise InputError(f"--data-dir: {dataset.source} holds other images than run {run_id} was started with")

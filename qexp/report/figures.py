@@ -179,7 +179,7 @@ def _sensitivity(axes: Axes, evidence: Evidence) -> None:
         axes.set_yscale("log")
     step = max(1, len(layers) // 16)
     names = [layer.layer.removeprefix("network.") for layer in layers]
-    axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=7)
+    axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=7, parse_math=False)
     axes.set(title="Divergence from fp32 by layer, simulated", xlabel="layer", ylabel="KL of the probabilities, nats")
     axes.figure.legend(*axes.get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
 

@@ -2,6 +2,9 @@
 
 The Markdown is made by templates/report.md.j2 from sentences.py and tables.py. The page is the same text as HTML, with
 the pictures in it, and with the interactive chart (chart.py) in the place of the picture of the inference time.
+
+Names of folders, of layers and of versions, and what libraries say, are in the evidence. None of it is markup: all of
+its texts are made opaque (text.py) before the first sentence, and put back when Markdown or HTML is complete.
 """
 
 import base64
@@ -18,6 +21,7 @@ from qexp.report import sentences, tables
 from qexp.report.chart import latency_chart
 from qexp.report.figures import save_figures
 from qexp.report.results import Evidence
+from qexp.text import as_html, as_markdown, as_text, opaque
 
 TEMPLATES = Environment(
     loader=PackageLoader("qexp.report"),
@@ -51,17 +55,20 @@ def write_report(evidence: Evidence, folder: Path, origin: Origin = Origin()) ->
     """Write report.md, report.html, metrics.json and figures/*.png into `folder`; return report.html's path."""
     folder.mkdir(parents=True, exist_ok=True)
     save_figures(evidence, folder / "figures")
-    text = render_markdown(evidence, origin)
-    (folder / "report.md").write_text(text)
+    (folder / "report.md").write_text(render_markdown(evidence, origin))
     values = {"verdict": asdict(evidence.verdict), "origin": asdict(origin)} | json.loads(to_json(evidence))
     (folder / "metrics.json").write_text(json.dumps(values, indent=2))
     page = folder / "report.html"
-    page.write_text(render_html(text, evidence, folder))
+    page.write_text(render_html(evidence, folder, origin))
     return page
 
 
 def render_markdown(evidence: Evidence, origin: Origin = Origin()) -> str:
     """The whole report as Markdown; its pictures are files below figures/."""
+    return as_markdown(_text_of(opaque(evidence), opaque(origin)))
+
+
+def _text_of(evidence: Evidence, origin: Origin) -> str:
     named = [name for name in sentences.explained(evidence) if f"`{name}`" in tables.markdown(tables.summary(evidence))]
     template = TEMPLATES.get_template("report.md.j2")
     text = template.render(
@@ -83,8 +90,10 @@ def version_to_load(evidence: Evidence) -> str:
     return evidence.verdict.ship if evidence.verdict.ships_int8 else evidence.fp32.version_uri
 
 
-def render_html(text: str, evidence: Evidence, folder: Path) -> str:
-    """The Markdown as one HTML page that needs no other file: pictures (relative to `folder`) become data URIs."""
+def render_html(evidence: Evidence, folder: Path, origin: Origin = Origin()) -> str:
+    """The same as one HTML page that needs no other file: pictures (relative to `folder`) become data URIs."""
+    evidence = opaque(evidence)
+    text = _text_of(evidence, opaque(origin))
     body = markdown.markdown(text, extensions=["tables", "sane_lists", "fenced_code"])
 
     def inline(match: re.Match[str]) -> str:
@@ -98,16 +107,16 @@ def render_html(text: str, evidence: Evidence, folder: Path) -> str:
     body = re.sub(r"<table>(.*?)</table>", r'<div class="wide"><table>\1</table></div>', body, flags=re.DOTALL)
     body = body.replace('<a href="', '<a target="_blank" rel="noopener" href="')  # not in the frame that shows the page
     title = text.splitlines()[0].lstrip("# ")
-    return TEMPLATES.get_template("report.html.j2").render(title=title, body=body) + "\n"
+    return as_html(TEMPLATES.get_template("report.html.j2").render(title=title, body=body)) + "\n"
 
 
 def _held_together(found: re.Match[str]) -> str:
     return found[0].replace(" ", "&nbsp;")
 
 
-def _code(text: str) -> str:
-    """Words of others, in which nothing is Markdown."""
-    return "`" + " ".join(text.split()).replace("`", "'") + "`"
+def _literal(text: str) -> str:
+    """The same text as a string of Python."""
+    return opaque(json.dumps(as_text(text), ensure_ascii=False))
 
 
-TEMPLATES.filters["code"] = _code
+TEMPLATES.filters["literal"] = _literal

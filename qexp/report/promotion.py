@@ -9,6 +9,7 @@ from qexp.report.results import LatencyEvidence
 
 CANDIDATE = "candidate"
 STAYS, FORCED = "champion stays", "forced"
+OVERTAKEN = "another version has become champion meanwhile"
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Promotion:
     """The gate's decision on a candidate, and that against the champion where there is another.
 
     `floats` are the models that the candidate's speed was held against. With `force` it becomes champion all the same.
+    `overtaken`: another version became champion before this one could.
     """
 
     uri: str
@@ -27,6 +29,7 @@ class Promotion:
     measured: LatencyEvidence
     floats: tuple[str, ...]
     force: bool = False
+    overtaken: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -39,6 +42,8 @@ class Promotion:
     @property
     def earned(self) -> str:
         """`passed`, what the gate says where it did not pass, or `champion stays`."""
+        if self.overtaken:
+            return "rejected"
         if not self.gate.passed:
             return "rejected" if self.gate.word != UNMEASURED else UNMEASURED
         return STAYS if self.succession and not self.succession.replaces else "passed"
@@ -51,6 +56,8 @@ class Promotion:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why: of the gate where it did not pass, or of both."""
+        if self.overtaken:
+            return (OVERTAKEN,)
         if self.succession is None or not self.gate.passed:
             return self.gate.reasons
         return self.succession.reasons if not self.succession.replaces else self.gate.reasons + self.succession.reasons

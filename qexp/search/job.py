@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from qexp.config import Config, QuantizeConfig
-from qexp.errors import InputError, StageError, hide_passwords
+from qexp.errors import InputError, StageError
 from qexp.pipeline import loading
 from qexp.pipeline.job import Job
 from qexp.pipeline.jobs import quantize_to_report
@@ -24,6 +24,7 @@ from qexp.search.setup import look_up, set_up
 from qexp.search.storage import open_place
 from qexp.search.study import Study, points_of
 from qexp.search.trials import Bench, do_trials, options_for
+from qexp.text import hide_secrets, opaque
 from qexp.tracking import registry, search_runs
 from qexp.tracking.store import use_store
 
@@ -41,7 +42,7 @@ def run_search(config: Config, model_uri: str | None) -> dict[str, Any]:
         config = _without_password(config)
         joining.enter_context(place.exclusive("join", "another worker prepares the study; waiting for it"))
         ready = look_up(config, place, model_uri)
-        asked = f"Search for {ready.config.model} on {ready.dataset.name}: {config.search.objective}."
+        asked = f"Search for {ready.config.model} on {opaque(ready.dataset.name)}: {config.search.objective}."
         note = ready.study.note("concluded") if ready.study else None
         with search_runs.study_run(note or asked, ready.parent_run_id, place.leave) as run_id:
             study, bench = set_up(ready, place, run_id)
@@ -60,7 +61,7 @@ def _without_password(config: Config) -> Config:
     """What goes into logs and artifacts from here on."""
     url = config.search.storage
     return config.model_copy(
-        update={"search": config.search.model_copy(update={"storage": hide_passwords(url) if url else None})}
+        update={"search": config.search.model_copy(update={"storage": hide_secrets(url) if url else None})}
     )
 
 

@@ -21,9 +21,10 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from qexp.config import SearchConfig
-from qexp.errors import InputError, StageError, first_line, hide_passwords
+from qexp.errors import InputError, StageError, first_line
 from qexp.progress import say
 from qexp.search.journal import mend_journal
+from qexp.text import hide_secrets
 
 DRIVER = "postgresql+psycopg"
 SCHEMES = ("postgresql", "postgres", DRIVER, "postgresql+psycopg2")
@@ -202,7 +203,7 @@ def open_place(options: SearchConfig) -> Iterator[Place]:
         if options.storage is None:
             yield Folder(Path(options.study_dir), closing)
             return
-        name = f"--storage {hide_passwords(options.storage)}"
+        name = f"--storage {hide_secrets(options.storage)}"
         if options.study is None:
             raise InputError(f"{name}: several workers need the name of their study: --study NAME")
         url = _checked(options.storage, name)

@@ -15,7 +15,8 @@ import mlflow
 import sqlalchemy
 
 from qexp.environment import under_mlflow_run
-from qexp.errors import InputError, first_line, hide_passwords
+from qexp.errors import InputError, first_line
+from qexp.text import hide_secrets
 
 CONNECT_S = 10
 SQLITE = "sqlite:///"
@@ -56,7 +57,7 @@ class Address:
             reason = "MLflow no longer takes its earlier store of files"
             if not mlflow.is_tracking_uri_set():
                 reason += f", and chooses it where {self.variable} is not set and a folder mlruns holds one"
-        text = f"{self.variable} {hide_passwords(self.uri)}: the {self.what} does not answer ({reason})"
+        text = f"{self.variable} {hide_secrets(self.uri)}: the {self.what} does not answer ({reason})"
         if self.scheme in ("http", "https"):
             return InputError(f"{text}; start it, or set {self.variable} to another, such as sqlite:///mlflow.db")
         return InputError(f"{text}; set {self.variable}=sqlite:///mlflow.db")

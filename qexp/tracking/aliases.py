@@ -12,7 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from qexp.progress import say
-from qexp.tracking.store import again, is_missing, quickly, split_uri
+from qexp.tracking.store import again, is_missing, quickly, split_uri, uri_of
 from qexp.tracking.tags import tags_of
 
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -65,6 +65,18 @@ def only_mover(name: str) -> Iterator[None]:
     finally:
         with suppress(MlflowException), quickly():  # of a store that is away, ABANDONED_S does it
             again(partial(client.delete_registered_model_tag, name, own))
+
+
+def succeed(int8_uri: str, champion_uri: str | None) -> bool:
+    """Make a version `champion` if the one that it was compared with, or none, still is, or if it has the alias itself;
+    whether that was so."""
+    name, _ = split_uri(int8_uri)
+    with only_mover(name):
+        now = version_with(CHAMPION, name)
+        unmoved = (uri_of(now) if now else None) in (champion_uri, int8_uri)
+        if unmoved:
+            move_champion(int8_uri)
+    return unmoved
 
 
 def move_champion(int8_uri: str) -> None:

@@ -11,6 +11,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from qexp.errors import InputError
 from qexp.progress import say
+from qexp.text import printable
 from qexp.tracking.store import all_pages, uri_of, use_store
 from qexp.tracking.tags import TAGS, tags_of
 
@@ -72,7 +73,7 @@ def as_table(rows: list[Row]) -> str:
         "NAME", "VERSION", "ALIASES", "ENGINE", "TOP-1 %", "DROP (95 %)", "MB", "P50 MS", "SMALLEST SPEED-UP", "GATE",
         "PROMOTION", "FROM", "DATA", "CALIBRATION", "COMMIT", "HOST",
     )  # fmt: skip
-    cells = [header, *(_cells(row) for row in rows)]
+    cells = [header, *(tuple(map(printable, _cells(row))) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
     return "\n".join(lines)

@@ -13,8 +13,9 @@ import mlflow
 from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
-from qexp.errors import InputError, StageError, StoreError, first_line, hide_passwords
+from qexp.errors import InputError, StageError, StoreError, first_line
 from qexp.progress import say
+from qexp.text import hide_secrets, printable
 from qexp.tracking.job_folder import has_results, note_end
 from qexp.tracking.store import quickly, store_name
 
@@ -62,7 +63,7 @@ def _with_cause(error: StageError, cause: BaseException | None) -> StageError:
 def end_run(run_id: str, status: int, job: Path, error: Exception | None = None) -> None:
     """End the run. A store that does not answer keeps nobody waiting: the job's folder, if it is there, notes how the
     run ended. The traceback of an error that is not bad input is kept as an artifact."""
-    word, said = RunStatus.to_string(status), f"{type(error).__name__}: {error}"[:500] if error else ""
+    word, said = RunStatus.to_string(status), printable(f"{type(error).__name__}: {error}")[:500] if error else ""
     active = mlflow.active_run()
     ours = active is not None and active.info.run_id == run_id  # MLflow forgets a run before it has ended it
     steps: list[Callable[[], object]] = [
@@ -78,7 +79,7 @@ def end_run(run_id: str, status: int, job: Path, error: Exception | None = None)
         except Exception as failed:  # a full disk, a server that has gone: any library's
             problem = failed
     if error and not problem and not isinstance(error, InputError):
-        text = hide_passwords("".join(traceback.format_exception(error)))
+        text = hide_secrets("".join(traceback.format_exception(error)))
         with suppress(Exception), quickly():
             mlflow.MlflowClient().log_text(run_id, text, "error.txt")
     if problem:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qexp.measurement.host import read_host
 from qexp.models.classifier import ModelSpec
+from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking.runs import start_run
 from qexp.tracking.store import use_store
@@ -28,5 +29,5 @@ def register(
     tags = tags | lineage | {registry.MADE_BY: registry.OWN}
     if mlflow.active_run():
         return registry.register(kind, model, name, spec, sample, tags, stored).uri
-    with start_run(f"register-{name}", f"Registration of `{name}` with `qexp.register`."):
+    with start_run(f"register-{name}", f"Registration of `{opaque(name)}` with `qexp.register`."):
         return registry.register(kind, model, name, spec, sample, tags, stored).uri

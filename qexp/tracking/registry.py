@@ -2,8 +2,8 @@
 
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents, read_contents
 from qexp.models.names import parse_version_uri
 from qexp.models.stored import SUFFIXES, as_other_modules, model_file
-from qexp.tracking import class_names
+from qexp.progress import say
+from qexp.tracking import class_names, description
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version, quiet
@@ -34,18 +35,14 @@ from qexp.tracking.store import (
     all_pages,
     is_missing,
     logged_model_of,
-    page_of_run,
-    page_of_version,
     registry_name,
     split_uri,
     uri_of,
 )
 from qexp.tracking.tags import MADE_BY as MADE_BY
 from qexp.tracking.tags import OWN as OWN
-from qexp.tracking.tags import TAGS, Tags, tags_of
+from qexp.tracking.tags import Tags, tags_of
 
-KERNELS = "Kernels:"  # begins what is said about them in a version's description
-LONGEST_LIST = 1000  # characters of a description that names of classes or layers take; PostgreSQL has room for 5,000
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -231,8 +228,18 @@ def tag_version(uri: str, tags: dict[str, Any]) -> None:
         again(partial(client.set_model_version_tag, name, number, key, text))
     found = client.get_model_version(name, number)
     if "classes" in found.tags:
-        _, begins, kernels = (found.description or "").partition(KERNELS)
-        client.update_model_version(name, number, describe(found) + (f"\n\n{begins}{kernels}" if begins else ""))
+        client.update_model_version(name, number, description.of_version(found))
+
+
+@contextmanager
+def others_left_alone(uri: str) -> Iterator[None]:
+    """What the block writes about a version that was there before is left out where its owner lets others only read."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        say(f"{uri} may only be read: its tags stay as they are")
 
 
 def load_version(uri: str, backend: str | None = None) -> Predict:
@@ -312,81 +319,8 @@ def _stored_bytes(uri: str) -> int:
 def describe_kernels(uri: str, measured: str) -> None:
     """Say in the description of an int8 version which kernels were the faster ones, and by how much."""
     found = look_up(uri)
-    text = (found.description or "").split(KERNELS)[0].rstrip()
-    mlflow.MlflowClient().update_model_version(found.name, found.version, f"{text}\n\n{KERNELS} {measured}")
-
-
-def describe(found: ModelVersion) -> str:
-    """Markdown for a version's page, from its tags: the answer, figures, links, what it takes and gives, how to load
-    it. What a tag of an older version does not say is left out."""
-    tags, lines = found.tags, list[str]()
-    if "verdict" in tags:  # without Markdown: a list of versions shows how the text begins, as it is
-        lines += [f"{tags['verdict'].capitalize()}: {tags.get('verdict_reason', '')}.", ""]
-    elif "gate_reason" in tags:
-        lines += [f"Gate {tags['gate_reason']}.", ""]
-    if tags.get("verified") == "false":
-        lines += ["Not verified: loaded in a clean subprocess, it did not give the same logits.", ""]
-    lines += ["| | |", "| :-- | :-- |", *(f"| {name} | {text} |" for name, text in _rows(found) if text), ""]
-    load = {
-        "pytorch": f"model = mlflow.pytorch.load_model({uri_of(found)!r})",
-        "onnx": f"model = mlflow.pyfunc.load_model({uri_of(found)!r})  # predict(images)['logits'], of a numpy array",
-    }[tags_of(found).known("flavor") or "pytorch"]
-    return "\n".join([*lines, "To load it:", "", f"```python\n{load}\n```"])
-
-
-def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
-    """The table of a version's description; an empty text where a tag is missing."""
-    typed = tags_of(found)
-    wrong = [name for name in found.tags if name in TAGS and typed.known(name) is None]
-    tags = defaultdict(str, {name: text for name, text in found.tags.items() if name not in wrong})
-
-    def told(text: str, *names: str) -> str:
-        """`text` with these tags in it, numbers in four digits."""
-        return text.format(*(_short(tags[name]) for name in names)) if set(names) <= set(tags) else ""
-
-    yield "Test top-1", told("{} % on {}", "test_top1_percent", "dataset")
-    if fp32 := tags["fp32_uri"]:
-        drops = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
-        yield "Drop", told("{} points (95 % interval {} to {})", *drops)
-        yield "Made from", f"[{fp32}]({page_of_version(fp32)})"
-    calibrated = told(", {} calibration images", "calibration_samples")
-    layers = tags["float_layers"].replace("none", "")
-    left = f"; in fp32: {layers if len(layers) <= LONGEST_LIST else 'see tag `float_layers`'}" if layers else ""
-    yield "Engine", tags["engine"] and f"{tags['engine']}{calibrated}{left}"
-    mean = told("{}x the fastest float in the mean over batch sizes, ", "mean_speedup")
-    yield "Speed", told(f"{mean}at least {{}}x", "smallest_speedup")
-    times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
-    yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
-    yield "Size", told("{} MB", "size_mb")
-    yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
-    if classes := typed.known("classes"):
-        names = ", ".join(classes.names or ()).replace("|", "\\|")
-        order = names if 0 < len(names) <= LONGEST_LIST else classes.place
-        yield "Output", f"logits [N, {classes.count}] in the order {order}"
-    yield "Promotion", tags["promotion_reason"].replace("|", "\\|")
-    runs = {"training": "train_run_id", "quantization": "quantize_run_id", "latency": "latency_run_id"}
-    links = [f"[{name}]({page})" for name, tag in runs.items() if (page := _page(tags[tag]))]
-    if page := _page(tags["report_run_id"]):
-        links.insert(0, f"[report]({page}/artifacts/report/report.html)")
-    yield "Runs", ", ".join(links)
-
-
-def _short(text: str) -> str:
-    """A number in four digits; anything else as it is."""
-    try:
-        return text if text.isdecimal() else f"{float(text):.4g}"
-    except ValueError:
-        return text.replace("|", "\\|")
-
-
-def _page(run_id: str) -> str:
-    """The address of a run's page; the empty text if the run is gone."""
-    try:
-        return page_of_run(run_id) if run_id else ""
-    except MlflowException as error:
-        if is_missing(error):
-            return ""
-        raise
+    text = description.with_kernels(found.description or "", measured)
+    mlflow.MlflowClient().update_model_version(found.name, found.version, text)
 
 
 def _describe_model(name: str, kind: str, dataset: str | None) -> None:
@@ -394,10 +328,4 @@ def _describe_model(name: str, kind: str, dataset: str | None) -> None:
     client = mlflow.MlflowClient()
     if client.get_registered_model(name).description:
         return
-    what = {
-        "fp32": "Trained classifiers in fp32. The alias `champion` follows that of the int8 model",
-        "int8": "Classifiers quantized to int8. The version with the alias `champion` is the one to ship",
-    }[kind]
-    of = f" The data set is {dataset}." if dataset else ""
-    text = f"{what}; the description of each version says what was measured and links its runs.{of}"
-    client.update_registered_model(name, text)
+    client.update_registered_model(name, description.of_model(kind, dataset))

@@ -30,6 +30,7 @@ from qexp.files import from_json, to_json
 from qexp.measurement.host import Host
 from qexp.progress import say
 from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.text import as_markdown
 from qexp.tracking import metrics, outage
 from qexp.tracking.job_folder import forget_end, job_folder
 from qexp.tracking.limits import short_param
@@ -97,13 +98,13 @@ def start_run(name: str, note: str, resume: str | None = None, stage: str | None
     raised as it is.
 
     Args:
-        note: Markdown for the run's page.
+        note: Markdown for the run's page; values of others in it are `opaque`.
         stage: main, train, quantize, …, by which the run is found again; None: what `name` begins with.
     """
     stage = stage or name.split("-")[0]
     told = mlflow.active_run() is not None or "MLFLOW_RUN_ID" in os.environ
     with store_errors():
-        run = _begin(name, resume, {"qexp.stage": stage, NOTE: note})
+        run = _begin(name, resume, {"qexp.stage": stage, NOTE: as_markdown(note)})
     if not told:
         say(f"run {run.info.run_id}")
     job = job_folder(run.data.tags.get("mlflow.parentRunId", run.info.run_id))
@@ -225,8 +226,8 @@ def logged_steps(run_id: str, metric: str) -> set[int]:
 
 
 def set_note(text: str) -> None:
-    """Replace the Markdown note of the active run."""
-    set_tag(NOTE, text)
+    """Replace the Markdown note of the active run; values of others in it are `opaque`."""
+    set_tag(NOTE, as_markdown(text))
 
 
 def set_tag(name: str, value: str) -> None:

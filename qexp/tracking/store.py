@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output ends with our JSON line
@@ -21,7 +22,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from qexp.environment import environment, under_mlflow_run
-from qexp.errors import InputError, first_line, hide_passwords
+from qexp.errors import InputError, first_line
+from qexp.text import hide_secrets
 from qexp.tracking.address import IN_A_PROJECT, Address, addresses, check, connect, folders, use_plain_paths
 
 T = TypeVar("T")
@@ -85,17 +87,17 @@ def page_of_run(run_id: str, tab: str = "") -> str:
 def page_of_version(uri: str) -> str:
     """The address of the page of a version `models:/NAME/VERSION`."""
     name, number = split_uri(uri)
-    return f"#/models/{name}/versions/{number}"
+    return f"#/models/{quote(name, safe='')}/versions/{number}"
 
 
 def store_name() -> str:
     """The tracking store's URI, as it may be shown."""
-    return hide_passwords(mlflow.get_tracking_uri())
+    return hide_secrets(mlflow.get_tracking_uri())
 
 
 def registry_name() -> str:
     """The registry's URI, as it may be shown."""
-    return hide_passwords(mlflow.get_registry_uri())
+    return hide_secrets(mlflow.get_registry_uri())
 
 
 def use_store() -> None:

@@ -4,7 +4,6 @@ One function a kind of result. Each logs to the active run and can be repeated: 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import singledispatch
@@ -15,27 +14,23 @@ from typing import Any
 import mlflow
 from torch import Tensor
 
-from qexp.config import Config
-from qexp.errors import StageError
-from qexp.measurement.gate import PASSED, UNMEASURED
-from qexp.measurement.host import Host
+from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
 from qexp.models.classifier import Classifier, save_classifier
-from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
 from qexp.report.promotion import CANDIDATE, FORCED, Promotion
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
-from qexp.tracking import metrics, registry
+from qexp.text import opaque
+from qexp.tracking import description, metrics, registry
 from qexp.tracking import runs as tracking
-from qexp.tracking.outage import store_errors
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, WrittenReport
-from qexp.tracking.store import model_id_of, page_of_run, quickly, split_uri
+from qexp.tracking.store import logged_model_of, model_id_of, page_of_run, split_uri
 from qexp.tracking.tags import tags_of
-from qexp.training.train import EpochResult
+from qexp.tracking.training_log import log_curves
 
 LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
 
@@ -67,18 +62,18 @@ def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
     name = f"{evidence.model}-{evidence.data.name}-fp32"
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(new.stored, run_id)} | new.tags
     version = _registered("fp32", new, name, tags)
-    registry.make_challenger(version)
     evidence = _with_version(evidence, version)
     tracking.log_result("fp32", evidence)
     tracking.log_text(new.layers, LAYER_TABLE)
     top1 = evidence.accuracy["test"].top1_percent
     tracking.set_note(
-        f"{evidence.model} on {evidence.data.name}: test top-1 **{top1:.2f} %** with the weights of epoch "
-        f"{evidence.train.best_epoch}; registered as `{version.uri}`."
+        f"{evidence.model} on {opaque(evidence.data.name)}: test top-1 **{top1:.2f} %** with the weights of epoch "
+        f"{evidence.train.best_epoch}; registered as `{opaque(version.uri)}`."
     )
     parameters = sum(parameter.numel() for parameter in new.stored.parameters())
     values = metrics.of_model(evidence.accuracy, version.size_bytes, parameters)
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
+    registry.make_challenger(version)  # last: a stage that fails on its way moves no alias
     return Fp32(new.stored, version, evidence, new.logits)
 
 
@@ -94,14 +89,14 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     values = metrics.of_model(accuracy, version.size_bytes, cost.parameters)
     values |= metrics.of_comparison(test, cost.int8_percent)
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
-    for owner, counted in ((fp32_version.owner, evidence.fp32_cost), (version.owner, cost)):
+    for model_id, counted in ((fp32_version.model_id, evidence.fp32_cost), (version.model_id, cost)):
         for batch_size, count in counted.macs.items():
-            tracking.log_metrics({"macs": count}, batch_size, owner, at_ms)
+            tracking.log_metrics({"macs": count}, batch_size, (_run_id(), model_id), at_ms)
     tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy}), "accuracy")
     tracking.log_result("int8", evidence)
     tracking.set_note(
-        f"`{fp32_version.uri}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
-        f"{test.top1_drop_points:.2f} points; registered as `{version.uri}`."
+        f"`{opaque(fp32_version.uri)}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
+        f"{test.top1_drop_points:.2f} points; registered as `{opaque(version.uri)}`."
     )
     tracking.log_text(new.layers, LAYER_TABLE)
     return evidence
@@ -126,44 +121,6 @@ def _log_weights(model: Classifier, run_id: str) -> str:
     return f"runs:/{run_id}/weights/model.safetensors"
 
 
-class TrainingLog:
-    """A training under way: what it settles by timing, and its curves, epoch by epoch, in the active run.
-
-    A store that fails stops no training: what it lacks is sent with the next epoch, or at the end.
-    """
-
-    def __init__(self, config: Config, host: Host) -> None:
-        self.config, self.host = config, host
-        self.waiting: list[EpochResult] = []
-        self.logged: set[int] | None = None
-
-    def settled(self, execution: dict[str, bool | int]) -> None:
-        """How the steps are computed is part of the configuration from now on."""
-        tracking.log_setup(self.config.with_training(execution), self.host)
-
-    def epoch(self, result: EpochResult) -> None:
-        """Log an epoch that the run lacks, and those that could not be logged before it."""
-        away = bool(self.waiting)
-        self.waiting.append(result)
-        try:
-            with store_errors(), quickly() if away else nullcontext():
-                if self.logged is None or away:  # an answer may have been lost, not the request
-                    self.logged = tracking.logged_steps(_run_id(), metrics.FIRST_OF_EPOCH)
-                log_curves(self.waiting, self.logged)
-            self.waiting.clear()
-        except StageError as error:
-            if not away:
-                say(f"{error}; training continues, its curves will be logged once the store is back")
-
-
-def log_curves(epochs: Sequence[EpochResult], logged: set[int], run_id: str | None = None) -> None:
-    """Log the epochs that are not in `logged` to a run, the active one unless named, and add them."""
-    for epoch in epochs:
-        if epoch.epoch not in logged:
-            tracking.log_metrics(metrics.of_epoch(epoch), epoch.epoch, (run_id, None) if run_id else None)
-            logged.add(epoch.epoch)
-
-
 @upload.register
 def _sensitivity(result: SensitivityResult, folder: Path, at_ms: int) -> SensitivityResult:
     tracking.log_table(metrics.columns([asdict(layer) for layer in result.layers]), "sensitivity")
@@ -178,23 +135,25 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     limits = tracking.read_config(evidence.run_id).gate
     fp32 = registry.from_entity(registry.find_version(evidence.fp32_uri, "fp32"))
     versions = {uri: registry.find_version(uri, "int8") for uri in evidence.names}
-    owners = {evidence.name_of(uri): registry.from_entity(version).owner for uri, version in versions.items()}
-    tracking.log_models(model_id for _, model_id in (fp32.owner, *owners.values()))
-    fastest = found.winner(list(owners))
+    # In this run: those that made the models may be gone, or belong to others.
+    models = {evidence.name_of(uri): logged_model_of(version) for uri, version in versions.items()}
+    tracking.log_models((fp32.model_id, *models.values()))
+    fastest = found.winner(list(models))
     floats = evidence.fair_floats(limits.of(split_uri(next(iter(versions)))[0]))
-    _log_times(found, fastest, floats, {found.baseline: fp32.owner} | owners, at_ms)
+    _log_times(found, fastest, floats, {found.baseline: fp32.model_id} | models, at_ms)
     if evidence.bf16:
         tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.top1_drop_points), at_ms=at_ms)
     tracking.log_result("latency", evidence)
     for uri, version in versions.items():
-        models = _with_kernels(tags_of(version).engine, evidence.names[uri])
-        tags = {"latency_run_id": evidence.run_id} | _speedup_tags(found, models[0].name, floats)
-        tags |= _latency_tags(found, models[0].name)
-        if models[0].backend:
-            tags["backend"] = models[0].backend
-            registry.describe_kernels(uri, _about_kernels(found, models))
+        kernels = _with_kernels(tags_of(version).engine, evidence.names[uri])
+        tags = {"latency_run_id": evidence.run_id} | _speedup_tags(found, kernels[0].name, floats)
+        tags |= _latency_tags(found, kernels[0].name)
+        if kernels[0].backend:
+            tags["backend"] = kernels[0].backend
+            registry.describe_kernels(uri, description.about_kernels(found, kernels))
         registry.tag_version(uri, tags)
-    registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
+    with registry.others_left_alone(fp32.uri):
+        registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
     least = found.least_speedup(fastest, floats)
     tracking.set_note(
         f"{fastest} over the fastest float: **{found.mean_ratio(floats, fastest).median:.2f}x** in the mean, "
@@ -203,12 +162,11 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     return evidence
 
 
-def _log_times(
-    result: LatencyResult, chosen: str, floats: Sequence[str], owners: dict[str, tuple[str, str]], at_ms: int
-) -> None:
+def _log_times(result: LatencyResult, chosen: str, floats: Sequence[str], models: dict[str, str], at_ms: int) -> None:
+    """To the active run; `models` has the ids of logged models by the names under which they were timed."""
     for whose, step, values in metrics.of_latency(result, chosen, floats):
-        if whose is None or whose in owners:
-            tracking.log_metrics(values, step, owners[whose] if whose else None, at_ms)
+        if whose is None or whose in models:
+            tracking.log_metrics(values, step, (_run_id(), models[whose]) if whose else None, at_ms)
     tracking.log_table(metrics.latency_table(result), "latency")
 
 
@@ -230,19 +188,6 @@ def _latency_tags(result: LatencyResult, name: str) -> dict[str, str]:
     return {"p50_ms": p50_ms, "p50_batch_size": str(row.batch_size), "p50_threads": str(result.threads)}
 
 
-def _about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
-    first = found[0]
-    means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
-    text = f"`{first.backend}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
-    if first.backend == "x86":
-        return f"{text} They are the default kernels."
-    return (
-        f"{text} TorchScript packs int8 weights at load for the engine of the process, `x86` unless it was set: for "
-        f"the same speed without qexp, set `torch.backends.quantized.engine = {first.backend!r}` before loading. "
-        "Outputs are the same either way."
-    )
-
-
 @upload.register
 def _promotion(result: Promotion, folder: Path, at_ms: int) -> Promotion:
     """In the run and in the version's tags: what was decided, why, when and at whose word."""
@@ -253,9 +198,11 @@ def _promotion(result: Promotion, folder: Path, at_ms: int) -> Promotion:
     tracking.log_result("latency", found.measured)
     tracking.log_result("promotion", found)
     tracking.log_metrics(found.figures, at_ms=at_ms)
-    registry.tag_version(found.uri, _promotion_tags(found, run_id, at_ms))
+    tags = _promotion_tags(found, run_id, at_ms)
+    if registry.look_up(found.uri).tags.get("promotion_at", "") <= tags["promotion_at"]:  # no later one has decided
+        registry.tag_version(found.uri, tags)
     tracking.set_tag("qexp.promotion", found.word)
-    tracking.set_note(f"`{found.uri}` {found.summary}.")
+    tracking.set_note("`{0.uri}` {0.summary}.".format(opaque(found)))
     return found
 
 
@@ -303,15 +250,12 @@ def _report(result: WrittenReport, folder: Path, at_ms: int) -> str:
 
 
 def upload_decision(evidence: Evidence) -> None:
-    """The gate's decision as tags of each int8 version, the verdict as those of the version chosen, which becomes
-    challenger. No alias moves where the times are not good enough for a verdict."""
+    """The gate's decision as tags of each int8 version, the verdict as those of the version chosen."""
     for judged in evidence.versions:
         tags = {"gate": judged.gate.word, "gate_reason": judged.gate.summary}
         registry.tag_version(judged.int8.version_uri, tags)
     chosen = evidence.int8.version_uri
     registry.tag_version(chosen, {"verdict": evidence.verdict.word, "verdict_reason": evidence.verdict.reason})
-    if evidence.gate.word != UNMEASURED:
-        registry.make_challenger(registry.from_entity(registry.find_version(chosen, "int8")))
 
 
 def upload_answer(evidence: Evidence) -> None:
@@ -328,7 +272,7 @@ def upload_answer(evidence: Evidence) -> None:
     given = "qexp.model_uri" in tracking.find_run(run_id).data.tags  # then fp32 was there before
     tracking.log_models([fp32] if given else [], int8s if given else [fp32, *int8s])
     report = page_of_run(run_id, "artifacts/report/report.html")
-    tracking.set_note(f"{sentences.answer(evidence)}\n\n[The whole report]({report})")
+    tracking.set_note(f"{sentences.answer(opaque(evidence))}\n\n[The whole report]({report})")
 
 
 def _run_id() -> str:

@@ -14,7 +14,9 @@ from qexp.config import Config
 from qexp.errors import StageError, StoreError
 from qexp.measurement.host import Host, read_host
 from qexp.pipeline import job as jobs
-from qexp.pipeline.job import Job, has_stage, open_job, sync_run
+from qexp.pipeline.job import Job, open_job
+from qexp.pipeline.resume import has_stage
+from qexp.pipeline.sync import sync_run
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.results import Evidence
 from qexp.tracking import runs as tracking

@@ -13,6 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 from conftest import PLAIN, Finished, run_qexp
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from qexp.config import Config, QuantizeConfig, parse_yaml
@@ -25,6 +26,7 @@ from qexp.pipeline import jobs, loading
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Job, runs_below
 from qexp.pipeline.setup import Setup, with_quantization_checked
+from qexp.pipeline.sync import sync_run
 from qexp.report.results import Evidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
@@ -197,6 +199,40 @@ def test_stages_that_have_finished_are_read_and_not_called_again(
     assert evidence.verdict.word == finished.summary["verdict"] and latency.run_id != run_id
     with pytest.raises(TypeError):  # another int8 version has not been timed
         jobs.latency_stage(job, config, fp32.version.uri, {"models:/other/1": "fx"}, lambda: None)
+
+
+@pytest.mark.slow
+def test_a_version_whose_training_run_was_deleted_is_quantized_and_sync_makes_it_challenger(
+    in_use: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stage writes to its own run only, and moves the alias last: also where its store has been away."""
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(in_use.uri)
+    client, name = mlflow.MlflowClient(), "smallnet-digits-int8"
+    trained = client.get_model_version("smallnet-digits-fp32", "1").run_id
+    metrics = client.get_run(trained).data.metrics
+    monkeypatch.setattr(registry, "reloads_equal", lambda *given: True)
+    before, numbers = client.get_model_version_by_alias(name, "challenger").version, registry.version_numbers(name)
+    client.delete_run(trained)
+
+    def fail(*given: object) -> None:
+        raise MlflowException("no answer")
+
+    try:
+        with monkeypatch.context() as patched, pytest.raises(StageError, match="`qexp sync checkpoints/"):
+            patched.setattr(tracking, "log_text", fail)  # the last that an upload does, when the version is there
+            options = parse_yaml("quantize: {calibration_samples: 16, sensitivity_images: 0}")
+            jobs.run_quantize(options, in_use.summary["fp32"])
+        assert client.get_model_version_by_alias(name, "challenger").version == before
+        (folder,) = Path("checkpoints").iterdir()
+        done = sync_run(folder)
+    finally:
+        client.restore_run(trained)
+    assert done["status"] == "FINISHED" and done["int8"] not in [f"models:/{name}/{number}" for number in numbers]
+    assert len(registry.version_numbers(name)) == len(numbers) + 1
+    assert done["int8"].endswith(f"/{client.get_model_version_by_alias(name, 'challenger').version}")
+    assert client.get_run(trained).data.metrics == metrics
+    client.set_registered_model_alias(name, "challenger", before)
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,27 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
-from conftest import Finished, run_qexp
+from conftest import Finished, latency_row, run_qexp
+from mlflow.exceptions import MlflowException
 
 from qexp.config import Config, GateConfig, LatencyConfig
 from qexp.errors import InputError, StageError
 from qexp.measurement.gate import Succession
-from qexp.pipeline import promote
+from qexp.pipeline import job, promote, settle
 from qexp.pipeline.loading import evidence_of_version
-from qexp.pipeline.promote import run_promote, succeed
+from qexp.pipeline.promote import run_promote
+from qexp.pipeline.sync import sync_run
 from qexp.report import sentences
+from qexp.report.promotion import CANDIDATE, Promotion
+from qexp.report.results import Evidence
 from qexp.tracking import aliases, registry
+from qexp.tracking.aliases import succeed
 from qexp.tracking.store import uri_of
 
 NAME = "smallnet-digits-int8"
@@ -127,12 +133,13 @@ def test_a_champion_that_moves_while_one_is_compared_with_it(
     client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = _champions(client)
-    monkeypatch.setattr(promote, "succeed", lambda uri, champion: False)
+    monkeypatch.setattr(settle, "succeed", lambda uri, champion: False)
     monkeypatch.setattr(promote, "decide_succession", lambda *given: Succession(True, ("better: size",)))
     number = "1" if before[0] == "2" else "2"
     with pytest.raises(StageError, match=f"/{number} is not promoted: another version has become champion meanwhile"):
         run_promote(Config(latency=TIMES, gate=LOOSE), NAME, number)
     assert _champions(client) == before and _tags(client, number)["promotion"] == "rejected"
+    assert not Path("checkpoints").exists()  # nothing is left to upload
 
 
 def test_another_champion_is_not_replaced_unseen(client: mlflow.MlflowClient) -> None:
@@ -153,7 +160,7 @@ def test_of_two_that_end_at_once_one_replaces_the_champion(
     before, first = _champions(client), client.get_model_version(NAME, "1")
     made = [client.create_model_version(NAME, first.source, first.run_id, tags=first.tags) for _ in range(2)]
     client.set_registered_model_alias(NAME, "champion", "1")
-    look, both = promote.version_with, threading.Barrier(2)
+    look, both = aliases.version_with, threading.Barrier(2)
 
     def look_together(alias: str, name: str) -> Any:
         found = look(alias, name)
@@ -161,7 +168,7 @@ def test_of_two_that_end_at_once_one_replaces_the_champion(
             both.wait(1)  # for the other, which may not be let in
         return found
 
-    monkeypatch.setattr(promote, "version_with", look_together)
+    monkeypatch.setattr(aliases, "version_with", look_together)
     with ThreadPoolExecutor(2) as threads:
         replaced = list(threads.map(lambda one: succeed(uri_of(one), uri_of(first)), made))
     assert sorted(replaced) == [False, True]
@@ -175,6 +182,75 @@ def test_of_two_that_end_at_once_one_replaces_the_champion(
     client.set_registered_model_alias(NAME, "champion", before[0])
     for one in made:
         client.delete_model_version(NAME, one.version)
+
+
+@pytest.fixture
+def passed(client: mlflow.MlflowClient, evidence: Evidence, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the second version, which is found to be better than the first, the champion, without any measuring."""
+    monkeypatch.chdir(tmp_path)
+    client.set_registered_model_alias(NAME, "champion", "1")
+    fp32, uri = "models:/smallnet-digits-fp32/1", f"models:/{NAME}/2"
+    latency = replace(evidence.latency, rows=(latency_row(1, {"fp32": 2.0, CANDIDATE: 1.0}),))
+    measured = replace(evidence.measured, fp32_uri=fp32, names={uri: (CANDIDATE,)}, latency=latency)
+    drop, better = evidence.int8.comparison["test"], Succession(True, ("better: size",))
+    found = Promotion(uri, f"models:/{NAME}/1", evidence.gate, better, drop, drop, measured, ("fp32",))
+    monkeypatch.setattr(promote, "compare_with_champion", lambda *given: found)
+
+
+def _fail(*given: object) -> Any:
+    raise MlflowException("no answer")
+
+
+def _lost(place: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a promotion whose store goes away when `name` is called."""
+    with monkeypatch.context() as patched, pytest.raises(StageError, match="`qexp sync checkpoints/"):
+        patched.setattr(place, name, _fail)
+        run_promote(Config(latency=TIMES, gate=LOOSE), NAME, "2")
+    (folder,) = Path("checkpoints").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("lost_in", ["upload", "settle"])
+def test_sync_after_a_promotion_that_lost_its_store_moves_the_alias_once(
+    lost_in: str, passed: None, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _lost(job, lost_in, monkeypatch)
+    assert _champions(client)[0] == "1"
+    done = sync_run(folder)
+    assert done["decision"] == "passed" and done["int8"] == f"models:/{NAME}/2" and done["status"] == "FINISHED"
+    assert "next" not in done and _champions(client)[0] == "2" and not folder.exists()
+    tags = _tags(client, "2")
+    assert tags["promotion"] == "passed" and tags["promotion_run_id"] == folder.name
+    client.set_registered_model_alias(NAME, "champion", "1")  # by somebody else
+    assert sync_run(folder) == {"command": "sync", "run_id": folder.name, "status": "FINISHED"}
+    assert _champions(client)[0] == "1" and _tags(client, "2") == tags
+
+
+def test_sync_takes_back_nothing_that_was_decided_later(
+    passed: None, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _lost(job, "upload", monkeypatch)
+    later = {"promotion": "forced", "promotion_at": "2999-01-01T00:00:00+00:00", "promotion_run_id": "0" * 32}
+    before = _tags(client, "2")
+    for name, value in later.items():
+        client.set_model_version_tag(NAME, "2", name, value)
+    sync_run(folder)
+    assert _champions(client)[0] == "1" and _tags(client, "2").items() >= later.items()
+    for name in later:
+        client.set_model_version_tag(NAME, "2", name, before[name])
+
+
+def test_sync_of_a_promotion_that_was_overtaken_and_of_one_without_a_result(
+    passed: None, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _lost(job, "upload", monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(settle, "succeed", lambda uri, champion: False)
+        done = sync_run(folder)
+    assert done["decision"] == "rejected" and done["reasons"] == ["another version has become champion meanwhile"]
+    assert _champions(client)[0] == "1" and _tags(client, "2")["promotion"] == "rejected"
+    folder = _lost(promote, "compare_with_champion", monkeypatch)
+    assert sync_run(folder)["next"] == f"qexp promote {NAME} --version 2"
 
 
 def test_a_challenger_of_somebody_else_is_bad_input(client: mlflow.MlflowClient) -> None:

@@ -15,7 +15,7 @@ from conftest import NOT_TIMED, PLAIN, SEED, Finished, run_qexp, start_qexp
 from qexp.config import DataConfig
 from qexp.data.datasets import load_dataset
 from qexp.errors import InputError
-from qexp.pipeline.setup import check_data_of_run
+from qexp.pipeline.resume import check_data_of_run
 
 OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split() + NOT_TIMED
 EPOCHS = list(range(1, 21))

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +13,8 @@ import mlflow
 import pytest
 from cases import CASES, ONNX, ORIGIN, judged, keep_float, not_measured, ship_int8, with_onnx
 from conftest import REPOSITORY, with_int8, with_rows
+from markdown import Markdown
+from nasty import Page, nasty
 
 from qexp.config import GateConfig
 from qexp.files import from_json, to_json
@@ -20,6 +23,7 @@ from qexp.measurement.sweep_models import BASELINE
 from qexp.report.page import Origin, render_html, render_markdown, write_report
 from qexp.report.results import Bf16Evidence, Evidence
 from qexp.report.tables import markdown
+from qexp.text import printable
 from qexp.tracking.runs import run_page
 
 SECTIONS = [
@@ -143,9 +147,39 @@ def test_page_has_title_headings_and_tables(page: str) -> None:
 def test_folder_names_are_shown_as_they_are(full: Evidence, folder: Path, source: str) -> None:
     """None of their letters is Markdown or HTML."""
     named = replace(full, fp32=replace(full.fp32, data=replace(full.fp32.data, source=source)))
-    page = render_html(render_markdown(named), named, folder)
+    page = render_html(named, folder)
     shown = html.unescape(re.sub(r"<[^>]*>", "", page.split("</h2>")[-1]))
     assert f"digits from {source}, digest" in shown
+
+
+def test_no_text_of_others_is_markup(evidence: Evidence, folder: Path) -> None:
+    """Names of folders, versions, layers, machines, and what libraries and tags say: a reader sees what was written."""
+    cases = [(found, Page(render_html(found, folder))) for found in (ship_int8(evidence), not_measured(evidence))]
+    names = (name.encode(errors="replace").decode() for name in nasty(130, seed=2))  # JSON has no other bytes
+    for case, plain in cases * 10:
+        text = to_json(case)
+        ours = (
+            "models:/smallnet-digits-int8/1",
+            "models:/smallnet-digits-fp32/1",
+            "network.0",
+            "Imagined CPU",
+            "sklearn.",
+        )
+        written = {old: f"{next(names)}{number}" for number, old in enumerate(ours) if old in plain.text}
+        for old, new in written.items():
+            text = text.replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1])
+        found = from_json(Evidence, text)
+        reason = next(names)
+        succession = replace(found.succession, reasons=(reason,)) if found.succession else None
+        found = replace(found, failed_engines=dict.fromkeys(found.failed_engines, reason), succession=succession)
+        page = Page(render_html(found, folder))
+        assert page.counts == plain.counts and page.attributes <= plain.attributes and not page.open
+        assert page.scripts == plain.scripts == 1 and all(one.startswith("data:image/png;") for one in page.addresses)
+        told = Page(Markdown(extensions=["tables", "fenced_code"]).convert(render_markdown(found)))
+        assert told.tags <= plain.tags and all(one.startswith("figures/") for one in told.addresses)
+        for name in (*written.values(), *found.failed_engines.values()):
+            shown = " ".join(printable(name).split())
+            assert shown in " ".join(page.text.split()), name
 
 
 def test_table_cells_cannot_break_the_table() -> None:

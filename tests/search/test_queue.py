@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from postgres import start_postgres
 
 from qexp.config import Config, SearchConfig
-from qexp.errors import InputError, hide_passwords
+from qexp.errors import InputError
 from qexp.search.queue import (
     MOST_DEATHS,
     alive,
@@ -32,6 +32,7 @@ from qexp.search.queue import (
 from qexp.search.results import SearchPoint
 from qexp.search.storage import open_place
 from qexp.search.study import Study, find_study, make_study, points_of
+from qexp.text import hide_secrets
 
 
 @pytest.fixture(scope="module")
@@ -319,4 +320,4 @@ def test_several_workers_need_a_name(postgres: str) -> None:
     ],
 )
 def test_passwords_are_hidden(text: str, hidden: str) -> None:
-    assert hide_passwords(text) == hidden
+    assert hide_secrets(text) == hidden

@@ -13,8 +13,10 @@ from conftest import PLAIN, Finished, run_qexp, start_qexp
 from forked import Forked
 from servers import Server
 
-from qexp.errors import InputError, first_line, hide_passwords
-from qexp.pipeline.job import has_stage, sync_run
+from qexp.errors import InputError, first_line
+from qexp.pipeline.resume import has_stage
+from qexp.pipeline.sync import sync_run
+from qexp.text import hide_secrets
 
 TRAIN = ["--epochs", "4", "--image-size", "8"]
 EPOCHS = list(range(1, 5))
@@ -131,9 +133,9 @@ def test_run_that_has_finished_lacks_nothing(finished: Finished) -> None:
 
 
 def test_passwords_are_never_shown() -> None:
-    assert hide_passwords("postgresql://me:s3cr3t@host:5432/db") == "postgresql://me:***@host:5432/db"
-    assert hide_passwords("a http://u:p:q@h/ b") == "a http://u:***@h/ b"
-    assert hide_passwords("models:/name@champion at http://127.0.0.1:5000") == (
+    assert hide_secrets("postgresql://me:s3cr3t@host:5432/db") == "postgresql://me:***@host:5432/db"
+    assert hide_secrets("a http://u:p:q@h/ b") == "a http://u:***@h/ b"
+    assert hide_secrets("models:/name@champion at http://127.0.0.1:5000") == (
         "models:/name@champion at http://127.0.0.1:5000"
     )
     assert "s3cr3t" not in first_line(ValueError("cannot parse 'postgresql://me:s3cr3t@host:port/db'"))

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished
+from markdown import markdown
 from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
+from nasty import Page, nasty
 from PIL import Image
 from stores import new_store
 from torch import nn
@@ -24,7 +26,8 @@ from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
 from qexp.pipeline.predict import predict_files
-from qexp.tracking import class_names, registry
+from qexp.text import printable
+from qexp.tracking import class_names, description, registry
 from qexp.tracking.class_names import ClassNames
 from qexp.tracking.leftovers import discard_unregistered
 from qexp.training.train import TrainResult
@@ -131,10 +134,10 @@ def test_descriptions_fit_into_a_database_with_any_number_of_names() -> None:
     """PostgreSQL takes 5,000 characters."""
     classes = json.dumps([f"a class of birds {number}" for number in range(1000)])
     layers = ",".join(f"features.{number}.0" for number in range(1000))
-    text = registry.describe(_version(classes=classes, engine="fx", float_layers=layers))
+    text = description.of_version(_version(classes=classes, engine="fx", float_layers=layers))
     assert len(text) < 1000 and "logits [N, 1000] in the order of the tag `classes`" in text
     assert "in fp32: see tag `float_layers`" in text
-    few = registry.describe(_version(flavor="onnx", engine="onnx", float_layers="none"))
+    few = description.of_version(_version(flavor="onnx", engine="onnx", float_layers="none"))
     assert "logits [N, 2] in the order cat, dog" in few and "predict(images)['logits']" in few
     assert "| Engine | onnx |" in few
 
@@ -142,7 +145,7 @@ def test_descriptions_fit_into_a_database_with_any_number_of_names() -> None:
 def test_a_version_of_earlier_qexp_is_described_by_the_tags_that_it_has(client: mlflow.MlflowClient) -> None:
     """Those that are no longer set do no harm, what is not known is left out, nor does a run that is gone."""
     old = {"observer": "minmax", "backend_speedups": "x86 2.00", "fold_pool": "false", "smallest_speedup": "1.500"}
-    text = registry.describe(_version(test_top1_percent="93.5", dataset="birds", train_run_id="0" * 32, **old))
+    text = description.of_version(_version(test_top1_percent="93.5", dataset="birds", train_run_id="0" * 32, **old))
     assert "| Test top-1 | 93.5 % on birds |" in text and "| Speed | at least 1.5x |" in text
     assert "minmax" not in text and "Runs" not in text and "None" not in text
 
@@ -319,3 +322,25 @@ def test_a_version_that_could_not_be_completed_is_none_until_the_next_try_comple
         assert registry.register(*given, once=True).uri == "models:/unfinished/1"
     (version,) = mlflow.MlflowClient().search_model_versions("name = 'unfinished'")
     assert version.tags["kind"] == "fp32" and version.description and len(list(tmp_path.rglob("model.pt2"))) == 1
+
+
+def test_no_tag_of_a_version_is_markup_in_its_description() -> None:
+    """Written anew again and again, it stays the same."""
+    for name in nasty(150, seed=3):
+        shown, tags = (
+            " ".join(printable(name).replace("`", "'").split()),
+            dict.fromkeys(("verdict", "gate_reason"), name),
+        )
+        tags |= {"engine": name, "verdict_reason": name, "promotion_reason": name, "float_layers": name, "cpu": name}
+        tags |= {"classes": json.dumps([name, "dog"]), "dataset": name, "test_top1_percent": "1"}
+        version = _version(**tags)
+        version._name = name.replace("/", "")
+        first = description.of_version(version)
+        version._description = description.with_kernels(first, "`x86` is used.")
+        text = description.of_version(version)
+        assert text == version.description == f"{first}\n\nKernels: `x86` is used."
+        page = Page(markdown(text, extensions=["tables", "fenced_code"]))
+        assert page.tags <= {"p", "table", "thead", "tbody", "tr", "th", "td", "pre", "code"} and not page.open
+        assert page.attributes <= {"class", "style"} and not page.addresses
+        assert " ".join(page.text.replace("`", "'").split()).count(shown) >= 4, name
+        assert Page(markdown(description.of_model("int8", name))).tags == {"p", "code"}
