@@ -38,7 +38,7 @@ from qexp.pipeline import job as jobs
 from qexp.pipeline import report as reports
 from qexp.pipeline.job import Job, open_job, sync_run
 from qexp.pipeline.promote import succeed
-from qexp.pipeline.setup import config_of_run
+from qexp.pipeline.resume import config_of_run
 from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
 from qexp.search import storage
 from qexp.search.queue import finish, suggest, take_trial
@@ -50,6 +50,7 @@ from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import job_folder
 from qexp.tracking.results import WrittenReport
 from qexp.tracking.store import logged_model_of
+from qexp.tracking.training_log import TrainingLog
 from qexp.training.train import EpochResult, train_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The value of `grace_period`")]
@@ -280,7 +281,7 @@ def between_best_weights_and_checkpoint(folder: Path, tiny: Dataset, not_killed:
 def logged_training(place: str, run_id: str | None = None) -> None:
     dataset = torch.load("tiny.pt", weights_only=False)
     with tracking.start_run("train-smallnet", "note", run_id):
-        log = uploads.TrainingLog(Config(), read_host(1))
+        log = TrainingLog(Config(), read_host(1))
         train_in(Path(place), dataset, log.epoch)
 
 

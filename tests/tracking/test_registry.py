@@ -113,7 +113,7 @@ def test_names_that_no_tag_holds_are_in_a_file_of_the_version(tmp_path: Path, mo
         version = registry.register("fp32", model, "many-fp32", ModelSpec("many", names, 16), sample, {})
     found = registry.find_version(version.uri, "fp32")
     assert found.tags["classes"] == "10450 names: metadata.classes of the file MLmodel"
-    assert "logits [N, 10450] in the order of `metadata.classes of the file MLmodel`" in registry.describe(found)
+    assert "logits [N, 10450] in the order of `metadata.classes of the file MLmodel`" in description.of_version(found)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     _, (predicted,) = predict_files(version.uri, [str(tmp_path / "red.png")], 2)
     with torch.no_grad():

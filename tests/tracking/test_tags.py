@@ -17,7 +17,7 @@ from qexp.pipeline.loading import fp32_from_registry, load_weights
 from qexp.pipeline.predict import predict_files
 from qexp.pipeline.promote import run_promote
 from qexp.pipeline.verify import RECORDED, run_verify
-from qexp.tracking import registry, store
+from qexp.tracking import description, registry, store
 from qexp.tracking.catalog import as_table, list_models
 from qexp.tracking.tags import LONGEST_VALUE, TAGS, Tags, tags_of
 
@@ -93,7 +93,7 @@ def test_a_wrong_value_is_one_line_and_is_left_out_of_lists(name: str) -> None:
         else:
             with pytest.raises(InputError, match=re.escape(str(refused.value))):
                 tags.check()
-        text = registry.describe(_version({"kind": "int8", "classes": GOOD["classes"], name: value}))
+        text = description.of_version(_version({"kind": "int8", "classes": GOOD["classes"], name: value}))
         assert "To load it:" in text and (not value.strip() or len(value) < 3 or value not in text)
 
 
