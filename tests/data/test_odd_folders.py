@@ -1,13 +1,19 @@
 """Folders of images as people have them: links, pipes, odd names, photographs on their side, damaged caches."""
 
+import contextlib
+import io
 import os
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from strategies import SEEDED, nasty_texts
 
 from qexp.config import DataConfig
 from qexp.data import imagefolder
@@ -15,6 +21,7 @@ from qexp.data.datasets import Dataset, load_dataset
 from qexp.data.imagefolder import decode_files, list_folder
 from qexp.errors import InputError
 from qexp.measurement.host import free_memory_bytes
+from qexp.text import printable
 
 ORIENTATION = 0x0112  # of EXIF's tags
 
@@ -94,6 +101,52 @@ def test_what_pillow_decodes_is_read(pets: Path, suffix: str) -> None:
     kind = {".avif": "avif", ".webp": "webp", ".tga": "tga"}.get(suffix, "jpeg")
     Image.new("RGB", (8, 8), (1, 2, 3)).save(pets / "train" / "cat" / f"extra{suffix}", kind)
     assert _count(pets) == 12 + 1 and len(_load(pets).train) + len(_load(pets).validation) == 8 + 1
+
+
+NAMES = (nasty_texts(max_size=12) | st.sampled_from(["cat", "dog", "a.png", "b.jpg"])).filter(
+    lambda name: name not in ("", ".", "..") and not set(name) & {"/", "\0"} and len(_as_bytes(name)) < 200
+)
+KINDS = st.sampled_from(["image", "image", "image", "text", "empty", "cut off", "folder", "loop", "pipe", "nowhere"])
+WHOLE = [(part, name, number) for part in ("train", "test") for name in ("cat", "dog") for number in range(4)]
+TREES = st.lists(st.tuples(st.sampled_from(["train", "test"]), NAMES, NAMES, KINDS), max_size=8)
+
+
+def _as_bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape") if "\ud800" not in name else b"\xed\xa0\x80"
+
+
+def _make(file: bytes, kind: str, image: bytes) -> None:
+    if kind in ("image", "text", "empty", "cut off"):
+        Path(os.fsdecode(file)).write_bytes({"image": image, "text": b"no image", "empty": b""}.get(kind, image[:40]))
+    elif kind == "folder":
+        os.mkdir(file)
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        os.symlink(os.path.basename(file) if kind == "loop" else b"nowhere", file)
+
+
+@settings(SEEDED, max_examples=60)
+@given(TREES, st.booleans())
+def test_any_tree_of_files_is_a_data_set_or_one_line(tree: list[tuple[str, str, str, str]], more: bool) -> None:
+    """`more`: beside what makes a whole data set."""
+    if more:
+        tree = [*((part, name, f"{n}.png", "image") for part, name, n in WHOLE), *tree]
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (7, 8, 9)).save(buffer, "png")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "pictures"
+        for part, first, second, kind in tree:
+            place = os.fsencode(root / part)
+            with contextlib.suppress(OSError):  # what is in the way of another
+                os.makedirs(os.path.join(place, _as_bytes(first)), exist_ok=True)
+                _make(os.path.join(place, _as_bytes(first), _as_bytes(second)), kind, buffer.getvalue())
+        try:
+            dataset = _load(root)
+            assert len(dataset.classes) >= 2 and len(dataset.test) >= 1
+        except InputError as error:
+            line = printable(str(error))
+            assert "--data-dir" in line or "--validation-share" in line, line
 
 
 def test_what_is_skipped_is_counted_and_said(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,17 @@
 """Tags of versions that somebody has changed: one line from whatever reads them, and a list that leaves them out."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 from stores import new_store
+from strategies import SEEDED, nasty_texts, trees
 
 import qexp
 from qexp.config import Config, to_yaml
@@ -17,8 +21,10 @@ from qexp.pipeline.loading import fp32_from_registry, load_weights
 from qexp.pipeline.predict import predict_files
 from qexp.pipeline.promote import run_promote
 from qexp.pipeline.verify import RECORDED, run_verify
+from qexp.text import printable
 from qexp.tracking import description, registry, store
 from qexp.tracking.catalog import as_table, list_models
+from qexp.tracking.class_names import ClassNames
 from qexp.tracking.tags import LONGEST_VALUE, TAGS, Tags, tags_of
 
 FP32, INT8 = "birds-fp32", "birds-int8"
@@ -67,6 +73,10 @@ def _version(tags: dict[str, str]) -> ModelVersion:
     return ModelVersion(INT8, "1", 0, tags=[ModelVersionTag(*pair) for pair in tags.items()])
 
 
+def _as_json(tree: object) -> str:
+    return json.dumps(tree, default=str)
+
+
 def _line(uri: str, name: str, value: str) -> str:
     shown = value if len(value) <= LONGEST_VALUE else value[:LONGEST_VALUE] + "…"
     return f"{uri}: its tag {name} is {shown}: must be {TAGS[name].allowed}"
@@ -75,7 +85,12 @@ def _line(uri: str, name: str, value: str) -> str:
 def test_every_tag_has_values_here_that_it_refuses() -> None:
     assert set(BAD) == set(TAGS)
     tags = tags_of(_version(GOOD | {"kind": "int8"})).check()
-    assert tags.classes == ("cat", "dog") and tags.image_size == 16 and tags.verified is True and tags.threads == 2
+    assert (
+        tags.classes == ClassNames(2, ("cat", "dog"))
+        and tags.image_size == 16
+        and tags.verified is True
+        and tags.threads == 2
+    )
     assert tags.champion_compared is False and tags.test_top1_percent == 93.25
     assert tags_of(_version({})).backend is None and not [name for name in TAGS if Tags.known(tags, name) is None]
 
@@ -95,6 +110,19 @@ def test_a_wrong_value_is_one_line_and_is_left_out_of_lists(name: str) -> None:
                 tags.check()
         text = description.of_version(_version({"kind": "int8", "classes": GOOD["classes"], name: value}))
         assert "To load it:" in text and (not value.strip() or len(value) < 3 or value not in text)
+
+
+@SEEDED
+@given(st.sampled_from(list(TAGS)), nasty_texts() | trees(leaves=4).map(_as_json))
+def test_any_text_of_a_tag_is_a_value_or_one_line(name: str, text: str) -> None:
+    """And the page of the version is made from the other tags."""
+    version = _version(GOOD | {"kind": "int8", name: text})
+    try:
+        tags_of(version).read(TAGS[name])
+    except InputError as error:
+        line = printable(str(error))
+        assert f"its tag {name} is" in line and line.endswith(printable(TAGS[name].allowed))
+    assert "To load it:" in description.of_version(version)
 
 
 @pytest.fixture(scope="module")
