@@ -15,6 +15,7 @@ from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.host import read_host
 from qexp.progress import say
+from qexp.text import printable
 from qexp.tracking import registry
 from qexp.tracking.store import uri_of, use_store
 from qexp.tracking.tags import tags_of
@@ -42,7 +43,8 @@ def run_predict(config: Config, uri: str, files: Sequence[str], top_k: int) -> d
     use_store()
     torch.set_num_threads(read_host(config.threads).threads)
     own, predictions = predict_files(uri, files, top_k)
-    say(table(predictions))
+    for line in table(predictions):
+        say(line)
     return {"command": "predict", "uri": own, "images": [_as_json(found) for found in predictions]}
 
 
@@ -97,13 +99,13 @@ def _most_likely(files: Sequence[str], logits: Tensor, classes: Sequence[str], t
     ]  # fmt: skip
 
 
-def table(predictions: Sequence[Prediction]) -> str:
+def table(predictions: Sequence[Prediction]) -> list[str]:
     """One line per image."""
-    width = max(len(found.file) for found in predictions)
-    lines = []
-    for found in predictions:
+    files = [printable(found.file) for found in predictions]
+    width, lines = max(map(len, files)), []
+    for file, found in zip(files, predictions, strict=True):
         shares = zip(found.classes, found.probabilities, strict=True)
         others = [f"{found.equal_left_out} more as likely as the last"] if found.equal_left_out else []
         said = [*(f"{name} {100 * share:.2f} %" for name, share in shares), *others]
-        lines.append(f"{found.file:{width}}  " + ", ".join(said))
-    return "\n".join(lines)
+        lines.append(f"{file:{width}}  " + ", ".join(said))
+    return lines

@@ -19,7 +19,7 @@ from qexp.measurement.sweep_models import SweepModel, int8_models
 from qexp.pipeline.loading import local_files
 from qexp.tracking import registry
 
-BASELINES = ["bf16", "fp32_traced", "fp32_onnx", "fp32_eager"]
+BASELINES = ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"]
 OPTIONS = LatencyConfig(batch_sizes=[1, 4], baselines=BASELINES, warmup=1, loads=3, min_repeats=6, min_seconds=0.0)
 
 

@@ -105,8 +105,8 @@ def test_predictions_say_that_others_are_as_likely() -> None:
     (found,) = _most_likely(["a.png"], torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]]), list("vwxyz"), 2)
     assert found.classes == ("v", "w") and found.equal_left_out == 2
     assert found.probabilities[1] == pytest.approx(1 / (3 + torch.e + torch.e**-1), abs=1e-6)
-    assert table([found]).endswith("2 more as likely as the last")
+    assert table([found])[0].endswith("2 more as likely as the last")
     (clear,) = _most_likely(["a.png"], torch.tensor([[3.0, 2.0, 1.0, 1.0, 0.0]]), list("vwxyz"), 2)
-    assert clear.equal_left_out == 0 and "likely" not in table([clear])
+    assert clear.equal_left_out == 0 and "likely" not in table([clear])[0]
     (all_of_them,) = _most_likely(["a.png"], torch.zeros(1, 3), list("abc"), 5)
     assert all_of_them.equal_left_out == 0 and all_of_them.probabilities == pytest.approx((1 / 3,) * 3)

@@ -287,7 +287,7 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     assert [found.model for found in evidence.latency.startups] == names
     assert bool(evidence.measured.bf16) == evidence.measured.host.has_bf16 == ("| smallnet bf16 |" in text)
     mlflow.set_tracking_uri(side_by_side.uri)
-    assert all(loading.bf16_of(one.tags) == evidence.measured.bf16 for one in _versions_of(side_by_side).values())
+    assert all(loading.bf16_of(one) == evidence.measured.bf16 for one in _versions_of(side_by_side).values())
     assert f"\n\n**{side_by_side.summary['verdict'].capitalize()}.** " in text
     assert "## Layer sensitivity" not in text
 
