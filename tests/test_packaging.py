@@ -59,8 +59,8 @@ def test_from_the_folder_above_a_checkout_the_package_is_found(tmp_path: Path) -
     subprocess.run([sys.executable, "-c", build], cwd=checkout, check=True, capture_output=True)
     (file,) = (tmp_path / "out").glob("qexp-*.whl")
     zipfile.ZipFile(file).extractall(tmp_path / "site")
-    program = "import site; site.addsitedir('site'); import qexp, qexp.entrypoints.cli as cli; "
-    program += "print(qexp.load, cli.__file__)"
+    program = f"import sys, site; sys.path = [folder for folder in sys.path if folder != {str(REPOSITORY)!r}]; "
+    program += "site.addsitedir('site'); import qexp, qexp.entrypoints.cli as cli; print(qexp.load, cli.__file__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
