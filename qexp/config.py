@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 from qexp import yaml_file
 from qexp.errors import InputError
-from qexp.yaml_file import shown
+from qexp.yaml_file import MOST_OF_A_PATH, shown
 
 MOST = 10**9  # of any number of images, steps, threads, …: far more than can be meant
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -470,7 +470,7 @@ def _read_file(path: str | None) -> dict[str, Any]:
     file = Path(os.path.expanduser(path or "config.yaml"))
     if path is None and not os.path.lexists(file):
         return {}
-    return _checked(yaml_file.read_text(file), shown(file))
+    return _checked(yaml_file.read_text(file), shown(file, MOST_OF_A_PATH))
 
 
 def parse_yaml(text: str) -> Config:

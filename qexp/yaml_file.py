@@ -21,6 +21,7 @@ MOST_LEVELS = 8  # gate, models, a name and its limits are four
 MOST_VALUES = 10_000
 MOST_DIGITS = 18
 MOST_CHARACTERS = 80  # of a value that a message shows
+MOST_OF_A_PATH = 4096  # characters: all of it
 
 
 class _Refused(yaml.YAMLError):
@@ -94,7 +95,9 @@ def read_text(path: Path) -> str:
         why = (error.strerror or str(error)) + (looked_in(path) if error.errno == errno.ENOENT else "")
     except ValueError as error:  # a path with a NUL in it, too
         why = str(error)
-    raise InputError(f"--config {shown(str(path))}: cannot be read ({why}); give a YAML file like config.yaml")
+    raise InputError(
+        f"--config {shown(str(path), MOST_OF_A_PATH)}: cannot be read ({why}); give a YAML file like config.yaml"
+    )
 
 
 def parse(text: str, name: str) -> dict[str, Any]:

@@ -36,9 +36,10 @@ from qexp.measurement.host import read_host
 from qexp.models.classifier import ModelSpec
 from qexp.pipeline import job as jobs
 from qexp.pipeline import report as reports
-from qexp.pipeline.job import Job, open_job, sync_run
+from qexp.pipeline.job import Job, open_job
 from qexp.pipeline.promote import succeed
 from qexp.pipeline.resume import config_of_run
+from qexp.pipeline.sync import sync_run
 from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
 from qexp.search import storage
 from qexp.search.queue import finish, suggest, take_trial

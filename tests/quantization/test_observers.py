@@ -77,4 +77,4 @@ def test_batches_are_of_one_size(images: int, most: int) -> None:
 
 def test_the_name_of_an_earlier_version_is_understood() -> None:
     assert QuantizeConfig(observer="moving_average").observer == "batch_average"
-    assert SearchConfig(observers=["moving_average", "minmax"]).observers == ["batch_average", "minmax"]
+    assert SearchConfig(observers=["moving_average", "minmax"]).observers == ["minmax", "batch_average"]
