@@ -37,7 +37,6 @@ from qexp.models.classifier import ModelSpec
 from qexp.pipeline import job as jobs
 from qexp.pipeline import report as reports
 from qexp.pipeline.job import Job, open_job
-from qexp.pipeline.promote import succeed
 from qexp.pipeline.resume import config_of_run
 from qexp.pipeline.sync import sync_run
 from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
@@ -46,8 +45,9 @@ from qexp.search.queue import finish, suggest, take_trial
 from qexp.search.results import SearchPoint
 from qexp.search.storage import open_place
 from qexp.search.study import Study, find_study, make_study, points_of
-from qexp.tracking import registry, uploads
+from qexp.tracking import aliases, registry, uploads
 from qexp.tracking import runs as tracking
+from qexp.tracking.aliases import succeed
 from qexp.tracking.job_folder import job_folder
 from qexp.tracking.results import WrittenReport
 from qexp.tracking.store import logged_model_of
@@ -289,7 +289,7 @@ def logged_training(place: str, run_id: str | None = None) -> None:
 def before_the_epoch_is_logged(folder: Path, tiny: Dataset) -> None:
     torch.save(tiny, "tiny.pt")
     Path("a").mkdir()
-    killed(logged_training, "qexp.tracking.uploads.log_curves", "before", "a", count=2)
+    killed(logged_training, "qexp.tracking.training_log.log_curves", "before", "a", count=2)
     (run,) = mlflow.MlflowClient().search_runs(_experiment())
     assert tracking.logged_steps(run.info.run_id, "train/loss") == {1}
     logged_training("a", run.info.run_id)
@@ -404,7 +404,8 @@ def moving() -> None:
     assert succeed(f"models:/{_int8()}/2", f"models:/{_int8()}/1")
 
 
-def between_the_two_aliases(folder: Path) -> None:
+def between_the_two_aliases(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aliases, "ABANDONED_S", 0.2)
     _two_versions()
     client = mlflow.MlflowClient()
     for name in (_fp32(), _int8()):
