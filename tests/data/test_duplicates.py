@@ -44,8 +44,8 @@ def test_one_pixel_makes_another_image(images: Tensor) -> None:
     assert _dataset(*parts).duplicates.test_in_training == 9
 
 
-def test_as_many_images_as_cifar10_has_take_little_time() -> None:
-    images = torch.randint(0, 256, (60_000, 3, 32, 32), dtype=torch.uint8)
+def test_many_images_take_little_time() -> None:
+    images = torch.randint(0, 256, (20_000, 3, 32, 32), dtype=torch.uint8)
     started = time.process_time()
-    assert len(set(Split(images, torch.zeros(60_000)).image_digests)) == 60_000
-    assert time.process_time() - started < 5  # 0.3 s on a CPU that has instructions for SHA-256
+    assert len(set(Split(images, torch.zeros(20_000)).image_digests)) == 20_000
+    assert time.process_time() - started < 2  # 0.1 s on a CPU that has instructions for SHA-256
