@@ -512,6 +512,10 @@ def at_any_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [*Path().glob("qexp-work-*")]
 
 
+def in_a_training() -> None:
+    pytest.skip("tests/search/test_search.py has it, with real commands")
+
+
 CASES: dict[str, Callable[..., None]] = {
     "after the job's run was made, before its configuration is recorded": before_the_configuration,
     "while a stage works, until the result is renamed": before_the_result_is_renamed,
@@ -530,7 +534,7 @@ CASES: dict[str, Callable[..., None]] = {
     "in the middle of the tags of the decision": in_the_middle_of_the_decision,
     "while the report is copied to `--output-dir`": while_the_report_is_copied,
     "after `champion` has moved for int8, before it moves for fp32": between_the_two_aliases,
-    "while the model is trained": lambda folder: None,  # tests/search/test_search.py has it, with real commands
+    "while the model is trained": in_a_training,
     "after the study is made, before it says what for": before_the_study_says_what_for,
     "while a trial is measured": while_a_trial_is_measured,
     "in the middle of a line of the journal": in_the_middle_of_a_line,
