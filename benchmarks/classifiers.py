@@ -24,6 +24,7 @@ from qexp.errors import StageError
 from qexp.measurement.accuracy import measure_accuracy, predict_logits
 from qexp.measurement.host import read_host
 from qexp.models.classifier import ModelSpec, build_classifier
+from qexp.models.preprocessing import squashed
 from qexp.training.recipe import settle_options
 from qexp.training.train import EpochResult, train_model
 
@@ -65,7 +66,7 @@ def train(model_name: str, seed: int, options: TrainConfig, image_size: int, unt
     """Train one classifier; see `Row`."""
     dataset = load_dataset(DataConfig(image_size=image_size), seed)
     torch.manual_seed(seed)
-    model = build_classifier(ModelSpec(model_name, dataset.classes, image_size), dataset.train.images)
+    model = build_classifier(ModelSpec(model_name, dataset.classes, squashed(image_size)), dataset.train.images)
     settled = settle_options(options, dataset.name, model)
     epochs: list[EpochResult] = []
 

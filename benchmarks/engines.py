@@ -25,6 +25,7 @@ from qexp.errors import StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.host import read_host
 from qexp.models.classifier import ModelSpec, build_classifier
+from qexp.models.preprocessing import squashed
 from qexp.quantization import KERNELS, quantize_model
 from qexp.quantization.trial import settle
 
@@ -68,7 +69,7 @@ def untrained(name: str, size: int) -> nn.Module:
     """The network with settled batch norm."""
     torch.manual_seed(0)
     images = patches(STATISTICS, size, seed=0)
-    return settle(build_classifier(ModelSpec(name, CLASSES, size), images), images)
+    return settle(build_classifier(ModelSpec(name, CLASSES, squashed(size)), images), images)
 
 
 def quantize(name: str, size: int, engine: str, network: nn.Module) -> Row:

@@ -63,6 +63,7 @@ def train_here(model_name: str, options: dict[str, bool | int | None], threads: 
     from qexp.config import TrainConfig
     from qexp.data.datasets import Dataset, Split
     from qexp.models.classifier import ModelSpec, build_classifier
+    from qexp.models.preprocessing import squashed
     from qexp.training import train as training
     from qexp.training.execution import settle_execution
 
@@ -75,7 +76,7 @@ def train_here(model_name: str, options: dict[str, bool | int | None], threads: 
     few = split.subset(torch.arange(16))
     dataset = Dataset("random", "random", classes, split, few, few, "")
     torch.manual_seed(0)
-    model = build_classifier(ModelSpec(model_name, classes, 32), images)
+    model = build_classifier(ModelSpec(model_name, classes, squashed(32)), images)
     config = TrainConfig(epochs=2, device="cpu", **options)
     if options:  # what is compared with: a thread a core
         config = config.model_copy(update={"train_threads": threads})

@@ -33,7 +33,7 @@ PEERS = ("onnxruntime", "onnxruntime_u8s8_per_channel", "openvino")
 def make_all(model: Classifier, images: Tensor, folder: Path, reduce_range: bool) -> dict[str, float]:
     """Write every int8 model into `folder`; seconds that each took, by name. `images` are uint8, for calibration."""
     seconds = {}
-    (folder / "image_size").write_text(str(model.spec.image_size))
+    (folder / "image_size").write_text(str(model.spec.preprocessing.height_px))
     for name, options in OURS.items():
         started = time.monotonic()
         quantized = quantize_model(model, images, QuantizeConfig(**options), reduce_range)

@@ -96,7 +96,7 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
         limits = from_json(Limits, (folder / "limits.json").read_text())
         profiles = from_json(dict[int, tuple[Operation, ...]], (folder / "profiles.json").read_text())
     top1 = measure_accuracy(fp32.logits["test"], dataset.test.labels).top1_percent
-    macs = measure_cost(fp32.model, fp32.model.spec.image_size, [1], ()).macs[1]
+    macs = measure_cost(fp32.model, fp32.model.spec.shape, [1], ()).macs[1]
     weights = next(entry.size_bytes for entry in entries if entry.name == DEFAULT)
     host = replace(
         host, libraries=host.libraries | {name: version(name) for name in ("onnxscript", "openvino", "nncf")}

@@ -27,6 +27,7 @@ from qexp.config import DataConfig, TrainConfig
 from qexp.data.datasets import Dataset, Split, load_dataset
 from qexp.measurement.host import read_host
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.preprocessing import squashed
 from qexp.training import loop as passes
 from qexp.training import recipe
 from qexp.training.augmentation import augment
@@ -153,7 +154,7 @@ VARIANTS: dict[str, tuple[Callable[[], Any], Callable[[Classifier], dict[str, An
 def train_variant(name: str, model_name: str, dataset: Dataset, epochs: int, seed: int) -> TrainResult:
     change, options_for = VARIANTS[name]
     torch.manual_seed(seed)
-    model = build_classifier(ModelSpec(model_name, dataset.classes, 32), dataset.train.images)
+    model = build_classifier(ModelSpec(model_name, dataset.classes, squashed(32)), dataset.train.images)
     options = TrainConfig(epochs=epochs, patience=epochs, **options_for(model))
     with change(), tempfile.TemporaryDirectory() as folder:
         return train_model(model, dataset, options, seed, lambda epoch: None, Path(folder))

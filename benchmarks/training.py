@@ -29,6 +29,7 @@ from qexp.data.datasets import Dataset, Split
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.host import read_host, reuse_freed_memory
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.preprocessing import squashed
 from qexp.models.vision import torchvision
 from qexp.training import loop as passes
 from qexp.training.augmentation import augment
@@ -63,7 +64,7 @@ def random_images(count: int) -> Split:
 
 def build(model: str, split: Split) -> Classifier:
     torch.manual_seed(0)
-    return build_classifier(ModelSpec(model, CLASSES, IMAGE_SIZE), split.images)
+    return build_classifier(ModelSpec(model, CLASSES, squashed(IMAGE_SIZE)), split.images)
 
 
 class PilImages(torch.utils.data.Dataset[tuple[Tensor, int]]):

@@ -28,10 +28,12 @@ from qexp.measurement.activity import watch_machine
 from qexp.measurement.cost import Cost, measure_cost
 from qexp.measurement.latency import AGAIN, LatencyResult, Run, measure_latency
 from qexp.models.classifier import ModelSpec
+from qexp.models.preprocessing import Preprocessing, Shape
 from qexp.quantization import KERNELS, QuantizedModel, quantize_model
 from qexp.tracking.limits import check_names
 
 Images: TypeAlias = Tensor | Iterable[Any]
+Size: TypeAlias = int | tuple[int, int] | tuple[int, int, int]
 Predict: TypeAlias = Callable[[Tensor], Tensor]
 Options = TypeVar("Options", bound=BaseModel)
 CALIBRATION_IMAGES = 256  # as the commands take, where they are not told
@@ -139,7 +141,7 @@ def compare(model: Predict, int8: Predict, images: Images, labels: Any = None) -
 @_in_words_of_python
 def benchmark(
     models: Mapping[str, Predict],
-    image_size: int,
+    image_size: Size,
     batch_sizes: Sequence[int] = (1, 8),
     *,
     threads: int | None = None,
@@ -152,7 +154,8 @@ def benchmark(
 
     Args:
         models: by the names that the result uses; the first is what speed-ups refer to.
-        image_size: height and width of the images, in pixels.
+        image_size: of the images, in pixels: one number for squares of three channels, (height, width), or (channels,
+            height, width) with 1 or 3 channels.
         batch_sizes: images a forward pass.
         threads: CPU threads; None: as many as torch has now.
         options: `loads` (5), `min_repeats` (20 rounds a batch size), `min_seconds` (1.0 a batch size), `warmup` (5
@@ -169,7 +172,7 @@ def benchmark(
     if not isinstance(models, Mapping) or not models or AGAIN in models:
         raise InputError(f"models: must be models by name, one at least, none of them named {AGAIN!r}")
     settings = _checked(LatencyConfig, "benchmark", {"batch_sizes": list(batch_sizes)} | options, ("baselines",))
-    size = _image_size(image_size)
+    shape = _shape(image_size)
     before = torch.get_num_threads()
     baseline, repeated = next(iter(models)), _first_int8(models)
     with torch.no_grad():
@@ -177,8 +180,8 @@ def benchmark(
             torch.set_num_threads(_threads(threads) or before)
             with _all_evaluated(models) as modules:
                 for name, module in modules.items():
-                    _check_model(module, torch.zeros(min(settings.batch_sizes), 3, size, size), name)
-                prepare = partial(_load_anew, modules, repeated, size)
+                    _check_model(module, torch.zeros(min(settings.batch_sizes), *shape), name)
+                prepare = partial(_load_anew, modules, repeated, shape)
                 watch = partial(watch_machine, torch.get_num_threads())
                 rows = measure_latency(prepare, baseline, repeated, settings, watch=watch)
                 used = torch.get_num_threads()
@@ -190,7 +193,7 @@ def benchmark(
 @_in_words_of_python
 def cost(
     model: nn.Module | QuantizedModel,
-    image_size: int,
+    image_size: Size,
     *,
     int8: QuantizedModel | Sequence[str] = (),
     batch_sizes: Sequence[int] = (1,),
@@ -199,14 +202,15 @@ def cost(
 
     Args:
         model: an fp32 module; of an int8 model, what it was made from is counted, with its int8 layers.
-        image_size: height and width of the images, in pixels.
+        image_size: of the images, in pixels: one number for squares of three channels, (height, width), or (channels,
+            height, width) with 1 or 3 channels.
         int8: an int8 model of `model`, or the names of the layers that run in int8.
         batch_sizes: images a forward pass.
 
     Raises:
         InputError: `model` is no module, or does not take images of this size; `int8` names a layer that it lacks.
     """
-    size = _image_size(image_size)
+    shape = _shape(image_size)
     sizes = _checked(LatencyConfig, "cost", {"batch_sizes": list(batch_sizes)}).batch_sizes
     _check_kind(model)
     source = model.source if isinstance(model, QuantizedModel) else model
@@ -217,12 +221,12 @@ def cost(
         # The first projection of attention is a layer once the model has been cleaned up.
         if unknown := [name for name in layers if name not in known and name.removesuffix(".in_proj") not in known]:
             raise InputError(f"int8: the model has no layer {', '.join(unknown)}")
-        _check_model(module, torch.zeros(1, 3, size, size))
-        return measure_cost(module, size, sizes, layers)
+        _check_model(module, torch.zeros(1, *shape))
+        return measure_cost(module, shape, sizes, layers)
 
 
 @_in_words_of_python
-def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[str], image_size: int) -> str:
+def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[str], image_size: Size) -> str:
     """Register a model in MLflow's registry, and verify that it reloads bit for bit in a clean subprocess.
 
     It is logged in the active MLflow run, or in a new one of the active experiment, to the store that
@@ -233,7 +237,8 @@ def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[
         model: an fp32 module, stored as an exported program, or what `quantize` returns.
         name: of the registered model, by convention MODEL-DATA-fp32 or MODEL-DATA-int8.
         classes: their names, in the order of the logits.
-        image_size: height and width of the images, in pixels.
+        image_size: of the images, in pixels: one number for squares of three channels, (height, width), or (channels,
+            height, width) with 1 or 3 channels.
 
     Returns:
         The version's URI, models:/NAME/VERSION. Its tag `verified` is false, and a line on standard error says why,
@@ -244,9 +249,9 @@ def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[
             this size; the store does not answer.
         StageError: the model cannot be stored.
     """
-    size, names = _image_size(image_size), tuple(str(one) for one in classes)
+    shape, names = _shape(image_size), tuple(str(one) for one in classes)
     check_names(name, names)
-    sample = torch.randint(0, 256, (VERIFY_IMAGES, 3, size, size), generator=torch.Generator().manual_seed(0))
+    sample = torch.randint(0, 256, (VERIFY_IMAGES, *shape), generator=torch.Generator().manual_seed(0))
     sample = sample.to(torch.uint8)
     _check_kind(model)
     with _evaluated(model) as module:
@@ -256,7 +261,8 @@ def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[
         from qexp.tracking import own_models
 
         kind = "int8" if isinstance(model, QuantizedModel) else "fp32"
-        spec = ModelSpec(name.removesuffix(f"-{kind}"), names, size)
+        preprocessing = Preprocessing(*shape[1:], channels="rgb" if shape[0] == 3 else "grey")
+        spec = ModelSpec(name.removesuffix(f"-{kind}"), names, preprocessing)
         if isinstance(model, QuantizedModel):
             return own_models.register(kind, model.module, name, spec, sample, model.tags(), model.stored)
         return own_models.register(kind, module, name, spec, sample, {}, copy.deepcopy(module))
@@ -315,10 +321,15 @@ def _check_kind(model: Any) -> None:
         raise InputError(f"model: must be an nn.Module or what qexp.quantize returns, and is {type(model).__name__}")
 
 
-def _image_size(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"image_size={value!r}: must be a number of pixels, 1 or more")
-    return value
+def _shape(value: Any) -> Shape:
+    """Channels, height and width of what one number for squares, two numbers, or three of them mean."""
+    sides = [value, value] if isinstance(value, int) else list(value) if isinstance(value, tuple | list) else []
+    found = sides if len(sides) == 3 else [3, *sides]
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in found)
+    if len(found) != 3 or not whole or found[0] not in (1, 3):
+        allowed = "must be a number of pixels, 1 or more, (height, width) or (1 or 3 channels, height, width)"
+        raise InputError(f"image_size={value!r}: {allowed}")
+    return found[0], found[1], found[2]
 
 
 def _threads(value: int | None) -> int | None:
@@ -346,8 +357,10 @@ def _batches(images: Images) -> Iterator[tuple[Tensor, Any]]:
 
 
 def _checked_images(images: Tensor) -> Tensor:
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise InputError(f"images: must have the shape [N, 3, H, W], and have {list(images.shape)}")
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise InputError(
+            f"images: must have the shape [N, 3, H, W], or [N, 1, H, W] if they are grey, and have {list(images.shape)}"
+        )
     if images.numel() == 0:
         raise InputError("images: there are none")
     images = images.detach().cpu()
@@ -445,9 +458,9 @@ def _first_int8(models: Mapping[str, Predict]) -> str:
     return next((name for name, model in models.items() if isinstance(model, QuantizedModel)), list(models)[-1])
 
 
-def _load_anew(models: Mapping[str, Any], repeated: str, size: int, batch_size: int) -> dict[str, Run]:
+def _load_anew(models: Mapping[str, Any], repeated: str, shape: Shape, batch_size: int) -> dict[str, Run]:
     """The calls to time at a batch size, on models that lie elsewhere in memory than those of before."""
-    images = torch.rand(batch_size, 3, size, size, generator=torch.Generator().manual_seed(batch_size))
+    images = torch.rand(batch_size, *shape, generator=torch.Generator().manual_seed(batch_size))
     runs: dict[str, Run] = {}
     for name, model in (*models.items(), (AGAIN, models[repeated])):
         runs[name] = partial(_anew(model), images)

@@ -6,6 +6,7 @@ leaves the default, which None stands for where the value is chosen by a later s
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,6 +26,7 @@ from qexp import yaml_file
 from qexp.errors import InputError
 from qexp.yaml_file import MOST_OF_A_PATH, shown
 
+SIDES_PX = 8, 1024  # of an image that a model is given, least and most
 MOST = 10**9  # of any number of images, steps, threads, …: far more than can be meant
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 # Options of training that may differ when it is resumed: where and how fast, not what is computed.
@@ -91,14 +93,40 @@ Baselines = Annotated[
 ]
 
 
+def _height_and_width(value: Any) -> tuple[int, int]:
+    parts = str(value).lower().split("x")
+    if isinstance(value, bool) or len(parts) > 2 or not all(re.fullmatch(r" *\d{1,6} *", part) for part in parts):
+        raise ValueError(f"must be pixels, {SIDES_PX[0]} to {SIDES_PX[1]}, or HEIGHTxWIDTH")
+    height, width = int(parts[0]), int(parts[-1])
+    if not all(SIDES_PX[0] <= side <= SIDES_PX[1] for side in (height, width)):
+        raise ValueError(f"must be {SIDES_PX[0]} to {SIDES_PX[1]} pixels a side")
+    return height, width
+
+
+def _image_size(value: Any) -> int | str:
+    """A number for a square, else HEIGHTxWIDTH."""
+    height, width = _height_and_width(value)
+    return height if height == width else f"{height}x{width}"
+
+
+ImageSize = Annotated[int | str, BeforeValidator(_image_size)]
+
+
 class DataConfig(BaseModel):
     model_config = STRICT
     dataset: Literal["digits", "cifar10", "imagefolder"] = Field("digits", description="data set")
     data_dir: Folder | None = Field(
         None, description="folder of cifar10 (auto: data/cifar10-python) or imagefolder (must be given)"
     )
-    image_size: int = Field(32, ge=8, le=1024, description="height and width of the model's input, pixels")
+    image_size: ImageSize = Field(
+        32, description="height and width of the model's input, pixels: 224, or HEIGHTxWIDTH as 48x192"
+    )
     validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of the training images kept for validation")
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width of the model's input."""
+        return _height_and_width(self.image_size)
 
 
 class TrainConfig(BaseModel):

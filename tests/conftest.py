@@ -34,6 +34,7 @@ from qexp.measurement.gate import GateResult
 from qexp.measurement.host import Host, give_back_freed_memory
 from qexp.measurement.latency import LatencyResult, LatencyRow, LatencyStats, Ratio, StartUp
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.preprocessing import squashed
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
 from qexp.report.results import DataFacts, Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
@@ -256,7 +257,7 @@ def tiny() -> Dataset:
 def build_tiny(dataset: Dataset) -> Classifier:
     """The SmallNet for `tiny`, with the weights of seed 0."""
     torch.manual_seed(0)
-    return build_classifier(ModelSpec("smallnet", dataset.classes, 8), dataset.train.images)
+    return build_classifier(ModelSpec("smallnet", dataset.classes, squashed(8)), dataset.train.images)
 
 
 def equal_weights(first: nn.Module, second: nn.Module) -> bool:
@@ -269,7 +270,7 @@ def equal_weights(first: nn.Module, second: nn.Module) -> bool:
 def trained(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, TrainResult]:
     """SmallNet after three epochs on digits."""
     torch.manual_seed(0)
-    model = build_classifier(ModelSpec("smallnet", digits.classes, 16), digits.train.images)
+    model = build_classifier(ModelSpec("smallnet", digits.classes, squashed(16)), digits.train.images)
     folder = tmp_path_factory.mktemp("trained")
     result = train_model(model, digits, TrainConfig(epochs=3, **EXECUTION), 0, lambda epoch: None, folder)
     return model, result

@@ -218,7 +218,7 @@ def _refused(call: Callable[[], object], *words: str) -> None:
         (lambda images: images * 255, ["[0, 1]", "to 255"]),
         (lambda images: images - 1, ["[0, 1]", "-1"]),
         (lambda images: images.masked_fill(images > 0.9, float("nan")), ["[0, 1]", "nan"]),
-        (lambda images: images[:, :1], ["[N, 3, H, W]", "1, 16, 16"]),
+        (lambda images: images[:, :2], ["[N, 3, H, W]", "2, 16, 16"]),
         (lambda images: images[0], ["[N, 3, H, W]", "[3, 16, 16]"]),
         (lambda images: images[:0], ["there are none"]),
         (lambda images: [], ["there are none"]),

@@ -15,6 +15,7 @@ from qexp.data import imagefolder
 from qexp.errors import StageError
 from qexp.files import TEMPORARY, own_temporary_folder, replacing
 from qexp.models.classifier import Classifier, ModelSpec, save_classifier
+from qexp.models.preprocessing import squashed
 
 FULL = """
 import resource, sys, torch
@@ -38,12 +39,12 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
     """Weights too, which safetensors writes for their owner alone; and the cache of a folder of images."""
     before = os.umask(umask)
     try:
-        spec = ModelSpec("smallnet", ("a", "b"), 8)
+        spec = ModelSpec("smallnet", ("a", "b"), squashed(8))
         save_classifier(Classifier(spec, torch.zeros(3), torch.ones(3)), tmp_path / "new" / "weights.safetensors")
         with replacing(tmp_path / "new" / "text") as temporary:
             temporary.write_text("text")
         images = {"images": torch.zeros(1)}
-        imagefolder.cached(tmp_path, [], 8, lambda: images, lambda found: True)
+        imagefolder.cached(tmp_path, [], squashed(8), lambda: images, lambda found: True)
         plain = tmp_path / "plain"
         plain.write_text("as everybody does")
     finally:

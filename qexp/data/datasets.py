@@ -18,6 +18,7 @@ from qexp.data.folders import check_data_dir
 from qexp.data.imagefolder import cached, check_memory, decode_files, list_folder
 from qexp.errors import InputError
 from qexp.extras import extra
+from qexp.models.preprocessing import Preprocessing, preprocessing_of
 
 DEFAULT_CALIBRATION_SAMPLES = 256
 DIGITS_TEST_SHARE = 0.2
@@ -174,10 +175,9 @@ def _read_digits(options: DataConfig) -> Read:
         from sklearn.datasets import load_digits
 
     digits = load_digits()
-    check_memory(len(digits.images), options.image_size)
+    check_memory(len(digits.images), preprocessing_of(options))
     grey = torch.from_numpy(digits.images / 16.0)[:, None]
-    size = (options.image_size, options.image_size)
-    enlarged = torch.nn.functional.interpolate(grey, size=size, mode="bilinear", align_corners=False)
+    enlarged = torch.nn.functional.interpolate(grey, size=options.size_px, mode="bilinear", align_corners=False)
     images = (enlarged * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     labels = torch.from_numpy(digits.target).long()
     # The set has no test part of its own: one fifth, the same for every seed.
@@ -196,24 +196,26 @@ def _read_cifar10(options: DataConfig) -> Read:
     root = Path(options.data_dir or "data/cifar10-python")
     folder = root / "cifar-10-batches-py"
     if not folder.is_dir():
-        _decode_cifar10(root, options.image_size)
+        _decode_cifar10(root, preprocessing_of(options))
     files = sorted(str(file) for file in folder.iterdir())
-    size = options.image_size
-    tensors = cached(root, files, size, lambda: _decode_cifar10(root, size), lambda found: _fits_cifar10(found, size))
+    wanted = preprocessing_of(options)
+    tensors = cached(
+        root, files, wanted, lambda: _decode_cifar10(root, wanted), lambda found: _fits_cifar10(found, wanted)
+    )
     return str(root), CIFAR10_CLASSES, tensors
 
 
-def _fits_cifar10(found: dict[str, Tensor], image_size: int) -> bool:
+def _fits_cifar10(found: dict[str, Tensor], preprocessing: Preprocessing) -> bool:
     counts: dict[str, int] = {name: len(found[name]) for name in ("train_labels", "test_labels") if name in found}
-    return _fit(found, image_size, counts) and all(
+    return _fit(found, preprocessing, counts) and all(
         found[name].min() >= 0 and found[name].max() < len(CIFAR10_CLASSES) for name in counts
     )
 
 
-def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
+def _decode_cifar10(root: Path, preprocessing: Preprocessing) -> dict[str, Tensor]:
     from qexp.models.vision import torchvision
 
-    check_memory(sum(CIFAR10_IMAGES), image_size)
+    check_memory(sum(CIFAR10_IMAGES), preprocessing)
     try:
         sets = [torchvision.datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a proxy's page, a cut-off file: many kinds of errors, the same ways out
@@ -222,8 +224,9 @@ def _decode_cifar10(root: Path, image_size: int) -> dict[str, Tensor]:
             "use --dataset imagefolder --data-dir DIR (DIR/train/<class>/ and DIR/test/<class>/) or --dataset digits"
         ) from None
     parts = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
-    if image_size != parts[0].shape[-1]:
-        parts = [torchvision.transforms.functional.resize(part, [image_size] * 2, antialias=True) for part in parts]
+    size = [preprocessing.height_px, preprocessing.width_px]
+    if size != list(parts[0].shape[-2:]):
+        parts = [torchvision.transforms.functional.resize(part, size, antialias=True) for part in parts]
     labels = [torch.tensor(part.targets) for part in sets]
     return _tensors(parts[0], labels[0], parts[1], labels[1])
 
@@ -235,29 +238,30 @@ def _read_imagefolder(options: DataConfig) -> Read:
     flat = {part: [file for of_class in per_class for file in of_class] for part, per_class in files.items()}
 
     def read() -> dict[str, Tensor]:
-        images = decode_files(flat["train"] + flat["test"], options.image_size)
+        images = decode_files(flat["train"] + flat["test"], wanted)
         first = len(flat["train"])
         return _tensors(images[:first], labels["train"], images[first:].clone(), labels["test"])
 
     def fits(found: dict[str, Tensor]) -> bool:
         counts = {f"{part}_labels": len(flat[part]) for part in labels}
-        return _fit(found, options.image_size, counts) and all(
+        return _fit(found, wanted, counts) and all(
             torch.equal(found[f"{part}_labels"], of_part) for part, of_part in labels.items()
         )
 
+    wanted = preprocessing_of(options)
     labels = {part: torch.repeat_interleave(torch.tensor([len(c) for c in files[part]])) for part in files}
-    tensors = cached(root, flat["train"] + flat["test"], options.image_size, read, fits)
+    tensors = cached(root, flat["train"] + flat["test"], wanted, read, fits)
     return str(root), classes, tensors
 
 
-def _fit(found: dict[str, Tensor], image_size: int, counts: dict[str, int]) -> bool:
+def _fit(found: dict[str, Tensor], preprocessing: Preprocessing, counts: dict[str, int]) -> bool:
     """Whether a cache holds the tensors that `_tensors` names, of their types and shapes; `counts` are of labels."""
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     if len(counts) < 2:
         return False
     for name, count in counts.items():
         expected[name] = torch.int64, (count,)
-        expected[name.replace("labels", "images")] = torch.uint8, (count, 3, image_size, image_size)
+        expected[name.replace("labels", "images")] = torch.uint8, (count, *preprocessing.shape)
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == expected
 
 

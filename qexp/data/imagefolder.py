@@ -28,6 +28,7 @@ from torch import Tensor
 from qexp.errors import InputError, first_line
 from qexp.files import by_umask
 from qexp.measurement.host import free_memory_bytes, read_cpus
+from qexp.models.preprocessing import Preprocessing
 from qexp.progress import say, track
 
 warnings.filterwarnings("ignore", "Palette images with Transparency")  # which is dropped, as intended
@@ -138,18 +139,18 @@ def _is_image(file: str) -> bool:
         return False
 
 
-def decode_files(files: Sequence[str], image_size: int, what: str = "--data-dir: broken image") -> Tensor:
-    """Decode to RGB, uint8 [N, 3, image_size, image_size]; another size is resized (bilinear, antialiased, uncropped).
+def decode_files(files: Sequence[str], preprocessing: Preprocessing, what: str = "--data-dir: broken image") -> Tensor:
+    """Decode to uint8 [N, *preprocessing.shape]; another size is resized (bilinear, antialiased, uncropped).
 
     Raises:
         InputError: a file is no image or is cut off (the message begins with `what` and names it), or the memory does
             not hold so many images.
     """
-    check_memory(len(files), image_size)
+    check_memory(len(files), preprocessing)
     _allow_pixels()
-    images = np.empty((len(files), 3, image_size, image_size), dtype=np.uint8)
+    images = np.empty((len(files), *preprocessing.shape), dtype=np.uint8)
     with ThreadPoolExecutor(read_cpus().most_busy) as pool:  # PIL lets go of the interpreter lock while it decodes
-        decoded = pool.map(partial(_decode, image_size=image_size, what=what), files, chunksize=256)
+        decoded = pool.map(partial(_decode, preprocessing=preprocessing, what=what), files, chunksize=256)
         for row, image in enumerate(track(decoded, "decoding images", len(files))):
             images[row] = image
     return torch.from_numpy(images)
@@ -169,7 +170,7 @@ def _allow_pixels() -> None:
     Image.MAX_IMAGE_PIXELS = math.ceil(int(text) / 2)  # of which Pillow refuses more than twice as many
 
 
-def _decode(file: str, image_size: int, what: str) -> np.ndarray:
+def _decode(file: str, preprocessing: Preprocessing, what: str) -> np.ndarray:
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
             raise ValueError("is no regular file")
@@ -182,8 +183,9 @@ def _decode(file: str, image_size: int, what: str) -> np.ndarray:
         raise InputError(f"{what} {file}: {said}; if you trust the file, set {MOST_PIXELS} to more") from None
     except Exception as error:  # of a broken file, each of Pillow's decoders raises what it likes
         raise InputError(f"{what} {file}: {first_line(error)}") from None
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    size = preprocessing.width_px, preprocessing.height_px
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -194,21 +196,21 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
-def check_memory(count: int, image_size: int) -> None:
+def check_memory(count: int, preprocessing: Preprocessing) -> None:
     """Raise InputError unless the memory holds so many images twice: all of them, and the parts that they are split
     into."""
-    need, free = 2 * count * 3 * image_size**2, free_memory_bytes()
+    need, free = 2 * count * math.prod(preprocessing.shape), free_memory_bytes()
     if free is not None and need > free:
         raise InputError(
-            f"--image-size {image_size}: {count:,} images need {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
-            "are free; use fewer images or a smaller size"
+            f"--image-size {preprocessing.size_text}: {count:,} images need {need / 1e9:.1f} GB of memory, and "
+            f"{free / 1e9:.1f} GB are free; use fewer images or a smaller size"
         )
 
 
 def cached(
     root: Path,
     files: Sequence[str],
-    image_size: int,
+    preprocessing: Preprocessing,
     read: Callable[[], dict[str, Tensor]],
     fits: Callable[[dict[str, Tensor]], bool],
 ) -> dict[str, Tensor]:
@@ -217,7 +219,8 @@ def cached(
     Args:
         fits: whether the tensors of a cache can be those of these files.
     """
-    cache = root / f".qexp-cache-{image_size}px-{_fingerprint(root, files)}.safetensors"
+    size = preprocessing.size_text
+    cache = root / f".qexp-cache-{size}px-{_fingerprint(root, files)}.safetensors"
     with suppress(OSError, SafetensorError, ValueError):
         tensors = load_file(cache)
         if fits(tensors):
@@ -229,7 +232,7 @@ def cached(
             if time.time() - left.stat().st_mtime > LEFT_S:
                 left.unlink()
     try:
-        for stale in root.glob(f".qexp-cache-{image_size}px-*.safetensors"):
+        for stale in root.glob(f".qexp-cache-{size}px-*.safetensors"):
             stale.unlink(missing_ok=True)
         with by_umask(temporary):
             save_file(tensors, temporary)

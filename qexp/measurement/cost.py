@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from qexp.models.preprocessing import Shape
 from qexp.tables import Shown, Table
 
 FLOP_COUNTER, TORCHINFO = "torch.utils.flop_counter", "torchinfo"
@@ -64,15 +65,15 @@ class Cost(Shown):
         return (Table(title, columns, rows),)
 
 
-def measure_cost(model: nn.Module, image_size: int, batch_sizes: Sequence[int], int8_layers: Sequence[str]) -> Cost:
+def measure_cost(model: nn.Module, shape: Shape, batch_sizes: Sequence[int], int8_layers: Sequence[str]) -> Cost:
     """Count on the fp32 `model`.
 
     Args:
-        model: takes images [N, 3, image_size, image_size].
+        model: takes images [N, *shape].
         int8_layers: qualified names of the layers that the int8 model runs in int8; `….in_proj` is the first
             projection of an nn.MultiheadAttention.
     """
-    counts = _counts(model, tuple(batch_sizes), image_size)
+    counts = _counts(model, tuple(batch_sizes), shape)
     int8 = set(int8_layers)
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -86,7 +87,7 @@ def measure_cost(model: nn.Module, image_size: int, batch_sizes: Sequence[int], 
     )
 
 
-def layer_table(model: nn.Module, image_size: int) -> str:
+def layer_table(model: nn.Module, shape: Shape) -> str:
     """torchinfo's table of the layers for one image: output shapes and parameters.
 
     Its MACs are left out: of a Linear layer on tokens it counts one token.
@@ -94,7 +95,7 @@ def layer_table(model: nn.Module, image_size: int) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchinfo 1.8 reads a tensor's typed storage, which torch wants to drop
         summary = torchinfo.summary(
-            model, input_size=(1, 3, image_size, image_size), verbose=0, device="cpu", mode="eval", depth=8,
+            model, input_size=(1, *shape), verbose=0, device="cpu", mode="eval", depth=8,
             col_names=("input_size", "output_size", "kernel_size", "num_params"), row_settings=("var_names",),
         )  # fmt: skip
     return "\n".join(line for line in str(summary).splitlines() if not line.startswith("Total mult-adds"))
@@ -105,12 +106,12 @@ Count = tuple[int, dict[Names, int]]  # MACs of one forward pass: all, and those
 FEW = (1, 2, 3)  # images
 
 
-def _counts(model: nn.Module, batch_sizes: tuple[int, ...], image_size: int) -> dict[int, Count]:
+def _counts(model: nn.Module, batch_sizes: tuple[int, ...], shape: Shape) -> dict[int, Count]:
     """By batch size. What grows by the same with the second image as with the third is not counted at larger ones:
     with 128 images of 224 px each count would take many seconds."""
 
     def count(size: int) -> Count:
-        return _count(model, torch.zeros(size, 3, image_size, image_size))
+        return _count(model, torch.zeros(size, *shape))
 
     if sum(batch_sizes) <= sum(FEW):
         return {size: count(size) for size in batch_sizes}

@@ -47,6 +47,7 @@ from qexp.measurement.latency import (
     measure_latency,
 )
 from qexp.measurement.sweep_models import BASELINE, Predict, SweepModel, load, prepare_baseline
+from qexp.models.preprocessing import Shape
 from qexp.processes import end_with, run_python
 from qexp.progress import Progress, in_words, say
 from qexp.streams import guard_streams
@@ -59,13 +60,13 @@ REST_S = 0.02  # between two models, about: until no thread computes any more
 class SweepRequest:
     """What the child process is asked: which models, one of them (`repeated`) twice, on so many threads.
 
-    `weights` is the file of the fp32 weights, from which the baselines are made.
+    `weights` is the file of the fp32 weights, from which the baselines are made; `shape` that of an image.
     """
 
     models: tuple[SweepModel, ...]
     repeated: str
     weights: str
-    image_size: int
+    shape: Shape
     threads: int
     options: LatencyConfig
 
@@ -131,8 +132,8 @@ def _start_all(
         name, is_baseline = model.name, model.name in options.baselines
         try:
             if is_baseline and model not in able:
-                _in_fork(partial(prepare_baseline, Path(request.weights), name, request.image_size, folder))
-            able[model] = started = _in_fork(partial(_start_up, model, request.image_size, options, folder))
+                _in_fork(partial(prepare_baseline, Path(request.weights), name, request.shape, folder))
+            able[model] = started = _in_fork(partial(_start_up, model, request.shape, options, folder))
         except StageError as error:
             if not is_baseline:
                 raise StageError(f"{name}: {error}") from None
@@ -217,7 +218,7 @@ def _preparer(
     again = [replace(found, name=AGAIN) for found in sweep_models if found.name == request.repeated]
 
     def prepare(batch_size: int) -> dict[str, Run]:
-        images = torch.rand((batch_size, 3, request.image_size, request.image_size), generator=generator)
+        images = torch.rand((batch_size, *request.shape), generator=generator)
         everyone = [*sweep_models, *again]
         order = shuffled.sample(everyone, len(everyone))
         models = {one.name: load(one, folder) for one in order}
@@ -226,9 +227,9 @@ def _preparer(
     return prepare
 
 
-def _start_up(model: SweepModel, image_size: int, options: LatencyConfig, folder: Path) -> Started:
+def _start_up(model: SweepModel, shape: Shape, options: LatencyConfig, folder: Path) -> Started:
     smallest, largest = options.batch_sizes[0], options.batch_sizes[-1]
-    first = torch.rand(smallest, 3, image_size, image_size)
+    first = torch.rand(smallest, *shape)
     load(model, folder)  # imports what it needs: loading is timed without that, from files that were just read
     times = [time.perf_counter()]
     run = load(model, folder)
@@ -237,7 +238,7 @@ def _start_up(model: SweepModel, image_size: int, options: LatencyConfig, folder
     times.append(time.perf_counter())
     pass_s: dict[int, float] = {}
     for batch in options.batch_sizes if options.fits_batch_sizes else dict.fromkeys((smallest, largest)):
-        pass_s[batch] = _pass_s(run, torch.rand(batch, 3, image_size, image_size))
+        pass_s[batch] = _pass_s(run, torch.rand(batch, *shape))
         if options.fits_batch_sizes and len(fitting(pass_s)) < len(pass_s):
             break
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

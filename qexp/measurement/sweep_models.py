@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.models.classifier import load_classifier
+from qexp.models.preprocessing import Shape
 from qexp.models.stored import load_module, load_stored
 
 Predict = Callable[[Tensor], object]
@@ -38,23 +39,23 @@ def int8_models(folder: str, engine: str, backends: tuple[str | None, ...]) -> t
     )
 
 
-def prepare_baseline(weights: Path, name: str, image_size: int, folder: Path) -> None:
+def prepare_baseline(weights: Path, name: str, shape: Shape, folder: Path) -> None:
     """Write what `load` needs for the baseline of this name into `folder`, from a weights file of `save_classifier`."""
     with torch.no_grad():
         model = load_classifier(weights)
-    example = torch.zeros(2, 3, image_size, image_size)
+    example = torch.zeros(2, *shape)
     if name == "fp32_onnx":
         from qexp.models.onnx_file import export
 
         return export(model, example, folder / f"{name}.onnx")
     if name == EAGER:
         return torch.save(model, folder / f"{name}.pt")
-    torch.jit.save(freeze(model, image_size, torch.bfloat16 if name == BF16 else torch.float32), folder / f"{name}.pt")
+    torch.jit.save(freeze(model, shape, torch.bfloat16 if name == BF16 else torch.float32), folder / f"{name}.pt")
 
 
-def freeze(model: nn.Module, image_size: int, kind: torch.dtype) -> torch.jit.ScriptModule:
+def freeze(model: nn.Module, shape: Shape, kind: torch.dtype) -> torch.jit.ScriptModule:
     """The model traced and frozen by TorchScript with weights of this kind, which `model` has afterwards too."""
-    example = torch.zeros(2, 3, image_size, image_size, dtype=kind)
+    example = torch.zeros(2, *shape, dtype=kind)
     with torch.no_grad():
         return torch.jit.freeze(torch.jit.trace(model.to(kind), example, check_trace=False).eval())
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qexp.errors import InputError, first_line
 from qexp.files import replacing
 from qexp.models.names import check_model_name
+from qexp.models.preprocessing import Preprocessing, Shape
 
 MOST_PIXELS = 65_536  # of a side of the images, of whatever model
 SMALLNET_BLOCKS = ((32, 64), (64, 128), (128, 128))  # channels of the 3x3 convolutions; a 2x2 max-pool between blocks
@@ -25,11 +26,16 @@ SMALLNET_BLOCKS = ((32, 64), (64, 128), (128, 128))  # channels of the 3x3 convo
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What rebuilds a classifier: architecture, class names in the order of the logits, input height and width."""
+    """What rebuilds a classifier: architecture, class names in the order of the logits, and the images it is given."""
 
     architecture: str
     classes: tuple[str, ...]
-    image_size: int
+    preprocessing: Preprocessing
+
+    @property
+    def shape(self) -> Shape:
+        """Of one image."""
+        return self.preprocessing.shape
 
 
 class Normalize(nn.Module):
@@ -103,14 +109,14 @@ def _check_image_size(network: nn.Module, spec: ModelSpec) -> None:
     try:
         with torch.no_grad():
             device = next(network.parameters()).device
-            network.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size, device=device))
+            network.eval()(torch.zeros(1, *spec.shape, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:  # what architectures raise at a size they cannot take
         raise InputError(
-            f"--image-size {spec.image_size}: not for --model {spec.architecture} ({first_line(error)})"
+            f"--image-size {spec.preprocessing.size_text}: not for --model {spec.architecture} ({first_line(error)})"
         ) from None
 
 
-def needs_two_images(network: nn.Module, image_size: int) -> bool:
+def needs_two_images(network: nn.Module, shape: Shape) -> bool:
     """Whether a training step needs more than one image: batch norm has no variance of a single value, which is what
     one image leaves of each channel on a map of one pixel.
 
@@ -120,7 +126,7 @@ def needs_two_images(network: nn.Module, image_size: int) -> bool:
     device = next(network.parameters()).device
     try:
         with torch.no_grad():
-            network.train()(torch.zeros(1, 3, image_size, image_size, device=device))
+            network.train()(torch.zeros(1, *shape, device=device))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -140,8 +146,7 @@ def repeated_inputs(model: Classifier) -> int:
     pool = getattr(network, "avgpool", None)
     if not (type(network).__name__ == "VGG" and isinstance(pool, nn.AdaptiveAvgPool2d)):
         return 1
-    size = model.spec.image_size
-    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    image = torch.zeros(1, *model.spec.shape, device=next(network.parameters()).device)
     with torch.no_grad():
         shape = network.get_submodule("features")(image).shape
     return 49 if shape[2:] == (1, 1) else 1
@@ -197,7 +202,7 @@ def read_weights(file: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            spec = TypeAdapter(ModelSpec).validate_json((opened.metadata() or {})["qexp"], strict=True)
+            spec = _parse_spec((opened.metadata() or {})["qexp"])
             state = {name: opened.get_tensor(name) for name in opened.keys()}
     except KeyError:
         raise InputError(f"weights file {file}: not written by qexp (it does not say of which model)") from None
@@ -211,10 +216,20 @@ def read_weights(file: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         check_model_name(spec.architecture)
     except InputError:
         raise InputError(f"weights file {file}: of an unknown architecture, {spec.architecture[:80]!r}") from None
-    if not (spec.classes and 1 <= spec.image_size <= MOST_PIXELS):
-        allowed = f"must have a class or more, and a side of 1 to {MOST_PIXELS} pixels"
-        raise InputError(f"weights file {file}: its model has {len(spec.classes)} and {spec.image_size}; {allowed}")
+    if not (spec.classes and all(1 <= side <= MOST_PIXELS for side in spec.shape[1:])):
+        allowed = f"must have a class or more, and sides of 1 to {MOST_PIXELS} pixels"
+        size = spec.preprocessing.size_text
+        raise InputError(f"weights file {file}: its model has {len(spec.classes)} and {size}; {allowed}")
     return spec, state
+
+
+def _parse_spec(text: str) -> ModelSpec:
+    """What `save_classifier` wrote; files of earlier versions have the length of a side for the preprocessing."""
+    values = json.loads(text)
+    if isinstance(values, dict) and "image_size" in values:
+        size = values.pop("image_size")
+        values["preprocessing"] = {"height_px": size, "width_px": size}
+    return TypeAdapter(ModelSpec).validate_json(json.dumps(values), strict=True)
 
 
 def load_classifier(file: Path) -> Classifier:

@@ -110,7 +110,7 @@ def checked_weights(found: ModelVersion, copy: Path) -> Iterator[Path]:
             spec, weights = read_weights(file)
         stored = registry.load_files(copy, None).state_dict()  # type: ignore[attr-defined]  # a module
         same = all(name in weights and torch.equal(weights[name], value) for name, value in stored.items())
-        if not same or (spec.classes, spec.image_size) != (tags.classes.read(copy), tags.image_size):
+        if not same or (spec.classes, spec.shape) != (tags.classes.read(copy), tags.input.shape):
             raise StageError(f"{tags.uri}: the weights in {weights_uri} are not those that were registered")
         del stored, weights
         yield file

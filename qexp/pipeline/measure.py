@@ -21,6 +21,7 @@ from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep import SweepRequest, run_sweep
 from qexp.measurement.sweep_models import BASELINE, BF16, SweepModel, freeze, in_bf16, int8_models
 from qexp.models.classifier import Classifier
+from qexp.models.preprocessing import preprocessing_of
 from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.report.results import Bf16Evidence, LatencyEvidence
@@ -45,7 +46,7 @@ def measure_bf16(
         return None
     test, saved = dataset.test, io.BytesIO()
     try:
-        module = freeze(copy.deepcopy(model), config.data.image_size, torch.bfloat16)
+        module = freeze(copy.deepcopy(model), model.spec.shape, torch.bfloat16)
         torch.jit.save(module, saved)
         logits = predict_logits(in_bf16(module), test.images, label="bf16 on test images")
     except Exception as error:  # whatever an operation without bf16 raises
@@ -109,8 +110,8 @@ def time_models(
     for name, reason in gone.items():
         say(f"baseline {name} is left out: {reason}")
     models = [SweepModel(name, files.fp32_folder) for name in (BASELINE, *baselines)] + list(int8)
-    size, weights = config.data.image_size, str(files.weights)
-    request = SweepRequest(tuple(models), repeated, weights, size, host.threads, config.latency)
+    shape = preprocessing_of(config.data).shape
+    request = SweepRequest(tuple(models), repeated, str(files.weights), shape, host.threads, config.latency)
     result = run_sweep(request, environment)
     return replace(result, models_left_out=gone | result.models_left_out)
 

@@ -70,12 +70,12 @@ def predict_files(uri: str, files: Sequence[str], top_k: int) -> tuple[str, list
     for file in files:
         _check(file)
     own = uri_of(found)
-    image_size, model = tags_of(found).image_size, registry.open_version(found)
+    preprocessing, model = tags_of(found).input, registry.open_version(found)
     classes = registry.class_names_of(found)
     predictions: list[Prediction] = []
     for start in range(0, len(files), BATCH_SIZE):
         batch = files[start : start + BATCH_SIZE]
-        logits = predict_logits(model, decode_files(batch, image_size, what="IMAGE"), BATCH_SIZE)
+        logits = predict_logits(model, decode_files(batch, preprocessing, what="IMAGE"), BATCH_SIZE)
         predictions += _most_likely(batch, logits, classes, top_k)
     return own, predictions
 

@@ -79,7 +79,7 @@ def quantize(
     with torch.no_grad():
         expected = quantized.module(to_float(sample))
     return NewModel(
-        evidence, quantized.stored, spec, sample, expected, logits, tags, layer_table(quantized.source, spec.image_size)
+        evidence, quantized.stored, spec, sample, expected, logits, tags, layer_table(quantized.source, spec.shape)
     )
 
 
@@ -119,7 +119,7 @@ def _quantize(
 
 def _cost_of_fp32(config: Config, fp32: Fp32, quantized: QuantizedModel) -> Cost:
     sizes, layers = config.latency.batch_sizes, quantized.result.int8_layers
-    return measure_cost(fp32.model, fp32.model.spec.image_size, sizes, layers)
+    return measure_cost(fp32.model, fp32.model.spec.shape, sizes, layers)
 
 
 def _cost_of_int8(config: Config, fp32: Fp32, quantized: QuantizedModel, fp32_cost: Cost) -> Cost:
@@ -130,7 +130,7 @@ def _cost_of_int8(config: Config, fp32: Fp32, quantized: QuantizedModel, fp32_co
         say(f"fold_pool: {config.model} has no pool that only repeats a 1x1 map before a linear layer; nothing folded")
         return fp32_cost
     sizes, layers = config.latency.batch_sizes, quantized.result.int8_layers
-    return measure_cost(quantized.source, fp32.model.spec.image_size, sizes, layers)
+    return measure_cost(quantized.source, fp32.model.spec.shape, sizes, layers)
 
 
 def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantized: QuantizedModel) -> BudgetCost | None:
@@ -138,10 +138,10 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
     if not set(quantized.result.kept_layers) - set(config.quantize.keep_fp32 or ()):
         return None
     all_int8 = quantize_model(fp32.model, subset.images, config.quantize, not host.has_int8_dot_product)
-    size = fp32.model.spec.image_size
+    shape = fp32.model.spec.shape
 
     def prepare(batch_size: int) -> dict[str, Run]:
-        images = torch.rand(batch_size, 3, size, size)
+        images = torch.rand(batch_size, *shape)
         kept, all_of_it, again = quantized.reloaded(), all_int8.reloaded(), all_int8.reloaded()
         return {"kept": lambda: kept(images), "all": lambda: all_of_it(images), AGAIN: lambda: again(images)}
 

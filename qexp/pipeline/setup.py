@@ -12,6 +12,7 @@ from qexp.errors import InputError
 from qexp.extras import check_engines, is_installed
 from qexp.measurement.host import Host, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
+from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline.checks import check_options
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
 from qexp.pipeline.resume import check_data_of_run
@@ -91,7 +92,7 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
         raise InputError(f"--engine {','.join(refused)}: {allowed}; MLflow loads TorchScript as it does a pickle")
     count, kept = calibration_count(config.quantize, dataset.train), config.quantize.keep_fp32
     if kept:
-        network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
+        network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data)))
         check_layer_names(nn.ModuleDict({"network": network}), kept)
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
 
@@ -132,7 +133,7 @@ def _refusals(config: Config, dataset: Dataset, engines: Sequence[str]) -> dict[
 
 
 def _settled(config: Config, dataset: Dataset) -> Config:
-    network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
+    network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data)))
     _check_steps(config, dataset, network)
     return config.model_copy(update={"train": settle_options(config.train, dataset.name, network)})
 
@@ -143,9 +144,9 @@ def _check_steps(config: Config, dataset: Dataset, network: nn.Module) -> None:
     images, options = len(dataset.train), config.train
     if images < options.processes:
         raise InputError(f"--processes {options.processes}: must be at most {images}, the number of training images")
-    size = config.data.image_size
-    if images == 1 and needs_two_images(network, size):
-        needs = f"{config.model} at --image-size {size} needs 2, for its batch norm on maps of one pixel"
+    if images == 1 and needs_two_images(network, preprocessing_of(config.data).shape):
+        at = f"{config.model} at --image-size {config.data.image_size}"
+        needs = f"{at} needs 2, for its batch norm on maps of one pixel"
         raise InputError(f"--data-dir {dataset.source}: one image is left to train with; {needs}")
 
 

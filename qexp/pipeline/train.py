@@ -16,6 +16,7 @@ from qexp.measurement.accuracy import Accuracy, guess_percent, measure_accuracy,
 from qexp.measurement.cost import layer_table
 from qexp.measurement.host import Host, freed_memory_reused
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline.measure import predict_splits
 from qexp.report.results import DataFacts, Fp32Evidence
 from qexp.tracking.commit import read_commit
@@ -60,7 +61,7 @@ def train(
     sample = verification_images(dataset)
     with torch.no_grad():
         expected = model(to_float(sample))
-    layers = layer_table(model, model.spec.image_size)
+    layers = layer_table(model, model.spec.shape)
     return NewModel(evidence, model, model.spec, sample, expected, logits, lineage(dataset, host, accuracy), layers)
 
 
@@ -73,7 +74,8 @@ def follow(config: Config, dataset: Dataset) -> None:
 def fresh_classifier(config: Config, dataset: Dataset) -> Classifier:
     """The classifier before its first step: the same bits from the same seed."""
     torch.manual_seed(config.seed)
-    return build_classifier(ModelSpec(config.model, dataset.classes, config.data.image_size), dataset.train.images)
+    spec = ModelSpec(config.model, dataset.classes, preprocessing_of(config.data))
+    return build_classifier(spec, dataset.train.images)
 
 
 def accuracy_of(logits: dict[str, Tensor], dataset: Dataset) -> dict[str, Accuracy]:

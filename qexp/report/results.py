@@ -39,7 +39,7 @@ class DataFacts:
     source: str
     digest: str
     classes: tuple[str, ...]
-    image_size_px: int
+    image_size_px: int | str  # HEIGHTxWIDTH unless it is a square
     train_images: int
     validation_images: int
     test_images: int

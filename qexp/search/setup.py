@@ -17,6 +17,7 @@ from qexp.errors import InputError
 from qexp.measurement.accuracy import measure_accuracy
 from qexp.measurement.host import Host
 from qexp.models.classifier import ModelSpec, outline
+from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline import loading
 from qexp.pipeline.job import Job, runs_below
 from qexp.pipeline.jobs import sensitivity_stage, train_stage
@@ -192,7 +193,7 @@ def _check_space(config: Config, dataset: Dataset) -> None:
             raise InputError(f"--sample-counts {count}: {allowed}")
     most = max(config.search.fp32_layer_counts)
     if most:
-        network = outline(ModelSpec(config.model, dataset.classes, config.data.image_size))
+        network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data)))
         layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
         if most >= layers:
             raise InputError(f"--fp32-layer-counts {most}: must be less than {layers}, the layers of {config.model}")

@@ -159,8 +159,8 @@ def validation_logits(bench: Bench, quantized: QuantizedModel) -> Tensor:
 
 def time_against_fp32(model: Classifier, quantized: QuantizedModel | None, batch_size: int) -> LatencyRow:
     """fp32 and int8 in turns, int8 as it is after loading; without int8, fp32 against itself."""
-    size = model.spec.image_size
-    images = torch.rand((batch_size, 3, size, size), generator=torch.Generator().manual_seed(0))
+    shape = model.spec.shape
+    images = torch.rand((batch_size, *shape), generator=torch.Generator().manual_seed(0))
 
     def load(batch_size: int) -> dict[str, Run]:
         int8 = quantized.reloaded() if quantized else model

@@ -84,7 +84,10 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
     yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
     yield "Size", told("{} MB", "size_mb")
-    yield "Input", told("float32 RGB images in [0, 1], [N, 3, {}, {}]; normalisation is inside", *["image_size"] * 2)
+    if typed.known("image_size") and "preprocessing" not in wrong:
+        channels, height, width = typed.input.shape
+        images = f"float32 {'RGB' if channels == 3 else 'grey'} images in [0, 1]"
+        yield "Input", f"{images}, [N, {channels}, {height}, {width}]; normalisation is inside"
     if classes := typed.known("classes"):
         names = opaque(", ".join(classes.names or ()))
         order = names if 0 < len(names) <= LONGEST_LIST else classes.place

@@ -23,9 +23,8 @@ def log_version(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str)
 
     `kind` and `stored` are as in `qexp.tracking.registry.register`; `flavor` is MLflow's: pytorch or onnx.
     """
-    shape = (3, spec.image_size, spec.image_size)
     signature = ModelSignature(
-        Schema([TensorSpec(np.dtype("float32"), (-1, *shape))]),
+        Schema([TensorSpec(np.dtype("float32"), (-1, *spec.shape))]),
         Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)), OUTPUTS[flavor])]),
     )
     packages = {"pytorch": ("mlflow", "torch", "numpy"), "onnx": ("mlflow", "onnx", "onnxruntime", "numpy")}[flavor]
@@ -41,11 +40,12 @@ def log_version(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str)
             name=f"{spec.architecture}-{kind}",
             registered_model_name=name,
             signature=signature,
-            input_example=np.zeros((2, *shape), np.float32),  # two: an export from one image fixes the batch at one
+            # Two images: an export from one fixes the batch at one.
+            input_example=np.zeros((2, *spec.shape), np.float32),
             pip_requirements=[f"{package}=={installed_version(package).split('+')[0]}" for package in packages],
             metadata={
                 "classes": list(spec.classes),
-                "input": "float32 RGB in [0, 1]",
+                "input": f"float32 {'RGB' if spec.shape[0] == 3 else 'grey'} in [0, 1]",
                 "architecture": spec.architecture,
             },
             model_type="classifier",

@@ -1,10 +1,11 @@
 """The MLflow model registry: versions with signature, example, pinned requirements, lineage; verification; aliases."""
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def register(
             verified = reloads_equal(uri, copy, model, sample, environment, without_pickle)
             contents = read_contents(model_file(copy))
         size_bytes, names = _stored_bytes(uri), class_names.as_tag(spec.classes)
-        facts = {"classes": names, "image_size": spec.image_size, "size_mb": size_bytes / 1e6}
+        facts = {"classes": names, "image_size": spec.preprocessing.size_text, "size_mb": size_bytes / 1e6}
+        facts |= {"preprocessing": json.dumps(asdict(spec.preprocessing))}
         facts |= {"verified": verified, "loads_without_pickle": verified and without_pickle}
         if "train_run_id" in tags:  # a stage of a job: its configuration is there
             facts |= {"config_uri": f"runs:/{run_id}/config.yaml"}
@@ -286,11 +288,12 @@ def _check_shape(tags: Tags, copy: Path) -> None:
     signature = Model.load(str(copy)).signature
     if signature is None or signature.outputs is None:
         return
-    size, outputs = signature.inputs.inputs[0].shape[-1], signature.outputs.inputs[0].shape[-1]
+    shape, outputs = tuple(signature.inputs.inputs[0].shape[1:]), signature.outputs.inputs[0].shape[-1]
     if tags.classes.count != outputs:
         raise tags.wrong("classes", f"must be {outputs} names, as the model has outputs")
-    if tags.image_size != size:
-        raise tags.wrong("image_size", f"must be {size}, as the model was registered")
+    if tags.input.shape != shape:
+        name = "preprocessing" if tags.preprocessing else "image_size"
+        raise tags.wrong(name, f"must be of images {list(shape)}, as the model was registered")
 
 
 def load_files(folder: Path, backend: str | None) -> Predict:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast, overload
 
 from mlflow.entities.model_registry import ModelVersion
+from pydantic import TypeAdapter
 
 from qexp.errors import InputError
+from qexp.models.preprocessing import Preprocessing
 from qexp.tracking import class_names
 from qexp.tracking.store import uri_of
 
@@ -107,6 +109,22 @@ def _version(*words: str) -> Tag[str]:
     return _matching("|".join([r"models:/[^/@]+/\d{1,9}", *words]), " or ".join(["models:/NAME/NUMBER", *words]))
 
 
+def _sides(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", text, re.ASCII):
+        raise ValueError
+    sides = [int(side) for side in text.split("x")]
+    if not all(1 <= side <= MOST_PIXELS for side in sides):
+        raise ValueError
+    return sides[0], sides[-1]
+
+
+def _preprocessing(text: str) -> Preprocessing:
+    found: Preprocessing = TypeAdapter(Preprocessing).validate_json(text, strict=True)
+    if not all(1 <= side <= MOST_PIXELS for side in (found.height_px, found.width_px)):
+        raise ValueError
+    return found
+
+
 class Tags:
     """The tags of one version, read when they are asked for.
 
@@ -117,7 +135,8 @@ class Tags:
     kind = _one_of("fp32", "int8", of_all=True)
     verified = _truth()
     classes = Tag(class_names.parse_tag, "a JSON list of names, one or more", of_all=True)
-    image_size = _whole(1, MOST_PIXELS, of_all=True)
+    image_size = Tag(_sides, f"pixels, 1 to {MOST_PIXELS}, or HEIGHTxWIDTH", of_all=True)
+    preprocessing = _optional(Tag(_preprocessing, "the JSON of a preprocessing"))
     artifact_sha256 = _matching("[0-9a-f]{64}", "64 hexadecimal digits", of_all=True)
     loads_without_pickle = _optional(_truth())
     flavor = _optional(_one_of("pytorch", "onnx"))
@@ -155,6 +174,11 @@ class Tags:
     def __init__(self, found: ModelVersion) -> None:
         self.uri = uri_of(found)
         self.texts: Mapping[str, str] = found.tags
+
+    @property
+    def input(self) -> Preprocessing:
+        """The image that the model is given; versions of before squash it to a square."""
+        return self.preprocessing or Preprocessing(*self.image_size)
 
     def read(self, tag: Tag[T]) -> T:
         """The value of a tag."""

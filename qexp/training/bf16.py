@@ -53,7 +53,7 @@ def convolutions_that_see_padding(model: Classifier) -> list[nn.Conv2d]:
     was_training, weight = model.training, next(model.parameters())
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, model.spec.image_size, model.spec.image_size, device=weight.device))
+            model.eval()(torch.zeros(1, *model.spec.shape, device=weight.device))
     finally:
         model.train(was_training)
         for hook in hooks:

@@ -13,6 +13,7 @@ from qexp.config import DataConfig
 from qexp.data.datasets import Dataset, load_dataset
 from qexp.data.imagefolder import decode_files, list_folder
 from qexp.errors import InputError
+from qexp.models.preprocessing import squashed
 
 RED, BLUE = (200, 10, 20), (5, 30, 220)
 
@@ -48,7 +49,7 @@ def _refusal(root: Path) -> str:
 
 def _decode(image: Image.Image, file: Path, image_size: int) -> Tensor:
     image.save(file)
-    decoded = decode_files([str(file)], image_size)
+    decoded = decode_files([str(file)], squashed(image_size))
     assert decoded.shape == (1, 3, image_size, image_size) and decoded.dtype == torch.uint8
     return decoded[0]
 
@@ -118,7 +119,7 @@ def test_other_sizes_are_resized_whole(tmp_path: Path, size: tuple[int, int]) ->
 
 def test_images_keep_the_order_of_the_files(tmp_path: Path) -> None:
     files = [str(_save(tmp_path / f"{level}.png", (level, 0, 0))) for level in (9, 3, 250, 77)]
-    assert decode_files(files, 8)[:, 0, 0, 0].tolist() == [9, 3, 250, 77]
+    assert decode_files(files, squashed(8))[:, 0, 0, 0].tolist() == [9, 3, 250, 77]
 
 
 def test_folder_becomes_a_dataset(pets: Path) -> None:

@@ -21,6 +21,7 @@ from qexp.data.datasets import Dataset, load_dataset
 from qexp.data.imagefolder import decode_files, list_folder
 from qexp.errors import InputError
 from qexp.measurement.host import free_memory_bytes
+from qexp.models.preprocessing import squashed
 from qexp.text import printable
 
 ORIENTATION = 0x0112  # of EXIF's tags
@@ -86,7 +87,7 @@ def test_a_pipe_given_to_predict_is_refused(tmp_path: Path) -> None:
 
     def decode() -> None:
         try:
-            decode_files([str(tmp_path / "photo.jpg")], 8)
+            decode_files([str(tmp_path / "photo.jpg")], squashed(8))
         except InputError as error:
             problems.append(str(error))
 
@@ -171,7 +172,7 @@ def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int, turned: 
     exif[ORIENTATION] = orientation
     stored = torch.rot90(upright, -turned, (0, 1))
     Image.fromarray(stored.numpy()).save(tmp_path / "side.png", exif=exif)
-    assert torch.equal(decode_files([str(tmp_path / "side.png")], 8)[0], upright.permute(2, 0, 1))
+    assert torch.equal(decode_files([str(tmp_path / "side.png")], squashed(8))[0], upright.permute(2, 0, 1))
 
 
 def _cache(root: Path) -> Path:

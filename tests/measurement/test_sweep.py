@@ -26,7 +26,7 @@ OPTIONS = LatencyConfig(batch_sizes=[1, 4], baselines=BASELINES, warmup=1, loads
 def _request(fp32: str, int8: str, weights: Path, options: LatencyConfig = OPTIONS) -> SweepRequest:
     floats = [SweepModel(name, fp32) for name in ("fp32", *options.baselines)]
     int8s = int8_models(int8, "fx", ("x86", "onednn"))
-    return SweepRequest((*floats, *int8s), int8s[0].name, str(weights), 16, 1, options)
+    return SweepRequest((*floats, *int8s), int8s[0].name, str(weights), (3, 16, 16), 1, options)
 
 
 def test_sweep_of_registered_versions(finished: Finished) -> None:
@@ -65,7 +65,7 @@ def test_baselines_compute_what_the_registered_fp32_version_computes(
     images = to_float(digits.test.images[:32])
     with torch.no_grad(), local_files(fp32) as files:
         for name in BASELINES:
-            sweep_models.prepare_baseline(files.weights, name, 16, tmp_path)
+            sweep_models.prepare_baseline(files.weights, name, (3, 16, 16), tmp_path)
         folder = files.folders[fp32]
         expected = sweep_models.load(SweepModel("fp32", folder), tmp_path)(images)
         found = {name: sweep_models.load(SweepModel(name, folder), tmp_path)(images) for name in BASELINES}

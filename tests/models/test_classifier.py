@@ -24,6 +24,7 @@ from qexp.models.classifier import (
     save_classifier,
 )
 from qexp.models.names import MADE_FROM, TORCHVISION, available_models, check_model_name
+from qexp.models.preprocessing import squashed
 from qexp.training.train import TrainResult
 
 TEN = tuple("abcdefghij")
@@ -31,13 +32,13 @@ BLACK = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
 
 
 def _build(name: str, image_size: int = 32, classes: tuple[str, ...] = TEN) -> Classifier:
-    return build_classifier(ModelSpec(name, classes, image_size), BLACK)
+    return build_classifier(ModelSpec(name, classes, squashed(image_size)), BLACK)
 
 
 def _without_weights(name: str, image_size: int = 32) -> Classifier:
     """Shapes only: a VGG16 with weights takes half a gigabyte."""
     with torch.device("meta"):
-        return Classifier(ModelSpec(name, TEN, image_size), torch.zeros(3), torch.ones(3))
+        return Classifier(ModelSpec(name, TEN, squashed(image_size)), torch.zeros(3), torch.ones(3))
 
 
 def _parameters(model: nn.Module) -> int:
@@ -46,10 +47,10 @@ def _parameters(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", ["smallnet", "vgg16", "regnet_y_400mf", "shufflenet_v2_x0_5"])
 def test_outline_has_the_modules_and_refuses_the_size_that_the_network_does(name: str) -> None:
-    network = outline(ModelSpec(name, TEN, 64))
+    network = outline(ModelSpec(name, TEN, squashed(64)))
     assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) >= 6
     with pytest.raises(InputError, match="--image-size 32: not for --model alexnet"):
-        outline(ModelSpec("alexnet", TEN, 32))
+        outline(ModelSpec("alexnet", TEN, squashed(32)))
 
 
 def test_vgg16_is_the_network_of_the_paper_with_ten_classes() -> None:
@@ -111,12 +112,12 @@ def test_image_size_that_a_vision_transformer_does_not_take() -> None:
     ("name", "image_size", "needed"), [("resnet18", 32, 2), ("resnet18", 64, 1), ("smallnet", 8, 1)]
 )
 def test_batch_norm_of_one_pixel_needs_two_images(name: str, image_size: int, needed: int) -> None:
-    network = outline(ModelSpec(name, TEN, image_size))
-    assert needs_two_images(network, image_size) is (needed == 2) and not network.training
+    network = outline(ModelSpec(name, TEN, squashed(image_size)))
+    assert needs_two_images(network, (3, image_size, image_size)) is (needed == 2) and not network.training
 
 
 def test_normalised_training_images_have_mean_zero_and_deviation_one(digits: Dataset) -> None:
-    model = build_classifier(ModelSpec("smallnet", digits.classes, 16), digits.train.images)
+    model = build_classifier(ModelSpec("smallnet", digits.classes, squashed(16)), digits.train.images)
     inside = model.normalize(to_float(digits.train.images)).double()
     assert inside.mean(dim=(0, 2, 3)).abs().max() < 1e-4
     assert (inside.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-4

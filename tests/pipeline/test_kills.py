@@ -34,6 +34,7 @@ from qexp.errors import InputError
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.host import read_host
 from qexp.models.classifier import ModelSpec
+from qexp.models.preprocessing import squashed
 from qexp.pipeline import job as jobs
 from qexp.pipeline import report as reports
 from qexp.pipeline.job import Job, open_job
@@ -310,7 +311,7 @@ def registering(resume: str | None = None) -> None:
 def register(result: SensitivityResult, folder: Path, at_ms: int) -> SensitivityResult:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).eval()
     sample = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    stored, spec = torch.jit.trace(model, to_float(sample)), ModelSpec("smallnet", ("cat", "dog"), 8)
+    stored, spec = torch.jit.trace(model, to_float(sample)), ModelSpec("smallnet", ("cat", "dog"), squashed(8))
     version = registry.register("int8", model, _int8(), spec, sample, {"engine": "fx"}, stored, once=True)
     registry.make_challenger(version)
     return uploads.upload(result, folder, at_ms)
@@ -481,7 +482,7 @@ def while_it_holds_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def caching() -> None:
-    cached(Path(), [], 8, lambda: {"images": torch.zeros(2)}, lambda found: True)
+    cached(Path(), [], squashed(8), lambda: {"images": torch.zeros(2)}, lambda found: True)
 
 
 def while_images_are_cached(folder: Path) -> None:

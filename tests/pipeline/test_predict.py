@@ -14,6 +14,7 @@ from qexp.data.datasets import Dataset
 from qexp.data.imagefolder import decode_files
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
+from qexp.models.preprocessing import squashed
 from qexp.pipeline import predict as prediction
 from qexp.tracking.registry import load_version
 
@@ -46,7 +47,7 @@ def test_names_and_probabilities_of_any_image_file_as_lines_and_as_json(
     assert done.code == 0, done.stderr
     assert done.summary["uri"] == INT8 and [found["file"] for found in done.summary["images"]] == files
     mlflow.set_tracking_uri(finished.uri)
-    decoded = decode_files([str(folder / name) for name in files], 16)
+    decoded = decode_files([str(folder / name) for name in files], squashed(16))
     shares = torch.softmax(predict_logits(load_version(INT8), decoded), 1)
     for found, expected in zip(done.summary["images"], shares, strict=True):
         best = expected.argsort(descending=True, stable=True)[:2].tolist()

@@ -24,6 +24,7 @@ from qexp.measurement.accuracy import to_float
 from qexp.measurement.cost import measure_cost
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
 from qexp.models.onnx_file import OnnxClassifier
+from qexp.models.preprocessing import squashed
 from qexp.quantization import QuantizedModel, quantize_model
 
 ENGINES = ("fx", "pt2e", "onnx")
@@ -76,7 +77,7 @@ def prepare(name: str) -> Prepared:
     size = TABLE[name][0]
     torch.manual_seed(0)
     images, inputs = patches(8, size), to_float(patches(7, size))
-    model = build_classifier(ModelSpec(name, tuple("abcdefghij"), size), images)
+    model = build_classifier(ModelSpec(name, tuple("abcdefghij"), squashed(size)), images)
     for parameter in model.parameters():
         if parameter.dim() == 2 and not parameter.any():  # the last layer of a fresh ViT: all logits would be 0
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -122,7 +123,7 @@ def check_engine(name: str, fp32: Prepared, engine: str) -> None:
     size, products = TABLE[name]
     made = quantize_model(fp32.model, fp32.images, QuantizeConfig(engine=engine, observer="minmax"), False)
     assert made.result.float_layers == ()
-    cost = measure_cost(fp32.model, size, [1], made.result.int8_layers)
+    cost = measure_cost(fp32.model, (3, size, size), [1], made.result.int8_layers)
     assert cost.int8_macs == cost.conv_linear_macs  # what is left has no weights: products inside attention
     assert (cost.no_layer_percent > 0) is (name in ("vit_b_16", "swin_t")) and cost.no_layer_percent < 5
     assert _count_int8_products(made) == products

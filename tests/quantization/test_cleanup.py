@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.preprocessing import squashed
 from qexp.quantization import quantize_model
 from qexp.quantization.cleanup import clean, folded_layers
 
@@ -21,7 +22,7 @@ FIRST_LINEAR = "network.classifier.0"
 def _build(name: str, size: int = 32) -> Classifier:
     """With random weights, and batch norms whose statistics are not the neutral ones."""
     torch.manual_seed(0)
-    model = build_classifier(ModelSpec(name, tuple("0123456789"), size), IMAGES).eval()
+    model = build_classifier(ModelSpec(name, tuple("0123456789"), squashed(size)), IMAGES).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -73,7 +74,7 @@ def check_pools_of_vgg() -> None:
     assert _parameters(plain) - _parameters(folded) == 48 * 512 * 4096
     assert (folded_layers(vgg, folded), folded_layers(vgg, plain)) == ([FIRST_LINEAR], [])
     images = nn.functional.interpolate(IMAGES[:2].float() / 255, size=(64, 64))
-    vgg.spec = ModelSpec("vgg11_bn", vgg.spec.classes, 64)
+    vgg.spec = ModelSpec("vgg11_bn", vgg.spec.classes, squashed(64))
     larger = clean(vgg, images, fold_pool=True)
     assert larger.get_submodule(FIRST_LINEAR).in_features == 49 * 512
     assert _error(larger, vgg, 64) < 1e-5

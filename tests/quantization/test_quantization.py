@@ -25,6 +25,7 @@ from qexp.errors import StageError
 from qexp.measurement.accuracy import predict_logits, to_float
 from qexp.measurement.host import read_host
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.preprocessing import squashed
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.quantization.engines import fx
 from qexp.quantization.observers import observer_class
@@ -251,7 +252,7 @@ def test_a_depthwise_network_is_as_exact_as_with_eight_bits(
 ) -> None:
     """Without saturation, which oneDNN's kernels do not have either; the weights' bit costs next to nothing."""
     torch.manual_seed(0)
-    net = build_classifier(ModelSpec("mobilenet_v3_small", tuple("0123456789"), 32), images).train()
+    net = build_classifier(ModelSpec("mobilenet_v3_small", tuple("0123456789"), squashed(32)), images).train()
     with torch.no_grad():
         for _ in range(15):
             net(to_float(images))  # batch norm's statistics

@@ -25,6 +25,7 @@ from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
+from qexp.models.preprocessing import squashed
 from qexp.pipeline.predict import predict_files
 from qexp.text import printable
 from qexp.tracking import class_names, description, registry
@@ -110,7 +111,7 @@ def test_names_that_no_tag_holds_are_in_a_file_of_the_version(tmp_path: Path, mo
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, len(names))).eval()
     sample = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     with mlflow.start_run(experiment_id="0"):
-        version = registry.register("fp32", model, "many-fp32", ModelSpec("many", names, 16), sample, {})
+        version = registry.register("fp32", model, "many-fp32", ModelSpec("many", names, squashed(16)), sample, {})
     found = registry.find_version(version.uri, "fp32")
     assert found.tags["classes"] == "10450 names: metadata.classes of the file MLmodel"
     assert "logits [N, 10450] in the order of `metadata.classes of the file MLmodel`" in description.of_version(found)
@@ -195,7 +196,7 @@ def test_a_version_that_differs_is_not_verified_and_gets_no_alias(
     mlflow.set_tracking_uri(new_store(tmp_path))
     model, _ = trained
     sample = digits.train.images[:8]
-    spec = ModelSpec("smallnet", digits.classes, 16)
+    spec = ModelSpec("smallnet", digits.classes, squashed(16))
     # What was stored is not what is in memory: one weight changes between logging and verification.
     damaged = registry.log_version
 

@@ -37,7 +37,8 @@ BAD: dict[str, tuple[str, ...]] = {
     "kind": (),  # another word is a version that is not ours
     "verified": TRUTH,
     "classes": ("{", "{}", "[]", '["a", 1]', '"ab"', "null", "1", "", "[" * 50_000, "9" * 5000, '[["a"]]'),
-    "image_size": ("abc", "99999999", *WHOLE),
+    "image_size": ("abc", "99999999", "16x", "16x0", *WHOLE),
+    "preprocessing": ("{", "[]", "{}", '{"height_px": 0, "width_px": 16}', '{"height_px": "16", "width_px": 16}'),
     "artifact_sha256": ("", "x", "0" * 63, "0" * 65, "Z" * 64),
     "loads_without_pickle": TRUTH,
     "flavor": ("", "sklearn", "pyfunc"),
@@ -63,7 +64,7 @@ GOOD = {
     "fp32_uri": f"models:/{FP32}/1", "weights_uri": f"runs:/{RUN_ID}/weights/model.safetensors", "dataset": "birds",
     "data_digest": "0123456789abcdef", "champion_kept": "none", "champion_compared": "false", "threads": "2",
     "calibration_samples": "64", "p50_batch_size": "1", "p50_threads": "2", "test_top1_percent": "93.25",
-    "promotion_reason": "", "cpu": "Imagined CPU",
+    "promotion_reason": "", "cpu": "Imagined CPU", "preprocessing": '{"height_px": 16, "width_px": 16}',
 }  # fmt: skip
 GOOD |= {name: RUN_ID for name in TAGS if name.endswith("run_id")}
 GOOD |= {name: "1.5" for name, tag in TAGS.items() if tag.allowed.startswith("a number") and name not in GOOD}
@@ -87,7 +88,7 @@ def test_every_tag_has_values_here_that_it_refuses() -> None:
     tags = tags_of(_version(GOOD | {"kind": "int8"})).check()
     assert (
         tags.classes == ClassNames(2, ("cat", "dog"))
-        and tags.image_size == 16
+        and tags.image_size == (16, 16)
         and tags.verified is True
         and tags.threads == 2
     )

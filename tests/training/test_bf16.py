@@ -6,6 +6,7 @@ from forked import run_apart
 from torch import Tensor, nn
 
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.preprocessing import squashed
 from qexp.training.bf16 import convolutions_that_see_padding, has_unused_tap, padding_seen_in_fp32
 
 IMAGES = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -13,7 +14,7 @@ IMAGES = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=tor
 
 def _build(name: str, size: int = 16) -> Classifier:
     torch.manual_seed(0)
-    return build_classifier(ModelSpec(name, tuple("abcdefghij"), size), IMAGES)
+    return build_classifier(ModelSpec(name, tuple("abcdefghij"), squashed(size)), IMAGES)
 
 
 @pytest.mark.parametrize(

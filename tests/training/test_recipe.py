@@ -8,6 +8,7 @@ from qexp.config import TrainConfig
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError
 from qexp.models.classifier import Classifier, ModelSpec, outline
+from qexp.models.preprocessing import squashed
 from qexp.training.recipe import ADAMW, Recipe, make_optimizer, parameter_groups, recipe_for, settle_options, steps_of
 
 
@@ -62,7 +63,7 @@ def test_steps_of_a_training() -> None:
     ],
 )
 def test_recipe_by_kind_of_network(name: str, expected: Recipe) -> None:
-    assert recipe_for(outline(ModelSpec(name, tuple("ab"), 224))) == expected
+    assert recipe_for(outline(ModelSpec(name, tuple("ab"), squashed(224)))) == expected
 
 
 def test_given_options_win_over_the_recipe(tiny: Dataset) -> None:
@@ -91,7 +92,7 @@ def test_a_skipped_first_step_leaves_nothing_behind(optimizer: str, tiny: Datase
 
 def test_layer_that_sees_49_copies_gets_a_49th_of_the_rate() -> None:
     with torch.device("meta"):
-        model = Classifier(ModelSpec("vgg16", tuple("abcdefghij"), 32), torch.zeros(3), torch.ones(3))
+        model = Classifier(ModelSpec("vgg16", tuple("abcdefghij"), squashed(32)), torch.zeros(3), torch.ones(3))
         others, first = parameter_groups(model, 0.03)
     assert first["lr"] == pytest.approx(0.03 / 49) and others["lr"] == 0.03
     assert [tuple(parameter.shape) for parameter in first["params"]] == [(4096, 25088), (4096,)]
