@@ -7,6 +7,8 @@ import typer
 
 from qexp import __version__
 
+from .check import check
+from .import_model import import_model
 from .latency import latency
 from .main import main
 from .models import models
@@ -22,8 +24,10 @@ from .verify import verify
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=SETTINGS)
 COMMANDS: dict[str, Callable[..., None]] = {
+    "check": check,
     "run": main,
     "train": train,
+    "import": import_model,
     "quantize": quantize,
     "latency": latency,
     "search": search,

@@ -22,13 +22,15 @@ from .ending import finish
 NOT_GIVEN = ("auto", "")
 # Those that people need first, in the order of help; MLproject has these as parameters, all others in `options`.
 COMMON = (
-    "model_uri", "resume", "model", "dataset", "data_dir", "image_size", "epochs", "engine", "sample_counts",
+    "model_uri", "resume", "model", "weights", "dataset", "data_dir", "image_size", "preprocess", "epochs", "engine", "sample_counts",
     "register_best", "quick", "output_dir", "config",
 )  # fmt: skip
+SHORT = {"data_dir": ("--data",)}  # other words for an option
 COMMON_GROUP = "Common options"
 GROUPS = {  # by section of the configuration
     "": "Seed and threads",
     "data": "Data",
+    "preprocess": "Preprocessing: how images become the model's input",
     "train": "Training",
     "quantize": "Quantization",
     "latency": "Latency measurement",
@@ -73,26 +75,30 @@ def fields_of(names: tuple[str, ...]) -> dict[str, Field]:
     return {key: found for key, found in every.items() if key and (key in names or found[0] in names)}
 
 
-def with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def with_options(
+    *names: str, given: Callable[[dict[str, Any], Overrides], None] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Turn `command(config, **own options)` into a function for Typer, with --config, --json and an option for every
     field of `fields_of(names)`.
 
     What can be refused at once is, before the command runs. A command that has a parameter `overrides` is told there
-    which options were given, as `load_config` takes them.
+    which options were given, as `load_config` takes them. `given` adds to these what the command's own options mean.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., None]:
         fields = fields_of(names)
 
-        def run(config: str, json: bool, **given: Any) -> None:
-            own = {name: value for name, value in given.items() if name not in fields}
-            overrides = _overrides(given, fields)
+        def run(config: str, json: bool, **values: Any) -> None:
+            own = {name: value for name, value in values.items() if name not in fields}
+            overrides = _overrides(values, fields)
             if "overrides" in inspect.signature(command).parameters:
                 own["overrides"] = overrides
             elsewhere = any(given_or_none(str(own.get(name, ""))) for name in ("model_uri", "resume"))
 
             def action() -> Any:
                 _check_given(own)
+                if given:
+                    given(own, overrides)
                 settled = load_config(given_or_none(config), overrides)
                 check_options(settled, new_model="model" in fields and not elsewhere)
                 return command(settled, **own)
@@ -147,7 +153,8 @@ def _parameter(name: str, section: str, field: FieldInfo) -> inspect.Parameter:
         word = name.replace("_", "-")
         option = typer.Option(f"--{word}/--no-{word}", **shared)
         return _keyword(name, Annotated[bool | None, option], None)
-    option = typer.Option(metavar=type_name(field), autocompletion=_completion(name, field), **shared)
+    names = [f"--{name.replace('_', '-')}", *SHORT.get(name, ())]
+    option = typer.Option(*names, metavar=type_name(field), autocompletion=_completion(name, field), **shared)
     return _keyword(name, Annotated[str, option], "auto")
 
 
@@ -190,6 +197,8 @@ def type_name(field: FieldInfo) -> str:
         return "N:WEIGHT,…"
     if _is_list(field):
         return "A,B,…"
+    if field.annotation == int | str:
+        return "int|HxW"
     return {int: "int", float: "float", bool: "true|false", str: "text"}[kind]
 
 

@@ -11,17 +11,19 @@ where a stage cannot do its work, that is a `qexp.errors.StageError` (a RuntimeE
 
 import copy
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from itertools import chain
-from typing import Any, Literal, TypeAlias, TypeVar
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from qexp.config import LatencyConfig, QuantizeConfig
+from qexp.config import NO_FILE, LatencyConfig, QuantizeConfig, by_section, load_config
 from qexp.errors import InputError, StageError, as_arguments, first_line
 from qexp.measurement.accuracy import ComparedModels, compare_models, predict_logits
 from qexp.measurement.activity import watch_machine
@@ -30,7 +32,11 @@ from qexp.measurement.latency import AGAIN, LatencyResult, Run, measure_latency
 from qexp.models.classifier import ModelSpec
 from qexp.models.preprocessing import Preprocessing, Shape
 from qexp.quantization import KERNELS, QuantizedModel, quantize_model
+from qexp.pipeline.checks import model_options
 from qexp.tracking.limits import check_names
+
+if TYPE_CHECKING:
+    from qexp.pipeline.checked import Checked
 
 Images: TypeAlias = Tensor | Iterable[Any]
 Size: TypeAlias = int | tuple[int, int] | tuple[int, int, int]
@@ -266,6 +272,61 @@ def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[
         if isinstance(model, QuantizedModel):
             return own_models.register(kind, model.module, name, spec, sample, model.tags(), model.stored)
         return own_models.register(kind, module, name, spec, sample, {}, copy.deepcopy(module))
+
+
+@_in_words_of_python
+def check(
+    model: nn.Module | str | PathLike[str],
+    data: str | PathLike[str] | None = None,
+    *,
+    architecture: str | None = None,
+    name: str | None = None,
+    register: bool = True,
+    **options: Any,
+) -> "Checked":
+    """Whether a classifier that was trained elsewhere can ship as int8 on this CPU: `qexp check` in Python.
+
+    It is quantized, both models are evaluated on the test images and timed, the gate decides; the table and the verdict
+    are printed.
+
+    Args:
+        model: a module (float images [N, C, H, W] in [0, 1], normalised by `mean` and `std` if these are given, to logits
+            [N, classes]), a file of weights (with `architecture`), FILE.onnx, FILE.pt2, or models:/NAME/VERSION.
+        data: a folder with DIR/test/<class>/ or DIR/val/<class>/, and DIR/train/<class>/ for calibration unless
+            `calibration_dir` is given.
+        architecture: of a file of weights: a torchvision classifier, timm:NAME or package.module:factory.
+        name: of the model in the registry and the report; None: that of the class or the file.
+        register: put both models into MLflow's registry, in the store that MLFLOW_TRACKING_URI names; False needs no MLflow
+            server or database.
+        options: those of the command, with `_` for `-`: `preprocess="imagenet"`, `image_size=224`, `engine=["fx"]`,
+            `calibration_dir=…`, `batch_sizes=[1, 8]`, `quick=True`, …
+
+    Returns:
+        The answer: `verdict` with its word and reason, `evidence` with every figure. It prints as a table, and shows as
+        HTML in a notebook.
+
+    Raises:
+        InputError: the model, its weights, the images or an option cannot be used.
+        StageError: no engine could quantize the model, or the store fails.
+    """
+    from qexp.pipeline.check import check as run
+    from qexp.pipeline.checked import Checked
+
+    given = dict(options)
+    module = model if isinstance(model, nn.Module) else None
+    if module is not None:
+        given["model"] = name or type(module).__name__.lower()
+    elif name is not None:
+        raise InputError(f"name={name!r}: only a module has no name of its own")
+    else:
+        given |= model_options(os.fspath(model), architecture, given.get("weights"))
+    if data is not None:
+        given["data_dir"] = os.fspath(data)
+    config = load_config(NO_FILE, by_section(given | {"epochs": 0}))
+    done = run(config, register, module)
+    found = Checked(done.evidence, done.run_id, done.report_uri)
+    print(found)
+    return found
 
 
 @_in_words_of_python

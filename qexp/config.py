@@ -5,10 +5,11 @@ The commands make their options from these models; `config.yaml` and `MLproject`
 leaves the default, which None stands for where the value is chosen by a later stage.
 """
 
+import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -27,6 +29,7 @@ from qexp.errors import InputError
 from qexp.yaml_file import MOST_OF_A_PATH, shown
 
 SIDES_PX = 8, 1024  # of an image that a model is given, least and most
+NO_FILE = ""  # in the place of the path of a configuration file
 MOST = 10**9  # of any number of images, steps, threads, …: far more than can be meant
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 # Options of training that may differ when it is resumed: where and how fast, not what is computed.
@@ -114,7 +117,9 @@ ImageSize = Annotated[int | str, BeforeValidator(_image_size)]
 
 class DataConfig(BaseModel):
     model_config = STRICT
-    dataset: Literal["digits", "cifar10", "imagefolder"] = Field("digits", description="data set")
+    dataset: Literal["digits", "cifar10", "imagefolder"] = Field(
+        cast(Any, None), description="data set; auto: imagefolder where data_dir is given, else digits"
+    )
     data_dir: Folder | None = Field(
         None, description="folder of cifar10 (auto: data/cifar10-python) or imagefolder (must be given)"
     )
@@ -122,6 +127,14 @@ class DataConfig(BaseModel):
         32, description="height and width of the model's input, pixels: 224, or HEIGHTxWIDTH as 48x192"
     )
     validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of the training images kept for validation")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_of_images(cls, values: Any) -> Any:
+        """What `auto` stands for as data set: a folder of images is what people have."""
+        if isinstance(values, dict) and "dataset" not in values:
+            return values | {"dataset": "imagefolder" if values.get("data_dir") else "digits"}
+        return values
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -131,7 +144,12 @@ class DataConfig(BaseModel):
 
 class TrainConfig(BaseModel):
     model_config = STRICT
-    epochs: int = Field(20, ge=1, le=10_000, description="passes over the training images, at most")
+    epochs: int = Field(
+        20,
+        ge=0,
+        le=10_000,
+        description="passes over the training images, at most; 0, and auto with weights: the model is taken as it is",
+    )
     batch_size: int = Field(128, ge=2, le=MOST, description="images a step")
     optimizer: Literal["sgd", "adamw"] | None = Field(
         None, description="optimizer; auto: adamw for networks with layer norm and SqueezeNet, else sgd"
@@ -401,6 +419,11 @@ class Config(BaseModel):
     model_config = STRICT
     model: Text = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
     seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
+    weights: Text | None = Field(
+        None,
+        description="file of weights that were trained elsewhere (.pt, .pth, .safetensors), or DEFAULT or another name of "
+        "torchvision's; auto: none",
+    )
     threads: int | None = Field(
         None, ge=1, le=MOST, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"
     )
@@ -420,6 +443,16 @@ class Config(BaseModel):
     latency: LatencyConfig = LatencyConfig()
     gate: GateConfig = GateConfig()
     search: SearchConfig = SearchConfig()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model comes with weights, and not as an architecture alone."""
+        return self.weights is not None or self.model.startswith("models:/") or self.model.endswith((".onnx", ".pt2"))
+
+    @property
+    def trained_elsewhere(self) -> bool:
+        """Whether the model is taken as it is."""
+        return self.train.epochs == 0
 
     def with_training(self, options: dict[str, Any]) -> "Config":
         """This configuration with these options of training."""
@@ -448,11 +481,32 @@ def option_name(section: str, key: str) -> str:
     return str((owner.model_fields[key].json_schema_extra or {}).get("option", key))  # type: ignore[union-attr]
 
 
+def by_section(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options by their names on the command line, with underscores, as `load_config` takes them.
+
+    Raises:
+        InputError: there is no such option.
+    """
+    places = {name: ("", name) for name, field in Config.model_fields.items() if not isinstance(field.default, BaseModel)}
+    for section, field in Config.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            places |= {option_name(section, key): (section, key) for key in type(field.default).model_fields}
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if name not in places or not name:
+            near = difflib.get_close_matches(name, places, n=3)
+            raise InputError(f"{name}: no such option" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        section, key = places[name]
+        if value is not None:
+            found.setdefault(section, {})[key] = value
+    return found
+
+
 def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
     """The configuration: defaults < the YAML file at `path` < `overrides`.
 
     Args:
-        path: a YAML file; None takes `config.yaml` of the current folder if it is there.
+        path: a YAML file; None takes `config.yaml` of the current folder if it is there, NO_FILE no file.
         overrides: text from the command line by section and key; top-level keys are in section "".
 
     Where `quick` is true, QUICK takes the place of what neither `overrides` nor the file (with a value other than the
@@ -471,7 +525,9 @@ def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | 
     if "batch_sizes" in given.get("latency", {}):  # chosen, even if they are the default's
         values["latency"].setdefault("fit_batch_sizes", False)
     config = Config.model_validate(values, strict=True)  # both parts were checked; together they cannot fail
-    return _quicker(config, given) if config.quick else config
+    config = _quicker(config, given) if config.quick else config
+    asked = "epochs" in given.get("train", {}) or values.get("train", {}).get("epochs", 20) != 20
+    return config if asked or not config.has_weights else config.with_training({"epochs": 0})
 
 
 def _quicker(config: Config, given: dict[str, dict[str, Any]] | None = None) -> Config:
@@ -495,6 +551,8 @@ def is_default(config: Config, section: str, key: str) -> bool:
 
 
 def _read_file(path: str | None) -> dict[str, Any]:
+    if path == NO_FILE:
+        return {}
     file = Path(os.path.expanduser(path or "config.yaml"))
     if path is None and not os.path.lexists(file):
         return {}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qexp.models.classifier import load_classifier
 from qexp.models.preprocessing import Shape
 from qexp.models.stored import load_module, load_stored
+from qexp.models.taken import load_program
 
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
@@ -40,9 +41,10 @@ def int8_models(folder: str, engine: str, backends: tuple[str | None, ...]) -> t
 
 
 def prepare_baseline(weights: Path, name: str, shape: Shape, folder: Path) -> None:
-    """Write what `load` needs for the baseline of this name into `folder`, from a weights file of `save_classifier`."""
+    """Write what `load` needs for the baseline of this name into `folder`, from a weights file of `save_classifier`, or
+    from an exported program."""
     with torch.no_grad():
-        model = load_classifier(weights)
+        model = load_program(weights) if weights.suffix == ".pt2" else load_classifier(weights)
     example = torch.zeros(2, *shape)
     if name == "fp32_onnx":
         from qexp.models.onnx_file import export

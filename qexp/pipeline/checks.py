@@ -4,7 +4,7 @@ The commands call it first of all, and so does setup.py, for whoever calls the j
 """
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from qexp.config import Config, LatencyConfig
 from qexp.data.folders import check_data_dir, is_folder
@@ -13,19 +13,44 @@ from qexp.errors import InputError
 from qexp.models.names import check_model_name
 
 
-def check_options(config: Config, new_model: bool) -> None:
+WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # of files that hold weights and no code
+
+
+def check_options(config: Config, new_model: bool, named: bool = True) -> None:
     """Raise InputError where an option names a model or a folder that there is not, or two contradict each other.
 
     Args:
         new_model: whether `config` says which model and data are used; a registered version or a run may do so.
+        named: whether its model is the name of one, and not of a module that is given.
     """
     if new_model:
-        check_model_name(config.model)
+        if named:
+            check_model_name(config.model)
+        if config.trained_elsewhere and named and not (config.has_weights or ":" in config.model):
+            allowed = "needs --weights, or a --model that comes with weights: a file, package.module:factory"
+            raise InputError(f"--epochs 0: {allowed}")
         check_data_dir(config.data)
     elif config.data.data_dir and not is_folder(config.data.data_dir, "--data-dir"):
         raise InputError(f"--data-dir {config.data.data_dir}: no such folder{looked_in(config.data.data_dir)}")
     check_profile(config.latency)
     check_output_dir(config.output_dir)
+
+
+def model_options(given: str, architecture: str | None, weights: str | None = None) -> dict[str, str]:
+    """The options `model` and `weights` that MODEL stands for, beside those that were given themselves.
+
+    Raises:
+        InputError: a file of weights without the architecture, or two models.
+    """
+    if not given.startswith("models:/") and PurePath(given).suffix.lower() in WEIGHTS_SUFFIXES:
+        if architecture is None:
+            raise InputError(f"MODEL {given}: is weights alone; say with --model NAME of which architecture they are")
+        if weights is not None:
+            raise InputError(f"--weights {weights}: MODEL {given} is a file of weights already; leave one of them out")
+        return {"model": architecture, "weights": given}
+    if architecture is not None:
+        raise InputError(f"--model {architecture}: MODEL {given} is a model already; leave one of them out")
+    return {"model": given}
 
 
 def check_profile(options: LatencyConfig) -> None:

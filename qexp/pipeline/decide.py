@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from qexp.config import Config
 from qexp.measurement.gate import GateResult, decide_gate
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
-from qexp.tracking.store import split_uri
 
 
 def decide(
@@ -23,13 +22,13 @@ def decide(
     judged = [judge(config, fp32, int8, latency) for int8 in int8s]
     best = latency.latency.winner([one.name for one in _able(config, judged)])
     judged.sort(key=lambda one: one.name != best)
-    floats = latency.fair_floats(config.gate.of(split_uri(judged[0].int8.version_uri)[0]))
+    floats = latency.fair_floats(config.gate.of(_name(judged[0].int8)))
     return Evidence(fp32, tuple(judged), latency, judged[0].gate.passed, floats, failed_engines or {})
 
 
 def judge(config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence) -> Judged:
     """The gate's decision on an int8 version from what was measured."""
-    limits, name = config.gate.of(split_uri(int8.version_uri)[0]), latency.name_of(int8.version_uri)
+    limits, name = config.gate.of(_name(int8)), latency.name_of(int8.version_uri)
     gate: GateResult = decide_gate(
         limits,
         fp32.accuracy["test"],
@@ -44,10 +43,15 @@ def judge(config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: Laten
     return Judged(int8, name, gate)
 
 
+def _name(int8: Int8Evidence) -> str:
+    """Of the registered model that a version belongs to."""
+    return int8.version_uri.removeprefix("models:/").partition("/")[0]
+
+
 def _able(config: Config, judged: Sequence[Judged]) -> Sequence[Judged]:
     """Those that passed the gate, or else lose no more accuracy than it allows, or else the one that loses least."""
     drops = {one.name: one.int8.comparison["test"] for one in judged}
-    limits = {one.name: config.gate.of(split_uri(one.int8.version_uri)[0]).max_top1_drop for one in judged}
+    limits = {one.name: config.gate.of(_name(one.int8)).max_top1_drop for one in judged}
     passed = [one for one in judged if one.gate.passed]
     accurate = [one for one in judged if drops[one.name].top1_drop_high_points <= limits[one.name]]
     return passed or accurate or [min(judged, key=lambda one: drops[one.name].top1_drop_points)]

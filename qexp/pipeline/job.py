@@ -7,7 +7,7 @@ instead of computed. `sync.py` uploads what is in the folder of a job. Only trai
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from qexp.config import Config
 from qexp.data.datasets import Dataset, Split
 from qexp.measurement.host import Host
+from qexp.pipeline.loading import local_files
+from qexp.pipeline.measure import LocalVersions
 from qexp.pipeline.settle import settle
 from qexp.progress import say
 from qexp.text import as_text
@@ -115,6 +117,10 @@ class Job:
 
     def _remove(self, folder: Path) -> None:
         remove_folder(folder if self.run_id else folder.parent)
+
+    def files(self, fp32_uri: str, *int8_uris: str) -> AbstractContextManager[LocalVersions]:
+        """Copies of the files of the job's versions, to be timed."""
+        return local_files(fp32_uri, *int8_uris)
 
     def unfinished(self, name: str) -> str | None:
         """The run of a stage that was stopped in the middle."""

@@ -7,9 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qexp.config import Config
 from qexp.errors import InputError, StageError, StoreError
 from qexp.measurement.gate import UNMEASURED
+from qexp.models.names import short_name
 from qexp.pipeline import loading
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
@@ -19,6 +22,7 @@ from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sens
 from qexp.pipeline.report import report
 from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_run
 from qexp.pipeline.setup import Setup, prepare, prepare_for_version, try_engines, with_quantization_checked
+from qexp.pipeline.take import take, take_model
 from qexp.pipeline.train import follow, train
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
@@ -46,7 +50,21 @@ def run_main(
     overrides: Overrides | None = None,
     command: Sequence[str] = (),
 ) -> Summary | None:
-    """Train (or take the registered fp32 version `model_uri`), quantize, measure, gate, report.
+    """What `whole_job` has found, as the last line of `qexp run`."""
+    done = whole_job(config, model_uri, resume, overrides, command)
+    return summary_of("run", done) if done else None
+
+
+def whole_job(
+    config: Config,
+    model_uri: str | None = None,
+    resume: str | None = None,
+    overrides: Overrides | None = None,
+    command: Sequence[str] = (),
+    module: nn.Module | None = None,
+) -> "Reported | None":
+    """Train (or take a model that was trained elsewhere, which may be `module`, or the registered fp32 version
+    `model_uri`), quantize, measure, gate, report.
 
     With `resume`, that run of this function is resumed, as it was started but for the options in `overrides` (section,
     key, text) that may change. `command` is what Python is to run for several training processes. Returns None where
@@ -56,9 +74,14 @@ def run_main(
         use_store()
         model_uri = model_of_run(resume, model_uri)
         config = config_of_run(overrides or {}, resume, "run")
-    setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
+    given = () if resume else ("data", "preprocess", "train")
+    setup = prepare(config, model_uri, given, resume, named=module is None)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
-    if not (model_uri or resume or launch.is_worker()):
+    taken = None
+    if not model_uri and config.trained_elsewhere:
+        if not (resume and has_stage(resume, _name_of_taking(config))):
+            taken = take(config, dataset, module)
+    elif not (model_uri or resume or launch.is_worker()):
         try_engines(config, dataset)
     name, note = (
         f"{config.model}-{dataset.name}",
@@ -75,13 +98,16 @@ def run_main(
             model_uri = uri_of(registry.find_version(model_uri, "fp32"))
             tracking.set_tag("qexp.model_uri", model_uri)  # an alias may have moved when the run is resumed
             fp32 = loading.fp32_from_registry(model_uri, dataset)
+        elif config.trained_elsewhere:
+            fp32 = take_stage(job, setup, taken)
         else:
             fp32 = train_stage(job, setup)
+            assert fp32.evidence.train is not None
             setup = setup._replace(config=config.with_training(fp32.evidence.train.execution))
             tracking.log_setup(setup.config, host)  # which now says how the model was trained
         done = quantize_to_report(job, setup, fp32)
         upload_answer(done.evidence)
-    return _summary("run", str(job.run_id), done)
+    return done
 
 
 def _trained_by_others(
@@ -127,11 +153,30 @@ def train_stage(job: Job, setup: Setup, resume: str | None = None) -> Fp32:
     )
 
 
+def take_stage(job: Job, setup: Setup, taken: Any) -> Fp32:
+    """An fp32 version of the registry of a model that was trained elsewhere, as `take` gives it; None where this job
+    has registered it before it was stopped."""
+    config, host, dataset = setup
+    return job.stage(
+        _name_of_taking(config),
+        f"{opaque(config.model)}, trained elsewhere, on {opaque(dataset.name)}.",
+        config,
+        lambda folder: take_model(config, host, dataset, taken),
+        read=lambda run_id: loading.fp32_of_run(run_id, dataset),
+        inputs=Inputs(dataset, splits=tuple(name for name in ("validation", "test") if len(getattr(dataset, name)))),
+    )
+
+
+def _name_of_taking(config: Config) -> str:
+    return f"import-{short_name(config.model)}"
+
+
 @dataclass(frozen=True)
 class Reported:
-    """The answer of a job, and the URI of the page that gives it."""
+    """The answer of a job, its run, and the URI of the page that gives it; both are empty where nothing is logged."""
 
     evidence: Evidence
+    run_id: str
     report_uri: str
 
 
@@ -155,7 +200,7 @@ def quantize_to_report(job: Job, setup: Setup, fp32: Fp32) -> Reported:
         if judged.gate.word != UNMEASURED:
             registry.make_challenger(registry.from_entity(registry.find_version(judged.int8.version_uri, "int8")))
         if not judged.champion or succeed(judged.int8.version_uri, judged.before_uri):
-            return Reported(judged, report_uri)
+            return Reported(judged, str(job.run_id), report_uri)
         say("another version has become champion meanwhile: comparing with that one")
 
 
@@ -224,7 +269,7 @@ def latency_stage(job: Job, config: Config, fp32_uri: str, engines: dict[str, st
 
     def work(folder: Path) -> LatencyEvidence:
         found: Bf16Evidence | None = bf16()
-        with loading.local_files(fp32_uri, *engines) as files:
+        with job.files(fp32_uri, *engines) as files:
             environment = registry.child_environment(job.host.threads)
             return time_versions(config, job.host, files, engines, found, environment)
 
@@ -249,6 +294,15 @@ def report_stage(job: Job, config: Config, evidence: Evidence) -> str:
         read=str,
         holds=None,
     )
+
+
+def run_import(config: Config, module: nn.Module | None = None) -> Summary:
+    """Register a model that was trained elsewhere as an fp32 version, evaluated on the test images."""
+    setup = prepare(config, None, named=module is None)
+    fp32 = take_stage(Job(setup.host), setup, take(setup.config, setup.dataset, module))
+    top1 = fp32.evidence.accuracy["test"].top1_percent
+    found = {"fp32": fp32.version.uri, "fp32_top1_percent": top1}
+    return {"command": "import", "run_id": fp32.version.run_id, **found}
 
 
 def run_train(
@@ -321,13 +375,14 @@ def run_report(config: Config, model_uri: str) -> Summary:
     config, host = prepare_for_version(config, model_uri)
     evidence = loading.evidence_of_version(config, model_uri)
     again = shlex.join(["qexp", "report", "--model-uri", evidence.int8.version_uri])
-    done = Reported(evidence, report_stage(Job(host, again=again), config, evidence))
-    return _summary("report", done.report_uri.split("/")[1], done)
+    page = report_stage(Job(host, again=again), config, evidence)
+    return summary_of("report", Reported(evidence, page.split("/")[1], page))
 
 
-def _summary(command: str, run_id: str, done: Reported) -> Summary:
+def summary_of(command: str, done: Reported) -> Summary:
+    """What the last line of a command that has made a report shows."""
     evidence = done.evidence
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": done.report_uri}
     engine = {"engine": evidence.int8.quantize.engine}
     found = evidence.decision | evidence.headline | evidence.images_seen_before
-    return {"command": command, "run_id": run_id, **uris, **engine, **found}
+    return {"command": command, "run_id": done.run_id, **uris, **engine, **found}

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.gate import Succession
-from qexp.models.classifier import Classifier, load_classifier, read_weights
+from qexp.models.classifier import ModelSpec, load_classifier, read_weights
+from qexp.models.stored import model_file
+from qexp.models.taken import load_taken
 from qexp.pipeline.decide import judge
 from qexp.pipeline.measure import SPLITS, LocalVersions, predict_splits
 from qexp.progress import say
@@ -84,27 +87,35 @@ def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPL
     return Fp32(model, version, evidence, predict_splits(model, dataset, "fp32", splits))
 
 
-def load_weights(found: ModelVersion) -> Classifier:
-    """The module of a registered fp32 version, with the weights that were registered.
+def load_weights(found: ModelVersion) -> Any:
+    """The module of a registered fp32 version, with the weights that were registered: a `Classifier`, or of a model
+    that was trained elsewhere and cannot be built again from a name, the program or the ONNX file that was registered.
 
     Raises:
         InputError: it has no weights file, or one of something else.
         StageError: its files, or its weights, are not those that were registered.
     """
     with checked_copy(found) as copy, checked_weights(found, copy) as file:
-        return load_classifier(file)
+        if file.suffix == ".safetensors":
+            return load_classifier(file)
+        tags = tags_of(found)
+        return load_taken(copy, ModelSpec(found.name.removesuffix("-fp32"), tags.classes.read(copy), tags.input))
 
 
 @contextmanager
 def checked_weights(found: ModelVersion, copy: Path) -> Iterator[Path]:
     """A private copy of the weights file of an fp32 version, which lies beside its training and not in its own folder:
-    held, before anything is built from it, against the version's own files.
+    held, before anything is built from it, against the version's own files. Of a model that is not built again from a
+    name, the model's own file in `copy`.
 
     Args:
         copy: those files, compared with what was registered.
     """
     tags = tags_of(found)
     with ExitStack() as stack:
+        if tags.trained and "weights_uri" not in found.tags:
+            yield model_file(copy)
+            return
         with tags.followed("weights_uri") as weights_uri:
             file = stack.enter_context(tracking.downloaded(weights_uri))
             spec, weights = read_weights(file)

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from qexp.measurement.accuracy import compare, measure_accuracy, predict_logits
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep import SweepRequest, run_sweep
-from qexp.measurement.sweep_models import BASELINE, BF16, SweepModel, freeze, in_bf16, int8_models
-from qexp.models.classifier import Classifier
+from qexp.measurement.sweep_models import BASELINE, BF16, EAGER, SweepModel, freeze, in_bf16, int8_models
 from qexp.models.preprocessing import preprocessing_of
+from qexp.models.taken import is_onnx
 from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.report.results import Bf16Evidence, LatencyEvidence
@@ -39,10 +40,10 @@ def predict_splits(
 
 
 def measure_bf16(
-    config: Config, host: Host, dataset: Dataset, model: Classifier, fp32_logits: Tensor
+    config: Config, host: Host, dataset: Dataset, model: Any, fp32_logits: Tensor
 ) -> Bf16Evidence | None:
     """Size and accuracy of the baseline bf16 on the test images; None where it is not timed, or does not run."""
-    if BF16 not in config.latency.baselines or not host.has_bf16:
+    if not bf16_is_timed(config, host) or is_onnx(model):
         return None
     test, saved = dataset.test, io.BytesIO()
     try:
@@ -105,8 +106,16 @@ def time_models(
     environment: dict[str, str],
 ) -> LatencyResult:
     """Time the baselines and these int8 models in a clean subprocess, the model named `repeated` twice."""
-    baselines = [name for name in config.latency.baselines if name != BF16 or bf16_is_timed(config, host)]
-    gone = {BF16: f"{host.cpu} has no bf16 instructions"} if len(baselines) < len(config.latency.baselines) else {}
+    baselines, gone = list[str](), dict[str, str]()
+    for name in config.latency.baselines:
+        if files.weights.suffix == ".onnx":
+            gone[name] = "the model is an ONNX file, which fp32 runs in ONNX Runtime"
+        elif name == EAGER and files.weights.suffix == ".pt2":
+            gone[name] = "the model's own code is not there, only the program exported from it"
+        elif name == BF16 and not bf16_is_timed(config, host):
+            gone[name] = f"{host.cpu} has no bf16 instructions"
+        else:
+            baselines.append(name)
     for name, reason in gone.items():
         say(f"baseline {name} is left out: {reason}")
     models = [SweepModel(name, files.fp32_folder) for name in (BASELINE, *baselines)] + list(int8)

@@ -38,18 +38,27 @@ class Setup(NamedTuple):
     dataset: Dataset
 
 
-def prepare(config: Config, model_uri: str | None, given: tuple[str, ...] = (), resume: str | None = None) -> Setup:
+def prepare(
+    config: Config,
+    model_uri: str | None,
+    given: tuple[str, ...] = (),
+    resume: str | None = None,
+    store: bool = True,
+    named: bool = True,
+) -> Setup:
     """What can be refused is refused here, before there is a run: store, version, names, data, folders.
 
     Args:
         given: sections of which options, if given, must not differ from what `model_uri` was made with.
         resume: run that is resumed: it stays in its experiment.
+        store: whether anything is to be logged.
+        named: whether the model is the name of one, and not of a module that is given.
 
     Returns:
         The configuration with every `auto` settled that needs no trial; what training settles by timing is left.
     """
-    check_options(config, new_model=not (model_uri or resume))
-    if read_group().leads:  # processes that open a new database at once break it
+    check_options(config, not (model_uri or resume), named)
+    if store and read_group().leads:  # processes that open a new database at once break it
         use_store()
     if model_uri:
         if given:
@@ -68,11 +77,13 @@ def prepare(config: Config, model_uri: str | None, given: tuple[str, ...] = (), 
             say(f"warning: {warning}")
         if resume:
             check_data_of_run(resume, dataset)
-        tracking.use_experiment(dataset.name, resume)
+        if store:
+            tracking.use_experiment(dataset.name, resume)
     if config.threads and not (config.train.train_threads or resume or model_uri):
         config = config.with_training({"train_threads": config.threads})
     config = config.model_copy(update={"threads": host.threads})
-    return Setup(config if model_uri else _settled(config, dataset), host, dataset)
+    settled = model_uri or config.trained_elsewhere
+    return Setup(config if settled else _settled(config, dataset), host, dataset)
 
 
 def with_quantization_checked(config: Config, dataset: Dataset) -> Config:

@@ -54,7 +54,7 @@ def train(
         config.seed,
         version_uri="",
         size_bytes=0,
-        data=_data_facts(dataset, config),
+        data=data_facts(dataset, config),
         train=result,
         accuracy=accuracy,
     )
@@ -108,7 +108,8 @@ def verification_images(dataset: Dataset) -> Tensor:
     return dataset.train.images[stratified_sample(dataset.train.labels, count, seed=0)]
 
 
-def _data_facts(dataset: Dataset, config: Config) -> DataFacts:
+def data_facts(dataset: Dataset, config: Config) -> DataFacts:
+    """What the report says of a data set."""
     counts = len(dataset.train), len(dataset.validation), len(dataset.test)
     facts = dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size
     return DataFacts(*facts, *counts, dataset.duplicates, guess_percent(dataset.test.labels))

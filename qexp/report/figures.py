@@ -17,18 +17,23 @@ from qexp.measurement.cost import TORCHINFO
 from qexp.report.chart import FP32, INT8, styles
 from qexp.report.results import Evidence
 from qexp.report.sentences import by_batch_size, threads
+from qexp.training.train import TrainResult
 
 WIDTH_IN, HEIGHT_IN, DPI = 5.6, 3.3, 200
 FLOAT_PART = "#c9ced9"
 TRAIN, VALIDATION = "#3b7a57", "#b0413e"
+OF_TRAINING = {"accuracy_curve", "loss_curve", "accuracy_against_loss"}
 
 Result = TypeVar("Result")
 
 
 def save_figures(evidence: Evidence, folder: Path) -> list[Path]:
-    """Draw all as PNG files in `folder`, in the order of the report; that of the layers only where it was measured."""
+    """Draw all as PNG files in `folder`, in the order of the report; those of the training and of the layers only where
+    there was one, and where they were measured."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = FIGURES if evidence.int8.sensitivity else {k: v for k, v in FIGURES.items() if k != "sensitivity"}
+    left_out = set() if evidence.fp32.train else OF_TRAINING
+    left_out |= set() if evidence.int8.sensitivity else {"sensitivity"}
+    figures = {name: draw for name, draw in FIGURES.items() if name not in left_out}
     return [save_figure(draw, evidence, folder / f"{name}.png") for name, draw in figures.items()]
 
 
@@ -44,8 +49,15 @@ def save_figure(draw: Callable[[Axes, Result], None], result: Result, file: Path
     return file
 
 
+def _training(evidence: Evidence) -> TrainResult:
+    """What the figures of a training show; they are drawn only where there was one."""
+    assert evidence.fp32.train is not None
+    return evidence.fp32.train
+
+
 def _accuracy_curve(axes: Axes, evidence: Evidence) -> None:
-    epochs = evidence.fp32.train.epochs
+    train = _training(evidence)
+    epochs = train.epochs
     steps = [epoch.epoch for epoch in epochs]
     axes.plot(steps, [e.train_top1_percent for e in epochs], "o-", ms=3, color=TRAIN, label="train top-1")
     axes.plot(
@@ -55,14 +67,14 @@ def _accuracy_curve(axes: Axes, evidence: Evidence) -> None:
     axes.plot(
         steps, [e.validation_top3_percent for e in epochs], "s:", ms=3, color=VALIDATION, label="validation top-3"
     )
-    axes.axvline(evidence.fp32.train.best_epoch, color="grey", lw=0.8, ls="--")
+    axes.axvline(train.best_epoch, color="grey", lw=0.8, ls="--")
     axes.set(title="Accuracy by epoch (dashed: weights kept)", xlabel="epoch", ylabel="accuracy, %")
     _whole_steps(axes)
     axes.legend(fontsize=7)
 
 
 def _loss_curve(axes: Axes, evidence: Evidence) -> None:
-    epochs = evidence.fp32.train.epochs
+    epochs = _training(evidence).epochs
     steps = [epoch.epoch for epoch in epochs]
     axes.plot(steps, [e.train_loss for e in epochs], "o-", ms=3, color=TRAIN, label="train")
     axes.plot(steps, [e.validation_loss for e in epochs], "o-", ms=3, color=VALIDATION, label="validation")
@@ -75,7 +87,7 @@ def _loss_curve(axes: Axes, evidence: Evidence) -> None:
 
 
 def _accuracy_against_loss(axes: Axes, evidence: Evidence) -> None:
-    epochs = evidence.fp32.train.epochs
+    epochs = _training(evidence).epochs
     train = [(e.train_loss, e.train_top1_percent) for e in epochs]
     validation = [(e.validation_loss, e.validation_top1_percent) for e in epochs]
     for points, color, label in ((train, TRAIN, "train"), (validation, VALIDATION, "validation")):
@@ -91,18 +103,19 @@ def _accuracy_against_loss(axes: Axes, evidence: Evidence) -> None:
 
 def _accuracy_bars(axes: Axes, evidence: Evidence) -> None:
     groups = [
-        ("top-1\ntrain", "train", 1),
-        ("top-3\ntrain", "train", 3),
-        ("top-1\ntest", "test", 1),
-        ("top-3\ntest", "test", 3),
+        (f"top-{k}\n{split}", split, k)
+        for split in ("train", "test")
+        if split in evidence.fp32.accuracy
+        for k in (1, 3)
     ]
+    places = range(len(groups))
     for offset, (label, color, accuracy) in enumerate(
         (("fp32", FP32, evidence.fp32.accuracy), ("int8", INT8, evidence.int8.accuracy))
     ):
         heights = [getattr(accuracy[split], f"top{k}_percent") for _, split, k in groups]
-        bars = axes.bar([i + 0.4 * offset for i in range(4)], heights, 0.38, color=color, label=label)
+        bars = axes.bar([i + 0.4 * offset for i in places], heights, 0.38, color=color, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
-    axes.set_xticks([i + 0.2 for i in range(4)], [name for name, _, _ in groups])
+    axes.set_xticks([i + 0.2 for i in places], [name for name, _, _ in groups])
     axes.set(title="Accuracy before and after quantization", ylabel="%", ylim=(0, 118))
     axes.legend(fontsize=7, ncols=2, loc="upper right")
 

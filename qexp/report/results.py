@@ -21,6 +21,7 @@ from qexp.measurement.latency import LatencyResult, Ratio, Speedup
 from qexp.measurement.sweep_models import BF16
 from qexp.measurement.verdict import Verdict, decide_verdict
 from qexp.models.contents import FileContents
+from qexp.models.preprocessing import Preprocessing, Shape
 from qexp.quantization.budget import BudgetResult
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
@@ -59,9 +60,11 @@ def _need_test(by_split: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True)
 class Fp32Evidence:
-    """The trained model: registered version, size of its file there, accuracy by split (train, validation, test).
+    """The fp32 model: registered version, size of its file there, accuracy by split (train, validation, test).
 
-    `version_uri` is empty, and the size 0, until the model is registered. `verified`: it reloads bit for bit.
+    `version_uri` is empty, and the size 0, until the model is registered. `verified`: it reloads bit for bit. `train`
+    is None, and `source` says where the model comes from, if it was trained elsewhere; what it is given is then in
+    `preprocessing`.
     """
 
     model: str
@@ -69,10 +72,20 @@ class Fp32Evidence:
     version_uri: str
     size_bytes: int
     data: DataFacts
-    train: TrainResult
+    train: TrainResult | None
     accuracy: dict[str, Accuracy]
     contents: FileContents | None = None
     verified: bool = True
+    source: dict[str, str] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Of an image that the model takes; results of earlier versions know of squares only."""
+        if self.preprocessing:
+            return self.preprocessing.shape
+        height, _, width = str(self.data.image_size_px).partition("x")
+        return 3, int(height), int(width or height)
 
     def check(self) -> None:
         """Raise ValueError where something is missing without which nothing can be said: the file was changed."""

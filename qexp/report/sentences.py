@@ -13,6 +13,7 @@ from qexp.measurement.host import Host
 from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyResult, LatencyRow, Ratio
 from qexp.measurement.sweep_models import BASELINE, BF16, EAGER
 from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASURED
+from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
 from qexp.report.results import DataFacts, Evidence, Int8Evidence
@@ -182,8 +183,10 @@ def explained(evidence: Evidence) -> dict[str, str]:
 
 
 def training(evidence: Evidence) -> list[str]:
-    """How training went, and how much better the weights fit the training images than the test images."""
-    train = evidence.fp32.train
+    """How training went, and how much better the weights fit the training images than the test images; or that there
+    was none, and what was assumed of the model."""
+    if (train := evidence.fp32.train) is None:
+        return _trained_elsewhere(evidence)
     last = len(train.epochs)
     epochs = f"{last} {_plural(last, 'epoch')} ({train.duration_s:,.0f} s)"
     end = f"Early stopping ended training after {epochs}"
@@ -200,9 +203,41 @@ def training(evidence: Evidence) -> list[str]:
     ]
 
 
+def _trained_elsewhere(evidence: Evidence) -> list[str]:
+    """Where the model comes from, and what it is given, which decides its accuracy."""
+    said = [f"The model was trained elsewhere: {training_setup(evidence)}."]
+    if found := evidence.fp32.preprocessing:
+        said.append(f"It was given {preprocessing(found)}.")
+    if evidence.verdict.word == NOT_TRAINED:
+        said.append(
+            "Its accuracy on the test images is near chance: the preprocessing or the order of the classes may be another "
+            "one than it was trained with (`--preprocess`, `--mean`, `--std`, `--resize`, `--crop`, `--channels`, "
+            "`--input-range`, `--classes`)."
+        )
+    return said
+
+
+def preprocessing(found: Preprocessing) -> str:
+    """How an image becomes the model's input, in words."""
+    size = f"{found.height_px} x {found.width_px} px"
+    resized = f"resized to {size}"
+    if found.resize_px:
+        resized = f"resized to a short side of {found.resize_px} px, of which the middle, {size}, is cropped"
+    colours = {"rgb": "RGB", "bgr": "BGR", "grey": "grey"}[found.channels]
+    low, high = found.input_range
+    scale = f"values from {low:g} to {high:g}"
+    if found.mean and found.std:
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
+        scale += f" with mean {mean} and standard deviation {std} taken off"
+    else:
+        scale += " normalised by mean and standard deviation of the training images"
+    return f"{colours} images, {resized} ({found.interpolation}), {scale}"
+
+
 def training_setup(evidence: Evidence) -> str:
-    """Seed, device, precision, layout and recipe."""
-    train = evidence.fp32.train
+    """Seed, device, precision, layout and recipe; or where the model was trained."""
+    if (train := evidence.fp32.train) is None:
+        return ", ".join(f"{name} `{value}`" for name, value in evidence.fp32.source.items())
     precision = "bf16 autocast" if train.bf16 else "fp32"
     on = train.device.upper()
     if train.processes > 1:

@@ -127,10 +127,10 @@ def accuracy(evidence: Evidence) -> Table:
     for judged in evidence.versions:
         models.append((_label(evidence, judged.int8), judged.int8.cost.parameters, judged.int8))
     for name, count, model in models:
-        shares = [f"{value:.2f} %" for split in ("train", "test") for value in _both(model.accuracy[split])]
+        shares = [share for split in ("train", "test") for share in _shares(model.accuracy.get(split))]
         rows.append([f"{evidence.fp32.model} {name}", f"{count:,}", f"{model.size_bytes / 1e6:.3f}", *shares])
     if bf16 := evidence.measured.bf16:
-        shares = ["not measured"] * 2 + [f"{value:.2f} %" for value in _both(bf16.accuracy)]
+        shares = [*_shares(None), *_shares(bf16.accuracy)]
         rows.append([f"{evidence.fp32.model} bf16", f"{parameters:,}", f"{bf16.size_bytes / 1e6:.3f}", *shares])
     return header, rows
 
@@ -139,8 +139,11 @@ def _label(evidence: Evidence, int8: Int8Evidence) -> str:
     return "int8" if len(evidence.versions) == 1 else f"int8 {int8.quantize.engine}"
 
 
-def _both(accuracy: Accuracy) -> tuple[float, float]:
-    return accuracy.top1_percent, accuracy.top3_percent
+def _shares(accuracy: Accuracy | None) -> list[str]:
+    """Top-1 and top-3."""
+    if accuracy is None:
+        return ["not measured"] * 2
+    return [f"{value:.2f} %" for value in (accuracy.top1_percent, accuracy.top3_percent)]
 
 
 def size(evidence: Evidence) -> Table | None:

@@ -49,7 +49,7 @@ def split_of(name: str) -> str | None:
     return split if split in ("train", "validation", "test") and "/" not in name else None
 
 
-def of_comparison(comparison: Comparison, int8_macs_percent: float) -> dict[str, float]:
+def of_comparison(comparison: Comparison) -> dict[str, float]:
     """int8 against fp32 on the test images."""
     return {
         "top1_drop_points": comparison.top1_drop_points,
@@ -59,7 +59,6 @@ def of_comparison(comparison: Comparison, int8_macs_percent: float) -> dict[str,
         "agreement_percent": comparison.agreement_percent,
         "only_fp32_correct_images": float(comparison.only_fp32_correct_images),
         "only_int8_correct_images": float(comparison.only_int8_correct_images),
-        "int8_macs_percent": int8_macs_percent,
     }
 
 

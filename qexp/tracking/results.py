@@ -17,7 +17,9 @@ from torch import Tensor
 
 from qexp.errors import InputError, first_line
 from qexp.files import replacing
-from qexp.models.classifier import Classifier, ModelSpec, load_classifier, save_classifier
+from qexp.measurement.accuracy import to_float
+from qexp.models.classifier import ModelSpec, load_classifier, save_classifier
+from qexp.models.taken import export_program, is_onnx, is_rebuilt, load_program
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.promotion import Promotion
 from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
@@ -29,7 +31,7 @@ from qexp.tracking.registry import Registered
 class NewModel:
     """A model that is to be registered, and what was found about it.
 
-    `stored` is what the registry stores: a classifier, a TorchScript module or an ONNX model. `expected` are the logits
+    `stored` is what the registry stores: a classifier or another module, a TorchScript module or an ONNX model. `expected` are the logits
     that it must give for the uint8 images `sample` [N, 3, H, W] when it is loaded again; `logits` are those of the data
     set, by split. `layers` is the table of its layers as text.
     """
@@ -46,9 +48,12 @@ class NewModel:
 
 @dataclass(frozen=True)
 class Fp32:
-    """A trained model with its registered version, what was found out about it, and its logits by split."""
+    """An fp32 model with its registered version, what was found out about it, and its logits by split.
 
-    model: Classifier
+    `model` is a `Classifier`, or another module that takes and gives the same and has its `spec`.
+    """
+
+    model: Any
     version: Registered
     evidence: Fp32Evidence
     logits: dict[str, Tensor]
@@ -73,7 +78,7 @@ KINDS: dict[str, Any] = {
 
 
 # Of a model, beside its result, which has their digests: nothing of them is opened before they have been compared.
-FILES = ("model.safetensors", "model.onnx", "model.pth", "tensors.safetensors", "model.json")
+FILES = ("model.safetensors", "model.onnx", "model.pth", "model.pt2", "tensors.safetensors", "model.json")
 
 
 @dataclass(frozen=True)
@@ -139,16 +144,19 @@ def _digest(file: Path) -> str:
 
 
 def _save_model(folder: Path, new: NewModel) -> None:
-    if isinstance(new.stored, Classifier):
+    if is_rebuilt(new.stored):
         save_classifier(new.stored, folder / "model.safetensors")
-    elif hasattr(new.stored, "SerializeToString"):  # an ONNX model, asked without importing onnx
+    elif is_onnx(new.stored):
         import onnx  # which only this engine needs
 
         with replacing(folder / "model.onnx") as temporary:
             onnx.save(new.stored, temporary)
-    else:
+    elif isinstance(new.stored, torch.jit.ScriptModule):
         with replacing(folder / "model.pth") as temporary:
             torch.jit.save(new.stored, temporary)
+    else:
+        with replacing(folder / "model.pt2") as temporary:
+            export_program(new.stored, to_float(new.sample[:2]), temporary)
     tensors = {"sample": new.sample, "expected": new.expected} | {f"logits.{k}": v for k, v in new.logits.items()}
     with replacing(folder / "tensors.safetensors") as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
@@ -164,6 +172,8 @@ def _load_model(folder: Path, evidence: Fp32Evidence | Int8Evidence) -> NewModel
         import onnx
 
         stored = onnx.load(file)
+    elif (file := folder / "model.pt2").is_file():
+        stored = load_program(file)
     else:
         stored = torch.jit.load(folder / "model.pth")
     values = json.loads((folder / "model.json").read_text())

@@ -137,6 +137,7 @@ class Tags:
     classes = Tag(class_names.parse_tag, "a JSON list of names, one or more", of_all=True)
     image_size = Tag(_sides, f"pixels, 1 to {MOST_PIXELS}, or HEIGHTxWIDTH", of_all=True)
     preprocessing = _optional(Tag(_preprocessing, "the JSON of a preprocessing"))
+    trained = _optional(_one_of("elsewhere"))
     artifact_sha256 = _matching("[0-9a-f]{64}", "64 hexadecimal digits", of_all=True)
     loads_without_pickle = _optional(_truth())
     flavor = _optional(_one_of("pytorch", "onnx"))

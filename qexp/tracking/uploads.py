@@ -17,7 +17,9 @@ from torch import Tensor
 from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
-from qexp.models.classifier import Classifier, save_classifier
+from qexp.models.classifier import save_classifier
+from qexp.models.names import short_name
+from qexp.models.taken import count_parameters, is_rebuilt
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
@@ -58,20 +60,21 @@ def _new_model(result: NewModel, folder: Path, at_ms: int) -> Fp32 | Int8Evidenc
 
 def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
     run_id = _run_id()
-    log_curves(evidence.train.epochs, tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH))
-    name = f"{evidence.model}-{evidence.data.name}-fp32"
-    tags = {"train_run_id": run_id, "weights_uri": _log_weights(new.stored, run_id)} | new.tags
+    if evidence.train:
+        log_curves(evidence.train.epochs, tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH))
+    name = f"{short_name(evidence.model)}-{evidence.data.name}-fp32"
+    tags = {"train_run_id": run_id} | _log_weights(new.stored, run_id) | new.tags
     version = _registered("fp32", new, name, tags)
     evidence = _with_version(evidence, version)
     tracking.log_result("fp32", evidence)
     tracking.log_text(new.layers, LAYER_TABLE)
     top1 = evidence.accuracy["test"].top1_percent
+    of = f"with the weights of epoch {evidence.train.best_epoch}" if evidence.train else "as it was trained elsewhere"
     tracking.set_note(
-        f"{evidence.model} on {opaque(evidence.data.name)}: test top-1 **{top1:.2f} %** with the weights of epoch "
-        f"{evidence.train.best_epoch}; registered as `{opaque(version.uri)}`."
+        f"{opaque(evidence.model)} on {opaque(evidence.data.name)}: test top-1 **{top1:.2f} %** {of}; registered as "
+        f"`{opaque(version.uri)}`."
     )
-    parameters = sum(parameter.numel() for parameter in new.stored.parameters())
-    values = metrics.of_model(evidence.accuracy, version.size_bytes, parameters)
+    values = metrics.of_model(evidence.accuracy, version.size_bytes, count_parameters(new.stored))
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
     registry.make_challenger(version)  # last: a stage that fails on its way moves no alias
     return Fp32(new.stored, version, evidence, new.logits)
@@ -87,7 +90,7 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     evidence = _with_version(evidence, version)
     accuracy, test, cost = evidence.accuracy, evidence.comparison["test"], evidence.cost
     values = metrics.of_model(accuracy, version.size_bytes, cost.parameters)
-    values |= metrics.of_comparison(test, cost.int8_percent)
+    values |= metrics.of_comparison(test) | {"int8_macs_percent": cost.int8_percent}
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
     for model_id, counted in ((fp32_version.model_id, evidence.fp32_cost), (version.model_id, cost)):
         for batch_size, count in counted.macs.items():
@@ -114,11 +117,14 @@ def _with_version(evidence: Any, version: Registered) -> Any:
     return replace(evidence, version_uri=version.uri, size_bytes=size, contents=contents, verified=verified)
 
 
-def _log_weights(model: Classifier, run_id: str) -> str:
+def _log_weights(model: Any, run_id: str) -> dict[str, str]:
+    """The file from which a classifier is built again, and the tag that names it; of other models there is none."""
+    if not is_rebuilt(model):
+        return {}
     with TemporaryDirectory() as folder:
         save_classifier(model, Path(folder, "model.safetensors"))
         tracking.log_folder(Path(folder), "weights", run_id)
-    return f"runs:/{run_id}/weights/model.safetensors"
+    return {"weights_uri": f"runs:/{run_id}/weights/model.safetensors"}
 
 
 @upload.register

@@ -9,7 +9,7 @@ from qexp.tracking import metrics
 def test_curves_come_before_the_figures_of_a_model(evidence: Evidence) -> None:
     """The UI draws names without a slash last."""
     values = metrics.of_model(evidence.int8.accuracy, 450_000, 427_178)
-    values |= metrics.of_comparison(evidence.int8.comparison["test"], 100.0)
+    values |= metrics.of_comparison(evidence.int8.comparison["test"]) | {"int8_macs_percent": 100.0}
     assert values["test_top1_percent"] == 93.5 and values["train_top1_percent"] == 96.5 and values["size_mb"] == 0.45
     assert not [name for name in values if "/" in name]
     assert all("/" in name for name in metrics.of_epoch(evidence.fp32.train.epochs[0]))
@@ -17,7 +17,7 @@ def test_curves_come_before_the_figures_of_a_model(evidence: Evidence) -> None:
 
 def test_figures_on_images_know_their_split(evidence: Evidence) -> None:
     values = metrics.of_model(evidence.int8.accuracy, 450_000, 427_178)
-    values |= metrics.of_comparison(evidence.int8.comparison["test"], 100.0)
+    values |= metrics.of_comparison(evidence.int8.comparison["test"]) | {"int8_macs_percent": 100.0}
     splits = {name: metrics.split_of(name) for name in values}
     assert {name for name, split in splits.items() if split is None} == {"size_mb", "parameters", "int8_macs_percent"}
     assert splits["validation_top3_percent"] == "validation" and splits["train_top1_percent"] == "train"

@@ -1,0 +1,74 @@
+"""Models that qexp has not built: a module, an exported program or an ONNX file of somebody else's.
+
+pipeline/take.py takes them in. Those that a clean process cannot build again from a name travel as an exported program.
+"""
+
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import StageError, with_place
+from qexp.models.classifier import Classifier, ModelSpec
+from qexp.models.names import is_rebuilt_by_name
+from qexp.models.stored import as_other_modules, model_file
+
+
+def is_rebuilt(model: Any) -> bool:
+    """Whether a clean process can build this model again from its spec and its weights."""
+    return isinstance(model, Classifier) and is_rebuilt_by_name(model.spec.architecture)
+
+
+def is_onnx(model: Any) -> bool:
+    """Whether a model is an ONNX file run by ONNX Runtime; onnx is not imported to find out."""
+    return hasattr(model, "SerializeToString") or type(model).__name__ == "OnnxClassifier"
+
+
+def count_parameters(model: Any) -> int:
+    """Numbers in all weights of a module or of an ONNX model."""
+    if hasattr(model, "SerializeToString"):
+        return sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def export_program(model: nn.Module, example: Tensor, file: Path) -> None:
+    """Write a module in evaluation mode as an exported program (pt2) for batches of any size.
+
+    Args:
+        example: float [N >= 2, C, H, W].
+
+    Raises:
+        StageError: torch.export does not take the module; the message names the operation.
+    """
+    batch = torch.export.Dim("batch", min=1, max=65_536)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(copy.deepcopy(model).eval(), (example,), dynamic_shapes=({0: batch},))
+            torch.export.save(program, file)
+    except Exception as error:  # torch.export raises whatever the module's Python code does with a symbol
+        raise StageError(f"the model cannot be stored: torch.export does not take it ({with_place(error)})") from error
+
+
+def load_taken(folder: Path, spec: ModelSpec) -> nn.Module:
+    """The model whose exported program or ONNX file is below `folder`, with the spec that its version has."""
+    file = model_file(folder)
+    if file.suffix == ".onnx":
+        from qexp.models.onnx_file import OnnxClassifier
+
+        model: nn.Module = OnnxClassifier(file)
+    else:
+        model = load_program(file)
+    model.spec = spec  # type: ignore[assignment]
+    return model
+
+
+def load_program(file: Path) -> nn.Module:
+    """The module of an exported program; it computes what evaluation does, in whatever mode it is put."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return as_other_modules(torch.export.load(file).module())

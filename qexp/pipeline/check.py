@@ -1,0 +1,36 @@
+"""`qexp check`: the whole job on a model that was trained elsewhere, with the registry or without it."""
+
+from typing import Any
+
+from torch import nn
+
+from qexp.config import Config
+from qexp.pipeline.jobs import Reported, summary_of, whole_job
+from qexp.pipeline.unregistered import check_unregistered
+from qexp.tracking.plain import is_own
+from qexp.tracking.store import use_store
+
+def run_check(config: Config, register: bool = True) -> dict[str, Any]:
+    """What `check` has found, as the last line of `qexp check`."""
+    return summary_of("check", check(config, register))
+
+
+def check(config: Config, register: bool = True, module: nn.Module | None = None) -> Reported:
+    """Take the model of `config`, or `module`, quantize, measure, gate, report.
+
+    Args:
+        register: put both models into MLflow's registry, and all that was found into a run; otherwise MLflow is not
+            asked for anything, and the report is written where `output_dir` says.
+    """
+    if config.model.startswith("models:/"):
+        use_store()
+        if is_own(config.model):
+            return _done(whole_job(config.model_copy(update={"model": "auto"}), model_uri=config.model))
+    if not register:
+        return Reported(check_unregistered(config, module), "", "")
+    return _done(whole_job(config, module=module))
+
+
+def _done(found: Reported | None) -> Reported:
+    assert found is not None  # no other process does the work
+    return found
