@@ -31,8 +31,8 @@ from qexp.measurement.cost import Cost, measure_cost
 from qexp.measurement.latency import AGAIN, LatencyResult, Run, measure_latency
 from qexp.models.classifier import ModelSpec
 from qexp.models.preprocessing import Preprocessing, Shape
-from qexp.quantization import KERNELS, QuantizedModel, quantize_model
 from qexp.pipeline.checks import model_options
+from qexp.quantization import KERNELS, QuantizedModel, quantize_model
 from qexp.tracking.limits import check_names
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def check(
         given["model"] = name or type(module).__name__.lower()
     elif name is not None:
         raise InputError(f"name={name!r}: only a module has no name of its own")
-    else:
+    elif not isinstance(model, nn.Module):
         given |= model_options(os.fspath(model), architecture, given.get("weights"))
     if data is not None:
         given["data_dir"] = os.fspath(data)

@@ -487,7 +487,9 @@ def by_section(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: there is no such option.
     """
-    places = {name: ("", name) for name, field in Config.model_fields.items() if not isinstance(field.default, BaseModel)}
+    places = {
+        name: ("", name) for name, field in Config.model_fields.items() if not isinstance(field.default, BaseModel)
+    }
     for section, field in Config.model_fields.items():
         if isinstance(field.default, BaseModel):
             places |= {option_name(section, key): (section, key) for key in type(field.default).model_fields}

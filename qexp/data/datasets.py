@@ -65,6 +65,11 @@ class Dataset:
     test: Split
     digest: str
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts that have images."""
+        return tuple(name for name in ("train", "validation", "test") if len(getattr(self, name)))
+
     @cached_property
     def duplicates(self) -> Duplicates:
         """Equal images in several parts."""

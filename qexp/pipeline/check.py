@@ -10,6 +10,7 @@ from qexp.pipeline.unregistered import check_unregistered
 from qexp.tracking.plain import is_own
 from qexp.tracking.store import use_store
 
+
 def run_check(config: Config, register: bool = True) -> dict[str, Any]:
     """What `check` has found, as the last line of `qexp check`."""
     return summary_of("check", check(config, register))

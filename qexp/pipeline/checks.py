@@ -12,7 +12,6 @@ from qexp.environment import looked_in
 from qexp.errors import InputError
 from qexp.models.names import check_model_name
 
-
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # of files that hold weights and no code
 
 

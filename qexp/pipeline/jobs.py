@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sens
 from qexp.pipeline.report import report
 from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_run
 from qexp.pipeline.setup import Setup, prepare, prepare_for_version, try_engines, with_quantization_checked
+from qexp.pipeline.shares import follow as follow_evaluation
+from qexp.pipeline.shares import leading
 from qexp.pipeline.take import take, take_model
 from qexp.pipeline.train import follow, train
 from qexp.progress import say
@@ -77,6 +80,9 @@ def whole_job(
     given = () if resume else ("data", "preprocess", "train")
     setup = prepare(config, model_uri, given, resume, named=module is None)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
+    if config.trained_elsewhere and not read_group().leads:
+        follow_evaluation(dataset)
+        return None
     taken = None
     if not model_uri and config.trained_elsewhere:
         if not (resume and has_stage(resume, _name_of_taking(config))):
@@ -90,10 +96,10 @@ def whole_job(
     if model_uri or (resume and has_stage(resume, f"train-{config.model}")):
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
             return None
-    elif _trained_by_others(setup, "main", name, note, resume, command):
+    elif not config.trained_elsewhere and _trained_by_others(setup, "main", name, note, resume, command):
         return None
-    with open_job(host, config, name, note, resume) as job:
-        tracking.log_datasets(dataset, ("train", "validation", "test"))  # which a resumed run must be given again
+    with leading() if config.trained_elsewhere else nullcontext(), open_job(host, config, name, note, resume) as job:
+        tracking.log_datasets(dataset, dataset.parts)  # which a resumed run must be given again
         if model_uri:
             model_uri = uri_of(registry.find_version(model_uri, "fp32"))
             tracking.set_tag("qexp.model_uri", model_uri)  # an alias may have moved when the run is resumed

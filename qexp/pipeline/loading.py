@@ -18,7 +18,7 @@ from qexp.models.classifier import ModelSpec, load_classifier, read_weights
 from qexp.models.stored import model_file
 from qexp.models.taken import load_taken
 from qexp.pipeline.decide import judge
-from qexp.pipeline.measure import SPLITS, LocalVersions, predict_splits
+from qexp.pipeline.measure import LocalVersions, predict_splits
 from qexp.progress import say
 from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.tracking import registry
@@ -68,8 +68,8 @@ def check_data(uri: str, dataset: Dataset, kind: str = "fp32") -> None:
         )
 
 
-def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPLITS) -> Fp32:
-    """Rebuild a registered fp32 model of ours from its weights file; its logits on these splits.
+def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] | None = None) -> Fp32:
+    """A registered fp32 model of ours; its logits on these splits, or on those on which it was evaluated.
 
     `dataset` is the one that it was trained on: `check_data` says so before there is a run.
 
@@ -84,7 +84,7 @@ def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] = SPL
     data = replace(evidence.data, duplicates=dataset.duplicates)
     version = registry.from_entity(found)
     evidence = replace(evidence, data=data, verified=version.verified)
-    return Fp32(model, version, evidence, predict_splits(model, dataset, "fp32", splits))
+    return Fp32(model, version, evidence, predict_splits(model, dataset, "fp32", splits or tuple(evidence.accuracy)))
 
 
 def load_weights(found: ModelVersion) -> Any:

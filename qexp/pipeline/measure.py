@@ -23,6 +23,7 @@ from qexp.measurement.sweep import SweepRequest, run_sweep
 from qexp.measurement.sweep_models import BASELINE, BF16, EAGER, SweepModel, freeze, in_bf16, int8_models
 from qexp.models.preprocessing import preprocessing_of
 from qexp.models.taken import is_onnx
+from qexp.pipeline.shares import predict_part
 from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.report.results import Bf16Evidence, LatencyEvidence
@@ -33,15 +34,11 @@ SPLITS = ("train", "validation", "test")
 def predict_splits(
     model: Callable[[Tensor], Tensor], dataset: Dataset, label: str, splits: tuple[str, ...] = SPLITS
 ) -> dict[str, Tensor]:
-    """Logits of a model by split."""
-    return {
-        name: predict_logits(model, getattr(dataset, name).images, label=f"{label} on {name} images") for name in splits
-    }
+    """Logits of a model by split; of an int8 model, as an engine has returned it, too."""
+    return {name: predict_part(model, dataset, name, f"{label} on {name} images") for name in splits}
 
 
-def measure_bf16(
-    config: Config, host: Host, dataset: Dataset, model: Any, fp32_logits: Tensor
-) -> Bf16Evidence | None:
+def measure_bf16(config: Config, host: Host, dataset: Dataset, model: Any, fp32_logits: Tensor) -> Bf16Evidence | None:
     """Size and accuracy of the baseline bf16 on the test images; None where it is not timed, or does not run."""
     if not bf16_is_timed(config, host) or is_onnx(model):
         return None
@@ -106,8 +103,9 @@ def time_models(
     environment: dict[str, str],
 ) -> LatencyResult:
     """Time the baselines and these int8 models in a clean subprocess, the model named `repeated` twice."""
+    asked: Sequence[str] = config.latency.baselines
     baselines, gone = list[str](), dict[str, str]()
-    for name in config.latency.baselines:
+    for name in asked:
         if files.weights.suffix == ".onnx":
             gone[name] = "the model is an ONNX file, which fp32 runs in ONNX Runtime"
         elif name == EAGER and files.weights.suffix == ".pt2":

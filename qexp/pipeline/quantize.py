@@ -14,7 +14,7 @@ from qexp.measurement.accuracy import Comparison, compare, predict_logits, to_fl
 from qexp.measurement.cost import Cost, layer_table, measure_cost
 from qexp.measurement.host import Host
 from qexp.measurement.latency import AGAIN, Run, measure_latency
-from qexp.pipeline.measure import SPLITS, predict_splits
+from qexp.pipeline.measure import predict_splits
 from qexp.pipeline.train import accuracy_of, lineage, verification_images
 from qexp.progress import say
 from qexp.quantization import QuantizedModel, quantize_model
@@ -56,9 +56,9 @@ def quantize(
     quantized, budget = _quantize(config, host, dataset, fp32, subset, sensitivity)
     if layers := quantized.result.saturating_layers:
         say(f"{_reason_of(quantized.result)}: {SATURATION}, so the weights of {len(layers)} layers have 7 bits")
-    logits = predict_splits(quantized.module, dataset, f"int8 {engine}")
+    logits = predict_splits(quantized, dataset, f"int8 {engine}", tuple(fp32.logits))
     accuracy = accuracy_of(logits, dataset)
-    comparison = {split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in SPLITS}
+    comparison = {split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in logits}
     fp32_cost = _cost_of_fp32(config, fp32, quantized)
     evidence = Int8Evidence(
         version_uri="",

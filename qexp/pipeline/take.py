@@ -3,7 +3,6 @@
 Plain functions: a configuration, a data set and perhaps a module go in, `NewModel` comes out, as from train.py.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +10,12 @@ from torch import nn
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset
-from qexp.errors import InputError
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.cost import layer_table
 from qexp.measurement.host import Host
 from qexp.models.classifier import ModelSpec
 from qexp.models.external import load_external, source_facts, wrap
-from qexp.models.preprocessing import Preprocessing, preprocessing_of
+from qexp.models.preprocessing import preprocessing_of
 from qexp.models.taken import is_onnx
 from qexp.pipeline.measure import predict_splits
 from qexp.pipeline.train import accuracy_of, data_facts, lineage, verification_images

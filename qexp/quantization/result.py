@@ -117,7 +117,7 @@ class QuantizedModel(Shown):
     @property
     def size_bytes(self) -> int:
         """Size of the file that `save` writes; what MLflow stores has the same content."""
-        return len(self._saved())
+        return len(self.stored_bytes())
 
     def save(self, file: Path | str) -> Path:
         """Write what MLflow would store; returns the path.
@@ -133,7 +133,7 @@ class QuantizedModel(Shown):
         if path.suffix != suffix:
             raise InputError(f"{path}: what engine {self.result.engine} makes is saved as NAME{suffix}")
         with replacing(path) as temporary:
-            temporary.write_bytes(self._saved())
+            temporary.write_bytes(self.stored_bytes())
         return path
 
     def tags(self) -> dict[str, Any]:
@@ -168,11 +168,12 @@ class QuantizedModel(Shown):
         before = torch.backends.quantized.engine
         try:
             torch.backends.quantized.engine = self.result.load_backend or before
-            return torch.jit.load(io.BytesIO(self._saved()))
+            return torch.jit.load(io.BytesIO(self.stored_bytes()))
         finally:
             torch.backends.quantized.engine = before
 
-    def _saved(self) -> bytes:
+    def stored_bytes(self) -> bytes:
+        """The content of the file that `save` writes."""
         if self.flavor == "onnx":
             return bytes(self.stored.SerializeToString())
         buffer = io.BytesIO()  # in a file its own name would stand before each of its parts, and count

@@ -24,7 +24,7 @@ from qexp.tracking.store import all_pages, logged_model_of
 from qexp.tracking.tags import tags_of
 
 
-class Evaluator(ModelEvaluator):  # type: ignore[misc]  # MLflow has no types
+class Evaluator(ModelEvaluator):
     """Accuracy of a version that qexp has registered, and of an int8 version the drop from its fp32 source."""
 
     @classmethod
@@ -33,7 +33,14 @@ class Evaluator(ModelEvaluator):  # type: ignore[misc]  # MLflow has no types
         return model_type == "classifier"
 
     def evaluate(
-        self, *, model_type: str, dataset: Any, run_id: str, evaluator_config: dict[str, Any], model: Any = None, **more: Any
+        self,
+        *,
+        model_type: str,
+        dataset: Any,
+        run_id: str,
+        evaluator_config: dict[str, Any],
+        model: Any = None,
+        **more: Any,
     ) -> EvaluationResult:
         """Log the figures to the run, and return them.
 
@@ -75,7 +82,9 @@ def _version_of(model: Any) -> ModelVersion:
 def _images_of(rows: Any, wanted: Preprocessing) -> Tensor:
     if hasattr(rows, "columns"):
         if len(rows.columns) != 1:
-            raise InputError(f"data: must have one column with image files, and has {', '.join(map(str, rows.columns))}")
+            raise InputError(
+                f"data: must have one column with image files, and has {', '.join(map(str, rows.columns))}"
+            )
         return decode_files([str(file) for file in rows.iloc[:, 0]], wanted, what="data: broken image")
     values = np.asarray(rows)
     if values.ndim != 2 or values.shape[1] != np.prod(wanted.shape):
