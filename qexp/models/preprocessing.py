@@ -43,6 +43,18 @@ class Preprocessing:
         """Height and width as the options take them: 224, or 48x192."""
         return size_text(self.height_px, self.width_px)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the whole image is resized bilinearly and keeps its colours."""
+        return self.geometry_text == f"{self.size_text}px"
+
+    @property
+    def geometry_text(self) -> str:
+        """What decides on the pixels: two preprocessings with the same text get the same images from `data/`."""
+        resize = f"r{self.resize_px}-" if self.resize_px else ""
+        interpolation = f"{self.interpolation}-" if self.interpolation != "bilinear" else ""
+        return f"{resize}{interpolation}{'grey-' if self.channels == 'grey' else ''}{self.size_text}px"
+
 
 def squashed(size_px: int) -> Preprocessing:
     """The whole image, resized to a square."""
