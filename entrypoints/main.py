@@ -8,7 +8,7 @@ from .options import ModelUri, Overrides, Resume, given_or_none, with_options
 from .program import run_alone
 
 
-@with_options("", "data", "train", "quantize", "latency", "gate")
+@with_options("", "data", "preprocess", "train", "quantize", "latency", "gate")
 def main(
     config: Config, *, model_uri: ModelUri = "auto", resume: Resume = "auto", overrides: Overrides
 ) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ COMMON_GROUP = "Common options"
 GROUPS = {  # by section of the configuration
     "": "Seed and threads",
     "data": "Data",
+    "preprocess": "Preprocessing of images",
     "train": "Training",
     "quantize": "Quantization",
     "latency": "Latency measurement",
@@ -185,6 +186,8 @@ def type_name(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if isinstance(kind, UnionType):  # a size: a number, or HEIGHTxWIDTH
         kind = get_args(kind)[0]
     if get_origin(kind) is dict:
         return "N:WEIGHT,…"

@@ -8,7 +8,7 @@ from .options import Overrides, Resume, given_or_none, with_options
 from .program import run_alone
 
 
-@with_options("model", "seed", "threads", "quick", "data", "train")
+@with_options("model", "seed", "threads", "quick", "data", "preprocess", "train")
 def train(config: Config, *, resume: Resume = "auto", overrides: Overrides) -> dict[str, Any] | None:
     """Train a classifier, measure it in fp32 and register it."""
     from qexp.pipeline.jobs import run_train

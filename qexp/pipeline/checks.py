@@ -11,10 +11,12 @@ from qexp.data.folders import check_data_dir, is_folder
 from qexp.environment import looked_in
 from qexp.errors import InputError
 from qexp.models.names import check_model_name
+from qexp.models.preprocessing import preprocessing_of
 
 
 def check_options(config: Config, new_model: bool) -> None:
-    """Raise InputError where an option names a model or a folder that there is not, or two contradict each other.
+    """Raise InputError where an option names a model or a folder that there is not, or options contradict each
+    other.
 
     Args:
         new_model: whether `config` says which model and data are used; a registered version or a run may do so.
@@ -22,6 +24,7 @@ def check_options(config: Config, new_model: bool) -> None:
     if new_model:
         check_model_name(config.model)
         check_data_dir(config.data)
+        preprocessing_of(config.data, config.preprocess)
     elif config.data.data_dir and not is_folder(config.data.data_dir, "--data-dir"):
         raise InputError(f"--data-dir {config.data.data_dir}: no such folder{looked_in(config.data.data_dir)}")
     check_profile(config.latency)

@@ -56,7 +56,7 @@ def run_main(
         use_store()
         model_uri = model_of_run(resume, model_uri)
         config = config_of_run(overrides or {}, resume, "run")
-    setup = prepare(config, model_uri, given=() if resume else ("data", "train"), resume=resume)
+    setup = prepare(config, model_uri, given=() if resume else ("data", "preprocess", "train"), resume=resume)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     if not (model_uri or resume or launch.is_worker()):
         try_engines(config, dataset)
