@@ -22,8 +22,8 @@ from .ending import finish
 NOT_GIVEN = ("auto", "")
 # Those that people need first, in the order of help; MLproject has these as parameters, all others in `options`.
 COMMON = (
-    "model_uri", "resume", "model", "weights", "dataset", "data_dir", "image_size", "preprocess", "epochs", "engine", "sample_counts",
-    "register_best", "quick", "output_dir", "config",
+    "model_uri", "resume", "model", "weights", "dataset", "data_dir", "image_size", "preprocess", "epochs", "engine",
+    "sample_counts", "register_best", "quick", "output_dir", "config",
 )  # fmt: skip
 SHORT = {"data_dir": ("--data",)}  # other words for an option
 COMMON_GROUP = "Common options"
@@ -192,6 +192,8 @@ def type_name(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if isinstance(kind, UnionType):  # a size: a number, or HEIGHTxWIDTH
         kind = get_args(kind)[0]
     if get_origin(kind) is dict:
         return "N:WEIGHT,…"

@@ -24,7 +24,9 @@ from .options import fields_of, is_flag
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 200}
 FLAGS = {
     f"--{name.replace('_', '-')}": f"--no-{name.replace('_', '-')}"
-    for name, (_, field, _) in fields_of(("", "data", "train", "quantize", "latency", "gate", "search")).items()
+    for name, (_, field, _) in fields_of(
+        ("", "data", "preprocess", "train", "quantize", "latency", "gate", "search")
+    ).items()
     if is_flag(field)
 }
 OWN_FLAGS = ("--force", "--json")  # they are false unless given

@@ -19,7 +19,7 @@ Force = Annotated[
 ]
 
 
-@with_options("threads", "quick", "data_dir", "gate", "latency")
+@with_options("threads", "quick", "data_dir", "labels", "classes", "gate", "latency")
 def promote(config: Config, *, name: Name, version: Number = "auto", force: Force = False) -> dict[str, Any]:
     """Make an int8 version `champion` if it passes the gate and is shown to be better than the present one, and not
     to be worse by more than margins, measured side by side."""

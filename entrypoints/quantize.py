@@ -8,7 +8,7 @@ from .options import ModelUri, with_options
 from .program import run_alone
 
 
-@with_options("threads", "quick", "data_dir", "quantize", "batch_sizes")
+@with_options("threads", "quick", "data_dir", "labels", "classes", "calibration_dir", "quantize", "batch_sizes")
 def quantize(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
     """Quantize a registered fp32 version, compare both on the same images and register the int8 version."""
     from qexp.pipeline.jobs import run_quantize

@@ -9,7 +9,7 @@ from .options import ModelUri, given_or_none, with_options
 from .program import run_alone
 
 
-@with_options("", "data", "train", "quantize", "latency", "gate", "search")
+@with_options("", "data", "preprocess", "train", "quantize", "latency", "gate", "search")
 def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
     """Search the calibration sample count (and observer) on validation images.
 

@@ -12,7 +12,7 @@ from .program import run_alone
 Uri = Annotated[str, typer.Argument(help="registered version: models:/NAME/VERSION or models:/NAME@ALIAS")]
 
 
-@with_options("threads", "data_dir")
+@with_options("threads", "data_dir", "labels", "classes")
 def verify(config: Config, *, uri: Uri) -> dict[str, Any]:
     """Load a registered version in a clean subprocess, measure it on the test images, and compare with its tags."""
     from qexp.pipeline.verify import run_verify

@@ -34,6 +34,7 @@ MOST = 10**9  # of any number of images, steps, threads, …: far more than can 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 # Options of training that may differ when it is resumed: where and how fast, not what is computed.
 HOW_TO_TRAIN = ("device", "processes", "checkpoint_minutes", "train_threads")
+PLACES = ("data_dir", "labels", "classes", "calibration_dir")  # of the data on this machine, not what they are
 Engine = Literal["fx", "pt2e", "onnx"]
 Observer = Literal["histogram", "minmax", "batch_average", "percentile"]
 Scale = Literal["channel", "layer"]
@@ -127,6 +128,17 @@ class DataConfig(BaseModel):
         32, description="height and width of the model's input, pixels: 224, or HEIGHTxWIDTH as 48x192"
     )
     validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of the training images kept for validation")
+    labels: Folder | None = Field(
+        None, description="CSV file of imagefolder's test images and their classes, instead of class folders"
+    )
+    classes: Folder | None = Field(
+        None,
+        description="file with the class names in the order of the model's logits, one a line or a JSON list; auto: by "
+        "the alphabet",
+    )
+    calibration_dir: Folder | None = Field(
+        None, description="folder of images without labels that set the ranges; auto: the training images"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -140,6 +152,85 @@ class DataConfig(BaseModel):
     def size_px(self) -> tuple[int, int]:
         """Height and width of the model's input."""
         return _height_and_width(self.image_size)
+
+    @property
+    def has_default_size(self) -> bool:
+        """Whether the size is the default, which asks for nothing."""
+        return bool(self.image_size == type(self).model_fields["image_size"].default)
+
+
+def _numbers(value: Any) -> Any:
+    """One number alone, and text of the command line, as a list."""
+    return value if isinstance(value, list) else _as_list(value) if isinstance(value, str) else [value]
+
+
+def _one_a_channel(values: list[float]) -> list[float]:
+    if len(values) not in (1, 3):
+        raise ValueError("must be one number, or one for each of three channels")
+    return values
+
+
+MOST_RESIZED_PX = 4096  # of the short side of an image before it is cropped
+PerChannel = Annotated[list[float], BeforeValidator(_numbers), AfterValidator(_one_a_channel)]
+AboveZero = Annotated[float, Field(gt=0)]
+
+
+class PreprocessConfig(BaseModel):
+    """How images become the input of a model; what is not given is that of `preprocess`, or of the model's weights."""
+
+    model_config = STRICT
+    preprocess: Literal["imagenet"] | None = Field(
+        None,
+        description="preprocessing by its name; imagenet: resize 256, crop 224, bilinear, mean 0.485,0.456,0.406, std "
+        "0.229,0.224,0.225",
+    )
+    resize: int | None = Field(
+        None,
+        ge=SIDES_PX[0],
+        le=MOST_RESIZED_PX,
+        description="length of the short side, pixels, before the middle is cropped; auto: the whole image is resized "
+        "to the input's size",
+    )
+    crop: ImageSize | None = Field(
+        None, description="height and width of the crop, pixels: 224, or HEIGHTxWIDTH; auto: image_size"
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = Field(
+        None, description="interpolation of a resized image, antialiased, as Pillow's; auto: bilinear"
+    )
+    channels: Literal["rgb", "bgr", "grey"] | None = Field(
+        None, description="colours that the network expects, in its order; auto: rgb"
+    )
+    mean: PerChannel | None = Field(
+        None, description="subtracted from each channel, on the scale of input_range; auto: of the training images"
+    )
+    std: Annotated[list[AboveZero], BeforeValidator(_numbers), AfterValidator(_one_a_channel)] | None = Field(
+        None, description="what each channel is divided by after that; auto: of the training images"
+    )
+    input_range: Literal["0,1", "0,255", "-1,1"] | None = Field(
+        None, description="values of black and white before mean and std are applied; auto: 0,1"
+    )
+
+    @property
+    def crop_px(self) -> tuple[int, int] | None:
+        """Height and width of the crop."""
+        return None if self.crop is None else _height_and_width(self.crop)
+
+    def completed(self) -> "PreprocessConfig":
+        """These options, with those that their name stands for where they are not given themselves."""
+        if self.preprocess is None:
+            return self
+        return self.model_copy(update=NAMED[self.preprocess] | self.model_dump(exclude_none=True))
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "resize": 256,
+        "crop": 224,
+        "interpolation": "bilinear",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+}
 
 
 class TrainConfig(BaseModel):
@@ -438,6 +529,7 @@ class Config(BaseModel):
         "baseline fp32_onnx, 6 rounds in 3 loads; a verdict is still possible",
     )
     data: DataConfig = DataConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
     train: TrainConfig = TrainConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     latency: LatencyConfig = LatencyConfig()
@@ -527,9 +619,25 @@ def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | 
     if "batch_sizes" in given.get("latency", {}):  # chosen, even if they are the default's
         values["latency"].setdefault("fit_batch_sizes", False)
     config = Config.model_validate(values, strict=True)  # both parts were checked; together they cannot fail
+    config = _with_size_of_crop(config, given.get("data", {}))
     config = _quicker(config, given) if config.quick else config
     asked = "epochs" in given.get("train", {}) or values.get("train", {}).get("epochs", 20) != 20
     return config if asked or not config.has_weights else config.with_training({"epochs": 0})
+
+
+def _with_size_of_crop(config: Config, given: dict[str, Any]) -> Config:
+    """`config` with the crop as the size of the input, where that was not given.
+
+    Raises:
+        InputError: both were, and differ.
+    """
+    crop, size = config.preprocess.completed().crop, config.data.image_size
+    if crop is None or crop == size:
+        return config
+    if "image_size" in given or not config.data.has_default_size:
+        named = "" if config.preprocess.crop else f" of --preprocess {config.preprocess.preprocess}"
+        raise InputError(f"--image-size {size}: must be that of --crop, {crop}{named}; leave one of them out")
+    return config.model_copy(update={"data": config.data.model_copy(update={"image_size": crop})})
 
 
 def _quicker(config: Config, given: dict[str, dict[str, Any]] | None = None) -> Config:
@@ -610,7 +718,10 @@ def _explain(error: ErrorDetails, prefix: str, separator: str, equals: str) -> s
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be").replace("'", "")
     message = message.partition(", unable to parse")[0].partition(" or instance of")[0]
     message = "must be a valid boolean, true or false" if error["type"].startswith("bool") else message
-    return f"{prefix}{key}{equals}{shown(error['input'])}: {message}"
+    value = error["input"]
+    if separator == "-" and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ",".join(value)  # as it was written
+    return f"{prefix}{key}{equals}{shown(value)}: {message}"
 
 
 def _fields_of(path: list[str]) -> list[str]:

@@ -15,11 +15,13 @@ from strategies import SEEDED, nasty_texts, trees
 
 from qexp import yaml_file
 from qexp.config import (
+    PLACES,
     QUICK,
     Config,
     DataConfig,
     GateConfig,
     LatencyConfig,
+    PreprocessConfig,
     SearchConfig,
     TrainConfig,
     flat_params,
@@ -39,6 +41,7 @@ CHANGED = Config(
     threads=3,
     output_dir="out",
     data=DataConfig(dataset="imagefolder", data_dir="pets", image_size=64),
+    preprocess=PreprocessConfig(resize=72, mean=[0.5], std=[0.25, 0.5, 1.0], input_range="-1,1"),
     train=TrainConfig(epochs=2, learning_rate=5e-4, flip=False, bf16=True),
     latency=LatencyConfig(batch_sizes=[4, 2], profile={2: 3.0, 4: 0.5}),
     gate=GateConfig(max_top1_drop=-0.5, models={"vgg16-pets-int8": {"max_top1_drop": 0.25}}),
@@ -280,7 +283,9 @@ def _config_or_one_line(text: str) -> None:
         assert parse_yaml(to_yaml(config)) == config
 
 
-@pytest.mark.parametrize(("section", "key"), [("data", "data_dir"), ("", "output_dir"), ("search", "study_dir")])
+@pytest.mark.parametrize(
+    ("section", "key"), [*(("data", place) for place in PLACES), ("", "output_dir"), ("search", "study_dir")]
+)
 def test_the_home_folder_stands_for_a_tilde_wherever_a_path_comes_from(
     section: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from qexp.config import DataConfig, QuantizeConfig
 from qexp.data.duplicates import Duplicates, count_duplicates
 from qexp.data.folders import check_data_dir
-from qexp.data.imagefolder import cached, check_memory, decode_files, list_folder
+from qexp.data.imagefolder import cached, check_memory, decode_files, fitted_tensors, list_folder
 from qexp.errors import InputError
 from qexp.extras import extra
 from qexp.models.preprocessing import Preprocessing, preprocessing_of
@@ -78,14 +78,17 @@ class Dataset:
         )
 
 
-def load_dataset(options: DataConfig, seed: int) -> Dataset:
-    """Read the data set that `options` names and split it with `seed`.
+def load_dataset(options: DataConfig, seed: int, preprocessing: Preprocessing | None = None) -> Dataset:
+    """Read the data set that `options` names, as images of `preprocessing`, and split it with `seed`.
+
+    Args:
+        preprocessing: of the model; None: the whole images, resized to the options' size.
 
     Raises:
         InputError: the files are missing or broken; the message names the file, class or option.
     """
     readers = {"digits": _read_digits, "cifar10": _read_cifar10, "imagefolder": _read_imagefolder}
-    source, classes, tensors = readers[options.dataset](options)
+    source, classes, tensors = readers[options.dataset](options, preprocessing or preprocessing_of(options))
     full = Split(tensors["train_images"], tensors["train_labels"])
     test = Split(tensors["test_images"], tensors["test_labels"])
     held_out = stratified_sample(full.labels, max(1, round(options.validation_share * len(full))), seed)
@@ -174,16 +177,21 @@ def _content_digest(classes: tuple[str, ...], tensors: dict[str, Tensor]) -> str
 Read = tuple[str, tuple[str, ...], dict[str, Tensor]]  # source, class names, the four tensors
 
 
-def _read_digits(options: DataConfig) -> Read:
+def _read_digits(options: DataConfig, wanted: Preprocessing) -> Read:
     """scikit-learn's copy of the UCI optical digits: 8x8 scans with 17 grey levels, here enlarged (bilinear) to RGB."""
     with extra("digits", "--dataset digits"):
         from sklearn.datasets import load_digits
 
     digits = load_digits()
-    check_memory(len(digits.images), preprocessing_of(options))
+    check_memory(len(digits.images), wanted)
     grey = torch.from_numpy(digits.images / 16.0)[:, None]
-    enlarged = torch.nn.functional.interpolate(grey, size=options.size_px, mode="bilinear", align_corners=False)
-    images = (enlarged * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    if not wanted.is_plain:
+        scans = (grey * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        images = fitted_tensors(scans, wanted)
+    else:
+        size = wanted.height_px, wanted.width_px
+        enlarged = torch.nn.functional.interpolate(grey, size=size, mode="bilinear", align_corners=False)
+        images = (enlarged * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     labels = torch.from_numpy(digits.target).long()
     # The set has no test part of its own: one fifth, the same for every seed.
     test = torch.zeros(len(labels), dtype=torch.bool)
@@ -196,14 +204,13 @@ def _read_digits(options: DataConfig) -> Read:
     )
 
 
-def _read_cifar10(options: DataConfig) -> Read:
+def _read_cifar10(options: DataConfig, wanted: Preprocessing) -> Read:
     """The original CIFAR-10 archive, read by torchvision, which downloads it unless it is there."""
     root = Path(options.data_dir or "data/cifar10-python")
     folder = root / "cifar-10-batches-py"
     if not folder.is_dir():
-        _decode_cifar10(root, preprocessing_of(options))
+        _decode_cifar10(root, wanted)
     files = sorted(str(file) for file in folder.iterdir())
-    wanted = preprocessing_of(options)
     tensors = cached(
         root, files, wanted, lambda: _decode_cifar10(root, wanted), lambda found: _fits_cifar10(found, wanted)
     )
@@ -230,13 +237,15 @@ def _decode_cifar10(root: Path, preprocessing: Preprocessing) -> dict[str, Tenso
         ) from None
     parts = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
     size = [preprocessing.height_px, preprocessing.width_px]
-    if size != list(parts[0].shape[-2:]):
+    if not preprocessing.is_plain:
+        parts = [fitted_tensors(part, preprocessing) for part in parts]
+    elif size != list(parts[0].shape[-2:]):
         parts = [torchvision.transforms.functional.resize(part, size, antialias=True) for part in parts]
     labels = [torch.tensor(part.targets) for part in sets]
     return _tensors(parts[0], labels[0], parts[1], labels[1])
 
 
-def _read_imagefolder(options: DataConfig) -> Read:
+def _read_imagefolder(options: DataConfig, wanted: Preprocessing) -> Read:
     check_data_dir(options)
     root = Path(options.data_dir or "")
     classes, files = list_folder(root)
@@ -253,7 +262,6 @@ def _read_imagefolder(options: DataConfig) -> Read:
             torch.equal(found[f"{part}_labels"], of_part) for part, of_part in labels.items()
         )
 
-    wanted = preprocessing_of(options)
     labels = {part: torch.repeat_interleave(torch.tensor([len(c) for c in files[part]])) for part in files}
     tensors = cached(root, flat["train"] + flat["test"], wanted, read, fits)
     return str(root), classes, tensors

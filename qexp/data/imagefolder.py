@@ -140,7 +140,7 @@ def _is_image(file: str) -> bool:
 
 
 def decode_files(files: Sequence[str], preprocessing: Preprocessing, what: str = "--data-dir: broken image") -> Tensor:
-    """Decode to uint8 [N, *preprocessing.shape]; another size is resized (bilinear, antialiased, uncropped).
+    """Decode to uint8 [N, *preprocessing.shape], as `fitted` brings each image to that shape.
 
     Raises:
         InputError: a file is no image or is cut off (the message begins with `what` and names it), or the memory does
@@ -177,16 +177,50 @@ def _decode(file: str, preprocessing: Preprocessing, what: str) -> np.ndarray:
         with Image.open(file, formats=formats()) as opened:
             if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # asked first: turning costs, even by nothing
                 ImageOps.exif_transpose(opened, in_place=True)
-            image = _with_8_bits(opened).convert("RGB")
+            return fitted(_with_8_bits(opened).convert("RGB"), preprocessing)
     except Image.DecompressionBombError as error:
         said = re.sub(" pixels, could be .*", " pixels", first_line(error))
         raise InputError(f"{what} {file}: {said}; if you trust the file, set {MOST_PIXELS} to more") from None
     except Exception as error:  # of a broken file, each of Pillow's decoders raises what it likes
         raise InputError(f"{what} {file}: {first_line(error)}") from None
-    size = preprocessing.width_px, preprocessing.height_px
+
+
+def fitted(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """An RGB image as uint8 of `preprocessing.shape`: RGB for BGR networks too, which turn the channels themselves.
+
+    With `resize_px`, the pixels are those of torchvision's Resize(resize_px) and CenterCrop; without, those of Resize
+    to height and width, whatever the aspect.
+    """
+    if preprocessing.channels == "grey":
+        image = image.convert("L")
+    height, width = preprocessing.height_px, preprocessing.width_px
+    size = (width, height) if preprocessing.resize_px is None else _short_side(image.size, preprocessing.resize_px)
     if image.size != size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+        image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+    if image.size != (width, height):
+        left, top = (_start(have, want) for have, want in zip(image.size, (width, height), strict=True))
+        image = image.crop((left, top, left + width, top + height))  # black where it is outside the image
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def fitted_tensors(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """`fitted` for images in memory, uint8 [N, 3, H, W]."""
+    return torch.from_numpy(
+        np.stack([fitted(Image.fromarray(image), preprocessing) for image in images.permute(0, 2, 3, 1).numpy()])
+    )
+
+
+def _short_side(size: tuple[int, int], length: int) -> tuple[int, int]:
+    """Width and height with the short side that long, the other rounded down."""
+    short, long = min(size), max(size)
+    other = int(length * long / short)
+    return (length, other) if size[0] <= size[1] else (other, length)
+
+
+def _start(have: int, want: int) -> int:
+    """Where the middle `want` of `have` pixels begin; negative where a border is added, the larger part at the end."""
+    return -((want - have) // 2) if want > have else round((have - want) / 2)
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
@@ -219,8 +253,7 @@ def cached(
     Args:
         fits: whether the tensors of a cache can be those of these files.
     """
-    size = preprocessing.size_text
-    cache = root / f".qexp-cache-{size}px-{_fingerprint(root, files)}.safetensors"
+    cache = root / f".qexp-cache-{preprocessing.geometry_text}-{_fingerprint(root, files)}.safetensors"
     with suppress(OSError, SafetensorError, ValueError):
         tensors = load_file(cache)
         if fits(tensors):
@@ -232,7 +265,7 @@ def cached(
             if time.time() - left.stat().st_mtime > LEFT_S:
                 left.unlink()
     try:
-        for stale in root.glob(f".qexp-cache-{size}px-*.safetensors"):
+        for stale in root.glob(f".qexp-cache-{preprocessing.geometry_text}-*.safetensors"):
             stale.unlink(missing_ok=True)
         with by_umask(temporary):
             save_file(tensors, temporary)

@@ -11,6 +11,7 @@ from qexp.data.folders import check_data_dir, is_folder
 from qexp.environment import looked_in
 from qexp.errors import InputError
 from qexp.models.names import check_model_name
+from qexp.models.preprocessing import preprocessing_of
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # of files that hold weights and no code
 
@@ -29,6 +30,7 @@ def check_options(config: Config, new_model: bool, named: bool = True) -> None:
             allowed = "needs --weights, or a --model that comes with weights: a file, package.module:factory"
             raise InputError(f"--epochs 0: {allowed}")
         check_data_dir(config.data)
+        preprocessing_of(config.data, config.preprocess)
     elif config.data.data_dir and not is_folder(config.data.data_dir, "--data-dir"):
         raise InputError(f"--data-dir {config.data.data_dir}: no such folder{looked_in(config.data.data_dir)}")
     check_profile(config.latency)

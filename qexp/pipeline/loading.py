@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
+from qexp.config import HOW_TO_TRAIN, PLACES, Config, given_otherwise
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
@@ -31,16 +31,18 @@ from qexp.tracking.tags import tags_of
 
 
 def config_of_version(config: Config, uri: str, kind: str) -> Config:
-    """`config` with the model, seed, data and training that the version was made with; a given data_dir stays.
+    """`config` with the model, seed, data and training that the version was made with; given places of the data stay.
 
     Raises:
         InputError: the version does not exist or is not one of ours.
     """
     with tags_of(registry.find_version(uri, kind)).followed("train_run_id") as run_id:
         recorded = tracking.read_config(run_id)
-    data = recorded.data.model_copy(update={"data_dir": config.data.data_dir or recorded.data.data_dir})
+    given = {name: value for name in PLACES if (value := getattr(config.data, name)) is not None}
+    data = recorded.data.model_copy(update=given)
     train = recorded.train.model_copy(update={name: getattr(config.train, name) for name in HOW_TO_TRAIN})
     made_with = {"model": recorded.model, "seed": recorded.seed, "data": data, "train": train}
+    made_with["preprocess"] = recorded.preprocess
     return config.model_copy(update=made_with)
 
 

@@ -117,7 +117,7 @@ def time_models(
     for name, reason in gone.items():
         say(f"baseline {name} is left out: {reason}")
     models = [SweepModel(name, files.fp32_folder) for name in (BASELINE, *baselines)] + list(int8)
-    shape = preprocessing_of(config.data).shape
+    shape = preprocessing_of(config.data, config.preprocess).shape
     request = SweepRequest(tuple(models), repeated, str(files.weights), shape, host.threads, config.latency)
     result = run_sweep(request, environment)
     return replace(result, models_left_out=gone | result.models_left_out)

@@ -67,7 +67,7 @@ def prepare(
     if launch.is_worker():
         config = config.with_training({"processes": read_group().local_size})
     host = _use_threads(config)
-    dataset = load_dataset(config.data, config.seed)
+    dataset = load_dataset(config.data, config.seed, preprocessing_of(config.data, config.preprocess))
     if model_uri:
         check_data(model_uri, dataset)
     else:
@@ -103,7 +103,7 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
         raise InputError(f"--engine {','.join(refused)}: {allowed}; MLflow loads TorchScript as it does a pickle")
     count, kept = calibration_count(config.quantize, dataset.train), config.quantize.keep_fp32
     if kept:
-        network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data)))
+        network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
         check_layer_names(nn.ModuleDict({"network": network}), kept)
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
 
@@ -144,7 +144,7 @@ def _refusals(config: Config, dataset: Dataset, engines: Sequence[str]) -> dict[
 
 
 def _settled(config: Config, dataset: Dataset) -> Config:
-    network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data)))
+    network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
     _check_steps(config, dataset, network)
     return config.model_copy(update={"train": settle_options(config.train, dataset.name, network)})
 
@@ -155,7 +155,7 @@ def _check_steps(config: Config, dataset: Dataset, network: nn.Module) -> None:
     images, options = len(dataset.train), config.train
     if images < options.processes:
         raise InputError(f"--processes {options.processes}: must be at most {images}, the number of training images")
-    if images == 1 and needs_two_images(network, preprocessing_of(config.data).shape):
+    if images == 1 and needs_two_images(network, preprocessing_of(config.data, config.preprocess).shape):
         at = f"{config.model} at --image-size {config.data.image_size}"
         needs = f"{at} needs 2, for its batch norm on maps of one pixel"
         raise InputError(f"--data-dir {dataset.source}: one image is left to train with; {needs}")

@@ -74,7 +74,7 @@ def follow(config: Config, dataset: Dataset) -> None:
 def fresh_classifier(config: Config, dataset: Dataset) -> Classifier:
     """The classifier before its first step: the same bits from the same seed."""
     torch.manual_seed(config.seed)
-    spec = ModelSpec(config.model, dataset.classes, preprocessing_of(config.data))
+    spec = ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess))
     return build_classifier(spec, dataset.train.images)
 
 

@@ -8,6 +8,7 @@ from qexp.data.datasets import load_dataset
 from qexp.errors import StageError
 from qexp.measurement.accuracy import Accuracy, measure_accuracy
 from qexp.measurement.host import Host, read_host
+from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline.loading import check_data, config_of_version
 from qexp.progress import say
 from qexp.tracking import registry
@@ -35,7 +36,7 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     for name in RECORDED:  # what is wrong is said before anything is computed
         tags.read(TAGS[name])
     host = read_host(config.threads or tags.threads)
-    dataset = load_dataset(config.data, config.seed)
+    dataset = load_dataset(config.data, config.seed, preprocessing_of(config.data, config.preprocess))
     check_data(uri, dataset, tags.kind)
     with checked_copy(found) as copy:
         say(f"{uri}: {len(dataset.test)} test images in a clean subprocess, {host.threads} threads")

@@ -75,7 +75,7 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
     if study and not model_uri and isinstance(made_for := study.note("made_for"), dict):
         model_uri = made_for.get("model_uri")
     model_uri = model_uri or _newest(config)
-    config, host, dataset = prepare(config, model_uri, given=("data",))
+    config, host, dataset = prepare(config, model_uri, given=("data", "preprocess"))
     with_quantization_checked(config, dataset)
     _check_space(config, dataset)
     if not model_uri:
@@ -125,7 +125,7 @@ def _newest(config: Config) -> str | None:
         uri = f"models:/{name}/{number}"
         asked = [key for key, *_ in given_otherwise(config, loading.config_of_version(config, uri, "fp32"))]
         unused = [key.removeprefix("train.").replace("_", "-") for key in asked if key.startswith("train.")]
-        if any(key.startswith("data.") or key.endswith((".model", ".seed")) for key in asked):
+        if any(key.startswith(("data.", "preprocess.")) or key.endswith((".model", ".seed")) for key in asked):
             continue
         without = f", without {', '.join(f'--{name}' for name in unused)}: it is trained already" if unused else ""
         say(f"searching with {uri}, the newest one{without} (--model-uri: another)")
@@ -193,7 +193,7 @@ def _check_space(config: Config, dataset: Dataset) -> None:
             raise InputError(f"--sample-counts {count}: {allowed}")
     most = max(config.search.fp32_layer_counts)
     if most:
-        network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data)))
+        network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
         layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
         if most >= layers:
             raise InputError(f"--fp32-layer-counts {most}: must be less than {layers}, the layers of {config.model}")

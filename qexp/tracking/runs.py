@@ -48,13 +48,13 @@ TO_RESUME = {  # a run of a stage that was stopped
 # parameters of its run.
 OF_EVERY_STAGE = ("config.model", "config.seed", "config.threads")
 SECTIONS = {
-    "train": ("data", "train"),
-    "sensitivity": ("data", "quantize"),
-    "quantize": ("data", "quantize"),
+    "train": ("data", "preprocess", "train"),
+    "sensitivity": ("data", "preprocess", "quantize"),
+    "quantize": ("data", "preprocess", "quantize"),
     "latency": ("latency",),
     "report": ("gate",),
     "promote": ("latency", "gate"),
-    "search": ("data", "quantize", "search"),
+    "search": ("data", "preprocess", "quantize", "search"),
 }
 # A job's run has of all sections what differs from the defaults, and these in any case.
 OF_EVERY_JOB = (

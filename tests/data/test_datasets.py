@@ -24,7 +24,9 @@ from qexp.data.datasets import (
     load_dataset,
     stratified_sample,
 )
+from qexp.data.imagefolder import fitted_tensors
 from qexp.errors import InputError
+from qexp.models.preprocessing import Preprocessing
 from qexp.models.vision import torchvision
 
 CIFAR10 = torchvision.datasets.CIFAR10
@@ -238,6 +240,14 @@ def test_cifar10_is_resized(cifar_root: Path) -> None:
     assert dataset.test.images.shape == (4, 3, 16, 16)
     mean = _batch(cifar_root, "test_batch")[0].double().mean()
     assert abs(dataset.test.images.double().mean() - mean) < 3
+
+
+def test_sets_in_memory_are_resized_and_cropped_too(cifar_root: Path) -> None:
+    wanted = Preprocessing(24, 20, resize_px=28, interpolation="bicubic", channels="grey")
+    images, _ = _batch(cifar_root, "test_batch")
+    found = load_dataset(DataConfig(dataset="cifar10", data_dir=str(cifar_root)), 0, wanted).test.images
+    assert found.shape == (4, 1, 24, 20) and torch.equal(found, fitted_tensors(images, wanted))
+    assert load_dataset(DataConfig(dataset="digits"), 0, wanted).test.images.shape == (359, 1, 24, 20)
 
 
 def test_second_read_of_cifar10_comes_from_the_cache(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

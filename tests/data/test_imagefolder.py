@@ -2,18 +2,22 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from qexp.config import DataConfig
 from qexp.data.datasets import Dataset, load_dataset
 from qexp.data.imagefolder import decode_files, list_folder
 from qexp.errors import InputError
-from qexp.models.preprocessing import squashed
+from qexp.models.preprocessing import Channels, Interpolation, Preprocessing, squashed
+from qexp.models.vision import torchvision
+
+transforms, InterpolationMode = torchvision.transforms, torchvision.transforms.InterpolationMode
 
 RED, BLUE = (200, 10, 20), (5, 30, 220)
 
@@ -115,6 +119,48 @@ def test_other_sizes_are_resized_whole(tmp_path: Path, size: tuple[int, int]) ->
     decoded = _decode(image, tmp_path / "a.png", 8)
     assert decoded[:, :, 0].T.tolist() == [list(RED)] * 8
     assert decoded[:, :, 7].T.tolist() == [list(BLUE)] * 8
+
+
+def _noise(size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(sum(size)).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", get_args(Interpolation))
+@pytest.mark.parametrize("channels", ["rgb", "bgr", "grey"])
+def test_pixels_are_those_of_torchvisions_evaluation_transform(
+    tmp_path: Path, interpolation: Interpolation, channels: Channels
+) -> None:
+    """Landscape, portrait and odd sizes, of which some crops are larger than the image; squares and other inputs; the
+    short side longer and shorter than the crop; without it, the whole image is resized."""
+    sizes = [(40, 25), (25, 41), (33, 33), (64, 9), (12, 12)]
+    files = [str(tmp_path / f"{width}x{height}.png") for width, height in sizes]
+    for file, size in zip(files, sizes, strict=True):
+        _noise(size).save(file)
+    mode = InterpolationMode(interpolation)
+    for resize, crop in ((20, (16, 16)), (12, (9, 23)), (10, (13, 13)), (33, (12, 19)), (None, (12, 19))):
+        first = [transforms.Resize(resize or crop, mode), transforms.CenterCrop(crop), transforms.PILToTensor()]
+        made = transforms.Compose(([transforms.Grayscale()] if channels == "grey" else []) + first)
+        found = decode_files(files, Preprocessing(*crop, resize, interpolation, channels))
+        assert torch.equal(found, torch.stack([made(_noise(size)) for size in sizes]))
+
+
+@pytest.mark.parametrize("kind", ["exif", "16-bit", "CMYK", "palette", "grey"])
+@pytest.mark.parametrize("channels", ["rgb", "grey"])
+def test_every_kind_of_file_is_resized_and_cropped(tmp_path: Path, kind: str, channels: Channels) -> None:
+    """As the same image is that was opened, turned upright and made RGB before."""
+    rgb, options = _noise((30, 20)), {}
+    if kind == "exif":
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.Orientation] = 6
+    image = {"CMYK": rgb.convert("CMYK"), "palette": rgb.quantize(64), "grey": rgb.convert("L")}.get(kind, rgb)
+    if kind == "16-bit":
+        image = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    file = tmp_path / ("a.tiff" if kind == "CMYK" else "a.png")
+    image.save(file, **options)
+    upright = {"exif": rgb.rotate(-90, expand=True), "16-bit": rgb.convert("L")}.get(kind, image).convert("RGB")
+    made = transforms.Compose([transforms.Resize(14), transforms.CenterCrop((10, 12)), transforms.PILToTensor()])
+    expected = made(upright.convert("L") if channels == "grey" else upright)
+    assert torch.equal(decode_files([str(file)], Preprocessing(10, 12, 14, channels=channels))[0], expected)
 
 
 def test_images_keep_the_order_of_the_files(tmp_path: Path) -> None:
