@@ -58,17 +58,18 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
         fail(f"MLflow: {first_line(error)}" if type(error).__module__.startswith("mlflow.") else explain(error), 1)
     else:
         if summary is not None:
-            _show(_fit_to_show(summary), as_json or not sys.stdout.isatty())
+            table = summary.pop("table", None)
+            _show(_fit_to_show(summary), table, as_json or not sys.stdout.isatty())
 
 
-def _show(summary: Summary, as_json: bool) -> None:
+def _show(summary: Summary, table: Any, as_json: bool) -> None:
     clear_line()
     if as_json:
         print(json.dumps(summary), flush=True)
     else:
         from .table import show  # rich takes a while
 
-        show(summary)
+        show(summary, table)
 
 
 def _fit_to_show(value: Any) -> Any:

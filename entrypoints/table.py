@@ -20,15 +20,15 @@ REASON = ("verdict_reason", "reasons", "gate_reason", "ship")  # told below the 
 GOOD = ("ship int8", "passed")
 
 
-def show(summary: Summary) -> None:
-    """Print the result of a command on standard output."""
+def show(summary: Summary, found: Any = None) -> None:
+    """Print the result of a command on standard output; `found` is the first table of its report, if it has one."""
     console = Console(highlight=False)
     answer = next((summary[key] for key in ANSWER if key in summary), None)
     told = {"command", *(ANSWER + REASON if answer else ())}
     if summary["command"] == "predict":
         told |= {"images"}  # which are on standard error, a line each
     if set(SIDE_BY_SIDE) <= set(summary):
-        console.print(_side_by_side(summary))
+        console.print(_as_rich(found) if found else _side_by_side(summary))
         told |= {*SIDE_BY_SIDE, *SIZES}
     facts = [line for key, value in summary.items() if key not in told for line in _lines(key, value)]
     width = max((len(name) for name, _ in facts), default=0)
@@ -41,6 +41,14 @@ def show(summary: Summary) -> None:
         ship = f"ship {summary['ship']}" if summary.get("ship") else ""
         for line in filter(None, (reasons, ship)):
             console.print(Text(f"  {printable(line)}"), soft_wrap=True)
+
+
+def _as_rich(found: Any) -> Table:
+    """The report's first table."""
+    table = Table(*(escape(printable(name)) for name in found.columns), title=escape(printable(found.title)))
+    for row in found.rows:
+        table.add_row(*(escape(printable(cell)) for cell in row))
+    return table
 
 
 def _side_by_side(summary: Summary) -> Table:

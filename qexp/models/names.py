@@ -66,3 +66,16 @@ def check_run_id(run_id: str, option: str) -> None:
     """Raise InputError unless this can be the id of a run."""
     if not RUN_ID.fullmatch(run_id):
         raise InputError(f"{option} {run_id}: no such run: an id is 32 digits and letters from a to f")
+
+
+# PROVISIONAL
+def short_name(model: str) -> str:
+    from pathlib import PurePath
+    model = model.removeprefix("timm:").removeprefix("models:/")
+    if model.endswith((".onnx", ".pt2")):
+        model = PurePath(model).stem
+    return re.sub(r"[^\w-]+", "-", model)
+
+
+def is_rebuilt_by_name(name: str) -> bool:
+    return not name.startswith("object:") and not name.endswith((".onnx", ".pt2")) and (":" not in name or name.startswith("timm:"))

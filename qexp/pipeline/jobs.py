@@ -15,6 +15,7 @@ from qexp.errors import InputError, StageError, StoreError
 from qexp.measurement.gate import UNMEASURED
 from qexp.models.names import short_name
 from qexp.pipeline import loading
+from qexp.pipeline.checked import answer_table
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
 from qexp.pipeline.measure import measure_bf16, time_versions
@@ -44,6 +45,7 @@ from qexp.training import launch
 from qexp.training.distributed import read_group
 
 Summary = dict[str, Any]
+TABLE = "table"  # of a summary: shown on a terminal in the place of the figures that it has
 
 
 def run_main(
@@ -386,9 +388,9 @@ def run_report(config: Config, model_uri: str) -> Summary:
 
 
 def summary_of(command: str, done: Reported) -> Summary:
-    """What the last line of a command that has made a report shows."""
+    """What the last line of a command that has made a report shows; on a terminal, the report's first table."""
     evidence = done.evidence
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": done.report_uri}
     engine = {"engine": evidence.int8.quantize.engine}
     found = evidence.decision | evidence.headline | evidence.images_seen_before
-    return {"command": command, "run_id": done.run_id, **uris, **engine, **found}
+    return {"command": command, "run_id": done.run_id, **uris, **engine, **found, TABLE: answer_table(evidence)}

@@ -65,10 +65,10 @@ def write_report(evidence: Evidence, folder: Path, origin: Origin = Origin()) ->
 
 def render_markdown(evidence: Evidence, origin: Origin = Origin()) -> str:
     """The whole report as Markdown; its pictures are files below figures/."""
-    return as_markdown(_text_of(opaque(evidence), opaque(origin)))
+    return as_markdown(_text_of(opaque(evidence), opaque(origin), evidence.registered))
 
 
-def _text_of(evidence: Evidence, origin: Origin) -> str:
+def _text_of(evidence: Evidence, origin: Origin, registered: bool) -> str:
     named = [name for name in sentences.explained(evidence) if f"`{name}`" in tables.markdown(tables.summary(evidence))]
     template = TEMPLATES.get_template("report.md.j2")
     text = template.render(
@@ -79,6 +79,7 @@ def _text_of(evidence: Evidence, origin: Origin) -> str:
         named=named,
         loaded=version_to_load(evidence),
         made=origin.line,
+        registered=registered,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -92,8 +93,8 @@ def version_to_load(evidence: Evidence) -> str:
 
 def render_html(evidence: Evidence, folder: Path, origin: Origin = Origin()) -> str:
     """The same as one HTML page that needs no other file: pictures (relative to `folder`) become data URIs."""
-    evidence = opaque(evidence)
-    text = _text_of(evidence, opaque(origin))
+    registered, evidence = evidence.registered, opaque(evidence)
+    text = _text_of(evidence, opaque(origin), registered)
     body = markdown.markdown(text, extensions=["tables", "sane_lists", "fenced_code"])
 
     def inline(match: re.Match[str]) -> str:

@@ -219,6 +219,11 @@ class Evidence:
         return decide_verdict(self.gate, self.over_floats(self.name), self._int8_to_ship, self._float_to_ship)
 
     @property
+    def registered(self) -> bool:
+        """Whether the models are in a registry."""
+        return self.int8.version_uri.startswith("models:/")
+
+    @property
     def champion_stays(self) -> bool:
         """Whether the version chosen does not take the place of the champion that it was held against."""
         return self.succession is not None and not self.succession.replaces

@@ -226,7 +226,9 @@ def preprocessing(found: Preprocessing) -> str:
     colours = {"rgb": "RGB", "bgr": "BGR", "grey": "grey"}[found.channels]
     low, high = found.input_range
     scale = f"values from {low:g} to {high:g}"
-    if found.mean and found.std:
+    if found.mean and found.std and not any(found.mean) and set(found.std) == {1.0}:
+        scale += ", not normalised"
+    elif found.mean and found.std:
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
         scale += f" with mean {mean} and standard deviation {std} taken off"
     else:
