@@ -12,6 +12,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "digits": ("sklearn",),
     "postgres": ("psycopg",),
+    "timm": ("timm",),
 }
 OF_ENGINE = {"pt2e": "pt2e", "onnx": "onnx"}  # an engine's extra; what fx needs is always there
 
@@ -37,8 +38,13 @@ def check_engines(engines: Sequence[str]) -> None:
     for engine in engines:
         if engine in OF_ENGINE:
             for package in EXTRAS[OF_ENGINE[engine]]:
-                if not _is_there(package):
-                    raise _missing(OF_ENGINE[engine], f"engine {engine}", package)
+                check_package(OF_ENGINE[engine], f"engine {engine}", package)
+
+
+def check_package(name: str, purpose: str, package: str) -> None:
+    """Raise InputError where `package` of the extra `name` is not installed. Nothing is imported for that."""
+    if not _is_there(package):
+        raise _missing(name, purpose, package)
 
 
 def is_installed(engine: str) -> bool:

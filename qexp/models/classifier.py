@@ -1,13 +1,15 @@
-"""The classifiers: SmallNet, VGG16 and any other torchvision classifier, each with its normalisation as first layer.
+"""The classifiers: a network with its normalisation as first layer, whatever network `--model` names.
 
-A classifier takes float images in [0, 1], [N, 3, H, W], and gives logits [N, classes]. Its weights file (safetensors,
-no pickle) says how to rebuild the module: `load_classifier` needs nothing else.
+A classifier takes float images in [0, 1], [N, 3, H, W] RGB or [N, 1, H, W] grey, and gives logits [N, classes]. Its
+weights file (safetensors, no pickle) says how to rebuild the module: `load_classifier` needs nothing else, but the
+code of a network that comes from a package or from the user.
 """
 
 import json
+import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -17,11 +19,14 @@ from torch import Tensor, nn
 
 from qexp.errors import InputError, first_line
 from qexp.files import replacing
-from qexp.models.names import check_model_name
+from qexp.models.names import TIMM, is_factory, is_file, is_model_name, is_program
+from qexp.models.networks import build_network, builds_without_memory
 from qexp.models.preprocessing import Preprocessing, Shape
+from qexp.models.program import program_bytes, program_from
 
 MOST_PIXELS = 65_536  # of a side of the images, of whatever model
-SMALLNET_BLOCKS = ((32, 64), (64, 128), (128, 128))  # channels of the 3x3 convolutions; a 2x2 max-pool between blocks
+PROGRAM = "program"  # in a weights file: the exported program of a network that has no other code, as bytes
+NO_CHECK = 1e-3  # share of the largest logit by which those of an image may differ with the batch that it is in
 
 
 @dataclass(frozen=True)
@@ -39,51 +44,102 @@ class ModelSpec:
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel; part of the model, so that nobody can feed it wrongly normalised images."""
+    """(x - mean) / std per channel; part of the model, so that nobody can feed it wrongly normalised images.
 
-    def __init__(self, mean: Tensor, std: Tensor) -> None:
+    With `bgr`, the channels change their order first: mean and std are those of blue, green and red.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, bgr: bool = False) -> None:
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", mean.view(1, 3, 1, 1).float())
-        self.register_buffer("std", std.view(1, 3, 1, 1).float())
+        self.bgr = bgr
+        self.register_buffer("mean", mean.reshape(1, -1, 1, 1).float().clone())
+        self.register_buffer("std", std.reshape(1, -1, 1, 1).float().clone())
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.bgr:
+            images = images.flip(1)
         return (images - self.mean) / self.std
 
 
 class Classifier(nn.Module):
-    """Normalisation and a network; `spec` says which."""
+    """Normalisation and a network; `spec` says which.
 
-    def __init__(self, spec: ModelSpec, mean: Tensor, std: Tensor) -> None:
+    Args:
+        mean, std: of each channel, or one for all, on the scale 0 to 1, in the order that the network expects.
+        network: what `build_network` gives for the spec; None builds it.
+    """
+
+    def __init__(self, spec: ModelSpec, mean: Tensor, std: Tensor, network: nn.Module | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.normalize = Normalize(mean, std)
-        self.network = _build_network(spec)
+        channels = spec.shape[0]
+        self.normalize = Normalize(mean.expand(channels), std.expand(channels), spec.preprocessing.channels == "bgr")
+        self.network = network or build_network(spec.architecture, len(spec.classes), spec.shape)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self.normalize(images))
 
 
 def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
-    """A classifier with fresh weights (torch's global seed), normalised by the statistics of uint8 `train_images`.
+    """A classifier with fresh weights (torch's global seed). What its preprocessing does not say of mean and standard
+    deviation are the statistics of uint8 `train_images`.
 
     Raises:
-        InputError: the name is unknown, or the architecture cannot take images of this size.
+        InputError: the name is unknown, or the architecture cannot take such images.
     """
-    mean, std = channel_statistics(train_images)
-    model = Classifier(spec, mean, std)
-    _check_image_size(model, spec)
+    model = Classifier(spec, *normalization(spec.preprocessing, train_images))
+    _check_images(model, spec)
     return model
 
 
+def normalization(preprocessing: Preprocessing, images: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel as `Classifier` takes them: for values on the scale 0 to 1, into which the
+    input range of the network is folded.
+
+    Args:
+        images: uint8 RGB or grey, whose statistics take the place of what is not given; None: mean 0 and deviation 1
+            on the scale of the network, which is then given its values as they are.
+
+    Raises:
+        InputError: `mean` or `std` has another number of values than the images have channels, or is no such number.
+    """
+    low, high = preprocessing.input_range
+    if not (math.isfinite(low) and math.isfinite(high) and low != high):
+        raise InputError(f"--input-range {low:g},{high:g}: must be two different numbers, for black and white")
+    mean, std = (_of_channels(preprocessing, option) for option in ("mean", "std"))
+    if images is not None and (mean is None or std is None):
+        of_images = channel_statistics(images)
+        own_mean, own_std = (value.flip(0) if preprocessing.channels == "bgr" else value for value in of_images)
+    else:
+        own_mean, own_std = (torch.tensor([value]) for value in (-low / (high - low), 1 / (high - low)))
+    return (
+        own_mean if mean is None else ((mean - low) / (high - low)).float(),
+        own_std if std is None else (std / (high - low)).float(),
+    )
+
+
+def _of_channels(preprocessing: Preprocessing, option: str) -> Tensor | None:
+    given: tuple[float, ...] | None = getattr(preprocessing, option)
+    if given is None:
+        return None
+    text, channels = ",".join(f"{value:g}" for value in given), preprocessing.shape[0]
+    if len(given) not in (1, channels):
+        raise InputError(f"--{option} {text}: must be one number, or {channels}, one a channel")
+    if not all(map(math.isfinite, given)) or (option == "std" and min(given) <= 0):
+        raise InputError(f"--{option} {text}: must be numbers{' above 0' if option == 'std' else ''}")
+    return torch.tensor(given, dtype=torch.float64)
+
+
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], on the scale 0 to 1.
+    """Mean and standard deviation of each channel of uint8 images [N, 1 or 3, H, W], on the scale 0 to 1.
 
     From a histogram of the 256 values: exact, and the same on every machine. A constant channel gets deviation 1.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
-    shares = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    counts = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])]
+    shares = torch.stack(counts).double()
     shares /= shares.sum(dim=1, keepdim=True)
     mean = shares @ values
     deviation = (shares @ values**2 - mean**2).clamp(min=0).sqrt()
@@ -96,24 +152,58 @@ def outline(spec: ModelSpec) -> nn.Module:
     Raises:
         InputError: the architecture cannot take images of this size.
     """
+    architecture, classes = spec.architecture, len(spec.classes)
     try:
-        with torch.device("meta"):
-            network = _build_network(spec)
+        with torch.device("meta") if builds_without_memory(architecture) else nullcontext():
+            network = build_network(architecture, classes, spec.shape)
     except NotImplementedError:  # RegNets calculate their widths with tensors
-        network = _build_network(spec)
-    _check_image_size(network, spec)
+        network = build_network(architecture, classes, spec.shape)
+    _check_images(network, spec)
     return network
 
 
-def _check_image_size(network: nn.Module, spec: ModelSpec) -> None:
+def check_network(network: nn.Module, spec: ModelSpec) -> None:
+    """Raise InputError unless a network of others, in evaluation mode, gives a logit for each class, the same for an
+    image alone and among others. It is called with random images in [0, 1]."""
+    model = f"--model {spec.architecture}"
+    _check_images(network, spec)
+    images = torch.rand(3, *spec.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        try:
+            logits, alone = network(images), torch.cat([network(image[None]) for image in images])
+        except Exception as error:  # of its code
+            raise InputError(f"{model}: takes no batch of 3 images ({first_line(error)})") from None
+    if not logits.isfinite().all():
+        raise InputError(f"{model}: gives logits that are NaN or infinite for an image of random pixels")
+    if (logits - alone).abs().max() > NO_CHECK * logits.abs().max():
+        why = "was it exported in training mode?" if is_program(spec.architecture) else "does it use training mode?"
+        raise InputError(f"{model}: gives an image other logits when it is alone than among others; {why}")
+
+
+def _check_images(network: nn.Module, spec: ModelSpec) -> None:
+    """Raise InputError unless the network takes an image of the spec and gives a row of logits, one a class."""
+    model, size = f"--model {spec.architecture}", spec.preprocessing.size_text
+    device = next((parameter.device for parameter in network.parameters()), None)
     try:
         with torch.no_grad():
-            device = next(network.parameters()).device
-            network.eval()(torch.zeros(1, *spec.shape, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:  # what architectures raise at a size they cannot take
-        raise InputError(
-            f"--image-size {spec.preprocessing.size_text}: not for --model {spec.architecture} ({first_line(error)})"
-        ) from None
+            logits = network.eval()(torch.zeros(1, *spec.shape, device=device))
+    except Exception as error:  # what architectures raise at a size they cannot take, and any code
+        if (channels := _channels_expected(network)) not in (None, spec.shape[0]):
+            given = "give --channels grey" if channels == 1 else "--channels grey is not for it"
+            raise InputError(f"{model}: takes images of {channels} channels, not of {spec.shape[0]}; {given}") from None
+        raise InputError(f"--image-size {size}: not for {model} ({first_line(error)})") from None
+    if not isinstance(logits, Tensor):
+        raise InputError(f"{model}: must give a tensor of logits, and gives a {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != 1 or not logits.is_floating_point():
+        shape = list(logits.shape)
+        raise InputError(f"{model}: must give float logits [1, classes] for an image, and gives {logits.dtype} {shape}")
+    if logits.shape[1] != len(spec.classes):
+        raise InputError(f"{model}: gives {logits.shape[1]} logits, and the data have {len(spec.classes)} classes")
+
+
+def _channels_expected(network: nn.Module) -> int | None:
+    """Of the images that the first convolution takes."""
+    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def needs_two_images(network: nn.Module, shape: Shape) -> bool:
@@ -152,36 +242,6 @@ def repeated_inputs(model: Classifier) -> int:
     return 49 if shape[2:] == (1, 1) else 1
 
 
-def _build_network(spec: ModelSpec) -> nn.Module:
-    if spec.architecture == "smallnet":
-        return _smallnet(len(spec.classes))
-    from qexp.models.vision import torchvision
-
-    options: dict[str, Any] = {"num_classes": len(spec.classes), "weights": None}
-    if spec.architecture in ("googlenet", "inception_v3"):  # their auxiliary heads would make training return a tuple
-        options |= {"aux_logits": False, "init_weights": True}
-    network = torchvision.models.get_model(spec.architecture, **options)
-    if isinstance(network, torchvision.models.SqueezeNet):
-        # torchvision starts its last convolution at a deviation of 0.01. Without any norm, little of the gradient then
-        # reaches the layers before it: 77 instead of 89 % on the digits after 20 epochs.
-        nn.init.kaiming_normal_(network.classifier[1].weight, nonlinearity="relu")
-    return network
-
-
-def _smallnet(classes: int) -> nn.Sequential:
-    """Six 3x3 conv-BN-ReLU layers in three blocks, global average pool, one linear layer: 0.43 M parameters."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for index, block in enumerate(SMALLNET_BLOCKS):
-        for width in block:
-            conv = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            channels = width
-        if index < len(SMALLNET_BLOCKS) - 1:
-            layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-
-
 def save_classifier(model: Classifier, file: Path) -> None:
     """Write weights and spec as safetensors; `file` is never half written.
 
@@ -190,6 +250,9 @@ def save_classifier(model: Classifier, file: Path) -> None:
     """
     spec = json.dumps(asdict(model.spec))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if is_program(model.spec.architecture):  # the network's only code
+        program = program_bytes(model.network, torch.zeros(2, *model.spec.shape))
+        tensors[PROGRAM] = torch.frombuffer(bytearray(program), dtype=torch.uint8)
     with replacing(file) as temporary:
         save_file(tensors, temporary, metadata={"qexp": spec})
 
@@ -212,10 +275,12 @@ def read_weights(file: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         raise InputError(f"weights file {file}: not written by qexp ({what}: {why['msg']})") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"weights file {file}: not written by qexp ({first_line(error)})") from None
-    try:
-        check_model_name(spec.architecture)
-    except InputError:
-        raise InputError(f"weights file {file}: of an unknown architecture, {spec.architecture[:80]!r}") from None
+    if is_file(spec.architecture):
+        known = is_program(spec.architecture) and PROGRAM in state
+    else:
+        known = is_model_name(spec.architecture)
+    if not known:
+        raise InputError(f"weights file {file}: of an unknown architecture, {spec.architecture[:80]!r}")
     if not (spec.classes and all(1 <= side <= MOST_PIXELS for side in spec.shape[1:])):
         allowed = f"must have a class or more, and sides of 1 to {MOST_PIXELS} pixels"
         size = spec.preprocessing.size_text
@@ -236,14 +301,23 @@ def load_classifier(file: Path) -> Classifier:
     """Rebuild the classifier that `save_classifier` wrote, in evaluation mode.
 
     Raises:
-        InputError: the file is not one of ours.
+        NotImportable: the code of its network, package.module:factory, is not to be found from here.
+        InputError: the file is not one of ours, or the network's package or code is not there as it was.
     """
     spec, state = read_weights(file)
-    model = Classifier(spec, torch.zeros(3), torch.ones(3))
+    program = state.pop(PROGRAM, None)
+    network = None if program is None else program_from(program.numpy().tobytes())
+    model = Classifier(spec, torch.zeros(1), torch.ones(1), network)
     fresh = model.state_dict()  # carries the layers' version numbers, which some of torchvision's modules insist on
     shapes = {name: tensor.shape for name, tensor in state.items()}
     if shapes != {name: tensor.shape for name, tensor in fresh.items()}:
-        raise InputError(f"weights file {file}: not those of {spec.architecture} in this torchvision")
+        raise InputError(f"weights file {file}: not those of {spec.architecture} {_in_its_code(spec.architecture)}")
     fresh.update(state)
-    model.load_state_dict(fresh)
+    model.load_state_dict(fresh, assign=network is not None)
     return model.eval()
+
+
+def _in_its_code(architecture: str) -> str:
+    if is_factory(architecture):
+        return "as its code is now"
+    return f"in this {'timm' if architecture.startswith(TIMM) else 'torchvision'}"

@@ -1,15 +1,18 @@
-"""The names of the classifiers, without importing torchvision, which takes seconds; the form of a version's URI and of
-a run's id.
+"""What `--model` names, without importing torchvision, which takes seconds; the form of a version's URI and of a run's
+id.
 
 For the command line, which refuses a wrong name at once and completes a right one. A test compares the list with what
 torchvision has; where another version of it is installed, an unknown name is looked up there.
 """
 
 import difflib
+import os
 import re
 from importlib.metadata import version
+from pathlib import Path
 
 from qexp.errors import InputError
+from qexp.extras import check_package
 
 MADE_FROM = "0.28.0"  # the version of torchvision
 VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")
@@ -28,19 +31,69 @@ TORCHVISION = """
 """.split()
 
 
+TIMM = "timm:"  # begins the name of a model of timm
+FILES = (".pt2", ".onnx")  # models that are files: exported programs of torch, and ONNX
+ALLOWED = (
+    "smallnet, a torchvision classifier by its registered name (torchvision.models.list_models), timm:NAME, "
+    "package.module:factory, or a .pt2 or .onnx file"
+)
+
+
 def check_model_name(name: str) -> None:
-    """Raise InputError unless `name` is a model that `classifier.build_classifier` knows."""
-    known = ["smallnet", *TORCHVISION]
-    if name in known:
-        return
-    if version("torchvision").partition("+")[0] != MADE_FROM:
-        known = available_models()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or ["smallnet", "vgg16"]
-        raise InputError(
-            f"--model {name}: unknown; did you mean {' or '.join(near)}? "
-            "Allowed: smallnet, or a torchvision classifier by its registered name (torchvision.models.list_models)"
-        )
+    """Raise InputError unless `name` is that of a model that `networks.build_network` knows. Nothing is imported for
+    that: whether timm has the model, or a module its factory, is seen when the network is built."""
+    if is_file(name):
+        _check_file(name)
+    elif not is_model_name(name):
+        known = available_models() if _other_torchvision() else ["smallnet", *TORCHVISION]
+        near = [] if ":" in name else difflib.get_close_matches(name, known, n=3) or ["smallnet", "vgg16"]
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise InputError(f"--model {name}: unknown; {hint}Allowed: {ALLOWED}")
+    elif name.startswith(TIMM):
+        check_package("timm", f"--model {name}", "timm")
+
+
+def is_model_name(name: str) -> bool:
+    """Whether `name` has the form of a model that is no file, and is one of torchvision's if it can be nothing else."""
+    if name.startswith(TIMM):
+        return bool(re.fullmatch(r"[\w.-]+", name.removeprefix(TIMM), re.ASCII))
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        return all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
+    return name in ("smallnet", *TORCHVISION) or (_other_torchvision() and name in available_models())
+
+
+def _other_torchvision() -> bool:
+    return version("torchvision").partition("+")[0] != MADE_FROM
+
+
+def is_file(name: str) -> bool:
+    """Whether `--model` names a file: an exported program or an ONNX model."""
+    return name.lower().endswith(FILES)
+
+
+def is_program(name: str) -> bool:
+    """Whether `--model` names the file of an exported program."""
+    return name.lower().endswith(".pt2")
+
+
+def is_factory(name: str) -> bool:
+    """Whether `--model` names a function of the user's: package.module:factory."""
+    return ":" in name and not is_file(name) and not name.startswith(TIMM)
+
+
+def short_name(model: str) -> str:
+    """The part that `--model` has in the names of experiments, runs, folders and registered models: letters, digits,
+    `-`, `_` and `.` only. A file gives its name without folder and suffix, `timm:NAME` its name, `a.b:c` a.b-c."""
+    own = Path(model).stem if is_file(model) else model.removeprefix(TIMM)
+    return re.sub(r"[^\w.-]+|^\.+", "-", own, flags=re.ASCII).strip("-") or "model"
+
+
+def _check_file(name: str) -> None:
+    if not os.path.exists(name):
+        raise InputError(f"--model {name}: no such file")
+    if not os.path.isfile(name):
+        raise InputError(f"--model {name}: must be a file, and is none")
 
 
 def available_models() -> list[str]:
