@@ -32,6 +32,7 @@ TORCHVISION = """
 
 
 TIMM = "timm:"  # begins the name of a model of timm
+OBJECT = "object:"  # begins that of a module which somebody has given as it is
 FILES = (".pt2", ".onnx")  # models that are files: exported programs of torch, and ONNX
 ALLOWED = (
     "smallnet, a torchvision classifier by its registered name (torchvision.models.list_models), timm:NAME, "
@@ -84,9 +85,14 @@ def is_factory(name: str) -> bool:
 
 def short_name(model: str) -> str:
     """The part that `--model` has in the names of experiments, runs, folders and registered models: letters, digits,
-    `-`, `_` and `.` only. A file gives its name without folder and suffix, `timm:NAME` its name, `a.b:c` a.b-c."""
-    own = Path(model).stem if is_file(model) else model.removeprefix(TIMM)
-    return re.sub(r"[^\w.-]+|^\.+", "-", own, flags=re.ASCII).strip("-") or "model"
+    `-` and `_` only: MLflow takes no others in all of them. A file gives its name without folder and suffix, `timm:NAME` its name, `a.b:c` a.b-c."""
+    own = Path(model).stem if is_file(model) else model.removeprefix(TIMM).removeprefix("models:/")
+    return re.sub(r"[^\w-]+", "-", own, flags=re.ASCII).strip("-") or "model"
+
+
+def is_rebuilt_by_name(name: str) -> bool:
+    """Whether a process without the user's code can build this network again from a weights file of ours."""
+    return not (name.startswith(OBJECT) or is_factory(name) or name.lower().endswith(".onnx"))
 
 
 def _check_file(name: str) -> None:
@@ -119,16 +125,3 @@ def check_run_id(run_id: str, option: str) -> None:
     """Raise InputError unless this can be the id of a run."""
     if not RUN_ID.fullmatch(run_id):
         raise InputError(f"{option} {run_id}: no such run: an id is 32 digits and letters from a to f")
-
-
-# PROVISIONAL
-def short_name(model: str) -> str:
-    from pathlib import PurePath
-    model = model.removeprefix("timm:").removeprefix("models:/")
-    if model.endswith((".onnx", ".pt2")):
-        model = PurePath(model).stem
-    return re.sub(r"[^\w-]+", "-", model)
-
-
-def is_rebuilt_by_name(name: str) -> bool:
-    return not name.startswith("object:") and not name.endswith((".onnx", ".pt2")) and (":" not in name or name.startswith("timm:"))
