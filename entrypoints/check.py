@@ -38,9 +38,9 @@ def as_options(own: dict[str, Any], overrides: Overrides) -> None:
 
 @with_options("", "data", "preprocess", "quantize", "latency", "gate", given=as_options)
 def check(config: Config, *, given: Model, register: Register = True) -> dict[str, Any] | None:
-    """Can this classifier, trained elsewhere, ship as int8 on this CPU? Quantize it, measure both models, register both.
+    """Can a classifier of yours ship as int8 on this CPU? Take it as it is, quantize, measure both, register both.
 
-    MODEL is taken as it is: nothing is trained. The images are in --data DIR, in DIR/test/<class>/ or DIR/val/<class>/.
+    Nothing is trained. The images are in --data DIR: DIR/test/<class>/ or DIR/val/<class>/.
     """
     from qexp.pipeline.check import run_check
 

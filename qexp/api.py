@@ -290,14 +290,14 @@ def check(
     are printed.
 
     Args:
-        model: a module (float images [N, C, H, W] in [0, 1], normalised by `mean` and `std` if these are given, to logits
-            [N, classes]), a file of weights (with `architecture`), FILE.onnx, FILE.pt2, or models:/NAME/VERSION.
+        model: a module (float images [N, C, H, W] in [0, 1], normalised by `mean` and `std` if these are given, to
+            logits [N, classes]), a file of weights (with `architecture`), FILE.onnx, FILE.pt2, or models:/NAME/VERSION.
         data: a folder with DIR/test/<class>/ or DIR/val/<class>/, and DIR/train/<class>/ for calibration unless
             `calibration_dir` is given.
         architecture: of a file of weights: a torchvision classifier, timm:NAME or package.module:factory.
         name: of the model in the registry and the report; None: that of the class or the file.
-        register: put both models into MLflow's registry, in the store that MLFLOW_TRACKING_URI names; False needs no MLflow
-            server or database.
+        register: put both models into MLflow's registry, in the store that MLFLOW_TRACKING_URI names; False needs no
+            MLflow server or database.
         options: those of the command, with `_` for `-`: `preprocess="imagenet"`, `image_size=224`, `engine=["fx"]`,
             `calibration_dir=…`, `batch_sizes=[1, 8]`, `quick=True`, …
 

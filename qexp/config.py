@@ -417,6 +417,7 @@ class ModelGate(BaseModel):
     min_size_ratio: NotNegative | None = None
     min_speedup: NotNegative | None = None
     min_top1: Percent | None = None
+    min_agreement: Percent | None = None
     champion_top1_margin: NotNegative | None = None
     champion_slowdown_percent: NotNegative | None = None
 
@@ -445,6 +446,13 @@ class GateConfig(BaseModel):
         ge=0,
         le=100,
         description="int8 test top-1 that its 95 % interval must not go below, percent; auto: no such limit",
+    )
+    min_agreement: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="share of the test images for which int8 must name the same class as fp32, as the lower end of its "
+        "95 % interval, percent; needs no labels; auto: no such limit",
     )
     champion_top1_margin: float = Field(
         1.0,
@@ -512,8 +520,8 @@ class Config(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
     weights: Text | None = Field(
         None,
-        description="file of weights that were trained elsewhere (.pt, .pth, .safetensors), or DEFAULT or another name of "
-        "torchvision's; auto: none",
+        description="file of weights that were trained elsewhere (.pt, .pth, .safetensors), or DEFAULT or another name "
+        "of torchvision's; auto: none",
     )
     threads: int | None = Field(
         None, ge=1, le=MOST, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"

@@ -5,7 +5,7 @@ Takes a model and images, feeds the gate, the report and the search. Logits are 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 
 import torch
 from scipy.special import ndtri
@@ -56,6 +56,7 @@ class Comparison:
     only_fp32_correct_images: int | float
     only_int8_correct_images: int | float
     images: int
+    kl_nats: float | None = None  # mean divergence of the classes' probabilities from those of fp32; None: not known
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def compare(fp32_logits: Tensor, int8_logits: Tensor, labels: Tensor) -> Compari
     low, high = paired_drop_interval(lost, gained, len(labels))
     agreement, count = 100 * _agreement(fp32_logits, int8_logits).mean().item(), len(labels)
     top3_drop = 100 * ahead_top3.sum().item() / count
-    return Comparison(100 * (lost - gained) / count, low, high, top3_drop, agreement, lost, gained, count)
+    divergence = _divergence_nats(fp32_logits, int8_logits)
+    return Comparison(100 * (lost - gained) / count, low, high, top3_drop, agreement, lost, gained, count, divergence)
 
 
 def guess_percent(labels: Tensor) -> float:
@@ -145,6 +147,13 @@ def _agreement(first: Tensor, second: Tensor) -> Tensor:
     best = [logits == logits.amax(1, keepdim=True) for logits in (first, second)]
     pairs = (best[0].sum(1) * best[1].sum(1)).clamp(min=1)
     return (best[0] & best[1]).sum(1) / pairs.double()
+
+
+def _divergence_nats(fp32_logits: Tensor, int8_logits: Tensor) -> float | None:
+    """Mean Kullback-Leibler divergence of int8's probabilities from fp32's; None with logits that are not finite."""
+    ours, theirs = (logits.double().log_softmax(1) for logits in (fp32_logits, int8_logits))
+    found = (ours.exp() * (ours - theirs)).sum(1).mean().item()
+    return max(0.0, found) if isfinite(found) else None
 
 
 def _count(images: float) -> int | float:

@@ -13,8 +13,8 @@ PASSED: Final = "passed"
 FAILED: Final = "failed"
 UNMEASURED: Final = "not measured well enough"
 Word = Literal["passed", "failed", "not measured well enough"]
-TRAINED, VERIFIED, DROP, SIZE, SPEED, TOP1 = (
-    "trained", "verified", "max_top1_drop", "min_size_ratio", "min_speedup", "min_top1",
+TRAINED, VERIFIED, DROP, SIZE, SPEED, TOP1, AGREEMENT = (
+    "trained", "verified", "max_top1_drop", "min_size_ratio", "min_speedup", "min_top1", "min_agreement",
 )  # fmt: skip
 SMALLER = 0.99  # a successor of at most this share of the champion's size is smaller: files differ by their metadata
 
@@ -98,6 +98,10 @@ def decide_gate(
         least, _ = share_interval(int8.top1_percent, int8.images)
         text = f"int8 top-1 {int8.top1_percent:.4g} %, lower end {least:.4g}"
         others.append(_at_least(TOP1, text, least, limits.min_top1))
+    if limits.min_agreement is not None:
+        least, _ = share_interval(drop.agreement_percent, drop.images)
+        text = f"agreement with fp32 {drop.agreement_percent:.4g} %, lower end {least:.4g}"
+        others.append(_at_least(AGREEMENT, text, least, limits.min_agreement))
     at = f"over {speedup.over} at batch size {speedup.batch_size}"
     faster = f"speed-up {speedup.ratio.median:.4g} {at}, lower end {speedup.ratio.low:.4g}"
     speed = _at_least(SPEED, faster, speedup.ratio.low, limits.min_speedup)

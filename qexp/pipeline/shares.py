@@ -1,7 +1,7 @@
 """Evaluation shared by the processes that torchrun has started, on one machine or several.
 
-The first process has the job; the others wait for models. Each computes every n-th batch of the images, with the batches
-that one process would take, so that the logits are those of one process; the first one puts them together.
+The first process has the job; the others wait for models. Each computes every n-th batch of the images, with the
+batches that one process would take, so that the logits are those of one process; the first one puts them together.
 """
 
 import tempfile

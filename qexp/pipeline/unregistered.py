@@ -1,7 +1,7 @@
 """The whole job without MLflow: the same stages, whose models lie in a folder for as long as it lasts.
 
-`qexp check --no-register` and `qexp.check(…, register=False)` call it. Nothing is logged; the answer is what is returned,
-and the report where `output_dir` says.
+`qexp check --no-register` and `qexp.check(…, register=False)` call it. Nothing is logged; the answer is what is
+returned, and the report where `output_dir` says.
 """
 
 import tempfile

@@ -46,6 +46,7 @@ class DataFacts:
     test_images: int
     duplicates: Duplicates | None = None
     guess_percent: float | None = None
+    labelled: bool = True  # False: the images have no labels, and what fp32 says stands in for them
 
     @property
     def guess(self) -> float:

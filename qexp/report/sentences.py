@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from qexp.measurement.accuracy import Accuracy, share_interval
 from qexp.measurement.cost import TORCHINFO
-from qexp.measurement.gate import DROP, SIZE, SPEED, TOP1, VERIFIED
+from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, VERIFIED
 from qexp.measurement.host import Host
 from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyResult, LatencyRow, Ratio
 from qexp.measurement.sweep_models import BASELINE, BF16, EAGER
@@ -33,6 +33,7 @@ FAILED_LIMITS = {
     SIZE: "its file is not small enough",
     SPEED: "it is not shown to be fast enough",
     TOP1: "its top-1 is not shown to be high enough",
+    AGREEMENT: "it does not agree with fp32 on enough images",
     VERIFIED: "a model gives other outputs after it is reloaded",
 }
 
@@ -210,8 +211,8 @@ def _trained_elsewhere(evidence: Evidence) -> list[str]:
         said.append(f"It was given {preprocessing(found)}.")
     if evidence.verdict.word == NOT_TRAINED:
         said.append(
-            "Its accuracy on the test images is near chance: the preprocessing or the order of the classes may be another "
-            "one than it was trained with (`--preprocess`, `--mean`, `--std`, `--resize`, `--crop`, `--channels`, "
+            "Its accuracy on the test images is near chance: the preprocessing or the order of the classes may be "
+            "another one than it was trained with (`--preprocess`, `--mean`, `--std`, `--resize`, `--crop`, `--channels`, "
             "`--input-range`, `--classes`)."
         )
     return said
@@ -268,6 +269,16 @@ def accuracy(evidence: Evidence) -> list[str]:
     else:
         meaning = "The change in top-1 may be chance: the 95 % interval of the drop includes 0"
     lost, gained = found.only_fp32_correct_images, found.only_int8_correct_images
+    divergence = (
+        f", and the mean divergence of its probabilities (KL) is {found.kl_nats:.2g} nats" if found.kl_nats else ""
+    )
+    if not evidence.fp32.data.labelled:
+        return [
+            "The test images have no labels. What fp32 says stands in for them: its own top-1 is 100 % by definition, and "
+            "that of int8 is the share of images for which both name the same class.",
+            f"int8 names another class than fp32 for {_number(found.only_fp32_correct_images)} of {found.images:,} images"
+            f"{divergence}.",
+        ]
     return [
         f"After quantization, top-1 on the test images {changed(found.top1_drop_points)} and top-3 "
         f"{changed(found.top3_drop_points)}. {meaning}.",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qexp.measurement.accuracy import Accuracy, share_interval
-from qexp.measurement.gate import DROP, SIZE, SPEED, TOP1, TRAINED, VERIFIED, GateCheck
+from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, TRAINED, VERIFIED, GateCheck
 from qexp.measurement.host import too_many_threads
 from qexp.measurement.latency import LatencyRow, LatencyStats, Ratio
 from qexp.report import sentences
@@ -29,10 +29,11 @@ def summary(evidence: Evidence) -> Table:
     checks = {check.limit: check for check in evidence.gate.checks}
     fp32, int8 = evidence.fp32.accuracy["test"], evidence.int8.accuracy["test"]
     drop = evidence.int8.comparison["test"]
+    labelled = evidence.fp32.data.labelled
     ends = f"{drop.top1_drop_low_points:.2f} to {drop.top1_drop_high_points:.2f}"
     rows = [
         [
-            f"Top-1, {fp32.images:,} test images",
+            f"Top-1, {fp32.images:,} test images" if labelled else f"Agreement with fp32, {fp32.images:,} images",
             *(_top1(accuracy) for accuracy in (fp32, int8)),
             f"drop {drop.top1_drop_points:.2f} points ({ends})",
             *_limit(checks.get(DROP), "at most {:g} points", "{:.4g} points"),
@@ -85,6 +86,8 @@ def _other_limits(checks: dict[str, GateCheck]) -> Iterator[list[str]]:
     """Limits that compare nothing with float."""
     if least := checks.get(TOP1):
         yield ["Lowest top-1 allowed", "", "", "", *_limit(least, "at least {:g} %", "{:.4g} %")]
+    if same := checks.get(AGREEMENT):
+        yield ["Lowest agreement with fp32", "", "", "", *_limit(same, "at least {:g} %", "{:.4g} %")]
     if guess := checks.get(TRAINED):
         yield ["fp32 better than guessing", "", "", "", *_limit(guess, "above {:.4g} %", "{:.4g} %")]
     if same := checks.get(VERIFIED):

@@ -1,7 +1,7 @@
 """MLflow's own evaluation, `mlflow.models.evaluate(…, evaluators="qexp")`: an int8 version beside its fp32 source.
 
-MLflow finds `Evaluator` by the entry point `mlflow.model_evaluator` of the package. Whoever evaluates and validates models
-with MLflow, for instance by `mlflow.validate_evaluation_results`, gets the figures of qexp.
+MLflow finds `Evaluator` by the entry point `mlflow.model_evaluator` of the package. Whoever evaluates and validates
+models with MLflow, for instance by `mlflow.validate_evaluation_results`, gets the figures of qexp.
 """
 
 from functools import partial
@@ -45,9 +45,9 @@ class Evaluator(ModelEvaluator):
         """Log the figures to the run, and return them.
 
         Args:
-            dataset: rows of one image each: a data frame with the image's file in its one column beside the label, or an
-                array [N, C * H * W] of images as the version takes them, uint8 or float in [0, 1]; labels are names or
-                numbers of classes.
+            dataset: rows of one image each: a data frame with the image's file in its one column beside the label, or
+                an array [N, C * H * W] of images as the version takes them, uint8 or float in [0, 1]; labels are names
+                or numbers of classes.
             model: what MLflow has loaded for models:/NAME/VERSION.
 
         Raises:
