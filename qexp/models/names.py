@@ -85,7 +85,8 @@ def is_factory(name: str) -> bool:
 
 def short_name(model: str) -> str:
     """The part that `--model` has in the names of experiments, runs, folders and registered models: letters, digits,
-    `-` and `_` only, which MLflow takes in all of them. A file gives its name without folder and suffix, `timm:NAME` its name, `a.b:c` a.b-c."""
+    `-` and `_`, which MLflow takes in all of them. A file gives its name without folder and suffix, `timm:NAME` its
+    name, `a.b:c` a-b-c."""
     own = Path(model).stem if is_file(model) else model.removeprefix(TIMM).removeprefix("models:/")
     return re.sub(r"[^\w-]+", "-", own, flags=re.ASCII).strip("-") or "model"
 

@@ -274,8 +274,8 @@ def accuracy(evidence: Evidence) -> list[str]:
     )
     if not evidence.fp32.data.labelled:
         return [
-            "The test images have no labels. What fp32 says stands in for them: its own top-1 is 100 % by definition, and "
-            "that of int8 is the share of images for which both name the same class.",
+            "The test images have no labels. What fp32 says stands in for them: its own top-1 is 100 % by definition, "
+            "and that of int8 is the share of images for which both name the same class.",
             f"int8 names another class than fp32 for {_number(found.only_fp32_correct_images)} of {found.images:,} images"
             f"{divergence}.",
         ]

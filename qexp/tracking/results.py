@@ -32,8 +32,8 @@ class NewModel:
     """A model that is to be registered, and what was found about it.
 
     `stored` is what the registry stores: a classifier or another module, a TorchScript module or an ONNX model.
-    `expected` are the logits that it must give for the uint8 images `sample` [N, 3, H, W] when it is loaded again; `logits` are those of the data
-    set, by split. `layers` is the table of its layers as text.
+    `expected` are the logits that it must give for the uint8 images `sample` [N, C, H, W] when it is loaded again;
+    `logits` are those of the data set, by split. `layers` is the table of its layers as text.
     """
 
     evidence: Fp32Evidence | Int8Evidence
