@@ -324,6 +324,7 @@ def check(
         given["data_dir"] = os.fspath(data)
     config = load_config(NO_FILE, by_section(given | {"epochs": 0}))
     done = run(config, register, module)
+    assert done is not None  # no other process does the work
     found = Checked(done.evidence, done.run_id, done.report_uri)
     print(found)
     return found

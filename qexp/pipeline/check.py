@@ -11,12 +11,13 @@ from qexp.tracking.plain import is_own
 from qexp.tracking.store import use_store
 
 
-def run_check(config: Config, register: bool = True) -> dict[str, Any]:
-    """What `check` has found, as the last line of `qexp check`."""
-    return summary_of("check", check(config, register))
+def run_check(config: Config, register: bool = True) -> dict[str, Any] | None:
+    """What `check` has found, as the last line of `qexp check`; None in a process that only helps another one."""
+    found = check(config, register)
+    return summary_of("check", found) if found else None
 
 
-def check(config: Config, register: bool = True, module: nn.Module | None = None) -> Reported:
+def check(config: Config, register: bool = True, module: nn.Module | None = None) -> Reported | None:
     """Take the model of `config`, or `module`, quantize, measure, gate, report.
 
     Args:
@@ -26,12 +27,7 @@ def check(config: Config, register: bool = True, module: nn.Module | None = None
     if config.model.startswith("models:/"):
         use_store()
         if is_own(config.model):
-            return _done(whole_job(config.model_copy(update={"model": "auto"}), model_uri=config.model))
+            return whole_job(config.model_copy(update={"model": "smallnet"}), model_uri=config.model)
     if not register:
         return Reported(check_unregistered(config, module), "", "")
-    return _done(whole_job(config, module=module))
-
-
-def _done(found: Reported | None) -> Reported:
-    assert found is not None  # no other process does the work
-    return found
+    return whole_job(config, module=module)

@@ -212,8 +212,8 @@ def _trained_elsewhere(evidence: Evidence) -> list[str]:
     if evidence.verdict.word == NOT_TRAINED:
         said.append(
             "Its accuracy on the test images is near chance: the preprocessing or the order of the classes may be "
-            "another one than it was trained with (`--preprocess`, `--mean`, `--std`, `--resize`, `--crop`, `--channels`, "
-            "`--input-range`, `--classes`)."
+            "another one than it was trained with (`--preprocess`, `--mean`, `--std`, `--resize`, `--crop`, "
+            "`--channels`, `--input-range`, `--classes`)."
         )
     return said
 
@@ -276,8 +276,8 @@ def accuracy(evidence: Evidence) -> list[str]:
         return [
             "The test images have no labels. What fp32 says stands in for them: its own top-1 is 100 % by definition, "
             "and that of int8 is the share of images for which both name the same class.",
-            f"int8 names another class than fp32 for {_number(found.only_fp32_correct_images)} of {found.images:,} images"
-            f"{divergence}.",
+            f"int8 names another class than fp32 for {_number(found.only_fp32_correct_images)} of {found.images:,} "
+            f"images{divergence}.",
         ]
     return [
         f"After quantization, top-1 on the test images {changed(found.top1_drop_points)} and top-3 "
