@@ -5,9 +5,10 @@ no pickle) says how to rebuild the module: `load_classifier` needs nothing else.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +21,7 @@ from qexp.files import replacing
 from qexp.models.names import check_model_name
 from qexp.models.preprocessing import Preprocessing, Shape
 
+STATISTICS_BATCH = 1024  # images that are counted at a time
 MOST_PIXELS = 65_536  # of a side of the images, of whatever model
 SMALLNET_BLOCKS = ((32, 64), (64, 128), (128, 128))  # channels of the 3x3 convolutions; a 2x2 max-pool between blocks
 
@@ -65,7 +67,19 @@ class Classifier(nn.Module):
         return self.network(self.normalize(images))
 
 
-def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
+class ImageBatches(Protocol):
+    """Images [N, C, H, W], uint8 or float in [0, 1]: a tensor, or what decodes its batches when they are asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __len__(self) -> int: ...
+
+    def split(self, batch_size: int, /) -> Iterable[Tensor]:
+        """All of them in order, so many at a time."""
+
+
+def build_classifier(spec: ModelSpec, train_images: ImageBatches) -> Classifier:
     """A classifier with fresh weights (torch's global seed), normalised by the statistics of uint8 `train_images`.
 
     Raises:
@@ -77,13 +91,16 @@ def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
     return model
 
 
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+def channel_statistics(images: ImageBatches) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], on the scale 0 to 1.
 
     From a histogram of the 256 values: exact, and the same on every machine. A constant channel gets deviation 1.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
-    shares = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for batch in images.split(STATISTICS_BATCH):
+        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in batch.unbind(1)])
+    shares = counts.double()
     shares /= shares.sum(dim=1, keepdim=True)
     mean = shares @ values
     deviation = (shares @ values**2 - mean**2).clamp(min=0).sqrt()
