@@ -83,8 +83,8 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
     dataset = load_dataset(config.data, config.seed)
     registered.check_data(uri, dataset)
     fp32 = registered.fp32_from_registry(uri, dataset, splits=("test",))
-    count = calibration_count(config.quantize, dataset.train)
-    images = calibration_subset(dataset.train, count, config.seed)[0].images
+    count = calibration_count(config.quantize, dataset.calibration_images)
+    images = calibration_subset(dataset.calibration_images, count, config.seed)[0].pixels()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = make_all(fp32.model, images, folder, reduce_range=not host.has_int8_dot_product)

@@ -11,7 +11,7 @@ import torch
 from conftest import REPOSITORY
 
 from qexp import files
-from qexp.data import imagefolder
+from qexp.data import cifar10
 from qexp.errors import StageError
 from qexp.files import TEMPORARY, own_temporary_folder, replacing
 from qexp.models.classifier import Classifier, ModelSpec, save_classifier
@@ -44,7 +44,7 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
         with replacing(tmp_path / "new" / "text") as temporary:
             temporary.write_text("text")
         images = {"images": torch.zeros(1)}
-        imagefolder.cached(tmp_path, [], squashed(8), lambda: images, lambda found: True)
+        cifar10.cached(tmp_path, [], squashed(8), lambda: images, lambda found: True)
         plain = tmp_path / "plain"
         plain.write_text("as everybody does")
     finally:

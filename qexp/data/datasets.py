@@ -1,10 +1,12 @@
-"""A data set as uint8 tensors in memory, its train/validation split, and seeded, class-stratified samples of it.
+"""A data set: its train/validation split, its test images, and seeded, class-stratified samples of them.
 
-Takes digits, CIFAR-10 or an image folder (imagefolder.py); feeds training, calibration and evaluation.
+Takes digits, CIFAR-10 (both in memory) or an image folder (decoded as needed); feeds training, calibration and
+evaluation.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,9 +15,13 @@ import torch
 from torch import Tensor
 
 from qexp.config import DataConfig, QuantizeConfig
+from qexp.data.cifar10 import Read, read_cifar10, tensors_of
+from qexp.data.decoding import check_memory, fitted_tensors
 from qexp.data.duplicates import Duplicates, count_duplicates
-from qexp.data.folders import check_data_dir
-from qexp.data.imagefolder import cached, check_memory, decode_files, fitted_tensors, list_folder
+from qexp.data.imagefolder import read_folder
+from qexp.data.images import BATCH_SIZE, Images
+from qexp.data.labels import BY_FILE, read_class_names, reordered
+from qexp.data.listing import UNLABELLED, list_tree
 from qexp.errors import InputError
 from qexp.extras import extra
 from qexp.models.preprocessing import Preprocessing, preprocessing_of
@@ -23,39 +29,75 @@ from qexp.models.preprocessing import Preprocessing, preprocessing_of
 DEFAULT_CALIBRATION_SAMPLES = 256
 DIGITS_TEST_SHARE = 0.2
 MAX_NAME_LENGTH = 40
-CIFAR10_IMAGES = 50_000, 10_000  # to train with, to test with
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PIXEL_DIGEST_LENGTH = 16  # of digests of pixels and labels
+FILE_DIGEST_LENGTH = 20  # of digests of names, sizes and labels of files
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 [N, 3, size, size] with labels int64 [N]."""
+    """Images uint8 [N, C, H, W] with labels int64 [N], UNLABELLED where there are none. Those of a folder are decoded
+    where they are indexed."""
 
-    images: Tensor
+    images: Tensor | Images
     labels: Tensor
 
     @cached_property
     def digest(self) -> str:
+        """Of pixels and labels, in their order; of images in files, of their names, sizes and labels instead."""
+        return self.pixel_digest if isinstance(self.images, Tensor) else _file_digest((), {"": self})
+
+    @cached_property
+    def pixel_digest(self) -> str:
         """Of pixels and labels, in their order."""
-        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for batch in _batches(self.images, "comparing images"):
+            digest.update(batch.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()[:PIXEL_DIGEST_LENGTH]
+
+    def has_digest(self, recorded: str) -> bool:
+        """Whether `recorded` is the digest of these images; those that earlier versions gave to files cover pixels."""
+        return recorded == self.digest or (
+            isinstance(self.images, Images) and len(recorded) == PIXEL_DIGEST_LENGTH and recorded == self.pixel_digest
+        )
 
     @cached_property
     def image_digests(self) -> list[bytes]:
         """SHA-256 of the pixels of each image: equal ones belong to equal images."""
-        return [hashlib.sha256(image).digest() for image in self.images.contiguous().numpy()]
+        batches = _batches(self.images, "decoding images")
+        return [hashlib.sha256(image).digest() for batch in batches for image in batch.contiguous().numpy()]
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there are labels: without, there is agreement and no accuracy."""
+        return bool((self.labels != UNLABELLED).all())
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "Split":
         """The images at `indices`, in that order."""
-        return Split(self.images[indices], self.labels[indices])
+        images = self.images.at(indices) if isinstance(self.images, Images) else self.images[indices]
+        return Split(images, self.labels[indices])
+
+    def pixels(self) -> Tensor:
+        """The images as one tensor; InputError where the memory does not hold so many."""
+        return self.images.in_memory() if isinstance(self.images, Images) else self.images
+
+
+def _batches(images: Tensor | Images, label: str) -> Iterable[Tensor]:
+    return images.tracked(label) if isinstance(images, Images) else images.split(BATCH_SIZE)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What the stages work on. `train` and `validation` are disjoint parts of the training images; `digest` covers the
-    decoded pixels and labels of all of them, so that two machines can tell whether they saw the same data."""
+    """What the stages work on. `train` and `validation` are disjoint parts of the training images, empty without any;
+    `calibration` are images for that alone.
+
+    `digest` covers classes and labels, and the decoded pixels, or of images in files the names and sizes of the files
+    and how they are resized, so that two machines can tell whether they saw the same data. `whole` are the images as
+    they were found, by part.
+    """
 
     name: str
     source: str
@@ -64,6 +106,18 @@ class Dataset:
     validation: Split
     test: Split
     digest: str
+    calibration: Split | None = None
+    whole: dict[str, Split] | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are decoded: what needs each of them costs little."""
+        return isinstance(self.test.images, Tensor)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts that have images."""
+        return tuple(name for name in ("train", "validation", "test") if len(getattr(self, name)))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -72,32 +126,117 @@ class Dataset:
 
     @cached_property
     def duplicates(self) -> Duplicates:
-        """Equal images in several parts."""
+        """Equal images in several parts. All images are decoded for it."""
         return count_duplicates(
             *((part.image_digests, part.labels.tolist()) for part in (self.train, self.validation, self.test))
         )
 
+    @property
+    def calibration_images(self) -> Split:
+        """Those that set the ranges: of a folder of their own, or the training images.
 
-def load_dataset(options: DataConfig, seed: int, preprocessing: Preprocessing | None = None) -> Dataset:
+        Raises:
+            InputError: there are none.
+        """
+        found = self.train if self.calibration is None else self.calibration
+        if not len(found):
+            raise InputError(f"--calibration-dir: must be given: {self.source} has no training images")
+        return found
+
+    def has_digest(self, recorded: str) -> bool:
+        """Whether `recorded` is the digest of these data; those that earlier versions gave to folders cover pixels."""
+        return recorded == self.digest or (
+            self.whole is not None and len(recorded) == PIXEL_DIGEST_LENGTH and recorded == self._pixel_digest
+        )
+
+    @cached_property
+    def _pixel_digest(self) -> str:
+        assert self.whole is not None
+        return _content_digest(self.classes, self.whole)
+
+    def with_classes(self, count: int) -> "Dataset":
+        """These data for a model with so many logits: where nothing else names its classes, numbers do.
+
+        Raises:
+            InputError: the data have another number of classes.
+        """
+        test, numbers = self.test.images, tuple(map(str, range(count)))
+        numbered = (
+            isinstance(test, Images) and test.listing.key == BY_FILE and self.classes == numbers[: len(self.classes)]
+        )
+        if numbered or not self.classes:
+            return replace(self, classes=numbers)
+        if len(self.classes) != count:
+            raise InputError(
+                f"--data-dir {self.source}: has {len(self.classes)} classes, and the model has {count} logits"
+            )
+        return self
+
+
+def load_dataset(
+    options: DataConfig, seed: int, preprocessing: Preprocessing | None = None, needs_training: bool = True
+) -> Dataset:
     """Read the data set that `options` names, as images of `preprocessing`, and split it with `seed`.
 
     Args:
         preprocessing: of the model; None: the whole images, resized to the options' size.
+        needs_training: whether there must be training images; without them, `train` and `validation` are empty.
 
     Raises:
         InputError: the files are missing or broken; the message names the file, class or option.
     """
-    readers = {"digits": _read_digits, "cifar10": _read_cifar10, "imagefolder": _read_imagefolder}
-    source, classes, tensors = readers[options.dataset](options, preprocessing or preprocessing_of(options))
-    full = Split(tensors["train_images"], tensors["train_labels"])
-    test = Split(tensors["test_images"], tensors["test_labels"])
-    held_out = stratified_sample(full.labels, max(1, round(options.validation_share * len(full))), seed)
+    wanted = preprocessing or preprocessing_of(options)
+    if options.dataset == "imagefolder":
+        source, classes, parts = _read_imagefolder(options, wanted, needs_training)
+        digest = _file_digest(classes, parts)
+    else:
+        readers = {"digits": _read_digits, "cifar10": read_cifar10}
+        source, classes, tensors = readers[options.dataset](options, wanted)
+        classes, tensors = _in_wanted_order(options, classes, tensors)
+        parts = {part: Split(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in ("train", "test")}
+        digest = _content_digest(classes, parts)
+    train, validation = _split(parts["train"], options.validation_share, seed)
+    whole = parts if options.dataset == "imagefolder" else None
+    calibration = _calibration_images(options, wanted)
+    return Dataset(dataset_name(options), source, classes, train, validation, parts["test"], digest, calibration, whole)
+
+
+def _split(full: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Training and validation images; without labels or images there is no validation."""
+    if not (len(full) and full.is_labelled):
+        return full, full.subset(torch.arange(0))
+    held_out = stratified_sample(full.labels, max(1, round(share * len(full))), seed)
     kept = torch.ones(len(full), dtype=torch.bool)
     kept[held_out] = False
-    train = full.subset(kept.nonzero().flatten())
-    return Dataset(
-        dataset_name(options), source, classes, train, full.subset(held_out), test, _content_digest(classes, tensors)
-    )
+    return full.subset(kept.nonzero().flatten()), full.subset(held_out)
+
+
+def _read_imagefolder(
+    options: DataConfig, wanted: Preprocessing, needs_training: bool
+) -> tuple[str, tuple[str, ...], dict[str, Split]]:
+    found = read_folder(options, needs_training)
+    test = Split(Images(found.test, wanted), found.test.labels)
+    nothing = test.subset(torch.arange(0))
+    train = Split(Images(found.train, wanted), found.train.labels) if found.train else nothing
+    return found.source, found.classes, {"train": train, "test": test}
+
+
+def _calibration_images(options: DataConfig, wanted: Preprocessing) -> Split | None:
+    if options.calibration_dir is None:
+        return None
+    listing = list_tree(Path(options.calibration_dir), option="--calibration-dir")
+    return Split(Images(listing, wanted), listing.labels)
+
+
+def _in_wanted_order(
+    options: DataConfig, classes: tuple[str, ...], tensors: dict[str, Tensor]
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Classes and labels in the order that a file of classes gives."""
+    if options.classes is None:
+        return classes, tensors
+    given, option = read_class_names(Path(options.classes)), f"--classes {options.classes}"
+    labels = {name: reordered(tensors[name], classes, given, option) for name in ("train_labels", "test_labels")}
+    return given, tensors | labels
 
 
 def dataset_name(options: DataConfig) -> str:
@@ -141,20 +280,22 @@ def _apportion(sizes: np.ndarray, count: int) -> np.ndarray:
     return given
 
 
-def calibration_count(options: QuantizeConfig, train: Split) -> int:
-    """How many images `calibration_samples` stands for.
+def calibration_count(options: QuantizeConfig, images: Split) -> int:
+    """How many of these images `calibration_samples` stands for.
 
     Raises:
-        InputError: there are fewer training images than asked for.
+        InputError: there are fewer than asked for.
     """
-    count = options.calibration_samples or min(DEFAULT_CALIBRATION_SAMPLES, len(train))
-    if count > len(train):
-        raise InputError(f"--calibration-samples {count}: must be at most {len(train)}, the number of training images")
+    count = options.calibration_samples or min(DEFAULT_CALIBRATION_SAMPLES, len(images))
+    if count > len(images):
+        kind = "training images" if images.is_labelled else "images to calibrate with"
+        raise InputError(f"--calibration-samples {count}: must be at most {len(images)}, the number of {kind}")
     return count
 
 
 def calibration_subset(train: Split, count: int, seed: int) -> tuple[Split, str]:
-    """`count` un-augmented training images, class-stratified, and the digest of their indices in `train`, in order.
+    """`count` un-augmented training images in memory, class-stratified, and the digest of their indices in `train`, in
+    order. Only these are decoded.
 
     Their order is random, by the same seed, so that each batch of a calibration holds all classes: files come class
     by class.
@@ -164,17 +305,28 @@ def calibration_subset(train: Split, count: int, seed: int) -> tuple[Split, str]
     """
     drawn = stratified_sample(train.labels, count, seed)
     indices = drawn[torch.from_numpy(np.random.RandomState(seed).permutation(count))]
-    return train.subset(indices), hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+    subset, digest = train.subset(indices), hashlib.sha256(indices.numpy().astype("<i8").tobytes())
+    return Split(subset.pixels(), subset.labels), digest.hexdigest()[:16]
 
 
-def _content_digest(classes: tuple[str, ...], tensors: dict[str, Tensor]) -> str:
+def _content_digest(classes: tuple[str, ...], parts: dict[str, Split]) -> str:
+    """Of class names, pixels and labels."""
     digest = hashlib.sha256("\0".join(classes).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().numpy().data)
-    return digest.hexdigest()[:16]
+    for name in sorted(parts):
+        for batch in _batches(parts[name].images, "comparing images"):
+            digest.update(batch.contiguous().numpy().data)
+        digest.update(parts[name].labels.numpy().data)
+    return digest.hexdigest()[:PIXEL_DIGEST_LENGTH]
 
 
-Read = tuple[str, tuple[str, ...], dict[str, Tensor]]  # source, class names, the four tensors
+def _file_digest(classes: tuple[str, ...], parts: dict[str, Split]) -> str:
+    """Of class names, names, sizes and labels of files, and of how their images are resized."""
+    digest = hashlib.sha256("\0".join(classes).encode())
+    for name in sorted(parts):
+        images = parts[name].images
+        assert isinstance(images, Images)
+        digest.update(f"{name}\0{images.preprocessing.geometry_text}\0{images.digest}\n".encode())
+    return digest.hexdigest()[:FILE_DIGEST_LENGTH]
 
 
 def _read_digits(options: DataConfig, wanted: Preprocessing) -> Read:
@@ -197,88 +349,4 @@ def _read_digits(options: DataConfig, wanted: Preprocessing) -> Read:
     test = torch.zeros(len(labels), dtype=torch.bool)
     test[stratified_sample(labels, round(DIGITS_TEST_SHARE * len(labels)), seed=0)] = True
     classes = tuple(str(name) for name in digits.target_names)
-    return (
-        "sklearn.datasets.load_digits",
-        classes,
-        _tensors(images[~test], labels[~test], images[test], labels[test]),
-    )
-
-
-def _read_cifar10(options: DataConfig, wanted: Preprocessing) -> Read:
-    """The original CIFAR-10 archive, read by torchvision, which downloads it unless it is there."""
-    root = Path(options.data_dir or "data/cifar10-python")
-    folder = root / "cifar-10-batches-py"
-    if not folder.is_dir():
-        _decode_cifar10(root, wanted)
-    files = sorted(str(file) for file in folder.iterdir())
-    tensors = cached(
-        root, files, wanted, lambda: _decode_cifar10(root, wanted), lambda found: _fits_cifar10(found, wanted)
-    )
-    return str(root), CIFAR10_CLASSES, tensors
-
-
-def _fits_cifar10(found: dict[str, Tensor], preprocessing: Preprocessing) -> bool:
-    counts: dict[str, int] = {name: len(found[name]) for name in ("train_labels", "test_labels") if name in found}
-    return _fit(found, preprocessing, counts) and all(
-        found[name].min() >= 0 and found[name].max() < len(CIFAR10_CLASSES) for name in counts
-    )
-
-
-def _decode_cifar10(root: Path, preprocessing: Preprocessing) -> dict[str, Tensor]:
-    from qexp.models.vision import torchvision
-
-    check_memory(sum(CIFAR10_IMAGES), preprocessing)
-    try:
-        sets = [torchvision.datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # no network, a proxy's page, a cut-off file: many kinds of errors, the same ways out
-        raise InputError(
-            f"--dataset cifar10: not in {root}, no download: {error}; put cifar-10-python.tar.gz there, or "
-            "use --dataset imagefolder --data-dir DIR (DIR/train/<class>/ and DIR/test/<class>/) or --dataset digits"
-        ) from None
-    parts = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
-    size = [preprocessing.height_px, preprocessing.width_px]
-    if not preprocessing.is_plain:
-        parts = [fitted_tensors(part, preprocessing) for part in parts]
-    elif size != list(parts[0].shape[-2:]):
-        parts = [torchvision.transforms.functional.resize(part, size, antialias=True) for part in parts]
-    labels = [torch.tensor(part.targets) for part in sets]
-    return _tensors(parts[0], labels[0], parts[1], labels[1])
-
-
-def _read_imagefolder(options: DataConfig, wanted: Preprocessing) -> Read:
-    check_data_dir(options)
-    root = Path(options.data_dir or "")
-    classes, files = list_folder(root)
-    flat = {part: [file for of_class in per_class for file in of_class] for part, per_class in files.items()}
-
-    def read() -> dict[str, Tensor]:
-        images = decode_files(flat["train"] + flat["test"], wanted)
-        first = len(flat["train"])
-        return _tensors(images[:first], labels["train"], images[first:].clone(), labels["test"])
-
-    def fits(found: dict[str, Tensor]) -> bool:
-        counts = {f"{part}_labels": len(flat[part]) for part in labels}
-        return _fit(found, wanted, counts) and all(
-            torch.equal(found[f"{part}_labels"], of_part) for part, of_part in labels.items()
-        )
-
-    labels = {part: torch.repeat_interleave(torch.tensor([len(c) for c in files[part]])) for part in files}
-    tensors = cached(root, flat["train"] + flat["test"], wanted, read, fits)
-    return str(root), classes, tensors
-
-
-def _fit(found: dict[str, Tensor], preprocessing: Preprocessing, counts: dict[str, int]) -> bool:
-    """Whether a cache holds the tensors that `_tensors` names, of their types and shapes; `counts` are of labels."""
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    if len(counts) < 2:
-        return False
-    for name, count in counts.items():
-        expected[name] = torch.int64, (count,)
-        expected[name.replace("labels", "images")] = torch.uint8, (count, *preprocessing.shape)
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == expected
-
-
-def _tensors(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> dict[str, Tensor]:
-    """The four tensors of a data set by name, as they are cached and digested."""
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    return dict(zip(names, (train_images, train_labels, test_images, test_labels), strict=True))
+    return "sklearn.datasets.load_digits", classes, tensors_of(images[~test], labels[~test], images[test], labels[test])

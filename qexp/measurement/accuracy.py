@@ -3,17 +3,20 @@
 Takes a model and images, feeds the gate, the report and the search. Logits are computed once and kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import ceil, isfinite, sqrt
 
 import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from qexp.models.classifier import ImageBatches
 from qexp.progress import track
 from qexp.tables import Shown, Table
 
+MOST_A_BATCH, FEWEST_A_BATCH = 256, 64  # images of an evaluation
+MOST_PIXELS_A_BATCH = 256 * 112 * 112
 Z_95 = float(ndtri(0.975))
 
 
@@ -99,11 +102,19 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().contiguous() if images.is_floating_point() else images.float().div_(255)
 
 
-def predict_logits(model: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 256, label: str = "") -> Tensor:
-    """Logits float32 [N, classes] of images [N, 3, H, W], uint8 or float in [0, 1], in their order."""
+def evaluation_batch(shape: Sequence[int]) -> int:
+    """Images a batch of an evaluation, for images of this shape: fewer where they are large, so that the activations
+    take no more memory."""
+    return max(FEWEST_A_BATCH, min(MOST_A_BATCH, MOST_PIXELS_A_BATCH // (shape[-2] * shape[-1])))
+
+
+def predict_logits(
+    model: Callable[[Tensor], Tensor], images: ImageBatches, batch_size: int | None = None, label: str = ""
+) -> Tensor:
+    """Logits float32 [N, classes] of images [N, C, H, W], uint8 or float in [0, 1], in their order."""
+    size = batch_size or evaluation_batch(images.shape)
     with torch.no_grad():
-        batches = images.split(batch_size)
-        shown = track(batches, label or "evaluating", len(batches))
+        shown = track(images.split(size), label or "evaluating", ceil(len(images) / size))
         return torch.cat([model(to_float(batch)).float() for batch in shown])
 
 

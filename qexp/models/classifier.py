@@ -7,9 +7,11 @@ code of a network that comes from a package or from the user.
 
 import json
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -24,6 +26,7 @@ from qexp.models.networks import build_network, builds_without_memory
 from qexp.models.preprocessing import Preprocessing, Shape
 from qexp.models.program import program_bytes, program_from
 
+STATISTICS_BATCH = 1024  # images that are counted at a time
 MOST_PIXELS = 65_536  # of a side of the images, of whatever model
 PROGRAM = "program"  # in a weights file: the exported program of a network that has no other code, as bytes
 NO_CHECK = 1e-3  # share of the largest logit by which those of an image may differ with the batch that it is in
@@ -82,7 +85,19 @@ class Classifier(nn.Module):
         return self.network(self.normalize(images))
 
 
-def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
+class ImageBatches(Protocol):
+    """Images [N, C, H, W], uint8 or float in [0, 1]: a tensor, or what decodes its batches when they are asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __len__(self) -> int: ...
+
+    def split(self, batch_size: int, /) -> Iterable[Tensor]:
+        """All of them in order, so many at a time."""
+
+
+def build_classifier(spec: ModelSpec, train_images: ImageBatches) -> Classifier:
     """A classifier with fresh weights (torch's global seed). What its preprocessing does not say of mean and standard
     deviation are the statistics of uint8 `train_images`.
 
@@ -94,7 +109,7 @@ def build_classifier(spec: ModelSpec, train_images: Tensor) -> Classifier:
     return model
 
 
-def normalization(preprocessing: Preprocessing, images: Tensor | None) -> tuple[Tensor, Tensor]:
+def normalization(preprocessing: Preprocessing, images: ImageBatches | None) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel as `Classifier` takes them: for values on the scale 0 to 1, into which the
     input range of the network is folded.
 
@@ -132,14 +147,16 @@ def _of_channels(preprocessing: Preprocessing, option: str) -> Tensor | None:
     return torch.tensor(given, dtype=torch.float64)
 
 
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+def channel_statistics(images: ImageBatches) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of uint8 images [N, 1 or 3, H, W], on the scale 0 to 1.
 
     From a histogram of the 256 values: exact, and the same on every machine. A constant channel gets deviation 1.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
-    counts = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])]
-    shares = torch.stack(counts).double()
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for batch in images.split(STATISTICS_BATCH):
+        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in batch.unbind(1)])
+    shares = counts.double()
     shares /= shares.sum(dim=1, keepdim=True)
     mean = shares @ values
     deviation = (shares @ values**2 - mean**2).clamp(min=0).sqrt()

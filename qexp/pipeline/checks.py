@@ -7,8 +7,7 @@ import os
 from pathlib import Path, PurePath
 
 from qexp.config import Config, LatencyConfig
-from qexp.data.folders import check_data_dir, is_folder
-from qexp.environment import looked_in
+from qexp.data.folders import check_data_dir, check_places
 from qexp.errors import InputError
 from qexp.models.names import check_model_name
 from qexp.models.preprocessing import preprocessing_of
@@ -31,8 +30,8 @@ def check_options(config: Config, new_model: bool, named: bool = True) -> None:
             raise InputError(f"--epochs 0: {allowed}")
         check_data_dir(config.data)
         preprocessing_of(config.data, config.preprocess)
-    elif config.data.data_dir and not is_folder(config.data.data_dir, "--data-dir"):
-        raise InputError(f"--data-dir {config.data.data_dir}: no such folder{looked_in(config.data.data_dir)}")
+    else:
+        check_places(config.data)
     check_profile(config.latency)
     check_output_dir(config.output_dir)
 

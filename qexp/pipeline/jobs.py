@@ -344,7 +344,8 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     found = [_figures_of(fp32, int8) for int8 in quantized.int8s]
     more: Summary = {"versions": found} if len(found) > 1 else {}
     more |= {"failed_engines": quantized.failed} if quantized.failed else {}
-    more["test_images_also_in_training"] = setup.dataset.duplicates.test_images_seen
+    if counted := fp32.evidence.data.duplicates:
+        more["test_images_also_in_training"] = counted.test_images_seen
     return {"command": "quantize", "run_id": first.run_id, "fp32": fp32.version.uri, **found[0], **more}
 
 

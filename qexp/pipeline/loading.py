@@ -62,9 +62,10 @@ def check_data(uri: str, dataset: Dataset, kind: str = "fp32") -> None:
     """Raise InputError unless the version was made with this data: its test images might be among others."""
     tags = tags_of(registry.find_version(uri, kind))
     digest = tags.data_digest
-    if digest == dataset.digest and tags.classes.count != len(dataset.classes):
+    same = dataset.has_digest(digest)
+    if same and tags.classes.count != len(dataset.classes):
         raise tags.wrong("classes", f"must be the {len(dataset.classes)} names of its data")
-    if digest != dataset.digest:
+    if not same:
         raise InputError(
             f"--data-dir: {dataset.source} (digest {dataset.digest}) is not what {uri} was trained on (digest {digest})"
         )
@@ -82,8 +83,8 @@ def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] | Non
     found = registry.find_version(uri, "fp32")
     model = load_weights(found)
     evidence = _fp32_result(found)
-    # Those of the data at hand: an earlier version has not counted them.
-    data = replace(evidence.data, duplicates=dataset.duplicates)
+    # Those of the data at hand, which cost little in memory: an earlier version has not counted them.
+    data = replace(evidence.data, duplicates=dataset.duplicates) if dataset.in_memory else evidence.data
     version = registry.from_entity(found)
     evidence = replace(evidence, data=data, verified=version.verified)
     return Fp32(model, version, evidence, predict_splits(model, dataset, "fp32", splits or tuple(evidence.accuracy)))

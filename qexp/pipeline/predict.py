@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qexp.config import Config
-from qexp.data.imagefolder import decode_files
+from qexp.data.decoding import decode_files
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.host import read_host

@@ -41,9 +41,9 @@ def find_sensitivity(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -
     subset, _ = calibration(config, dataset)
     chosen = stratified_sample(held_out.labels, min(sensitivity_images(config), len(held_out)), config.seed)
     split = held_out.subset(chosen)
-    source = clean(fp32.model, to_float(subset.images[:2]), options.fold_pool)
+    source = clean(fp32.model, to_float(subset.pixels()[:2]), options.fold_pool)
     reduce_range = not host.has_int8_dot_product
-    return measure_sensitivity(source, subset.images, split.images, split.labels, options, reduce_range)
+    return measure_sensitivity(source, subset.pixels(), split.pixels(), split.labels, options, reduce_range)
 
 
 def quantize(
@@ -90,8 +90,9 @@ def warn_of_reduced_range(host: Host) -> None:
 
 
 def calibration(config: Config, dataset: Dataset) -> tuple[Split, str]:
-    """The training images that set the ranges, and the digest of which they are."""
-    return calibration_subset(dataset.train, calibration_count(config.quantize, dataset.train), config.seed)
+    """The images that set the ranges, and the digest of which they are."""
+    images = dataset.calibration_images
+    return calibration_subset(images, calibration_count(config.quantize, images), config.seed)
 
 
 def _reason_of(result: QuantizeResult) -> str:
@@ -106,7 +107,7 @@ def _quantize(
 ) -> tuple[QuantizedModel, BudgetResult | None]:
     options, reduce_range = config.quantize, not host.has_int8_dot_product
     if options.max_top1_drop is None or sensitivity is None:
-        return quantize_model(fp32.model, subset.images, options, reduce_range), None
+        return quantize_model(fp32.model, subset.pixels(), options, reduce_range), None
     held_out = dataset.validation
 
     def compared(quantized: QuantizedModel) -> Comparison:
@@ -114,7 +115,7 @@ def _quantize(
         return compare(fp32.logits["validation"], logits, held_out.labels)
 
     order = most_sensitive_first(sensitivity)
-    return quantize_within_budget(fp32.model, subset.images, options, reduce_range, order, compared)
+    return quantize_within_budget(fp32.model, subset.pixels(), options, reduce_range, order, compared)
 
 
 def _cost_of_fp32(config: Config, fp32: Fp32, quantized: QuantizedModel) -> Cost:
@@ -137,7 +138,7 @@ def _budget_cost(config: Config, host: Host, fp32: Fp32, subset: Split, quantize
     """Against the same model without the layers that went back, timed in turns in this process."""
     if not set(quantized.result.kept_layers) - set(config.quantize.keep_fp32 or ()):
         return None
-    all_int8 = quantize_model(fp32.model, subset.images, config.quantize, not host.has_int8_dot_product)
+    all_int8 = quantize_model(fp32.model, subset.pixels(), config.quantize, not host.has_int8_dot_product)
     shape = fp32.model.spec.shape
 
     def prepare(batch_size: int) -> dict[str, Run]:

@@ -122,6 +122,5 @@ def check_data_of_run(run_id: str, dataset: Dataset) -> None:
     logged = inputs.dataset_inputs if inputs else []
     digests = {tag.value: found.dataset.digest for found in logged for tag in found.tags}  # by what they are used for
     for split in ("train", "validation", "test"):
-        own = getattr(dataset, split).digest
-        if digests.get(split, own) != own:
+        if split in digests and not getattr(dataset, split).has_digest(digests[split]):
             raise InputError(f"--data-dir: {dataset.source} holds other images than run {run_id} was started with")

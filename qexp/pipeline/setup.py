@@ -19,7 +19,7 @@ from qexp.pipeline.resume import check_data_of_run
 from qexp.pipeline.train import fresh_classifier
 from qexp.progress import say
 from qexp.quantization import KERNELS, LOADED_WITHOUT_PICKLE, check_layer_names
-from qexp.quantization.trial import refusals
+from qexp.quantization.trial import IMAGES, refusals
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.limits import check_names
@@ -67,13 +67,16 @@ def prepare(
     if launch.is_worker():
         config = config.with_training({"processes": read_group().local_size})
     host = _use_threads(config)
-    dataset = load_dataset(config.data, config.seed, preprocessing_of(config.data, config.preprocess))
+    wanted = preprocessing_of(config.data, config.preprocess)
+    dataset = load_dataset(config.data, config.seed, wanted, needs_training=not model_uri)
     if model_uri:
         check_data(model_uri, dataset)
     else:
         check_names(f"{config.model}-{dataset.name}-int8", dataset.classes)
     if read_group().leads:
-        if warning := dataset.duplicates.warning(len(dataset.test)):
+        # Of images that are decoded as needed, those of a training alone are compared: it needs all of them.
+        counted = dataset.in_memory or not model_uri
+        if counted and (warning := dataset.duplicates.warning(len(dataset.test))):
             say(f"warning: {warning}")
         if resume:
             check_data_of_run(resume, dataset)
@@ -101,7 +104,7 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
     if refused and registry.refuses_pickle():
         allowed = f"with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false it must be {', '.join(LOADED_WITHOUT_PICKLE)}"
         raise InputError(f"--engine {','.join(refused)}: {allowed}; MLflow loads TorchScript as it does a pickle")
-    count, kept = calibration_count(config.quantize, dataset.train), config.quantize.keep_fp32
+    count, kept = calibration_count(config.quantize, dataset.calibration_images), config.quantize.keep_fp32
     if kept:
         network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
         check_layer_names(nn.ModuleDict({"network": network}), kept)
@@ -140,7 +143,7 @@ def try_engines(config: Config, dataset: Dataset, needed: bool = True) -> None:
 def _refusals(config: Config, dataset: Dataset, engines: Sequence[str]) -> dict[str, str]:
     network = fresh_classifier(config, dataset)
     reduce_range = not read_host(None).has_int8_dot_product
-    return refusals(network, dataset.train.images, config.quantize, engines, reduce_range)
+    return refusals(network, dataset.train.images[:IMAGES], config.quantize, engines, reduce_range)
 
 
 def _settled(config: Config, dataset: Dataset) -> Config:

@@ -103,9 +103,9 @@ def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict
 
 
 def verification_images(dataset: Dataset) -> Tensor:
-    """Training images on which a version that is loaded again must give the same bits."""
-    count = min(VERIFY_IMAGES, len(dataset.train))
-    return dataset.train.images[stratified_sample(dataset.train.labels, count, seed=0)]
+    """Training images, or without any, test images, on which a version that is loaded again must give the same bits."""
+    part = dataset.train if len(dataset.train) else dataset.test
+    return part.images[stratified_sample(part.labels, min(VERIFY_IMAGES, len(part)), seed=0)]
 
 
 def data_facts(dataset: Dataset, config: Config) -> DataFacts:

@@ -188,8 +188,8 @@ def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[s
 
 def _check_space(config: Config, dataset: Dataset) -> None:
     for count in config.search.sample_counts:
-        if count > len(dataset.train):
-            allowed = f"must be at most {len(dataset.train)}, the number of training images"
+        if count > len(dataset.calibration_images):
+            allowed = f"must be at most {len(dataset.calibration_images)}, the number of images to calibrate with"
             raise InputError(f"--sample-counts {count}: {allowed}")
     most = max(config.search.fp32_layer_counts)
     if most:

@@ -148,8 +148,8 @@ def quantize_with_seed(bench: Bench, options: QuantizeConfig, index: int) -> Qua
     """With the calibration subset of one seed."""
     count, seed = options.calibration_samples, (bench.config.seed + index) % 2**32
     assert count is not None
-    subset, _ = calibration_subset(bench.dataset.train, count, seed)
-    return quantize_model(bench.model, subset.images, options, not bench.host.has_int8_dot_product)
+    subset, _ = calibration_subset(bench.dataset.calibration_images, count, seed)
+    return quantize_model(bench.model, subset.pixels(), options, not bench.host.has_int8_dot_product)
 
 
 def validation_logits(bench: Bench, quantized: QuantizedModel) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qexp.errors import StageError
-from qexp.measurement.accuracy import to_float
+from qexp.measurement.accuracy import evaluation_batch, to_float
+from qexp.models.classifier import ImageBatches
 from qexp.processes import run_python
 from qexp.progress import say
 
@@ -17,10 +18,11 @@ from qexp.progress import say
 SCRIPT = """
 import sys
 import mlflow, numpy
-source, images, logits = sys.argv[1:]
-model, images, found = mlflow.pyfunc.load_model(source), numpy.load(images, mmap_mode="r"), []
-for start in range(0, len(images), 256):
-    given = model.predict(images[start : start + 256].astype(numpy.float32) / numpy.float32(255))
+source, images, logits, size = *sys.argv[1:4], int(sys.argv[4])
+model, found = mlflow.pyfunc.load_model(source), []
+for start in range(0, len(numpy.load(images, mmap_mode="r")), size):
+    batch = numpy.load(images, mmap_mode="r")[start : start + size]  # mapped anew: memory holds what is mapped
+    given = model.predict(batch.astype(numpy.float32) / numpy.float32(255))
     found.append(next(iter(given.values())) if isinstance(given, dict) else given)
 assert "qexp" not in sys.modules
 numpy.save(logits, numpy.concatenate(found))
@@ -28,8 +30,8 @@ numpy.save(logits, numpy.concatenate(found))
 WITHOUT_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 
 
-def bare_logits(source: str, images: Tensor, environment: dict[str, str]) -> Tensor:
-    """Logits of uint8 images [N, 3, H, W] from a process that imports only mlflow and numpy.
+def bare_logits(source: str, images: ImageBatches, environment: dict[str, str]) -> Tensor:
+    """Logits of uint8 images [N, C, H, W] from a process that imports only mlflow and numpy.
 
     Args:
         source: folder of the model.
@@ -40,13 +42,23 @@ def bare_logits(source: str, images: Tensor, environment: dict[str, str]) -> Ten
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs, logits = Path(folder, "images.npy"), Path(folder, "logits.npy")
-        np.save(inputs, images.numpy())
-        words = ["-c", SCRIPT, source, str(inputs), str(logits)]
+        size = evaluation_batch(images.shape)
+        _save(inputs, images, size)
+        words = ["-c", SCRIPT, source, str(inputs), str(logits), str(size)]
         done = run_python(words, environment, capture_output=True, text=True)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise StageError(f"it does not load and run in a clean subprocess: {lines[-1]}")
         return torch.from_numpy(np.load(logits))
+
+
+def _save(file: Path, images: ImageBatches, batch_size: int) -> None:
+    """Write images as a .npy file, a batch at a time."""
+    with open(file, "wb") as opened:
+        header = {"descr": "|u1", "fortran_order": False, "shape": tuple(images.shape)}
+        np.lib.format.write_array_header_1_0(opened, header)
+        for batch in images.split(batch_size):
+            opened.write(batch.contiguous().numpy().data)
 
 
 def reloads_equal(

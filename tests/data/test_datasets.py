@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qexp.config import DataConfig, QuantizeConfig
+from qexp.data.cifar10 import CIFAR10_CLASSES
 from qexp.data.datasets import (
-    CIFAR10_CLASSES,
     Dataset,
     Split,
     calibration_count,
@@ -24,7 +24,7 @@ from qexp.data.datasets import (
     load_dataset,
     stratified_sample,
 )
-from qexp.data.imagefolder import fitted_tensors
+from qexp.data.decoding import fitted_tensors
 from qexp.errors import InputError
 from qexp.models.preprocessing import Preprocessing
 from qexp.models.vision import torchvision

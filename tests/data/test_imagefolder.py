@@ -1,6 +1,5 @@
 """Folders of images: decoding of every kind of file, what is refused, and the cache."""
 
-import os
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from qexp.config import DataConfig
 from qexp.data.datasets import Dataset, load_dataset
-from qexp.data.imagefolder import decode_files, list_folder
+from qexp.data.decoding import decode_files
+from qexp.data.imagefolder import read_folder
 from qexp.errors import InputError
 from qexp.models.preprocessing import Channels, Interpolation, Preprocessing, squashed
 from qexp.models.vision import torchvision
@@ -44,9 +44,13 @@ def _load(root: Path, image_size: int = 8) -> Dataset:
     return load_dataset(options, seed=0)
 
 
+def _decoded(dataset: Dataset) -> dict[str, Tensor]:
+    return {part: getattr(dataset, part).pixels() for part in ("train", "validation", "test")}
+
+
 def _refusal(root: Path) -> str:
     with pytest.raises(InputError) as refused:
-        _load(root)
+        _decoded(_load(root))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -259,87 +263,7 @@ def test_folder_that_does_not_exist_or_was_not_given(tmp_path: Path) -> None:
 
 
 def test_list_folder_is_sorted(pets: Path) -> None:
-    classes, files = list_folder(pets)
-    assert classes == ("cat", "dog")
-    assert [[Path(file).name for file in of_class] for of_class in files["train"]] == [
-        ["0.png", "1.png", "2.png", "3.png"]
-    ] * 2
-
-
-def _fail(*arguments: object, **options: object) -> Tensor:
-    raise AssertionError("an image was decoded")
-
-
-def _caches(root: Path) -> list[str]:
-    return sorted(file.name for file in root.glob(".qexp-cache-*"))
-
-
-def test_second_load_reads_no_image(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = _load(pets)
-    monkeypatch.setattr("qexp.data.datasets.decode_files", _fail)
-    second = _load(pets)
-    assert first.digest == second.digest
-    for before, after in ((first.train, second.train), (first.test, second.test)):
-        assert torch.equal(before.images, after.images) and torch.equal(before.labels, after.labels)
-
-
-def test_changed_file_makes_a_new_cache_and_drops_the_old(pets: Path) -> None:
-    """The file keeps its name and, as BMP is not compressed, its size: the time alone tells that it changed."""
-    file = _save(pets / "test" / "cat" / "0.bmp", RED)
-    size, first, before = file.stat().st_size, _load(pets), _caches(pets)
-    _save(file, (250, 0, 0))
-    os.utime(file, ns=(1, 1))  # the clock of a file system may be too coarse to tell the two writes apart
-    second, after = _load(pets), _caches(pets)
-    assert file.stat().st_size == size
-    assert second.test.images[0, 0, 0, 0] == 250 and first.test.images[0, 0, 0, 0] == RED[0]
-    assert second.digest != first.digest
-    assert len(before) == len(after) == 1 and before != after
-
-
-def test_new_and_removed_files_are_noticed(pets: Path) -> None:
-    _load(pets)
-    _save(pets / "test" / "dog" / "new.png", BLUE)
-    assert len(_load(pets).test) == 5
-    (pets / "test" / "dog" / "new.png").unlink()
-    assert len(_load(pets).test) == 4
-
-
-def test_each_image_size_has_a_cache_of_its_own(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _load(pets, image_size=8)
-    _load(pets, image_size=16)
-    assert len(_caches(pets)) == 2
-    monkeypatch.setattr("qexp.data.datasets.decode_files", _fail)
-    assert _load(pets, image_size=8).test.images.shape[-1] == 8
-    assert _load(pets, image_size=16).test.images.shape[-1] == 16
-
-
-def test_read_only_folder_works_without_a_cache(
-    pets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(tensors: dict[str, Tensor], file: Path) -> None:
-        raise OSError(30, "Read-only file system", str(file))
-
-    monkeypatch.setattr("qexp.data.imagefolder.save_file", refuse)
-    assert len(_load(pets).test) == 4
-    assert _caches(pets) == []
-    assert "no cache of the decoded images" in capsys.readouterr().err
-
-
-def test_full_disk_leaves_no_part_of_a_cache(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(tensors: dict[str, Tensor], file: Path) -> None:
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("qexp.data.imagefolder.save_file", fill)
-    assert len(_load(pets).test) == 4
-    assert _caches(pets) == []
-
-
-@pytest.mark.parametrize("keep", [0, 30, -5], ids=["empty", "cut_off_header", "cut_off_end"])
-def test_damaged_cache_is_rebuilt(pets: Path, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = _load(pets)
-    (cache,) = pets.glob(".qexp-cache-*")
-    whole = cache.read_bytes()
-    cache.write_bytes(whole[:keep])
-    assert _load(pets).digest == first.digest
-    assert cache.read_bytes() == whole
+    found = read_folder(DataConfig(dataset="imagefolder", data_dir=str(pets)), needs_training=True)
+    assert found.train is not None and found.classes == ("cat", "dog")
+    assert list(found.train.names) == [f"train/{name}/{n}.png" for name in ("cat", "dog") for n in range(4)]
+    assert found.train.labels.tolist() == [0] * 4 + [1] * 4

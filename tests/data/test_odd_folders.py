@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from strategies import SEEDED, nasty_texts
+from torch import Tensor
 
 from qexp.config import DataConfig
-from qexp.data import imagefolder
+from qexp.data import decoding
 from qexp.data.datasets import Dataset, load_dataset
-from qexp.data.imagefolder import decode_files, list_folder
+from qexp.data.decoding import decode_files
+from qexp.data.imagefolder import read_folder
 from qexp.errors import InputError
 from qexp.measurement.host import free_memory_bytes
 from qexp.models.preprocessing import squashed
@@ -43,15 +44,20 @@ def _load(root: Path) -> Dataset:
     return load_dataset(options, seed=0)
 
 
+def _decoded(dataset: Dataset) -> dict[str, Tensor]:
+    return {part: getattr(dataset, part).pixels() for part in ("train", "validation", "test")}
+
+
 def _refusal(root: Path) -> str:
     with pytest.raises(InputError) as refused:
-        _load(root)
+        _decoded(_load(root))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
 
 def _count(root: Path) -> int:
-    return sum(len(files) for of_part in list_folder(root)[1].values() for files in of_part)
+    found = read_folder(DataConfig(dataset="imagefolder", data_dir=str(root)), needs_training=True)
+    return len(found.train or ()) + len(found.test)
 
 
 def test_linked_folders_are_followed_once(pets: Path, tmp_path: Path) -> None:
@@ -145,6 +151,7 @@ def test_any_tree_of_files_is_a_data_set_or_one_line(tree: list[tuple[str, str, 
         try:
             dataset = _load(root)
             assert len(dataset.classes) >= 2 and len(dataset.test) >= 1
+            assert {name for name, pixels in _decoded(dataset).items() if len(pixels)} == set(dataset.parts)
         except InputError as error:
             line = printable(str(error))
             assert "--data-dir" in line or "--validation-share" in line, line
@@ -161,7 +168,7 @@ def test_what_is_skipped_is_counted_and_said(pets: Path, capsys: pytest.CaptureF
 def test_no_other_program_is_started_to_decode(pets: Path) -> None:
     """PostScript would be given to Ghostscript."""
     (pets / "train" / "cat" / "bad.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
-    assert "bad.png: cannot identify image file" in _refusal(pets) and ".eps" not in imagefolder.suffixes()
+    assert "bad.png: cannot identify image file" in _refusal(pets) and ".eps" not in decoding.suffixes()
 
 
 @pytest.mark.parametrize(("orientation", "turned"), [(3, 2), (6, 3), (8, 1)])
@@ -175,41 +182,18 @@ def test_exif_orientation_is_honoured(tmp_path: Path, orientation: int, turned: 
     assert torch.equal(decode_files([str(tmp_path / "side.png")], squashed(8))[0], upright.permute(2, 0, 1))
 
 
-def _cache(root: Path) -> Path:
-    (file,) = root.glob(".qexp-cache-*.safetensors")
-    return file
-
-
-@pytest.mark.parametrize("damage", ["keys", "shapes", "types", "labels", "folder"])
-def test_a_cache_that_is_not_that_of_the_files_is_not_used(pets: Path, damage: str) -> None:
-    before = _load(pets)
-    file = _cache(pets)
-    tensors = load_file(file)
-    if damage == "keys":
-        tensors.pop("test_labels")
-    if damage == "shapes":
-        tensors["test_images"] = tensors["test_images"][:1].clone()
-    if damage == "types":
-        tensors["train_images"] = tensors["train_images"].float()
-    if damage == "labels":
-        tensors["train_labels"] = tensors["train_labels"].flip(0).clone()
-    file.unlink()
-    if damage == "folder":
-        file.mkdir()
-    else:
-        save_file(tensors, file)
-    assert _load(pets).digest == before.digest
-
-
-def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(
+def test_images_that_do_not_fit_into_memory_are_refused_where_all_are_asked_for(
     pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imagefolder, "free_memory_bytes", lambda: 2 * 12 * 3 * 8**2 - 1)
-    assert _refusal(pets).startswith("--image-size 8: 12 images need 0.0 GB of memory, and 0.0 GB are free")
+    monkeypatch.setattr(decoding, "free_memory_bytes", lambda: 2 * 4 * 3 * 8**2 - 1)
+    dataset = _load(pets)
+    assert [len(batch) for batch in dataset.test.images.split(3)] == [3, 1]
+    with pytest.raises(InputError, match=r"^--image-size 8: 4 images need 0\.0 GB of memory, and 0\.0 GB are free"):
+        dataset.test.pixels()
 
 
 def test_digits_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagefolder, "free_memory_bytes", lambda: 10**9)
+    monkeypatch.setattr(decoding, "free_memory_bytes", lambda: 10**9)
     with pytest.raises(InputError, match=r"--image-size 1024: 1,797 images need 11.3 GB"):
         load_dataset(DataConfig(dataset="digits", image_size=1024), seed=0)
 

@@ -28,8 +28,8 @@ from torch import nn
 
 from qexp import files
 from qexp.config import Config, SearchConfig, TrainConfig
+from qexp.data.cifar10 import cached
 from qexp.data.datasets import Dataset
-from qexp.data.imagefolder import cached
 from qexp.errors import InputError
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.host import read_host

@@ -11,7 +11,7 @@ from PIL import Image
 from stores import new_store
 
 from qexp.data.datasets import Dataset
-from qexp.data.imagefolder import decode_files
+from qexp.data.decoding import decode_files
 from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.models.preprocessing import squashed
