@@ -119,11 +119,6 @@ class Dataset:
         """The names of the parts that have images."""
         return tuple(name for name in ("train", "validation", "test") if len(getattr(self, name)))
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The names of the parts that have images."""
-        return tuple(name for name in ("train", "validation", "test") if len(getattr(self, name)))
-
     @cached_property
     def duplicates(self) -> Duplicates:
         """Equal images in several parts. All images are decoded for it."""

@@ -14,7 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
 from torch import Tensor
 
-from qexp.data.imagefolder import decode_files
+from qexp.data.decoding import decode_files
 from qexp.errors import InputError
 from qexp.measurement.accuracy import compare, measure_accuracy, predict_logits
 from qexp.models.preprocessing import Preprocessing
