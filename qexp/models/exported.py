@@ -156,10 +156,12 @@ class _Rebuilt:
                 self.graph.output(self._as_node(result))
             else:
                 self._take(node)
-        self.graph.eliminate_dead_code()
 
     def module(self) -> fx.GraphModule:
-        return fx.GraphModule(self.parts, self.graph).eval()
+        module = fx.GraphModule(self.parts, self.graph).eval()
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        return module
 
     @staticmethod
     def _tensor(program: torch.export.ExportedProgram, name: str) -> Tensor:
