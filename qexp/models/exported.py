@@ -257,7 +257,7 @@ class _Rebuilt:
             sizes = node.meta["val"].shape
             if sum(isinstance(size, torch.SymInt) for size in sizes) == 1:
                 args = (args[0], [-1 if isinstance(size, torch.SymInt) else size for size in sizes])
-        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_node)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._as_node)
         if method:
             return self.graph.call_method(method, args, kwargs)
         return self.graph.call_function(FUNCTIONS.get(target, target), args, kwargs)
@@ -277,7 +277,7 @@ class _Rebuilt:
 
 def _limited(args: Any) -> Callable[..., Any] | None:
     low, high = (args[place] if len(args) > place else None for place in (1, 2))
-    return {(0.0, 6.0): F.relu6, (0.0, None): F.relu}.get((low, high))
+    return (F.relu6 if high == 6 else F.relu if high is None else None) if low == 0 else None
 
 
 def _frozen(value: Tensor) -> nn.Parameter:
@@ -318,4 +318,4 @@ def _with(layer: Any, weight: Any, bias: Any) -> nn.Module:
         layer.weight = _frozen(weight)
     if bias is not None:
         layer.bias = _frozen(bias)
-    return layer  # type: ignore[no-any-return]
+    return layer

@@ -74,7 +74,8 @@ def quantize_model(
     constant = computed_before(model, source)
     layers = [name for name in _layer_names(model) if name not in constant]
     layers = list(dict.fromkeys([*layers, *_layer_names(source)]))  # and attention's first projections
-    made = ENGINES[engine](source, calibration_images, options, reduce_range)
+    make = partial(fx.quantize, layers=layers) if ENGINES[engine] is fx.quantize else ENGINES[engine]
+    made = make(source, calibration_images, options, reduce_range)
     layers = list(dict.fromkeys([*layers, *_layer_names(made.source)]))  # and those that engine fx has found by itself
     missing = [name for name in layers if name not in made.int8_layers]
     unused = _unused_layers(model, missing, to_float(calibration_images[:1]))

@@ -80,39 +80,41 @@ class Float(nn.Module):
         return self.operation(*arguments, **options)
 
 
-def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
+def quantize(
+    model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool, layers: Sequence[str] = ()
+) -> QuantizedModel:
     """See `qexp.quantization.quantize_model`; `model` may be changed.
 
     torch.ao quantizes the layers that torch.fx finds. Where it finds not all, or none, the network is rebuilt from its
     exported program; `source` of the result is what was quantized.
+
+    Args:
+        layers: names of layers before the clean-up, which may have dissolved those of the user's own classes.
     """
+    made, refused = None, None
     try:
         made = _quantize(model, images, options, reduce_range)
-        if not (left := _left(made, options)):
-            return made
-        refused = None
     except StageError as error:
-        made, refused = None, error
-    rebuilt = with_layers(model, to_float(images[:2]), options.fold_pool)
-    if rebuilt is None or not (refused or left & _layer_names(rebuilt)):
-        return _made(made, refused)
-    try:
-        again = _quantize(rebuilt, images, options, reduce_range, _with_padding())
-    except StageError as error:
-        return _made(made, refused or error)
-    return again if refused or len(_left(again, options)) < len(left) else _made(made, refused)
-
-
-def _made(made: QuantizedModel | None, refused: StageError | None) -> QuantizedModel:
+        refused = error
+    left = _left(made, options, layers) if made else set(layers)
+    rebuilt = with_layers(model, to_float(images[:2]), options.fold_pool) if refused or left else None
+    if rebuilt is not None and (refused or left & _layer_names(rebuilt)):
+        try:
+            again = _quantize(rebuilt, images, options, reduce_range, _with_padding())
+            if refused or len(_left(again, options, layers)) < len(left):
+                return again
+        except StageError as error:
+            refused = refused or error
     if made is None:
         assert refused is not None
         raise refused
     return made
 
 
-def _left(made: QuantizedModel, options: QuantizeConfig) -> set[str]:
+def _left(made: QuantizedModel, options: QuantizeConfig, layers: Sequence[str]) -> set[str]:
     """Layers that were to be int8 and are not, and what else multiplies by weights in fp32."""
-    return {*_layer_names(made.source), *made.float_layers} - {*made.int8_layers, *(options.keep_fp32 or ())}
+    wanted = {*layers, *_layer_names(made.source), *made.float_layers}
+    return wanted - {*made.int8_layers, *(options.keep_fp32 or ())}
 
 
 def _layer_names(model: nn.Module) -> set[str]:
