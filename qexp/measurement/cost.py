@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates (MACs) of a model, and the share of MACs that runs in int8."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qexp.models.preprocessing import Shape
 from qexp.tables import Shown, Table
 
-FLOP_COUNTER, TORCHINFO = "torch.utils.flop_counter", "torchinfo"
+FLOP_COUNTER, TORCHINFO, ONNX_SHAPES = "torch.utils.flop_counter", "torchinfo", "the shapes of the ONNX graph"
 IN_PROJECTION = "in_proj"  # the layer that quantization makes of the first projection of nn.MultiheadAttention
 MATRIX_VECTOR: dict[Any, Any] = {  # for which torch's counter has no formula
     torch.ops.aten.mv: lambda a, b, **more: 2 * a[0] * a[1],
@@ -69,21 +69,24 @@ def measure_cost(model: nn.Module, shape: Shape, batch_sizes: Sequence[int], int
     """Count on the fp32 `model`.
 
     Args:
-        model: takes images [N, *shape].
+        model: takes images [N, *shape]; a module, or an `OnnxNetwork`.
         int8_layers: qualified names of the layers that the int8 model runs in int8; `….in_proj` is the first
             projection of an nn.MultiheadAttention.
     """
-    counts = _counts(model, tuple(batch_sizes), shape)
+    in_onnx: Any = model if hasattr(model, "onnx_layers") else None
+    count = _onnx_count if in_onnx else _module_count
+    counts = _counts(lambda size: count(model, size, shape), tuple(batch_sizes))
     int8 = set(int8_layers)
+    parameters = in_onnx.parameter_count if in_onnx else sum(parameter.numel() for parameter in model.parameters())
     return Cost(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         macs={size: total for size, (total, _) in counts.items()},
         conv_linear_macs={size: sum(by_layer.values()) for size, (_, by_layer) in counts.items()},
         int8_macs={
             size: sum(macs for names, macs in by_layer.items() if int8 & set(names))
             for size, (_, by_layer) in counts.items()
         },
-        counted_by=FLOP_COUNTER,
+        counted_by=ONNX_SHAPES if in_onnx else FLOP_COUNTER,
     )
 
 
@@ -92,6 +95,9 @@ def layer_table(model: nn.Module, shape: Shape) -> str:
 
     Its MACs are left out: of a Linear layer on tokens it counts one token.
     """
+    if hasattr(model, "onnx_layers"):
+        in_onnx: Any = model
+        return str(in_onnx.layer_table())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchinfo 1.8 reads a tensor's typed storage, which torch wants to drop
         summary = torchinfo.summary(
@@ -106,13 +112,9 @@ Count = tuple[int, dict[Names, int]]  # MACs of one forward pass: all, and those
 FEW = (1, 2, 3)  # images
 
 
-def _counts(model: nn.Module, batch_sizes: tuple[int, ...], shape: Shape) -> dict[int, Count]:
-    """By batch size. What grows by the same with the second image as with the third is not counted at larger ones:
-    with 128 images of 224 px each count would take many seconds."""
-
-    def count(size: int) -> Count:
-        return _count(model, torch.zeros(size, *shape))
-
+def _counts(count: Callable[[int], Count], batch_sizes: tuple[int, ...]) -> dict[int, Count]:
+    """By batch size, of which `count` counts one. What grows by the same with the second image as with the third is
+    not counted at larger ones: with 128 images of 224 px each count would take many seconds."""
     if sum(batch_sizes) <= sum(FEW):
         return {size: count(size) for size in batch_sizes}
     (one, by_one), (two, by_two), (three, by_three) = map(count, FEW)
@@ -130,6 +132,20 @@ def _counts(model: nn.Module, batch_sizes: tuple[int, ...], shape: Shape) -> dic
         )
         for size in batch_sizes
     }
+
+
+def _onnx_count(network: Any, size: int, shape: Shape) -> Count:
+    """Of an `OnnxNetwork` (models/onnx_input.py), which has one size of images."""
+    by_layer: dict[Names, int] = {}
+    products = network.product_macs(size)
+    for _, layer, macs, _ in products:
+        if layer:
+            by_layer[layer,] = by_layer.get((layer,), 0) + macs
+    return sum(macs for _, _, macs, _ in products), by_layer
+
+
+def _module_count(model: nn.Module, size: int, shape: Shape) -> Count:
+    return _count(model, torch.zeros(size, *shape))
 
 
 def _count(model: nn.Module, images: Tensor) -> Count:

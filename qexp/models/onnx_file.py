@@ -3,6 +3,8 @@
 import copy
 import logging
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ with extra("onnx", "an ONNX file"):
 INPUT, OUTPUT = "images", "logits"
 MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 OPSET = 20
+LAYER_TYPES = ("Conv", "Gemm", "MatMul")
+# With these, all that multiply by weights: what is not quantized is told.
+PRODUCT_TYPES = (*LAYER_TYPES, "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
+SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class OnnxClassifier(nn.Module):
@@ -64,3 +70,26 @@ def export(model: nn.Module, example: Tensor, file: Path) -> None:
             model.eval(), (example,), str(file), dynamo=True, dynamic_shapes=({0: batch},), input_names=[INPUT],
             output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False,
         )  # fmt: skip
+
+
+def layers_of(nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
+    """By the name of each exported node, the qualified name of its module; the node's own where none is known.
+
+    A weight's name says which module it is of, unless several modules share it.
+    """
+    weights = {node.name: next((name for name in node.input[1:2] if name.endswith(".weight")), "") for node in nodes}
+    used = Counter(weights.values())
+    return {
+        node.name: weight.removesuffix(".weight")
+        if (weight := weights[node.name]) and used[weight] == 1
+        # A layer that is called several times has one name in both.
+        else _scope_of(node) or weight.removesuffix(".weight") or node.name
+        for node in nodes
+    }
+
+
+def _scope_of(node: onnx.NodeProto) -> str:
+    """The qualified name of the module in whose forward a node was exported."""
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
+    names: Sequence[str] = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+    return names[-2] if len(names) > 1 else ""

@@ -52,7 +52,7 @@ def quantize_model(
     """Quantize a classifier after training; `model` itself stays as it is.
 
     Args:
-        model: fp32 classifier that takes images in [0, 1].
+        model: fp32 classifier that takes images in [0, 1]; with engine onnx also an `OnnxNetwork`.
         calibration_images: [N, 3, H, W], uint8 or float in [0, 1]; their activations set the ranges.
         options: with one engine.
         reduce_range: leave one bit of all weights unused, for CPUs whose int8 products saturate; None: where this CPU
@@ -69,32 +69,63 @@ def quantize_model(
     if reduce_range is None:
         reduce_range = not read_host(None).has_int8_dot_product
     started = time.monotonic()
+    if is_onnx_network(model):
+        made, source = _quantize_onnx_network(model, calibration_images, options, reduce_range), model
+    else:
+        made, source = _quantize_module(model, calibration_images, options, reduce_range)
+    made = replace(made, result=replace(made.result, duration_s=time.monotonic() - started))
+    if not options.allow_float:
+        _refuse_float_layers(made.result)
+    assert made.reference is not None
+    check_kernels(engine, made.reloaded(), made.reference, source, calibration_images)
+    return replace(made, source=source, reference=None)
+
+
+def _quantize_module(
+    model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool
+) -> tuple[QuantizedModel, nn.Module]:
+    """What the engine made, with the layers of `model` in their order, and the model after its clean-up."""
+    (engine,) = options.engine
     with torch.no_grad():
-        source = clean(model, to_float(calibration_images[:2]), options.fold_pool)
+        source = clean(model, to_float(images[:2]), options.fold_pool)
     constant = computed_before(model, source)
     layers = [name for name in _layer_names(model) if name not in constant]
     layers = list(dict.fromkeys([*layers, *_layer_names(source)]))  # and attention's first projections
-    made = ENGINES[engine](source, calibration_images, options, reduce_range)
+    make = partial(fx.quantize, layers=layers) if ENGINES[engine] is fx.quantize else ENGINES[engine]
+    made = make(source, images, options, reduce_range)
+    layers = list(dict.fromkeys([*layers, *_layer_names(made.source)]))  # and those that engine fx has found by itself
     missing = [name for name in layers if name not in made.int8_layers]
-    unused = _unused_layers(model, missing, to_float(calibration_images[:1]))
+    unused = _unused_layers(model, missing, to_float(images[:1]))
     layers, missing = ([name for name in names if name not in unused] for names in (layers, missing))
     result = replace(
         made.result,
         int8_layers=tuple(name for name in layers if name in made.int8_layers),
         float_layers=tuple(dict.fromkeys([*missing, *(name for name in made.float_layers if name not in unused)])),
-        duration_s=time.monotonic() - started,
     )
-    if not options.allow_float:
-        _refuse_float_layers(result)
-    assert made.reference is not None
-    check_kernels(engine, made.reloaded(), made.reference, source, calibration_images)
-    return replace(made, source=source, result=result, reference=None)
+    return replace(made, result=result), source
+
+
+def is_onnx_network(model: Any) -> bool:
+    """Whether it is an `OnnxNetwork` of models/onnx_input.py, whose package may not be installed."""
+    return hasattr(model, "onnx_layers")
+
+
+def _quantize_onnx_network(network: Any, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
+    """The graph itself is quantized: there is no module to clean up or to export."""
+    (engine,) = options.engine
+    if engine != "onnx":
+        raise InputError(
+            f"engine {engine}: needs a PyTorch module, and {network.file} is an ONNX file; use engine onnx"
+        )
+    from qexp.quantization.engines import onnx
+
+    return onnx.quantize_network(network, images, options, reduce_range)
 
 
 def check_layer_names(network: nn.Module, kept: Sequence[str]) -> None:
     """Raise InputError unless these are layers that can be kept in fp32: Conv2d, Linear, and the first projection of
     attention, which is a linear layer of its own once the network has been cleaned up."""
-    layers = _layer_names(network)
+    layers = list(network.onnx_layers) if is_onnx_network(network) else _layer_names(network)  # type: ignore[arg-type]
     blocks = [name for name, module in network.named_modules() if isinstance(module, nn.MultiheadAttention)]
     known = [*layers, *(f"{name}.{IN_PROJECTION}" for name in blocks)]
     if unknown := [name for name in kept if name not in known]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse, remove_dropout
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import parametrize
 
 from qexp.errors import StageError, first_line
 from qexp.progress import say
@@ -78,7 +79,8 @@ def _copied(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model).eval()
     except Exception as error:  # weights that are no parameters, as those of the old weight_norm
         raise StageError(f"this model cannot be copied: {first_line(error)}") from error
-    for module in copied.modules():
+    for module in list(copied.modules()):
+        _compute_weights(module)
         for kind in (nn.Conv2d, nn.Linear):
             own: Any = type(module)
             same = isinstance(module, kind) and own.forward is kind.forward and own.__call__ is kind.__call__
@@ -87,6 +89,18 @@ def _copied(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
             _pad_by_numbers(module)
     return copied
+
+
+def _compute_weights(module: nn.Module) -> None:
+    """Make plain parameters of those that torch.nn.utils.parametrizations compute anew in each forward."""
+    if not parametrize.is_parametrized(module):
+        return
+    with torch.no_grad():  # not by `remove_parametrizations`: the class is that of the model that was copied, too
+        values = {name: getattr(module, name).clone() for name in module.parametrizations}  # type: ignore[union-attr]
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _pad_by_numbers(convolution: nn.Conv2d) -> None:

@@ -23,6 +23,13 @@ from torch.ao.quantization import (
     get_default_qconfig_mapping,
     observer,
 )
+from torch.ao.quantization.backend_config import (
+    BackendConfig,
+    BackendPatternConfig,
+    DTypeConfig,
+    ObservationType,
+    get_native_backend_config,
+)
 from torch.ao.quantization.fx import utils as fx_utils
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
@@ -39,6 +46,7 @@ from qexp.quantization.engines.packed import SCALAR_TYPES, Factors, Output, Pack
 from qexp.quantization.equivalence import same_logits
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import below, calibration_batches, observer_class
+from qexp.quantization.rebuild import with_layers
 from qexp.quantization.result import QuantizedModel, QuantizeResult
 
 KERNELS = ("x86", "onednn")  # what a process uses that sets none, then the other
@@ -72,8 +80,61 @@ class Float(nn.Module):
         return self.operation(*arguments, **options)
 
 
-def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
-    """See `qexp.quantization.quantize_model`; `model` may be changed."""
+def quantize(
+    model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool, layers: Sequence[str] = ()
+) -> QuantizedModel:
+    """See `qexp.quantization.quantize_model`; `model` may be changed.
+
+    torch.ao quantizes the layers that torch.fx finds. Where it finds not all, or none, the network is rebuilt from its
+    exported program; `source` of the result is what was quantized.
+
+    Args:
+        layers: names of layers before the clean-up, which may have dissolved those of the user's own classes.
+    """
+    made, refused = None, None
+    try:
+        made = _quantize(model, images, options, reduce_range)
+    except StageError as error:
+        refused = error
+    left = _left(made, options, layers) if made else set(layers)
+    rebuilt = with_layers(model, to_float(images[:2]), options.fold_pool) if refused or left else None
+    if rebuilt is not None and (refused or left & _layer_names(rebuilt)):
+        try:
+            again = _quantize(rebuilt, images, options, reduce_range, _with_padding())
+            if refused or len(_left(again, options, layers)) < len(left):
+                return again
+        except StageError as error:
+            refused = refused or error
+    if made is None:
+        assert refused is not None
+        raise refused
+    return made
+
+
+def _left(made: QuantizedModel, options: QuantizeConfig, layers: Sequence[str]) -> set[str]:
+    """Layers that were to be int8 and are not, and what else multiplies by weights in fp32."""
+    wanted = {*layers, *_layer_names(made.source), *made.float_layers}
+    return wanted - {*made.int8_layers, *(options.keep_fp32 or ())}
+
+
+def _layer_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, LAYERS)}
+
+
+def _with_padding() -> BackendConfig:
+    """torch's own, and zeros put around an int8 map as zeros in int8: networks that pad in `forward` do so often."""
+    integers = DTypeConfig(torch.quint8, torch.quint8)
+    padding = BackendPatternConfig(F.pad).set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
+    return get_native_backend_config().set_backend_pattern_config(padding.set_dtype_configs([integers]))
+
+
+def _quantize(
+    model: nn.Module,
+    images: Tensor,
+    options: QuantizeConfig,
+    reduce_range: bool,
+    kernels: BackendConfig | None = None,
+) -> QuantizedModel:
     example, limits = to_float(images[:2]), {}
     batches = list(calibration_batches(images, options.calibration_batch_size))
     expected = _logits_before(model, batches[0])
@@ -86,7 +147,7 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
         mapping = _qconfig_mapping(options, reduce_range, saturating, limits)
-        reference, converted = _calibrate_and_convert(model, batches, mapping, expected)
+        reference, converted = _calibrate_and_convert(model, batches, mapping, expected, kernels)
         module = _trace(converted, example, limits)
     result = QuantizeResult.with_options(
         options,
@@ -265,25 +326,32 @@ def _with_float_output(
 
 
 def _calibrate_and_convert(
-    model: nn.Module, batches: Sequence[Tensor], mapping: QConfigMapping, expected: Tensor
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    mapping: QConfigMapping,
+    expected: Tensor,
+    kernels: BackendConfig | None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The quantized program with fp32 operations between quantize and dequantize, and with int8 operations.
 
     Args:
         batches: calibration images, uint8 [N, 3, H, W].
         expected: the logits of the first batch before anything of the model was changed.
+        kernels: the operations that there are in int8; None: torch's own.
     """
     try:
         if normalizes_tokens(model):
             for operation in TOKEN_ARITHMETIC:
                 mapping.set_object_type(operation, None)
         whole = PrepareCustomConfig().set_non_traceable_module_classes([Float])
-        prepared = prepare_fx(model.eval(), mapping, (to_float(batches[0]),), whole)
+        prepared = prepare_fx(model.eval(), mapping, (to_float(batches[0]),), whole, backend_config=kernels)
         logits = [prepared(to_float(batch)) for batch in track(batches, "calibrating", len(batches))]
         if not same_logits(expected, logits[0]):
             raise ValueError(OTHER_FUNCTION)
         shared: dict[int, Any] = {id(weight): weight for weight in prepared.parameters()}
-        return convert_to_reference_fx(copy.deepcopy(prepared, shared)), convert_fx(prepared)
+        return convert_to_reference_fx(copy.deepcopy(prepared, shared), backend_config=kernels), convert_fx(
+            prepared, backend_config=kernels
+        )
     except Exception as error:  # tracing raises whatever the model's Python code does when it meets a symbol
         raise StageError(f"engine fx cannot quantize this model: {with_place(error)}") from error
     finally:

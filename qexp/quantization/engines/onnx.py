@@ -6,8 +6,6 @@ its own histogram methods keep all activations of all images in memory.
 """
 
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,15 @@ from torch.ao.quantization import observer
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, with_place
 from qexp.measurement.accuracy import to_float
-from qexp.models.onnx_file import INPUT, OnnxClassifier, export
+from qexp.models.onnx_file import INPUT, LAYER_TYPES, PRODUCT_TYPES, OnnxClassifier, export, layers_of
 from qexp.progress import track
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import calibration_batches, observer_class
 from qexp.quantization.result import QuantizedModel, QuantizeResult
 
-LAYER_TYPES = ("Conv", "Gemm", "MatMul")
-# With these, all that multiply by weights: what is not quantized is told.
-PRODUCT_TYPES = (*LAYER_TYPES, "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
 INT8_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 MOST_BYTES = 2_000_000_000  # of activations, all of which are there at once: ViT-B/16 has 0.4 GB of them per image
-SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
@@ -48,27 +42,56 @@ def quantize(model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_r
         raise StageError(f"engine onnx cannot quantize this model: {with_place(error)}") from error
 
 
+def quantize_network(network: Any, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
+    """Quantize an `OnnxNetwork` (models/onnx_input.py), which is an ONNX graph already."""
+    kinds = {node.op_type for node in network.canonical.graph.node}
+    tokens = "LayerNormalization" in kinds or {"ReduceMean", "Sqrt"} <= kinds  # as older opsets spell it out
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "fp32.onnx")
+            onnx.save(network.canonical, file)
+            return _quantize_file(file, network, images, options, reduce_range, tokens)
+    except Exception as error:  # of whatever kind ONNX Runtime's tools raise
+        raise StageError(f"engine onnx cannot quantize {network.file}: {with_place(error)}") from error
+
+
 def _quantize(
     model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool, folder: Path
 ) -> QuantizedModel:
-    exported, prepared, quantized, ranges = (
-        folder / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx", "ranges.json")
-    )
-    example = to_float(images[:2])
+    exported, example = folder / "fp32.onnx", to_float(images[:2])
     export(model, torch.cat([example, example]), exported)  # of one image alone, too, more than one
+    return _quantize_file(exported, model, images, options, reduce_range, normalizes_tokens(model))
+
+
+def _quantize_file(
+    exported: Path,
+    model: nn.Module,
+    images: Tensor,
+    options: QuantizeConfig,
+    reduce_range: bool,
+    tokens: bool,
+) -> QuantizedModel:
+    """Quantize an fp32 ONNX file.
+
+    Args:
+        exported: as `export` writes it; beside it the files of the steps in between are written.
+        model: what the file computes; `source` of the result.
+        tokens: whether it normalises tokens, as transformers do: then only products are int8.
+    """
+    prepared, quantized, ranges = (exported.with_name(name) for name in ("prepared.onnx", "int8.onnx", "ranges.json"))
     quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
     graph = onnx.load(prepared)
     _multiply_last_convolutions(graph.graph)
     graph = onnx.shape_inference.infer_shapes(graph)
     onnx.save(graph, prepared)
-    products = _products(graph, _layers_of(onnx.load(exported).graph.node))
+    products = _products(graph, layers_of(onnx.load(exported).graph.node))
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
     kept |= _between(graph, products, kept)
     ends = _after_products(graph.graph)
     quantize_static(
         str(prepared), str(quantized), calibration_cache_path=ranges, per_channel=options.per_channel,
-        reduce_range=reduce_range, op_types_to_quantize=list(LAYER_TYPES) if normalizes_tokens(model) else None,
+        reduce_range=reduce_range, op_types_to_quantize=list(LAYER_TYPES) if tokens else None,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=sorted(kept | ends),
     )  # fmt: skip
     stored = onnx.load(quantized)
@@ -76,7 +99,7 @@ def _quantize(
     _leave_logits_float(stored.graph)
     _shield(stored.graph, kept)
     onnx.save(stored, quantized)
-    in_int8 = _int8_nodes(quantized, folder / "optimized.onnx")
+    in_int8 = _int8_nodes(quantized, exported.with_name("optimized.onnx"))
     floats = {layer for node, layer in products.items() if node not in in_int8}
     int8 = tuple(layer for layer in products.values() if layer not in floats)
     result = QuantizeResult.with_options(
@@ -245,29 +268,6 @@ def _input_channels(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]
     if node.op_type == "Conv":
         return int(shape[1] * given.get("group", 1))
     return int(shape[1] if given.get("transB", 0) else shape[0])
-
-
-def _layers_of(nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
-    """By the name of each exported node, the qualified name of its module; the node's own where none is known.
-
-    A weight's name says which module it is of, unless several modules share it.
-    """
-    weights = {node.name: next((name for name in node.input[1:2] if name.endswith(".weight")), "") for node in nodes}
-    used = Counter(weights.values())
-    return {
-        node.name: weight.removesuffix(".weight")
-        if (weight := weights[node.name]) and used[weight] == 1
-        # A layer that is called several times has one name in both.
-        else _scope_of(node) or weight.removesuffix(".weight") or node.name
-        for node in nodes
-    }
-
-
-def _scope_of(node: onnx.NodeProto) -> str:
-    """The qualified name of the module in whose forward a node was exported."""
-    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
-    names: Sequence[str] = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
-    return names[-2] if len(names) > 1 else ""
 
 
 def _int8_nodes(quantized: Path, optimized: Path) -> set[str]:
