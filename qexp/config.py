@@ -78,6 +78,7 @@ def _path(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(_text)]
 Folder = Annotated[str, AfterValidator(_path)]
+Model = Annotated[str, AfterValidator(_text), AfterValidator(_path)]
 
 
 Engines = Annotated[list[Engine], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once)]
@@ -399,7 +400,16 @@ class SearchConfig(BaseModel):
 
 class Config(BaseModel):
     model_config = STRICT
-    model: Text = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
+    model: Model = Field(
+        "smallnet",
+        description="smallnet, vgg16 or any torchvision classifier by its registered name; timm:NAME; "
+        "package.module:factory; a .pt2 or .onnx file",
+    )
+    weights: Folder | None = Field(
+        None,
+        description="weights of a model that was trained elsewhere: a file (.pt, .pth, .safetensors), DEFAULT or "
+        "another name of torchvision's; auto: none, the model is trained",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
     threads: int | None = Field(
         None, ge=1, le=MOST, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"

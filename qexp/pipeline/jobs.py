@@ -10,6 +10,7 @@ from typing import Any
 from qexp.config import Config
 from qexp.errors import InputError, StageError, StoreError
 from qexp.measurement.gate import UNMEASURED
+from qexp.models.names import short_name
 from qexp.pipeline import loading
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
@@ -61,10 +62,10 @@ def run_main(
     if not (model_uri or resume or launch.is_worker()):
         try_engines(config, dataset)
     name, note = (
-        f"{config.model}-{dataset.name}",
+        f"{short_name(config.model)}-{dataset.name}",
         f"Can {config.model} on {opaque(dataset.name)} ship as int8 on this CPU?",
     )
-    if model_uri or (resume and has_stage(resume, f"train-{config.model}")):
+    if model_uri or (resume and has_stage(resume, f"train-{short_name(config.model)}")):
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
             return None
     elif _trained_by_others(setup, "main", name, note, resume, command):
@@ -115,7 +116,7 @@ def train_stage(job: Job, setup: Setup, resume: str | None = None) -> Fp32:
     resume where the job has no run of its own."""
     config, host, dataset = setup
     log = TrainingLog(config, host)
-    name = f"train-{config.model}"
+    name = f"train-{short_name(config.model)}"
     return job.stage(
         name,
         f"Training of {config.model} on {opaque(dataset.name)}.",
@@ -195,7 +196,7 @@ def sensitivity_stage(job: Job, setup: Setup, fp32: Fp32) -> SensitivityResult |
     if not sensitivity_images(config):
         return None
     return job.stage(
-        f"sensitivity-{config.model}",
+        f"sensitivity-{short_name(config.model)}",
         f"Layer by layer: `{opaque(fp32.version.uri)}` in int8.",
         config,
         lambda folder: find_sensitivity(config, host, dataset, fp32),
@@ -230,7 +231,7 @@ def latency_stage(job: Job, config: Config, fp32_uri: str, engines: dict[str, st
 
     uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *engines))
     return job.stage(
-        f"latency-{config.model}",
+        f"latency-{short_name(config.model)}",
         f"Latency of {uris}.",
         config,
         work,
@@ -261,7 +262,8 @@ def run_train(
     setup = prepare(config, None, resume=resume)
     if not (resume or launch.is_worker()):
         try_engines(setup.config, setup.dataset, needed=False)
-    name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {opaque(setup.dataset.name)}."
+    model = setup.config.model
+    name, note = f"train-{short_name(model)}", f"Training of {model} on {opaque(setup.dataset.name)}."
     if _trained_by_others(setup, "train", name, note, resume, command):
         return None
     fp32 = train_stage(Job(setup.host), setup, resume)

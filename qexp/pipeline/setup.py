@@ -12,6 +12,7 @@ from qexp.errors import InputError
 from qexp.extras import check_engines, is_installed
 from qexp.measurement.host import Host, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
+from qexp.models.names import short_name
 from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline.checks import check_options
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
@@ -62,7 +63,7 @@ def prepare(config: Config, model_uri: str | None, given: tuple[str, ...] = (), 
     if model_uri:
         check_data(model_uri, dataset)
     else:
-        check_names(f"{config.model}-{dataset.name}-int8", dataset.classes)
+        check_names(f"{short_name(config.model)}-{dataset.name}-int8", dataset.classes)
     if read_group().leads:
         if warning := dataset.duplicates.warning(len(dataset.test)):
             say(f"warning: {warning}")

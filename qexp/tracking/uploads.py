@@ -18,6 +18,7 @@ from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
 from qexp.models.classifier import Classifier, save_classifier
+from qexp.models.names import short_name
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
@@ -59,7 +60,7 @@ def _new_model(result: NewModel, folder: Path, at_ms: int) -> Fp32 | Int8Evidenc
 def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
     run_id = _run_id()
     log_curves(evidence.train.epochs, tracking.logged_steps(run_id, metrics.FIRST_OF_EPOCH))
-    name = f"{evidence.model}-{evidence.data.name}-fp32"
+    name = f"{short_name(evidence.model)}-{evidence.data.name}-fp32"
     tags = {"train_run_id": run_id, "weights_uri": _log_weights(new.stored, run_id)} | new.tags
     version = _registered("fp32", new, name, tags)
     evidence = _with_version(evidence, version)
