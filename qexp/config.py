@@ -82,6 +82,7 @@ def _path(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(_text)]
 Folder = Annotated[str, AfterValidator(_path)]
+Model = Annotated[str, AfterValidator(_text), AfterValidator(_path)]
 
 
 Engines = Annotated[list[Engine], Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_once)]
@@ -516,13 +517,17 @@ class SearchConfig(BaseModel):
 
 class Config(BaseModel):
     model_config = STRICT
-    model: Text = Field("smallnet", description="smallnet, vgg16 or any torchvision classifier by its registered name")
-    seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
-    weights: Text | None = Field(
-        None,
-        description="file of weights that were trained elsewhere (.pt, .pth, .safetensors), or DEFAULT or another name "
-        "of torchvision's; auto: none",
+    model: Model = Field(
+        "smallnet",
+        description="smallnet, vgg16 or any torchvision classifier by its registered name; timm:NAME; "
+        "package.module:factory; a .pt2 or .onnx file",
     )
+    weights: Folder | None = Field(
+        None,
+        description="weights of a model that was trained elsewhere: a file (.pt, .pth, .safetensors), DEFAULT or "
+        "another name of torchvision's; auto: none, the model is trained",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of split, weights, augmentation and calibration subset")
     threads: int | None = Field(
         None, ge=1, le=MOST, description="CPU threads of every stage; auto: one a physical core, within the CPU quota"
     )
@@ -543,6 +548,16 @@ class Config(BaseModel):
     latency: LatencyConfig = LatencyConfig()
     gate: GateConfig = GateConfig()
     search: SearchConfig = SearchConfig()
+
+    def with_preprocessing(self, height_px: int, width_px: int, options: dict[str, Any]) -> "Config":
+        """This configuration with these options of preprocessing in full, for images of this size."""
+        size = height_px if height_px == width_px else f"{height_px}x{width_px}"
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update={"image_size": size}),
+                "preprocess": PreprocessConfig.model_validate(options),
+            }
+        )
 
     @property
     def has_weights(self) -> bool:

@@ -132,7 +132,9 @@ def _start_all(
         name, is_baseline = model.name, model.name in options.baselines
         try:
             if is_baseline and model not in able:
-                _in_fork(partial(prepare_baseline, Path(request.weights), name, request.shape, folder))
+                _in_fork(
+                    partial(prepare_baseline, Path(request.weights), Path(model.folder), name, request.shape, folder)
+                )
             able[model] = started = _in_fork(partial(_start_up, model, request.shape, options, folder))
         except StageError as error:
             if not is_baseline:

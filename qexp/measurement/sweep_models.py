@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qexp.models.classifier import load_classifier
+from qexp.models.factories import NotImportable
 from qexp.models.preprocessing import Shape
-from qexp.models.stored import load_module, load_stored
-from qexp.models.taken import load_program
+from qexp.models.program import load_program
+from qexp.models.stored import load_module, load_stored, model_file
 
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
@@ -40,11 +41,18 @@ def int8_models(folder: str, engine: str, backends: tuple[str | None, ...]) -> t
     )
 
 
-def prepare_baseline(weights: Path, name: str, shape: Shape, folder: Path) -> None:
+def prepare_baseline(weights: Path, stored: Path, name: str, shape: Shape, folder: Path) -> None:
     """Write what `load` needs for the baseline of this name into `folder`, from a weights file of `save_classifier`, or
-    from an exported program."""
-    with torch.no_grad():
-        model = load_program(weights) if weights.suffix == ".pt2" else load_classifier(weights)
+    from an exported program.
+
+    A network whose code lies in the user's folder, from which this process imports nothing, is taken from `stored`, the
+    folder of the fp32 version: its exported program has the same operations.
+    """
+    try:
+        with torch.no_grad():
+            model: nn.Module = load_program(weights) if weights.suffix == ".pt2" else load_classifier(weights)
+    except NotImportable:
+        model = load_program(model_file(stored))
     example = torch.zeros(2, *shape)
     if name == "fp32_onnx":
         from qexp.models.onnx_file import export

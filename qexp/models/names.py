@@ -73,6 +73,11 @@ def is_file(name: str) -> bool:
     return name.lower().endswith(FILES)
 
 
+def is_onnx_file(name: str) -> bool:
+    """Whether `--model` names an ONNX file."""
+    return name.lower().endswith(".onnx")
+
+
 def is_program(name: str) -> bool:
     """Whether `--model` names the file of an exported program."""
     return name.lower().endswith(".pt2")
@@ -92,8 +97,8 @@ def short_name(model: str) -> str:
 
 
 def is_rebuilt_by_name(name: str) -> bool:
-    """Whether a process without the user's code can build this network again from a weights file of ours."""
-    return not (name.startswith(OBJECT) or is_factory(name) or name.lower().endswith(".onnx"))
+    """Whether this network can be built again from its name, and from what a weights file of ours holds."""
+    return not (name.startswith((OBJECT, "models:/")) or name.lower().endswith(".onnx"))
 
 
 def _check_file(name: str) -> None:

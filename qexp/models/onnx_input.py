@@ -84,6 +84,23 @@ class OnnxNetwork(OnnxClassifier):
         )
 
 
+def read_canonical(file: Path, shape: Shape, classes: int) -> OnnxNetwork:
+    """A file that holds what `read_onnx` has given, `canonical`."""
+    return OnnxNetwork(onnx.load(file), shape, classes, file, ())
+
+
+def own_size(file: Path) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the file takes; 0 for what it leaves free.
+
+    Raises:
+        InputError: it is no file of an image classifier.
+    """
+    _, dims = _input_of(file, _load(file).graph)
+    order = (1, 2, 3) if _layout(file, dims) == "nchw" else (3, 1, 2)
+    channels, height, width = (dims[place] for place in order)
+    return channels, height, width
+
+
 OWN = "qexp_"  # begins the names of tensors and nodes that are put in
 
 

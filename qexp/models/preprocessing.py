@@ -107,6 +107,16 @@ def preprocessing_of(
     return replace(found, mean=mean, std=std)
 
 
+def as_options(found: Preprocessing) -> dict[str, Any]:
+    """The options of section `preprocess` that ask for this one whatever else is known of a model."""
+    values: dict[str, Any] = {
+        "resize": found.resize_px, "interpolation": found.interpolation, "channels": found.channels,
+        "crop": found.size_text, "input_range": ",".join(f"{value:g}" for value in found.input_range),
+    }  # fmt: skip
+    values |= {name: list(given) for name in ("mean", "std") if (given := getattr(found, name))}
+    return values
+
+
 def _one_a_channel(name: str, values: list[float] | None, preprocessing: Preprocessing) -> tuple[float, ...]:
     """The values of `mean` or `std`; one alone stands for all channels."""
     other, channels = {"mean": "std", "std": "mean"}[name], preprocessing.shape[0]

@@ -13,9 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import StageError, with_place
-from qexp.models.classifier import Classifier, ModelSpec
-from qexp.models.names import is_rebuilt_by_name
+from qexp.models.classifier import Classifier, ModelSpec, check_network, normalization
+from qexp.models.names import OBJECT, is_rebuilt_by_name
 from qexp.models.stored import as_other_modules, model_file
+
+
+def wrap(module: nn.Module, spec: ModelSpec) -> Classifier:
+    """A module of somebody else's, with its normalisation before it.
+
+    Raises:
+        InputError: it does not take such images, or gives another number of logits than there are classes.
+    """
+    own = ModelSpec(OBJECT + spec.architecture.removeprefix(OBJECT), spec.classes, spec.preprocessing)
+    classifier = Classifier(own, *normalization(spec.preprocessing, None), module).eval()
+    check_network(classifier, own)
+    return classifier
 
 
 def is_rebuilt(model: Any) -> bool:
@@ -25,13 +37,14 @@ def is_rebuilt(model: Any) -> bool:
 
 def is_onnx(model: Any) -> bool:
     """Whether a model is an ONNX file run by ONNX Runtime; onnx is not imported to find out."""
-    return hasattr(model, "SerializeToString") or type(model).__name__ == "OnnxClassifier"
+    return hasattr(model, "SerializeToString") or hasattr(model, "canonical")
 
 
 def count_parameters(model: Any) -> int:
     """Numbers in all weights of a module or of an ONNX model."""
-    if hasattr(model, "SerializeToString"):
-        return sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
+    if is_onnx(model):
+        graph = (model if hasattr(model, "SerializeToString") else model.canonical).graph
+        return sum(math.prod(tensor.dims) for tensor in graph.initializer)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -58,9 +71,9 @@ def load_taken(folder: Path, spec: ModelSpec) -> nn.Module:
     """The model whose exported program or ONNX file is below `folder`, with the spec that its version has."""
     file = model_file(folder)
     if file.suffix == ".onnx":
-        from qexp.models.onnx_file import OnnxClassifier
+        from qexp.models.onnx_input import read_canonical
 
-        model: nn.Module = OnnxClassifier(file)
+        model: nn.Module = read_canonical(file, spec.shape, len(spec.classes))
     else:
         model = load_program(file)
     model.spec = spec  # type: ignore[assignment]

@@ -26,7 +26,7 @@ from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_r
 from qexp.pipeline.setup import Setup, prepare, prepare_for_version, try_engines, with_quantization_checked
 from qexp.pipeline.shares import follow as follow_evaluation
 from qexp.pipeline.shares import leading
-from qexp.pipeline.take import take, take_model
+from qexp.pipeline.take import take, take_model, with_answers
 from qexp.pipeline.train import follow, train
 from qexp.progress import say
 from qexp.quantization.sensitivity import SensitivityResult
@@ -92,10 +92,10 @@ def whole_job(
     elif not (model_uri or resume or launch.is_worker()):
         try_engines(config, dataset)
     name, note = (
-        f"{config.model}-{dataset.name}",
+        f"{short_name(config.model)}-{dataset.name}",
         f"Can {config.model} on {opaque(dataset.name)} ship as int8 on this CPU?",
     )
-    if model_uri or (resume and has_stage(resume, f"train-{config.model}")):
+    if model_uri or (resume and has_stage(resume, f"train-{short_name(config.model)}")):
         if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
             return None
     elif not config.trained_elsewhere and _trained_by_others(setup, "main", name, note, resume, command):
@@ -106,8 +106,10 @@ def whole_job(
             model_uri = uri_of(registry.find_version(model_uri, "fp32"))
             tracking.set_tag("qexp.model_uri", model_uri)  # an alias may have moved when the run is resumed
             fp32 = loading.fp32_from_registry(model_uri, dataset)
+            setup = setup._replace(dataset=with_answers(dataset, fp32.model.spec, fp32.logits))
         elif config.trained_elsewhere:
             fp32 = take_stage(job, setup, taken)
+            setup = setup._replace(dataset=with_answers(dataset, fp32.model.spec, fp32.logits))
         else:
             fp32 = train_stage(job, setup)
             assert fp32.evidence.train is not None
@@ -149,7 +151,7 @@ def train_stage(job: Job, setup: Setup, resume: str | None = None) -> Fp32:
     resume where the job has no run of its own."""
     config, host, dataset = setup
     log = TrainingLog(config, host)
-    name = f"train-{config.model}"
+    name = f"train-{short_name(config.model)}"
     return job.stage(
         name,
         f"Training of {config.model} on {opaque(dataset.name)}.",
@@ -248,7 +250,7 @@ def sensitivity_stage(job: Job, setup: Setup, fp32: Fp32) -> SensitivityResult |
     if not sensitivity_images(config):
         return None
     return job.stage(
-        f"sensitivity-{config.model}",
+        f"sensitivity-{short_name(config.model)}",
         f"Layer by layer: `{opaque(fp32.version.uri)}` in int8.",
         config,
         lambda folder: find_sensitivity(config, host, dataset, fp32),
@@ -283,7 +285,7 @@ def latency_stage(job: Job, config: Config, fp32_uri: str, engines: dict[str, st
 
     uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *engines))
     return job.stage(
-        f"latency-{config.model}",
+        f"latency-{short_name(config.model)}",
         f"Latency of {uris}.",
         config,
         work,
@@ -323,7 +325,8 @@ def run_train(
     setup = prepare(config, None, resume=resume)
     if not (resume or launch.is_worker()):
         try_engines(setup.config, setup.dataset, needed=False)
-    name, note = f"train-{setup.config.model}", f"Training of {setup.config.model} on {opaque(setup.dataset.name)}."
+    model = setup.config.model
+    name, note = f"train-{short_name(model)}", f"Training of {model} on {opaque(setup.dataset.name)}."
     if _trained_by_others(setup, "train", name, note, resume, command):
         return None
     fp32 = train_stage(Job(setup.host), setup, resume)
@@ -338,6 +341,7 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     setup = prepare(config, model_uri)
     setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     fp32 = loading.fp32_from_registry(model_uri, setup.dataset)
+    setup = setup._replace(dataset=with_answers(setup.dataset, fp32.model.spec, fp32.logits))
     again = shlex.join(["qexp", "quantize", "--model-uri", fp32.version.uri])
     quantized = quantize_all(Job(setup.host, again=again), setup, fp32)
     first = registry.from_entity(registry.find_version(quantized.int8s[0].version_uri, "int8"))

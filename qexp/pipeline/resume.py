@@ -10,6 +10,7 @@ from typing import Any
 from qexp.config import HOW_TO_TRAIN, Config, parse_options
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError
+from qexp.models.names import short_name
 from qexp.pipeline.job import runs_below
 from qexp.tracking import metrics, registry
 from qexp.tracking import runs as tracking
@@ -65,7 +66,7 @@ def _check_training(job: Run, config: Config) -> None:
     runs = [job, *tracking.children_of(job.info.run_id)]
     training = next((run for run in runs if tracking.stage_of(run) == "train"), None)
     if training and training.info.status != "FINISHED":
-        check_checkpoint(training, stage_folder(job_folder(job.info.run_id), f"train-{config.model}"))
+        check_checkpoint(training, stage_folder(job_folder(job.info.run_id), f"train-{short_name(config.model)}"))
 
 
 def _with_free_options(recorded: Config, given: dict[str, dict[str, Any]], run_id: str) -> Config:

@@ -12,10 +12,12 @@ from qexp.errors import InputError
 from qexp.extras import check_engines, is_installed
 from qexp.measurement.host import Host, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
-from qexp.models.preprocessing import preprocessing_of
+from qexp.models.names import short_name
+from qexp.models.preprocessing import as_options, preprocessing_of
 from qexp.pipeline.checks import check_options
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
 from qexp.pipeline.resume import check_data_of_run
+from qexp.pipeline.take import own_preprocessing_of
 from qexp.pipeline.train import fresh_classifier
 from qexp.progress import say
 from qexp.quantization import KERNELS, LOADED_WITHOUT_PICKLE, check_layer_names
@@ -68,14 +70,18 @@ def prepare(
         config = config.with_training({"processes": read_group().local_size})
     host = _use_threads(config)
     wanted = preprocessing_of(config.data, config.preprocess)
-    dataset = load_dataset(config.data, config.seed, wanted, needs_training=not model_uri)
+    if config.trained_elsewhere and not model_uri and not resume:
+        own = own_preprocessing_of(config) if named else None
+        wanted = preprocessing_of(config.data, config.preprocess, own)
+        config = config.with_preprocessing(wanted.height_px, wanted.width_px, as_options(wanted))
+    dataset = load_dataset(config.data, config.seed, wanted, needs_training=not (model_uri or config.trained_elsewhere))
     if model_uri:
         check_data(model_uri, dataset)
     else:
-        check_names(f"{config.model}-{dataset.name}-int8", dataset.classes)
+        check_names(f"{short_name(config.model)}-{dataset.name}-int8", dataset.classes)
     if read_group().leads:
         # Of images that are decoded as needed, those of a training alone are compared: it needs all of them.
-        counted = dataset.in_memory or not model_uri
+        counted = dataset.in_memory or not (model_uri or config.trained_elsewhere)
         if counted and (warning := dataset.duplicates.warning(len(dataset.test))):
             say(f"warning: {warning}")
         if resume:

@@ -16,6 +16,7 @@ from qexp.measurement.accuracy import Accuracy, guess_percent, measure_accuracy,
 from qexp.measurement.cost import layer_table
 from qexp.measurement.host import Host, freed_memory_reused
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.external import load_external
 from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline.measure import predict_splits
 from qexp.report.results import DataFacts, Fp32Evidence
@@ -72,10 +73,13 @@ def follow(config: Config, dataset: Dataset) -> None:
 
 
 def fresh_classifier(config: Config, dataset: Dataset) -> Classifier:
-    """The classifier before its first step: the same bits from the same seed."""
+    """The classifier before its first step: the same bits from the same seed. With weights of others, it begins with
+    those."""
     torch.manual_seed(config.seed)
-    spec = ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess))
-    return build_classifier(spec, dataset.train.images)
+    preprocessing = preprocessing_of(config.data, config.preprocess)
+    if config.weights:
+        return load_external(config, dataset.classes, preprocessing, new_head=True)
+    return build_classifier(ModelSpec(config.model, dataset.classes, preprocessing), dataset.train.images)
 
 
 def accuracy_of(logits: dict[str, Tensor], dataset: Dataset) -> dict[str, Accuracy]:
@@ -112,4 +116,6 @@ def data_facts(dataset: Dataset, config: Config) -> DataFacts:
     """What the report says of a data set."""
     counts = len(dataset.train), len(dataset.validation), len(dataset.test)
     facts = dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size
-    return DataFacts(*facts, *counts, dataset.duplicates, guess_percent(dataset.test.labels))
+    # Of images that are decoded as needed, those of a training alone are compared: it needs all of them.
+    duplicates = dataset.duplicates if dataset.in_memory or not config.trained_elsewhere else None
+    return DataFacts(*facts, *counts, duplicates, guess_percent(dataset.test.labels))

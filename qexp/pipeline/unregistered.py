@@ -26,7 +26,7 @@ from qexp.pipeline.job import Inputs, Job
 from qexp.pipeline.jobs import latency_stage, quantize_all, take_stage
 from qexp.pipeline.measure import LocalVersions, measure_bf16
 from qexp.pipeline.setup import prepare, with_quantization_checked
-from qexp.pipeline.take import take
+from qexp.pipeline.take import take, with_answers
 from qexp.progress import say
 from qexp.report.page import write_report
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence
@@ -49,6 +49,7 @@ def check_unregistered(config: Config, module: nn.Module | None = None) -> Evide
     with tempfile.TemporaryDirectory() as folder:
         job = Unregistered(host, Path(folder), taken)
         fp32 = take_stage(job, setup, taken)
+        setup = setup._replace(dataset=with_answers(dataset, fp32.model.spec, fp32.logits))
         quantized = quantize_all(job, setup, fp32)
         engines = {int8.version_uri: int8.quantize.engine for int8 in quantized.int8s}
         latency = latency_stage(

@@ -17,6 +17,7 @@ from qexp.errors import InputError
 from qexp.measurement.accuracy import measure_accuracy
 from qexp.measurement.host import Host
 from qexp.models.classifier import ModelSpec, outline
+from qexp.models.names import short_name
 from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline import loading
 from qexp.pipeline.job import Job, runs_below
@@ -97,7 +98,7 @@ def _parent_of(study: Study | None) -> str | None:
 
 def _stopped_in_training(config: Config, dataset: Dataset) -> str | None:
     """The run of a search that was stopped while it trained the model that this one needs; its checkpoint is here."""
-    for folder in sorted(Path(FOLDER).glob(f"*/train-{config.model}")):
+    for folder in sorted(Path(FOLDER).glob(f"*/train-{short_name(config.model)}")):
         run_id = folder.parent.name
         with suppress(InputError):  # of another store, at work, of other images, damaged: this search trains anew
             check_unlocked(run_id)
@@ -120,7 +121,7 @@ def _of_training(config: Config) -> tuple[Any, ...]:
 def _newest(config: Config) -> str | None:
     """The newest version of this model and data set that contradicts no option but those of training, if there is one;
     says so, and which options do not count then."""
-    name = f"{config.model}-{dataset_name(config.data)}-fp32"
+    name = f"{short_name(config.model)}-{dataset_name(config.data)}-fp32"
     for number in registry.version_numbers(name):
         uri = f"models:/{name}/{number}"
         asked = [key for key, *_ in given_otherwise(config, loading.config_of_version(config, uri, "fp32"))]

@@ -13,6 +13,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from qexp.models.classifier import ModelSpec
+from qexp.models.names import short_name
 
 FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
 OUTPUTS = {"pytorch": None, "onnx": "logits"}  # what the flavour calls the output: with a name, a server gives it so
@@ -37,7 +38,7 @@ def log_version(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str)
         warnings.simplefilter("ignore")
         return log_model(
             stored.eval() if flavor == "pytorch" else stored,
-            name=f"{spec.architecture}-{kind}",
+            name=f"{short_name(spec.architecture)}-{kind}",
             registered_model_name=name,
             signature=signature,
             # Two images: an export from one fixes the batch at one.

@@ -65,7 +65,7 @@ def test_baselines_compute_what_the_registered_fp32_version_computes(
     images = to_float(digits.test.images[:32])
     with torch.no_grad(), local_files(fp32) as files:
         for name in BASELINES:
-            sweep_models.prepare_baseline(files.weights, name, (3, 16, 16), tmp_path)
+            sweep_models.prepare_baseline(files.weights, Path(files.fp32_folder), name, (3, 16, 16), tmp_path)
         folder = files.folders[fp32]
         expected = sweep_models.load(SweepModel("fp32", folder), tmp_path)(images)
         found = {name: sweep_models.load(SweepModel(name, folder), tmp_path)(images) for name in BASELINES}
@@ -137,7 +137,7 @@ def test_a_version_is_loaded_with_the_kernels_that_it_names(finished: Finished, 
 def test_baselines_that_cannot_be_made_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(weights: Path, name: str, *given: object) -> None:
+    def refuse(weights: Path, stored: Path, name: str, *given: object) -> None:
         if name == "fp32_onnx":
             raise ValueError("no such operator")
         if name == "bf16":
