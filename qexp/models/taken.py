@@ -80,6 +80,17 @@ def load_taken(folder: Path, spec: ModelSpec) -> nn.Module:
     return model
 
 
+def as_model(stored: Any, spec: ModelSpec) -> Any:
+    """What a registry stores of an fp32 model, as the stages take it: a module that has its spec."""
+    if hasattr(stored, "SerializeToString"):
+        from qexp.models.onnx_input import OnnxNetwork
+
+        stored = OnnxNetwork(stored, spec.shape, len(spec.classes), Path(spec.architecture), ())
+    if not isinstance(stored, Classifier):
+        stored.spec = spec
+    return stored
+
+
 def load_program(file: Path) -> nn.Module:
     """The module of an exported program; it computes what evaluation does, in whatever mode it is put."""
     with warnings.catch_warnings():

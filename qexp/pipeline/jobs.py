@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from qexp.config import Config
+from qexp.config import Config, is_default
 from qexp.errors import InputError, StageError, StoreError
+from qexp.extras import is_installed
 from qexp.measurement.gate import UNMEASURED
 from qexp.models.names import short_name
+from qexp.models.taken import is_onnx
 from qexp.pipeline import loading
 from qexp.pipeline.checked import answer_table
 from qexp.pipeline.decide import decide
@@ -29,6 +31,7 @@ from qexp.pipeline.shares import leading
 from qexp.pipeline.take import take, take_model, with_answers
 from qexp.pipeline.train import follow, train
 from qexp.progress import say
+from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.results import Bf16Evidence, Evidence, Int8Evidence, LatencyEvidence
 from qexp.text import opaque
@@ -223,15 +226,21 @@ class Quantized:
 
 
 def quantize_all(job: Job, setup: Setup, fp32: Fp32) -> Quantized:
-    """Quantize with each engine of the configuration.
+    """Quantize with each engine of the configuration. A model that was trained elsewhere, for which no engine was
+    named, goes to the first that takes it.
 
     Raises:
         StageError: no engine could quantize the model.
     """
-    sensitivity = sensitivity_stage(job, setup, fp32)
     int8s, failed = list[Int8Evidence](), dict[str, str]()
-    engines = setup.config.quantize.engine
+    engines = list[str](setup.config.quantize.engine)
+    any_will_do = setup.config.trained_elsewhere and is_default(setup.config, "quantize", "engine")
+    if any_will_do:
+        engines = ["onnx"] if is_onnx(fp32.model) else [engine for engine in KERNELS if is_installed(engine)]
+    sensitivity = None if is_onnx(fp32.model) else sensitivity_stage(job, setup, fp32)
     for engine in engines:
+        if any_will_do and int8s:
+            break
         try:
             int8s.append(quantize_stage(job, setup, fp32, engine, sensitivity))
         except StoreError:

@@ -19,7 +19,7 @@ from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
 from qexp.models.classifier import save_classifier
 from qexp.models.names import short_name
-from qexp.models.taken import count_parameters, is_rebuilt
+from qexp.models.taken import as_model, count_parameters, is_rebuilt
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
@@ -77,7 +77,7 @@ def _fp32(new: NewModel, evidence: Fp32Evidence, at_ms: int) -> Fp32:
     values = metrics.of_model(evidence.accuracy, version.size_bytes, count_parameters(new.stored))
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
     registry.make_challenger(version)  # last: a stage that fails on its way moves no alias
-    return Fp32(new.stored, version, evidence, new.logits)
+    return Fp32(as_model(new.stored, new.spec), version, evidence, new.logits)
 
 
 def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
