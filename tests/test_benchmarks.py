@@ -10,7 +10,18 @@ import pytest
 from conftest import REPOSITORY, latency_row
 
 BENCHMARKS = REPOSITORY / "benchmarks"
-PROGRAMS = ("peers", "recipe", "search", "serving", "training", "classifiers", "engines", "execution", "picture")
+PROGRAMS = (
+    "peers",
+    "recipe",
+    "search",
+    "serving",
+    "training",
+    "classifiers",
+    "engines",
+    "execution",
+    "picture",
+    "images",
+)
 COMMITTED = REPOSITORY / "results" / "peers.json"
 
 
