@@ -20,6 +20,7 @@ OPTION_TOLD = re.compile(r"(?<!\S)--([a-z][a-z0-9-]*) (true|false|[^\s:;]+(?=:))
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 WORDS = {"true": "True", "false": "False", "auto": "None"}
 REFUSED = "failed with error code 401"
+AUTOFLUSH = "(raised as a result of Query-invoked autoflush"  # SQLAlchemy's first line; the reason is in the next one
 
 
 class InputError(ValueError):
@@ -37,6 +38,7 @@ class StoreError(StageError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as part of one line; its type where it says nothing. No secrets."""
     lines = COLOURS.sub("", str(error)).strip().splitlines()
+    lines = [line for line in lines if not line.startswith(AUTOFLUSH)]
     if not lines:
         return type(error).__name__
     if lines[0].startswith(EMPTY_WORDS):

@@ -19,6 +19,7 @@ from qexp.errors import InputError, first_line
 from qexp.text import hide_secrets
 
 CONNECT_S = 10
+LOCKED = "database is locked"  # SQLite's words, after five seconds
 SQLITE = "sqlite:///"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 OTHERS = ("file", "http", "https", "databricks", "databricks-uc", "uc")  # that MLflow knows
@@ -58,6 +59,8 @@ class Address:
             if not mlflow.is_tracking_uri_set():
                 reason += f", and chooses it where {self.variable} is not set and a folder mlruns holds one"
         text = f"{self.variable} {hide_secrets(self.uri)}: the {self.what} does not answer ({reason})"
+        if LOCKED in reason:
+            return InputError(f"{text}; another process is writing to it: wait for that one, or end it")
         if self.scheme in ("http", "https"):
             return InputError(f"{text}; start it, or set {self.variable} to another, such as sqlite:///mlflow.db")
         return InputError(f"{text}; set {self.variable}=sqlite:///mlflow.db")
