@@ -249,6 +249,26 @@ def test_what_sqlite_cannot_write_is_one_line(tmp_path: Path, capfd: pytest.Capt
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["50%25 off", "a%41b", "Jane%20Doe", "what?"])
+@pytest.mark.parametrize("default", [False, True])
+def test_a_folder_that_mlflow_would_take_for_another_one_is_refused_before_anything_is_made(
+    name: str, default: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the place of the database, and as that of artifacts."""
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.set_tracking_uri(None if default else new_store(tmp_path))  # type: ignore[arg-type]
+    before = sorted(tmp_path.rglob("*"))
+    if name == "what?" and not default:  # artifacts may be there
+        use_store()
+    else:
+        with pytest.raises(InputError, match=r"MLflow takes (\?|%\w\w) in the name of a folder .*; rename it, or "):
+            use_store()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def _without_waiting(connection: Any, cursor: Any, statement: str, values: Any, *more: Any) -> tuple[str, Any]:
     """MLflow lets SQLite wait 20 seconds for a lock."""
     return statement.replace("busy_timeout = 20000", "busy_timeout = 100"), values
