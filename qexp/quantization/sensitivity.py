@@ -26,6 +26,7 @@ from qexp.config import QuantizeConfig
 from qexp.measurement.accuracy import to_float, top_k_credit
 from qexp.progress import track
 from qexp.quantities import Finite, NotNegative, Number, Percent, Some
+from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.engines import fx
 from qexp.quantization.observers import calibration_batches, observer_class
 
@@ -144,6 +145,21 @@ def measure_sensitivity(
         int8_kl_nats=_divergence_nats(fp32, int8),
         engines=tuple(options.engine),
     )
+
+
+def simulated_logits(
+    source: nn.Module,
+    calibration_images: Tensor,
+    images: Tensor,
+    names: Sequence[str],
+    options: QuantizeConfig,
+    reduce_range: bool,
+) -> Tensor | None:
+    """Logits [M, classes] with the layers of these names quantized as in `measure_sensitivity`, whose arguments the
+    others are. None where one of them is no module that the model calls; projections of attention stay fp32."""
+    wanted = [name for name in names if not name.endswith(f".{IN_PROJECTION}")]
+    with torch.no_grad(), _simulated(source, calibration_images, options, reduce_range) as layers:
+        return _logits(source, images, layers, wanted) if wanted and layers.keys() >= set(wanted) else None
 
 
 def most_sensitive_first(result: SensitivityResult) -> tuple[str, ...]:
