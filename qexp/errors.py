@@ -2,6 +2,8 @@
 
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qexp.text import hide_secrets
@@ -51,6 +53,19 @@ def first_line(error: BaseException) -> str:
     if REFUSED in lines[0]:
         return "401: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user that it knows"
     return hide_secrets(lines[0])[:300]
+
+
+@contextmanager
+def naming_copies(folder: Path | str, name: str) -> Iterator[None]:
+    """Within the block, errors call files below the temporary `folder` by `name`, of which they are copies: the folder
+    is gone when the message is read."""
+    try:
+        yield
+    except (InputError, StageError) as error:
+        found = re.compile(re.escape(str(folder)) + r"[^\s'\":,;)]*")
+        if not found.search(str(error)):
+            raise
+        raise type(error)(found.sub(lambda _: name, str(error))) from error.__cause__
 
 
 def with_place(error: BaseException) -> str:

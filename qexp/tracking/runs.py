@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data.datasets import Dataset, Split
-from qexp.errors import InputError, first_line
+from qexp.errors import InputError, first_line, naming_copies
 from qexp.files import from_json, to_json
 from qexp.measurement.host import Host
 from qexp.progress import say
@@ -398,4 +398,5 @@ def downloaded(uri: str) -> Iterator[Path]:
             file = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
         except (MlflowException, OSError) as error:
             raise InputError(f"{uri}: cannot be read ({first_line(error)})") from None
-        yield file
+        with naming_copies(folder, uri):
+            yield file

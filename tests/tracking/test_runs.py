@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tempfile
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ def test_a_damaged_result_is_one_line(evidence: Evidence, tmp_path: Path) -> Non
             tracking.read_result(kind, run.info.run_id, "fp32")
     file.unlink()
     file.mkdir()
-    with pytest.raises(InputError, match=rf"^runs:/{run.info.run_id}/results/fp32.json: "):
+    with pytest.raises(InputError, match=rf"^runs:/{run.info.run_id}/results/fp32.json: ") as refused:
         tracking.read_result(Fp32Evidence, run.info.run_id, "fp32")
+    assert tempfile.gettempdir() not in str(refused.value)  # where the copy is that was read
 
 
 # A result, one of its values by its path, what stands there, and what is said of it.
