@@ -2,6 +2,8 @@
 
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qexp.text import hide_secrets
@@ -20,6 +22,7 @@ OPTION_TOLD = re.compile(r"(?<!\S)--([a-z][a-z0-9-]*) (true|false|[^\s:;]+(?=:))
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 WORDS = {"true": "True", "false": "False", "auto": "None"}
 REFUSED = "failed with error code 401"
+AUTOFLUSH = "(raised as a result of Query-invoked autoflush"  # SQLAlchemy's first line; the reason is in the next one
 
 
 class InputError(ValueError):
@@ -37,6 +40,7 @@ class StoreError(StageError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as part of one line; its type where it says nothing. No secrets."""
     lines = COLOURS.sub("", str(error)).strip().splitlines()
+    lines = [line for line in lines if not line.startswith(AUTOFLUSH)]
     if not lines:
         return type(error).__name__
     if lines[0].startswith(EMPTY_WORDS):
@@ -49,6 +53,19 @@ def first_line(error: BaseException) -> str:
     if REFUSED in lines[0]:
         return "401: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user that it knows"
     return hide_secrets(lines[0])[:300]
+
+
+@contextmanager
+def naming_copies(folder: Path | str, name: str) -> Iterator[None]:
+    """Within the block, errors call files below the temporary `folder` by `name`, of which they are copies: the folder
+    is gone when the message is read."""
+    try:
+        yield
+    except (InputError, StageError) as error:
+        found = re.compile(re.escape(str(folder)) + r"[^\s'\":,;)]*")
+        if not found.search(str(error)):
+            raise
+        raise type(error)(found.sub(lambda _: name, str(error))) from error.__cause__
 
 
 def with_place(error: BaseException) -> str:

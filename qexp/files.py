@@ -82,8 +82,16 @@ def to_json(result: object) -> str:
 
 
 def from_json(kind: type[T], text: str) -> T:
-    """The result that `to_json` wrote."""
-    return TypeAdapter(kind).validate_json(text)
+    """The result that `to_json` wrote.
+
+    Raises:
+        ValueError: the text is no result of this kind, or its figures are none that it can have (quantities.py) or
+            contradict each other, as its method `check` says where it has one.
+    """
+    found = TypeAdapter(kind).validate_json(text)
+    if check := getattr(found, "check", None):
+        check()
+    return found
 
 
 @contextmanager

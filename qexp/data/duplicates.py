@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qexp.quantities import Number
+
 Part = tuple[Sequence[bytes], Sequence[int]]  # digest and label of each image
 
 
@@ -14,11 +16,11 @@ class Duplicates:
     search has seen. `labelled_twice` counts the different images that the whole data set has with several labels.
     """
 
-    test_in_training: int
-    test_in_validation: int
-    test_images_seen: int
-    validation_in_training: int
-    labelled_twice: int
+    test_in_training: Number
+    test_in_validation: Number
+    test_images_seen: Number
+    validation_in_training: Number
+    labelled_twice: Number
 
     def warning(self, test_images: int) -> str | None:
         """One line where accuracy on the test images cannot be trusted; None where it can."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qexp.models.classifier import ImageBatches
 from qexp.progress import track
+from qexp.quantities import Finite, Images, NotNegative, Number, Percent, Points, Some
 from qexp.tables import Shown, Table
 
 MOST_A_BATCH, FEWEST_A_BATCH = 256, 64  # images of an evaluation
@@ -28,11 +29,18 @@ class Accuracy:
     counts by expectation, as `top_k_credit` says.
     """
 
-    top1_percent: float
-    top3_percent: float
-    images: int
-    top1_tied_images: int = 0
-    top3_tied_images: int = 0
+    top1_percent: Percent
+    top3_percent: Percent
+    images: Some
+    top1_tied_images: Number = 0
+    top3_tied_images: Number = 0
+
+    def check(self) -> None:
+        """Raise ValueError where the figures contradict each other: they were changed."""
+        if not self.top1_percent <= self.top3_percent:
+            raise ValueError(f"top-1 of {self.top1_percent:g} % is more than top-3 of {self.top3_percent:g} %")
+        if max(self.top1_tied_images, self.top3_tied_images) > self.images:
+            raise ValueError(f"more images are tied than the {self.images} that there are")
 
     @property
     def top1_correct(self) -> int | float:
@@ -51,15 +59,22 @@ class Comparison:
     Images that only one of them gets right are a fraction where labels tie: sums of what one has above the other.
     """
 
-    top1_drop_points: float
-    top1_drop_low_points: float
-    top1_drop_high_points: float
-    top3_drop_points: float
-    agreement_percent: float
-    only_fp32_correct_images: int | float
-    only_int8_correct_images: int | float
-    images: int
-    kl_nats: float | None = None  # mean divergence of the classes' probabilities from those of fp32; None: not known
+    top1_drop_points: Points
+    top1_drop_low_points: Finite
+    top1_drop_high_points: Finite
+    top3_drop_points: Points
+    agreement_percent: Percent
+    only_fp32_correct_images: Number | Images
+    only_int8_correct_images: Number | Images
+    images: Some
+    kl_nats: NotNegative | None = None  # mean divergence of int8's class probabilities from fp32's; None: not known
+
+    def check(self) -> None:
+        """Raise ValueError where the figures contradict each other: they were changed."""
+        if self.only_fp32_correct_images + self.only_int8_correct_images > self.images:
+            raise ValueError(f"more images are right with one model alone than the {self.images} that there are")
+        if not self.top1_drop_low_points <= self.top1_drop_high_points:
+            raise ValueError("the interval of the drop ends below where it begins")
 
 
 @dataclass(frozen=True)

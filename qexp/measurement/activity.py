@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qexp.measurement.host import read_cpus, throttled_s
+from qexp.quantities import NotNegative, Some, Timed
 
 BUSY_FIELDS = ("user", "nice", "system", "irq", "softirq", "steal")  # of /proc/stat, in seconds once divided
 FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
@@ -21,12 +22,12 @@ class Activity:
     this process's control group had to wait, because it had used up its CPU quota.
     """
 
-    wall_s: float
-    own_cpu_s: float
-    others_cpu_s: float
-    cores: int
-    threads: int
-    throttled_s: float = 0.0
+    wall_s: Timed
+    own_cpu_s: NotNegative
+    others_cpu_s: NotNegative
+    cores: Some
+    threads: Some
+    throttled_s: NotNegative = 0.0
 
     @property
     def busy_percent(self) -> float:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from qexp.models.preprocessing import Shape
+from qexp.quantities import Number, Some
 from qexp.tables import Shown, Table
 
 FLOP_COUNTER, TORCHINFO, ONNX_SHAPES = "torch.utils.flop_counter", "torchinfo", "the shapes of the ONNX graph"
@@ -40,11 +41,18 @@ class Cost(Shown):
     layer on tokens only once, and nothing of attention.
     """
 
-    parameters: int
-    macs: dict[int, int]
-    conv_linear_macs: dict[int, int]
-    int8_macs: dict[int, int]
+    parameters: Number
+    macs: dict[Some, Number]
+    conv_linear_macs: dict[Some, Number]
+    int8_macs: dict[Some, Number]
     counted_by: str = TORCHINFO
+
+    def check(self) -> None:
+        """Raise ValueError where counts are missing or contradict each other: they were changed."""
+        if not self.macs.keys() == self.conv_linear_macs.keys() == self.int8_macs.keys():
+            raise ValueError("the multiply-accumulates of a batch size are missing")
+        if any(self.int8_macs[size] > self.conv_linear_macs[size] for size in self.macs):
+            raise ValueError("more multiply-accumulates are in int8 than layers with weights have")
 
     @property
     def int8_percent(self) -> float:

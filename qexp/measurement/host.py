@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
+from qexp.quantities import NotNegative, Some
+
 FEATURES = {
     "avx2": "AVX2",
     "avx512f": "AVX512F",
@@ -61,15 +63,15 @@ class Host:
     """
 
     cpu: str
-    cores: int
-    threads: int
-    memory_gb: float
+    cores: Some
+    threads: Some
+    memory_gb: NotNegative
     features: tuple[str, ...]
     system: str
     python: str
     libraries: dict[str, str]
-    physical_cores: int | None = None
-    cpu_quota: float | None = None
+    physical_cores: Some | None = None
+    cpu_quota: NotNegative | None = None
 
     @property
     def has_int8_dot_product(self) -> bool:

@@ -22,6 +22,7 @@ from scipy.special import stdtrit
 
 from qexp.config import LatencyConfig
 from qexp.measurement.activity import Activity
+from qexp.quantities import Factor, NotNegative, Percent, Some, Timed
 from qexp.tables import Shown, Table
 
 Run = Callable[[], object]
@@ -43,11 +44,11 @@ class LatencyStats:
     Images a second are those at the median. A percentile is None where too few passes lie beyond it to know it.
     """
 
-    p50_ms: float
-    p90_ms: float | None
-    p99_ms: float | None
-    images_per_second: float
-    repeats: int
+    p50_ms: Timed
+    p90_ms: Timed | None
+    p99_ms: Timed | None
+    images_per_second: Timed
+    repeats: Some
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Ratio:
     The centre is the geometric mean over the loads, of each the median of its rounds' ratios.
     """
 
-    median: float
-    low: float
-    high: float
+    median: Factor
+    low: Factor
+    high: Factor
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,26 @@ class LatencyRow:
     what else the machine did.
     """
 
-    batch_size: int
+    batch_size: Some
     stats: dict[str, LatencyStats]
-    round_ms: dict[str, tuple[float, ...]]
+    round_ms: dict[str, tuple[Timed, ...]]
     speedups: dict[str, Ratio]
     noise: Ratio
-    loads: tuple[int, ...] = ()
-    comparisons: int = 1
+    loads: tuple[Some, ...] = ()
+    comparisons: Some = 1
     activity: Activity | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where times are missing or contradict each other: they were changed."""
+        models, rounds = self.stats.keys(), {len(found) for found in self.round_ms.values()}
+        if not models == self.round_ms.keys() == self.speedups.keys():
+            raise ValueError(f"the times of a model at batch size {self.batch_size} are missing")
+        if len(rounds) != 1 or 0 in rounds or (self.loads and {sum(self.loads)} != rounds):
+            raise ValueError(f"the times of a round at batch size {self.batch_size} are missing")
+        for found in self.stats.values():
+            known = [ms for ms in (found.p50_ms, found.p90_ms, found.p99_ms) if ms is not None]
+            if known != sorted(known):
+                raise ValueError(f"the percentiles at batch size {self.batch_size} fall")
 
     @property
     def enough(self) -> bool:
@@ -199,9 +212,9 @@ class StartUp:
     """One model in a process of its own: loading it, the first forward pass, and the process's peak memory."""
 
     model: str
-    load_s: float
-    first_call_ms: float
-    peak_memory_mb: float
+    load_s: NotNegative
+    first_call_ms: NotNegative
+    peak_memory_mb: NotNegative
 
 
 @dataclass(frozen=True)
@@ -217,12 +230,21 @@ class LatencyResult(Shown):
     baseline: str
     rows: tuple[LatencyRow, ...]
     startups: tuple[StartUp, ...]
-    threads: int
-    weights: dict[int, float] = field(default_factory=dict)
-    max_busy_percent: float = 100.0
-    left_out: tuple[int, ...] = ()
+    threads: Some
+    weights: dict[Some, NotNegative] = field(default_factory=dict)
+    max_busy_percent: Percent = 100.0
+    left_out: tuple[Some, ...] = ()
     left_out_because: str = ""
     models_left_out: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ValueError where times are missing or contradict each other: they were changed."""
+        for row in self.rows:
+            row.check()
+            if row.stats.keys() != self.rows[0].stats.keys():
+                raise ValueError(f"the times of a model at batch size {row.batch_size} are missing")
+        if not self.counted or self.baseline not in self.rows[0].stats:
+            raise ValueError("there are no times that count")
 
     @property
     def counted(self) -> tuple[LatencyRow, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qexp.extras import extra
+from qexp.quantities import Number
 
 # Below the folder of the archive's name. TorchScript: data/0, constants/0; exported programs: data/weights/weight_0.
 TENSORS = re.compile(r"(data|constants)/\d+|data/(weights|constants)/\w+_\d+")
@@ -17,9 +18,9 @@ class FileContents:
     """`weights_bytes` are those of all tensors: weights, biases, scales, statistics of batch norm; `code_bytes` those
     of the operations; `other_bytes` names, debug information, an example of the input, and the container itself."""
 
-    weights_bytes: int
-    code_bytes: int
-    other_bytes: int
+    weights_bytes: Number
+    code_bytes: Number
+    other_bytes: Number
 
 
 def read_contents(file: Path) -> FileContents:

@@ -32,7 +32,8 @@ def _promoted(found: Promotion) -> Promotion:
     if tags.get("promotion_run_id") != found.measured.run_id:  # a later promotion has decided on this version
         return found
     if found.force:
-        with only_mover(split_uri(found.uri)[0]):
+        with only_mover(split_uri(found.uri)[0]) as still_alone:
+            still_alone()
             move_champion(found.uri)
     elif found.word == "passed" and not succeed(found.uri, found.champion_uri):
         found = replace(found, overtaken=True)

@@ -23,8 +23,9 @@ from qexp.measurement.host import read_host
 from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
 from qexp.quantization.engines import fx
-from qexp.quantization.equivalence import check_kernels
+from qexp.quantization.equivalence import MOST_IMAGES, check_kernels, check_sense
 from qexp.quantization.result import QuantizedModel, QuantizeResult
+from qexp.quantization.sensitivity import simulated_logits
 from qexp.quantization.windows import computed_before
 
 __all__ = ["KERNELS", "LOADED_WITHOUT_PICKLE", "QuantizedModel", "quantize_model"]
@@ -77,7 +78,11 @@ def quantize_model(
     if not options.allow_float:
         _refuse_float_layers(made.result)
     assert made.reference is not None
-    check_kernels(engine, made.reloaded(), made.reference, source, calibration_images)
+    found_db = check_kernels(engine, made.reloaded(), made.reference, source, calibration_images)
+    if not is_onnx_network(model):
+        some, int8 = calibration_images[:MOST_IMAGES], made.result.int8_layers
+        simulated = partial(simulated_logits, source, some, names=int8, options=options, reduce_range=reduce_range)
+        check_sense(engine, found_db, source, simulated, some)
     return replace(made, source=source, reference=None)
 
 

@@ -18,6 +18,7 @@ from qexp.config import QuantizeConfig
 from qexp.errors import InputError
 from qexp.measurement.accuracy import Comparison, paired_drop_interval
 from qexp.progress import say
+from qexp.quantities import Finite, Number, Points
 from qexp.quantization import QuantizedModel, quantize_model
 
 NAMES_IN_A_LINE = 4
@@ -31,18 +32,18 @@ class BudgetTry:
     """
 
     kept_layers: tuple[str, ...]
-    validation_top1_drop_points: float
-    validation_top1_drop_high_points: float | None = None
+    validation_top1_drop_points: Points
+    validation_top1_drop_high_points: Finite | None = None
 
 
 @dataclass(frozen=True)
 class BudgetResult:
     """All tries in their order, and whether one of them was within the budget, as `images` images show it."""
 
-    max_top1_drop_points: float
+    max_top1_drop_points: Finite
     tries: tuple[BudgetTry, ...]
     met: bool
-    images: int = 0
+    images: Number = 0
 
     @property
     def least_high_points(self) -> float:

@@ -16,6 +16,9 @@ BATCH_SIZE = 32
 # quantization has made (0 to 1.5 times its power over all networks of the tests); a wrong kernel by 100 times and more.
 MOST_ERRORS = 4.0
 CLOSE_DB = 40.0  # closer than this to the signal is the same, however small the error of quantization
+# What engines lose more than a simulation of the same layers: 4 dB at most over networks of all families. A program
+# that was wrong lost 20 dB more.
+NONSENSE_DB = 12.0
 SAME_DB = 100.0  # the rounding of float32
 EXACT_DB = 60.0  # of two fp32 models that are the same but for the order in which they sum; they have 90 and more
 
@@ -26,7 +29,7 @@ def check_kernels(
     program: Callable[[Tensor], Tensor],
     fp32: nn.Module,
     images: Tensor,
-) -> None:
+) -> float:
     """Hold the int8 model against the quantized program that it was made from.
 
     Args:
@@ -34,6 +37,9 @@ def check_kernels(
         program: quantize, fp32 operations, dequantize.
         fp32: what was quantized; how far `program` is from it says which differences are small.
         images: uint8 [N, 3, H, W], of which 64 count.
+
+    Returns:
+        The signal-to-noise ratio of the int8 logits against fp32, in dB; NaN where fp32 overflows.
 
     Raises:
         StageError: the int8 model does not take batches of other sizes, its logits depend on them, or they differ from
@@ -45,7 +51,7 @@ def check_kernels(
     found = _of_any_batch(engine, int8, some)
     allowed = _allowed(exact, expected)
     if not math.isfinite(allowed):  # a model that overflows in fp32: nothing to compare with
-        return
+        return math.nan
     if not _power(found - expected) <= allowed:
         raise StageError(
             f"engine {engine}: its int8 kernels compute something else than the quantized program of this model: the "
@@ -58,6 +64,38 @@ def check_kernels(
                 f"engine {engine}: the logits that its int8 model gives for an image depend on the size of the batch, "
                 f"{size} or {min(len(some), BATCH_SIZE)} images; use another --engine"
             )
+    return sqnr_db(exact, found)
+
+
+def check_sense(
+    engine: str, found_db: float, fp32: nn.Module, simulated: Callable[[Tensor], Tensor | None], images: Tensor
+) -> None:
+    """Refuse int8 logits that have nothing to do with those of fp32, though the kernels compute what the quantized
+    program says: then the program is wrong.
+
+    A network may be one that int8 is too coarse for, above all an untrained one. So the same layers, quantized with
+    the same options one by one in simulation, say what is to be expected of it.
+
+    Args:
+        found_db: what `check_kernels` returned.
+        simulated: from images [N, 3, H, W] to logits [N, classes]; None where layers cannot be simulated.
+        images: as for `check_kernels`.
+
+    Raises:
+        StageError: the error is larger than the signal, and far larger than in the simulation.
+    """
+    if not found_db < 0:
+        return
+    some = _varied(images[:MOST_IMAGES])
+    if (expected := simulated(some)) is None:
+        return
+    expected_db = sqnr_db(_logits(fp32, some), expected)
+    if found_db < expected_db - NONSENSE_DB:
+        raise StageError(
+            f"engine {engine}: its int8 model does not compute what the fp32 model does: the signal-to-noise ratio of "
+            f"the logits is {found_db:.1f} dB, where quantizing each layer gives {expected_db:.1f} dB; use another "
+            "--engine"
+        )
 
 
 def _varied(images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
 from qexp.files import replacing
+from qexp.quantities import NotNegative, Number, Percent
 from qexp.tables import Shown, Table
 
 
@@ -31,14 +32,14 @@ class QuantizeResult:
     observer: str
     per_channel: bool
     reduce_range: bool
-    calibration_images: int
+    calibration_images: Number
     int8_layers: tuple[str, ...]
     float_layers: tuple[str, ...]
-    duration_s: float
+    duration_s: NotNegative
     load_backend: str | None = None
     kept_layers: tuple[str, ...] = ()
     saturating_layers: tuple[str, ...] = ()
-    percentile: float | None = None
+    percentile: Percent | None = None
 
     @classmethod
     def with_options(

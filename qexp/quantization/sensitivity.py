@@ -25,6 +25,8 @@ from torch.nn.functional import kl_div
 from qexp.config import QuantizeConfig
 from qexp.measurement.accuracy import to_float, top_k_credit
 from qexp.progress import track
+from qexp.quantities import Finite, NotNegative, Number, Percent, Some
+from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.engines import fx
 from qexp.quantization.observers import calibration_batches, observer_class
 
@@ -55,16 +57,16 @@ class LayerSensitivity:
     """
 
     layer: str
-    sqnr_db: float | None
-    top1_only_int8_percent: float
-    top1_only_fp32_percent: float
-    kl_only_int8_nats: float | None = None
-    kl_only_fp32_nats: float | None = None
-    only_int8_lost_images: int = 0
-    only_int8_gained_images: int = 0
-    only_fp32_lost_images: int = 0
-    only_fp32_gained_images: int = 0
-    weight_bits: int = 8
+    sqnr_db: Finite | None
+    top1_only_int8_percent: Percent
+    top1_only_fp32_percent: Percent
+    kl_only_int8_nats: NotNegative | None = None
+    kl_only_fp32_nats: NotNegative | None = None
+    only_int8_lost_images: Number = 0
+    only_int8_gained_images: Number = 0
+    only_fp32_lost_images: Number = 0
+    only_fp32_gained_images: Number = 0
+    weight_bits: Some = 8
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,13 @@ class SensitivityResult:
     """
 
     layers: tuple[LayerSensitivity, ...]
-    fp32_top1_percent: float
-    int8_top1_percent: float
-    images: int
+    fp32_top1_percent: Percent
+    int8_top1_percent: Percent
+    images: Some
     observer: str
     per_channel: bool
-    percentile: float | None = None
-    int8_kl_nats: float | None = None
+    percentile: Percent | None = None
+    int8_kl_nats: NotNegative | None = None
     engines: tuple[str, ...] = ()
 
 
@@ -143,6 +145,21 @@ def measure_sensitivity(
         int8_kl_nats=_divergence_nats(fp32, int8),
         engines=tuple(options.engine),
     )
+
+
+def simulated_logits(
+    source: nn.Module,
+    calibration_images: Tensor,
+    images: Tensor,
+    names: Sequence[str],
+    options: QuantizeConfig,
+    reduce_range: bool,
+) -> Tensor | None:
+    """Logits [M, classes] with the layers of these names quantized as in `measure_sensitivity`, whose arguments the
+    others are. None where one of them is no module that the model calls; projections of attention stay fp32."""
+    wanted = [name for name in names if not name.endswith(f".{IN_PROJECTION}")]
+    with torch.no_grad(), _simulated(source, calibration_images, options, reduce_range) as layers:
+        return _logits(source, images, layers, wanted) if wanted and layers.keys() >= set(wanted) else None
 
 
 def most_sensitive_first(result: SensitivityResult) -> tuple[str, ...]:

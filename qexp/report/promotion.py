@@ -31,6 +31,12 @@ class Promotion:
     force: bool = False
     overtaken: bool = False
 
+    def check(self) -> None:
+        """Raise ValueError where figures contradict each other: the file was changed."""
+        self.measured.check()
+        for found in filter(None, (self.drop, self.drop_from_champion)):
+            found.check()
+
     @property
     def verdict(self) -> Verdict:
         """That on the candidate, whether or not it takes the champion's place."""

@@ -22,6 +22,7 @@ from qexp.measurement.sweep_models import BF16
 from qexp.measurement.verdict import Verdict, decide_verdict
 from qexp.models.contents import FileContents
 from qexp.models.preprocessing import Preprocessing, Shape
+from qexp.quantities import Finite, Number, Percent, Points, Some
 from qexp.quantization.budget import BudgetResult
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
@@ -41,11 +42,11 @@ class DataFacts:
     digest: str
     classes: tuple[str, ...]
     image_size_px: int | str  # HEIGHTxWIDTH unless it is a square
-    train_images: int
-    validation_images: int
-    test_images: int
+    train_images: Number
+    validation_images: Number
+    test_images: Some
     duplicates: Duplicates | None = None
-    guess_percent: float | None = None
+    guess_percent: Percent | None = None
     labelled: bool = True  # False: the images have no labels, and what fp32 says stands in for them
 
     @property
@@ -54,9 +55,16 @@ class DataFacts:
         return 100 / len(self.classes) if self.guess_percent is None else self.guess_percent
 
 
-def _need_test(by_split: Mapping[str, object]) -> None:
+def _check(by_split: Mapping[str, Accuracy] | Mapping[str, Comparison]) -> None:
     if "test" not in by_split:
         raise ValueError("what was measured on the test images is missing")
+    for found in by_split.values():
+        found.check()
+
+
+def _check_registered(version_uri: str, size_bytes: int) -> None:
+    if version_uri and not size_bytes:
+        raise ValueError("the registered file has 0 bytes")
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Fp32Evidence:
     model: str
     seed: int
     version_uri: str
-    size_bytes: int
+    size_bytes: Number
     data: DataFacts
     train: TrainResult | None
     accuracy: dict[str, Accuracy]
@@ -89,8 +97,14 @@ class Fp32Evidence:
         return 3, int(height), int(width or height)
 
     def check(self) -> None:
-        """Raise ValueError where something is missing without which nothing can be said: the file was changed."""
-        _need_test(self.accuracy)
+        """Raise ValueError where something is missing without which nothing can be said, or where figures contradict
+        each other: the file was changed."""
+        _check(self.accuracy)
+        _check_registered(self.version_uri, self.size_bytes)
+        if not self.data.classes:
+            raise ValueError("there are no classes")
+        if self.train and not min(1, len(self.train.epochs)) <= self.train.best_epoch <= len(self.train.epochs):
+            raise ValueError(f"there is no epoch {self.train.best_epoch}")
 
 
 @dataclass(frozen=True)
@@ -99,8 +113,8 @@ class BudgetCost:
     int8. `told_apart` has the batch sizes at which the two differ beyond the noise.
     """
 
-    all_int8_bytes: int
-    size_bytes: int
+    all_int8_bytes: Number
+    size_bytes: Number
     slowdown: dict[int, Ratio]
     told_apart: tuple[int, ...] = ()
 
@@ -114,7 +128,7 @@ class Int8Evidence:
     """
 
     version_uri: str
-    size_bytes: int
+    size_bytes: Number
     quantize: QuantizeResult
     calibration_digest: str
     fp32_cost: Cost
@@ -128,9 +142,14 @@ class Int8Evidence:
     verified: bool = True
 
     def check(self) -> None:
-        """Raise ValueError where something is missing without which nothing can be said: the file was changed."""
-        _need_test(self.accuracy)
-        _need_test(self.comparison)
+        """As that of `Fp32Evidence`."""
+        _check(self.accuracy)
+        _check(self.comparison)
+        _check_registered(self.version_uri, self.size_bytes)
+        self.fp32_cost.check()
+        self.cost.check()
+        if not self.cost.macs or self.cost.macs.keys() != self.fp32_cost.macs.keys():
+            raise ValueError("the multiply-accumulates of a batch size are missing")
 
 
 @dataclass(frozen=True)
@@ -138,11 +157,11 @@ class Bf16Evidence:
     """The baseline bf16, the only one that rounds: bytes as saved by TorchScript, accuracy on the test images, and the
     drop there, fp32 minus bf16, with its 95 % interval."""
 
-    size_bytes: int
+    size_bytes: Number
     accuracy: Accuracy
-    top1_drop_points: float
-    top1_drop_low_points: float
-    top1_drop_high_points: float
+    top1_drop_points: Points
+    top1_drop_low_points: Finite
+    top1_drop_high_points: Finite
 
 
 @dataclass(frozen=True)
@@ -161,10 +180,15 @@ class LatencyEvidence:
     bf16: Bf16Evidence | None = None
 
     def check(self) -> None:
-        """Raise ValueError where something is missing without which nothing can be said: the file was changed."""
+        """As that of `Fp32Evidence`."""
         rows, timed = self.latency.rows, {name for names in self.names.values() for name in names}
         if not (rows and all(self.names.values()) and all(row.stats.keys() >= timed for row in rows)):
             raise ValueError("the times of a model are missing")
+        self.latency.check()
+        if not self.floats:
+            raise ValueError("there are no times of a model that is not int8")
+        if self.bf16:
+            self.bf16.accuracy.check()
 
     @property
     def floats(self) -> tuple[str, ...]:

@@ -355,7 +355,7 @@ def size(evidence: Evidence) -> list[str]:
     if abs(evidence.size_ratio - 1) < 0.005:
         sentences = ["The files of int8 and fp32 have the same size."]
     before, after = evidence.fp32.contents, evidence.int8.contents
-    if before and after:
+    if before and after and after.weights_bytes and before.weights_bytes:
         alone = times(before.weights_bytes / after.weights_bytes, "smaller", "larger")
         sentences.append(f"The weights alone, with biases, scales and statistics, are {alone}.")
     return sentences

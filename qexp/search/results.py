@@ -6,6 +6,7 @@ trials.py makes the points, which the study keeps as JSON; conclusion.py makes t
 from dataclasses import dataclass
 
 from qexp.measurement.latency import Ratio
+from qexp.quantities import NotNegative, Number, Percent, Timed
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,16 @@ class SearchPoint:
     result.
     """
 
-    calibration_samples: int
+    calibration_samples: Number
     observer: str
     engine: str
     weight_scale: str
-    fp32_layers: int
-    top1_percent: float
-    spread_points: float
-    top1_by_seed_percent: tuple[float, ...]
-    size_bytes: int | None = None
-    latency_p50_ms: float | None = None
+    fp32_layers: Number
+    top1_percent: Percent
+    spread_points: NotNegative
+    top1_by_seed_percent: tuple[Percent, ...]
+    size_bytes: Number | None = None
+    latency_p50_ms: Timed | None = None
     speedup: Ratio | None = None
     noise: Ratio | None = None
     correct_by_seed: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ minutes, with warnings, and makes one wherever a relative path leads.
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from qexp.errors import InputError, first_line
 from qexp.text import hide_secrets
 
 CONNECT_S = 10
+MISREAD = re.compile("%[0-9a-fA-F]{2}")  # in the name of a folder: MLflow decodes it once too often
+LOCKED = "database is locked"  # SQLite's words, after five seconds
 SQLITE = "sqlite:///"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 OTHERS = ("file", "http", "https", "databricks", "databricks-uc", "uc")  # that MLflow knows
@@ -58,6 +61,8 @@ class Address:
             if not mlflow.is_tracking_uri_set():
                 reason += f", and chooses it where {self.variable} is not set and a folder mlruns holds one"
         text = f"{self.variable} {hide_secrets(self.uri)}: the {self.what} does not answer ({reason})"
+        if LOCKED in reason:
+            return InputError(f"{text}; another process is writing to it: wait for that one, or end it")
         if self.scheme in ("http", "https"):
             return InputError(f"{text}; start it, or set {self.variable} to another, such as sqlite:///mlflow.db")
         return InputError(f"{text}; set {self.variable}=sqlite:///mlflow.db")
@@ -89,7 +94,7 @@ def check(address: Address) -> None:
     """What can be said of an address without asking anybody; the folder of SQLite's file is made.
 
     Raises:
-        InputError: it is none of MLflow's.
+        InputError: it is none of MLflow's, or a folder has a name that MLflow reads as another one.
     """
     uri, variable = address.uri, address.variable
     if uri != (bare := uri.strip(" \t\r\n'\"")):
@@ -100,8 +105,17 @@ def check(address: Address) -> None:
         raise address.refusal(f"must be {SUPPORTED}") from None
     if address.scheme not in (*DATABASES, *OTHERS):
         raise address.refusal(f"must be {SUPPORTED}")
+    if address.scheme in DATABASES and (found := MISREAD.search(os.getcwd())):  # artifacts go below it
+        raise InputError(f"{os.getcwd()}: {_misread(found[0])}; rename it, or give the command in another one")
     if file is not None:
+        if found := MISREAD.search(str(file)) or re.search(r"\?", str(file)):
+            better = f"rename it, or set {variable} to a file elsewhere, such as sqlite:////home/me/mlflow.db"
+            raise InputError(f"{variable} {uri}: {_misread(found[0])}; {better}")
         _check_file(address, file)
+
+
+def _misread(part: str) -> str:
+    return f"MLflow takes {part} in the name of a folder for something else, and would make another folder"
 
 
 def _check_file(address: Address, file: Path) -> None:

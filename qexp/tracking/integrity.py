@@ -10,7 +10,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from qexp.errors import StageError, StoreError, first_line
+from qexp.errors import StageError, StoreError, first_line, naming_copies
 from qexp.models.stored import SUFFIXES
 from qexp.tracking.store import uri_of
 from qexp.tracking.tags import tags_of
@@ -38,7 +38,7 @@ def checked_copy(found: ModelVersion) -> Iterator[Path]:
 @contextmanager
 def copied(uri: str) -> Iterator[Path]:
     """A private copy of what the artifact store has of a version; StageError if its files cannot be read."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, naming_copies(folder, uri):
         try:
             copy = _copy_files(uri, Path(folder))
         except (MlflowException, OSError) as error:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qexp.errors import InputError, first_line
-from qexp.files import replacing
+from qexp.files import from_json, replacing
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import ModelSpec, load_classifier, save_classifier
 from qexp.models.taken import export_program, is_onnx, is_rebuilt, load_program
@@ -130,7 +130,7 @@ def kept_in(folder: Path) -> Kept | None:
         for name, digest in values.get("files", {}).items():  # results of earlier versions name none
             if name not in FILES or _digest(folder / name) != digest:
                 raise ValueError(f"{name} is not the file that was written")
-        result = TypeAdapter(KINDS[values["kind"]]).validate_json(json.dumps(values["result"]))
+        result = from_json(KINDS[values["kind"]], json.dumps(values["result"]))
         if values["kind"] in ("fp32", "int8"):
             result = _load_model(folder, result)
         return Kept(values["run_id"], values["at_ms"], result)

@@ -26,11 +26,10 @@ from pydantic import ValidationError
 
 from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data.datasets import Dataset, Split
-from qexp.errors import InputError, first_line
+from qexp.errors import InputError, first_line, naming_copies
 from qexp.files import from_json, to_json
 from qexp.measurement.host import Host
 from qexp.progress import say
-from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
 from qexp.text import as_markdown
 from qexp.tracking import metrics, outage
 from qexp.tracking.job_folder import forget_end, job_folder
@@ -354,15 +353,13 @@ def read_result(kind: type[T], run_id: str, name: str) -> T:
     """The result that a run logged under `name`.
 
     Raises:
-        InputError: the run or the artifact is not there, or is damaged.
+        InputError: the run or the artifact is not there, or is damaged: what it says is none of the values that a
+            result can have.
     """
     file = f"results/{name}.json"
     text = _read_text(run_id, file)
     try:
-        found = from_json(kind, text)
-        if isinstance(found, Fp32Evidence | Int8Evidence | LatencyEvidence):
-            found.check()
-        return found
+        return from_json(kind, text)
     except ValidationError as error:
         first = error.errors()[0]
         why = " at ".join([first["msg"], *filter(None, [".".join(map(str, first["loc"]))])])
@@ -403,4 +400,5 @@ def downloaded(uri: str) -> Iterator[Path]:
             file = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
         except (MlflowException, OSError) as error:
             raise InputError(f"{uri}: cannot be read ({first_line(error)})") from None
-        yield file
+        with naming_copies(folder, uri):
+            yield file

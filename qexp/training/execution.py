@@ -24,6 +24,7 @@ from qexp.files import replacing
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier
 from qexp.progress import say
+from qexp.quantities import NotNegative, Some
 from qexp.training.bf16 import padding_seen_in_fp32
 from qexp.training.distributed import read_group, threads_each
 
@@ -52,9 +53,9 @@ class Trial:
     """One way to compute the steps, with the median pace of its timed forward and backward passes."""
 
     bf16: bool
-    threads: int
+    threads: Some
     channels_last: bool
-    images_per_second: float
+    images_per_second: NotNegative
 
 
 @dataclass(frozen=True)

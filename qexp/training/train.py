@@ -26,6 +26,7 @@ from qexp.errors import InputError
 from qexp.measurement.host import freed_memory_reused
 from qexp.models.classifier import Classifier, load_classifier, save_classifier
 from qexp.progress import say
+from qexp.quantities import Finite, NotNegative, Number, Percent, Some
 from qexp.training import loop as passes
 from qexp.training.bf16 import padding_seen_in_fp32
 from qexp.training.checkpoint import Position, best_file, checkpoint_exists, load_checkpoint, save_checkpoint
@@ -40,15 +41,15 @@ from qexp.training.recipe import settle_options
 class EpochResult:
     """One epoch. Training figures are running means over its augmented images, taken while the weights change."""
 
-    epoch: int
-    train_loss: float
-    train_top1_percent: float
-    train_top3_percent: float
-    validation_loss: float
-    validation_top1_percent: float
-    validation_top3_percent: float
-    learning_rate: float
-    images_per_second: float
+    epoch: Some
+    train_loss: Finite
+    train_top1_percent: Percent
+    train_top3_percent: Percent
+    validation_loss: Finite
+    validation_top1_percent: Percent
+    validation_top3_percent: Percent
+    learning_rate: NotNegative
+    images_per_second: NotNegative
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,20 @@ class TrainResult:
     """
 
     epochs: tuple[EpochResult, ...]
-    best_epoch: int
+    best_epoch: Number
     stopped_early: bool
     bf16: bool
-    peak_learning_rate: float
-    duration_s: float
+    peak_learning_rate: Finite
+    duration_s: NotNegative
     device: str = "cpu"
-    processes: int = 1
-    times_resumed: int = 0
-    threads: int = 0
+    processes: Some = 1
+    times_resumed: Number = 0
+    threads: Number = 0
     channels_last: bool = True
     waiting: str = ""
     optimizer: str = ""
-    clip_norm: float | None = None
-    skipped_steps: int = 0
+    clip_norm: NotNegative | None = None
+    skipped_steps: Number = 0
     trials: tuple[Trial, ...] = ()
 
     @property

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -193,6 +194,7 @@ def test_weights_that_were_not_registered_are_not_used(
                 load_weights(found)
             assert re.match(f"models:/smallnet-digits-fp32/1: {words}", str(refused.value))
             assert len(str(refused.value).splitlines()) == 1 and not left.exists()
+            assert change == file.unlink or tempfile.gettempdir() not in str(refused.value)
 
 
 def test_pickle_that_is_forbidden_is_said(client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:

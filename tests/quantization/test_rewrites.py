@@ -17,7 +17,7 @@ from qexp.measurement.accuracy import to_float
 from qexp.quantization import ENGINES, quantize_model
 from qexp.quantization.cleanup import clean
 from qexp.quantization.engines import lowering
-from qexp.quantization.equivalence import check_kernels, sqnr_db
+from qexp.quantization.equivalence import check_kernels, check_sense, sqnr_db
 from qexp.quantization.result import QuantizedModel
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -202,6 +202,30 @@ def test_another_network_is_refused(engine: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(quantization.ENGINES, engine, swapped)
     with pytest.raises(StageError, match=f"^engine {engine}: its int8 kernels compute something else"):
         quantize_model(model, images, QuantizeConfig(engine=engine, allow_float=True), False)
+
+
+def test_a_program_that_is_wrong_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and program agree, and have nothing to do with the network."""
+    model, other, images = network(squeeze_and_excitation), network(squeeze_and_excitation), some_images()[0]
+    with torch.no_grad():
+        other.last.weight.neg_()
+    wrong, right = make("fx", other, images), ENGINES["fx"]
+    parts = {"module": wrong.module, "stored": wrong.stored, "reference": wrong.reference}
+    monkeypatch.setitem(quantization.ENGINES, "fx", lambda *given: replace(right(*given), **parts))
+    with pytest.raises(
+        StageError, match=r"^engine fx: its int8 model does not compute .* -\d+\.\d dB, where .* gives \d+"
+    ):
+        quantize_model(model, images, QuantizeConfig(engine="fx"), False)
+
+
+def test_a_network_that_int8_is_too_coarse_for_is_not_refused() -> None:
+    """Its logits are as bad in the simulation of the layers; and without one nothing can be said."""
+    images, exact = some_images()[0], nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 10)).eval()
+    noise = 30 * torch.randn(64, 10)
+    check_sense("fx", -9.0, exact, lambda some: exact(to_float(some)) + noise[: len(some)], images)
+    check_sense("fx", -9.0, exact, lambda some: None, images)
+    with pytest.raises(StageError, match=r"is -9\.0 dB, where quantizing each layer gives \d"):
+        check_sense("fx", -9.0, exact, lambda some: exact(to_float(some)) + noise[: len(some)] / 300, images)
 
 
 def test_check_by_hand() -> None:

@@ -28,7 +28,7 @@ from qexp.models.classifier import Classifier, ModelSpec, load_classifier
 from qexp.models.preprocessing import squashed
 from qexp.pipeline.predict import predict_files
 from qexp.text import printable
-from qexp.tracking import class_names, description, registry
+from qexp.tracking import aliases, class_names, description, registry
 from qexp.tracking.class_names import ClassNames
 from qexp.tracking.leftovers import discard_unregistered
 from qexp.training.train import TrainResult
@@ -345,3 +345,33 @@ def test_no_tag_of_a_version_is_markup_in_its_description() -> None:
         assert page.attributes <= {"class", "style"} and not page.addresses
         assert " ".join(page.text.replace("`", "'").split()).count(shown) >= 3, name
         assert Page(markdown(description.of_model("int8", name))).tags == {"p", "code"}
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_mover_that_stood_still_looks_again_before_it_moves_the_alias(
+    moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process has taken it for one that was killed, removed its mark, and perhaps moved the alias."""
+    mlflow.set_tracking_uri(new_store(tmp_path))
+    client = mlflow.MlflowClient()
+    client.create_registered_model("net-int8")
+    for _ in range(3):
+        client.create_model_version("net-int8", str(tmp_path))
+    client.set_registered_model_alias("net-int8", "champion", "1")
+    look, looked = aliases.version_with, list[str]()
+
+    def look_and_stand_still(alias: str, name: str) -> ModelVersion | None:
+        found = look(alias, name)
+        if not looked:
+            for mark in client.get_registered_model(name).tags:
+                client.delete_registered_model_tag(name, mark)
+            if moved:
+                client.set_registered_model_alias(name, alias, "3")
+        looked.append(alias)
+        return found
+
+    monkeypatch.setattr(aliases, "version_with", look_and_stand_still)
+    assert aliases.succeed("models:/net-int8/2", "models:/net-int8/1") is not moved
+    assert client.get_model_version_by_alias("net-int8", "champion").version == (3 if moved else 2)
+    assert "this process stood still" in capsys.readouterr().err
+    assert client.get_registered_model("net-int8").tags == {}

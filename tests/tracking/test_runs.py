@@ -1,8 +1,12 @@
 """What the runs of a real pipeline look like in a real store."""
 
 import json
+import math
 import os
+import tempfile
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -46,8 +50,54 @@ def test_a_damaged_result_is_one_line(evidence: Evidence, tmp_path: Path) -> Non
             tracking.read_result(kind, run.info.run_id, "fp32")
     file.unlink()
     file.mkdir()
-    with pytest.raises(InputError, match=rf"^runs:/{run.info.run_id}/results/fp32.json: "):
+    with pytest.raises(InputError, match=rf"^runs:/{run.info.run_id}/results/fp32.json: ") as refused:
         tracking.read_result(Fp32Evidence, run.info.run_id, "fp32")
+    assert tempfile.gettempdir() not in str(refused.value)  # where the copy is that was read
+
+
+# A result, one of its values by its path, what stands there, and what is said of it.
+SENSELESS = [
+    ("fp32", "accuracy.test.images", -1, "greater than or equal to 1"),
+    ("fp32", "accuracy.test.top1_percent", 101, "less than or equal to 100"),
+    ("fp32", "accuracy.test.top1_percent", math.nan, "finite number"),
+    ("fp32", "accuracy.test.top3_percent", 50, "top-1 of 94 % is more than top-3 of 50 %"),
+    ("fp32", "accuracy.test.top1_tied_images", 360, "more images are tied than the 359 that there are"),
+    ("fp32", "size_bytes", 0, "0 bytes"),
+    ("fp32", "data.classes", [], "no classes"),
+    ("fp32", "train.best_epoch", 4, "no epoch 4"),
+    ("fp32", "train.epochs", [], "no epoch 3"),
+    (
+        "int8",
+        "comparison.test.only_int8_correct_images",
+        355,
+        "right with one model alone than the 359",
+    ),
+    ("int8", "comparison.test.top1_drop_low_points", 2, "ends below where it begins"),
+    ("int8", "fp32_cost.macs", {}, "multiply-accumulates of a batch size are missing"),
+    ("int8", "cost.int8_macs.1", 1001, "more multiply-accumulates are in int8"),
+    ("latency", "latency.rows", [], "times of a model are missing"),
+    ("latency", "latency.rows.0.stats.fp32.p50_ms", 0, "greater than"),
+    ("latency", "latency.rows.0.stats.fp32.p50_ms", 1.2, "the percentiles at batch size 1 fall"),
+    ("latency", "latency.rows.0.round_ms.fp32", [], "times of a round at batch size 1 are missing"),
+    ("latency", "latency.rows.1.noise.low", 0, "greater than"),
+    ("latency", "latency.weights", {"2": 1.0}, "no times that count"),
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "value", "why"), SENSELESS)
+def test_a_result_that_makes_no_sense_is_one_line(
+    kind: str, path: str, value: Any, why: str, evidence: Evidence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result: Any = {"fp32": evidence.fp32, "int8": evidence.int8, "latency": evidence.measured}[kind]
+    changed = json.loads(to_json(result))
+    *parents, last = path.split(".")
+    inner = reduce(lambda found, key: found[int(key) if isinstance(found, list) else key], parents, changed)
+    inner[last] = value
+    texts = iter([to_json(result), json.dumps(changed)])
+    monkeypatch.setattr(tracking, "_read_text", lambda run_id, file: next(texts))
+    assert tracking.read_result(type(result), "0", kind) == result
+    with pytest.raises(InputError, match=rf"^runs:/0/results/{kind}.json: is damaged \([^\n]*{why}"):
+        tracking.read_result(type(result), "0", kind)
 
 
 def test_run_tree(runs: dict[str, Run], finished: Finished) -> None:

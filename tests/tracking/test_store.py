@@ -2,10 +2,13 @@
 
 import json
 import os
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -13,11 +16,12 @@ from conftest import start_qexp
 from mlflow.exceptions import MlflowException
 from postgres import installed
 from servers import start_server
+from sqlalchemy import Engine, Pool, event
 from stores import new_store
 
 from qexp.errors import InputError, StoreError
 from qexp.tracking.refused import end_refused
-from qexp.tracking.runs import use_experiment
+from qexp.tracking.runs import start_run, use_experiment
 from qexp.tracking.store import again, use_store
 
 PIPELINES, PROCESSES, ROUNDS = 2, 4, 3
@@ -236,13 +240,96 @@ def test_a_folder_of_any_name_holds_the_default_store_and_nothing_is_made_beside
 
 
 def test_what_sqlite_cannot_write_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Read-only, locked and full: the reason is in the error, and SQLAlchemy's own lines are not before it."""
+    """The reason is in the error, and SQLAlchemy's own lines are not before it."""
     new_store(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///file:{tmp_path}/mlflow.db?mode=ro&uri=true")
     use_store()  # whoever only reads may go on
     with pytest.raises(StoreError, match="attempt to write a readonly database"):
         use_experiment("digits")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["50%25 off", "a%41b", "Jane%20Doe", "what?"])
+@pytest.mark.parametrize("default", [False, True])
+def test_a_folder_that_mlflow_would_take_for_another_one_is_refused_before_anything_is_made(
+    name: str, default: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the place of the database, and as that of artifacts."""
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.set_tracking_uri(None if default else new_store(tmp_path))  # type: ignore[arg-type]
+    before = sorted(tmp_path.rglob("*"))
+    if name == "what?" and not default:  # artifacts may be there
+        use_store()
+    else:
+        with pytest.raises(InputError, match=r"MLflow takes (\?|%\w\w) in the name of a folder .*; rename it, or "):
+            use_store()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _without_waiting(connection: Any, cursor: Any, statement: str, values: Any, *more: Any) -> tuple[str, Any]:
+    """MLflow lets SQLite wait 20 seconds for a lock."""
+    return statement.replace("busy_timeout = 20000", "busy_timeout = 100"), values
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    event.listen(Engine, "before_cursor_execute", _without_waiting, retval=True)
+    yield
+    event.remove(Engine, "before_cursor_execute", _without_waiting)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("problem", ["locked", "full"])
+def test_a_database_that_is_locked_or_full_is_one_line_and_works_again_afterwards(
+    problem: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Locked by another connection, as by another process; full as on a disk that has no room for one more page."""
+    new_store(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db?timeout=0.1")
+    use_store()
+    use_experiment("digits")
+    with _locked(tmp_path) if problem == "locked" else _full():
+        if problem == "locked":
+            with pytest.raises(InputError, match=r"\(database is locked\); another process is writing to it"):
+                use_store()
+        else:
+            use_store()  # whoever only reads may go on
+        reason = "database is locked" if problem == "locked" else "database or disk is full"
+        note = 7000 * "n"  # more than there is room for in pages that are there
+        with pytest.raises(StoreError, match=rf"^MLflow \(sqlite:.*\): \(.*\) {reason}$"), start_run("train-x", note):
+            pass
+    assert capfd.readouterr() == ("", "") and mlflow.active_run() is None
+    with start_run("train-x", note) as run_id:
+        pass
+    assert mlflow.MlflowClient().get_run(run_id).info.status == "FINISHED"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        database.execute("begin exclusive")
+        yield
+
+
+@contextmanager
+def _full() -> Iterator[None]:
+    """No new pages for SQLite, which then says the same as where the disk has none."""
+
+    def stop(connection: Any, record: Any, proxy: Any) -> None:
+        pages = connection.execute("pragma page_count").fetchone()[0]
+        connection.execute(f"pragma max_page_count = {pages}")
+
+    def allow(connection: Any, record: Any) -> None:
+        connection.execute(f"pragma max_page_count = {2**30}")
+
+    event.listen(Pool, "checkout", stop)
+    event.listen(Pool, "checkin", allow)
+    yield
+    event.remove(Pool, "checkout", stop)
+    event.remove(Pool, "checkin", allow)
 
 
 @pytest.mark.parametrize("there", [False, True])
