@@ -7,6 +7,7 @@ and `make server` in tests/test_server.py.
 """
 
 import atexit
+import gc
 import importlib
 import inspect
 import multiprocessing
@@ -24,18 +25,29 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mlflow.utils import requirements_utils
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Beside qexp's own modules. None of these computes when it is imported.
-PRELOAD = (
+FIRST = (
     "mlflow.pyfunc", "mlflow.pytorch", "mlflow.onnx", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "onnxruntime", "torch.export.pt2_archive", "torch.export._trace",
     "sqlalchemy.dialects.sqlite", "matplotlib.figure", "sklearn.datasets", "torchvision.models",
     "torch.distributed.elastic.multiprocessing", "entrypoints.options",
+)  # fmt: skip
+# By the process that forks alone, as tests themselves need few of them.
+ITS_OWN = (
+    "alembic.command", "git", "markdown.extensions.codehilite", "matplotlib.backends.backend_agg",
+    "mlflow.pyfunc.scoring_server", "onnx.reference.ops", "onnxscript.function_libs.torch_lib.ops",
+    "opentelemetry.sdk.metrics", "sympy.combinatorics", "sympy.tensor.tensor", "torch._inductor.fx_passes.quantization",
+    "torch.fx.experimental.validator", "torch.onnx._internal.exporter._core",
+    "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer",
 )  # fmt: skip
 MADE = ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")  # what importing qexp sets
 _forking: "list[Forking]" = []
@@ -108,14 +120,15 @@ class Forked:
 
 
 class Forking:
-    """The process that forks; it ends with the one that has made it."""
+    """The process that forks; it ends with the one that has made it. It calls `prepare` first."""
 
-    def __init__(self, files: Path) -> None:
+    def __init__(self, files: Path, prepare: Callable[[], None] = lambda: None) -> None:
         self._ours, theirs = multiprocessing.Pipe()
         self._lock, self._files = threading.Lock(), files
         if os.fork() == 0:
             self._ours.close()
             try:
+                prepare()
                 _serve(theirs)
             finally:
                 os._exit(0)  # libraries wait at their end for threads that no fork has
@@ -135,16 +148,31 @@ class Forking:
 
 def start_forking() -> None:
     """Once, in a process that has computed nothing yet; what qexp starts from it, too, are forks from now on."""
-    own = (module.name for module in pkgutil.walk_packages(importlib.import_module("qexp").__path__, "qexp."))
-    for name in (*own, *PRELOAD):
+    for name in (*_modules_of("qexp"), *FIRST):
         importlib.import_module(name)
     files = Path(tempfile.mkdtemp(prefix="qexp-"))
     atexit.register(shutil.rmtree, files, ignore_errors=True)
-    _children_are_forks(files)
+    _children_are_forks(files, _find_out_once)
 
 
-def _children_are_forks(files: Path) -> None:
-    _forking[:] = [Forking(files)]
+def _modules_of(package: str) -> list[str]:
+    found = pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
+    return [module.name for module in found]
+
+
+def _find_out_once() -> None:
+    """What each fork would do anew: import, ask for all installed packages when it logs a model, and look for garbage
+    in what is imported, which takes a third of a second and copies it."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        for name in (*ITS_OWN, *_modules_of("entrypoints")):
+            importlib.import_module(name)
+    requirements_utils._init_modules_to_packages_map()
+    gc.collect()
+    gc.freeze()
+
+
+def _children_are_forks(files: Path, prepare: Callable[[], None] = lambda: None) -> None:
+    _forking[:] = [Forking(files, prepare)]
     for module in ("qexp.measurement.sweep", "qexp.tracking.clean_process"):
         sys.modules[module].run_python = _run_forked  # type: ignore[attr-defined]
 

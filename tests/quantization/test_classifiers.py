@@ -1,13 +1,16 @@
 """Torchvision's classifiers with each engine: all convolutions and linear layers in int8, and the logits that follow.
 
-Weights are untrained, but batch norm has statistics. The projections of attention, which are no layers of the original
-model, are in int8 as well.
+`make test` takes a network of each family that is built of the family's blocks and has few of them; `make test-long`
+takes those that people know by name. Weights are untrained, but batch norm has statistics. The projections of
+attention, which are no layers of the original model, are in int8 as well.
 """
 
+import importlib
 import io
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,18 @@ from qexp.measurement.cost import measure_cost
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
 from qexp.models.onnx_file import OnnxClassifier
 from qexp.models.preprocessing import squashed
+from qexp.models.vision import torchvision  # first: the import that works beside a CPU build of torch
 from qexp.quantization import QuantizedModel, quantize_model
+
+models = torchvision.models
+convnext, efficientnet, googlenet, mobilenetv3, regnet, resnet = (
+    importlib.import_module(f"torchvision.models.{name}")
+    for name in ("convnext", "efficientnet", "googlenet", "mobilenetv3", "regnet", "resnet")
+)
 
 ENGINES = ("fx", "pt2e", "onnx")
 # Classifier: image size; convolutions and matrix products with weights in a pass.
-TABLE = {
+NAMED = {
     "resnet18": (64, 21),
     "resnet50": (64, 54),
     "mobilenet_v2": (64, 53),
@@ -44,9 +54,81 @@ TABLE = {
     "vit_b_16": (224, 50),  # 38 layers, and the first projection of attention in 12 blocks
     "swin_t": (64, 53),
 }
-# One network of each kind of block with every engine; the others, whose blocks are alike, with one, and in
-# `make test-long` with every engine.
-ALWAYS = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x1_0", "convnext_tiny")
+
+
+def _resnet(block: Any) -> nn.Module:
+    """Two stages of one block each, in place of four."""
+    model = resnet.ResNet(block, [1, 1, 0, 0], 10)
+    model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Linear(128 * block.expansion, 10)
+    return model
+
+
+def _squeezenet() -> nn.Module:
+    """The first two blocks of eight."""
+    model = models.squeezenet1_1(num_classes=10, dropout=0)
+    model.features, model.classifier[1] = model.features[:5], nn.Conv2d(128, 10, 1)
+    return model
+
+
+def _inception() -> nn.Module:
+    """One block of GoogLeNet, of four branches, between its kinds of stem and head."""
+    block = googlenet.Inception(16, 8, 8, 16, 4, 8, 8)
+    stem = [googlenet.BasicConv2d(3, 16, kernel_size=3, stride=2), nn.MaxPool2d(3, 2, ceil_mode=True)]
+    return nn.Sequential(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10))
+
+
+# The same of a network with few of a family's blocks; what builds it for ten classes.
+FEW_BLOCKS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {
+    # A plain block, and one with stride 2 and a convolution in its skip.
+    "resnet, basic blocks": (32, 7, lambda: _resnet(resnet.BasicBlock)),
+    "resnet, bottlenecks": (32, 10, lambda: _resnet(resnet.Bottleneck)),
+    "mobilenet v2": (
+        32,
+        11,
+        lambda: models.MobileNetV2(10, inverted_residual_setting=[[1, 16, 1, 1], [4, 24, 2, 2]], dropout=0),
+    ),
+    # ReLU with squeeze and excitation, hard-swish without, hard-swish with both; a skip around the last.
+    "mobilenet v3": (
+        64,
+        16,
+        lambda: mobilenetv3.MobileNetV3(
+            [
+                mobilenetv3.InvertedResidualConfig(32, 3, 32, 32, True, "RE", 2, 1, 1),
+                mobilenetv3.InvertedResidualConfig(32, 5, 96, 40, False, "HS", 2, 1, 1),
+                mobilenetv3.InvertedResidualConfig(40, 5, 96, 40, True, "HS", 1, 1, 1),
+            ],
+            last_channel=128, num_classes=10, dropout=0,
+        ),
+    ),
+    "efficientnet": (
+        32,
+        17,
+        lambda: efficientnet.EfficientNet(
+            [efficientnet.MBConvConfig(1, 3, 1, 16, 16, 1), efficientnet.MBConvConfig(4, 5, 2, 16, 24, 2)],
+            dropout=0, num_classes=10, last_channel=96,
+        ),
+    ),
+    "squeezenet": (32, 8, _squeezenet),
+    "shufflenet": (64, 27, lambda: models.ShuffleNetV2([2, 2, 2], [24, 48, 96, 192, 256], 10)),
+    "densenet": (64, 19, lambda: models.DenseNet(12, (2, 2, 1, 2), 24, num_classes=10)),
+    "regnet": (
+        64,
+        25,
+        lambda: models.RegNet(regnet.BlockParams.from_init_params(4, 24, 24, 2.5, 8, se_ratio=0.25), 10),
+    ),
+    "convnext": (
+        32,
+        12,
+        lambda: models.ConvNeXt(
+            [convnext.CNBlockConfig(24, 48, 1), convnext.CNBlockConfig(48, None, 2)], layer_scale=0.1, num_classes=10
+        ),
+    ),
+    "inception": (32, 8, _inception),
+    "vit": (32, 10, lambda: models.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10)),
+    "swin": (32, 15, lambda: models.SwinTransformer([4, 4], 24, [2, 1], [2, 4], [4, 4], num_classes=10)),
+}  # fmt: skip
+WITH_EACH_ENGINE = ("resnet, basic blocks", "mobilenet v3", "squeezenet", "shufflenet", "convnext", "vit")
 LEAST_SQNR_DB = 15  # of the logits; a scale that is wrong in one layer leaves less than 5
 INT8 = (
     "quantized::conv2d", "quantized::conv2d_relu", "quantized::linear", "quantized::linear_relu",
@@ -74,40 +156,41 @@ def patches(count: int, size: int) -> Tensor:
 
 
 def prepare(name: str) -> Prepared:
-    size = TABLE[name][0]
+    size = _row(name)[0]
     torch.manual_seed(0)
     images, inputs = patches(8, size), to_float(patches(7, size))
-    model = build_classifier(ModelSpec(name, tuple("abcdefghij"), squashed(size)), images)
+    built = "squeezenet1_1" if name in FEW_BLOCKS else name
+    model = build_classifier(ModelSpec(built, tuple("abcdefghij"), squashed(size)), images)
+    if name in FEW_BLOCKS:
+        model.network = FEW_BLOCKS[name][2]()
     for parameter in model.parameters():
         if parameter.dim() == 2 and not parameter.any():  # the last layer of a fresh ViT: all logits would be 0
             nn.init.trunc_normal_(parameter, std=0.02)
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        model.train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0  # those of the next pass
+    if norms:
         with torch.no_grad():
-            for _ in range(15):  # batch norm's statistics
-                model(to_float(images))
+            model.train()(to_float(patches(32, size)))
     return Prepared(model.eval(), images[: 4 if size < 100 else 2], inputs)
 
 
+def _row(name: str) -> tuple[int, int]:
+    return NAMED[name] if name in NAMED else FEW_BLOCKS[name][:2]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in TABLE]
-)
+@pytest.mark.parametrize("name", FEW_BLOCKS)
+def test_family_of_classifiers(name: str) -> None:
+    """With each engine, or with the default one where the operations are those of other families."""
+    run_apart(check, name, *(ENGINES if name in WITH_EACH_ENGINE else ["fx"]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMED)
 def test_classifier(name: str) -> None:
     """In a process of its own: the largest need more memory than a test process may have."""
     run_apart(check, name, *ENGINES)
-
-
-@pytest.mark.slow
-def test_vision_transformer() -> None:
-    """With the engine that quantizes it best, the one that people will take."""
-    run_apart(check, "vit_b_16", "onnx")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in (*ALWAYS, "vit_b_16")])
-def test_classifier_with_the_default_engine(name: str) -> None:
-    run_apart(check, name, "fx")
 
 
 def check(name: str, *engines: str) -> None:
@@ -120,12 +203,12 @@ def check(name: str, *engines: str) -> None:
 
 def check_engine(name: str, fp32: Prepared, engine: str) -> None:
     """Quantize one classifier with one engine, and compare it with what the table says."""
-    size, products = TABLE[name]
+    size, products = _row(name)
     made = quantize_model(fp32.model, fp32.images, QuantizeConfig(engine=engine, observer="minmax"), False)
     assert made.result.float_layers == ()
     cost = measure_cost(fp32.model, (3, size, size), [1], made.result.int8_layers)
     assert cost.int8_macs == cost.conv_linear_macs  # what is left has no weights: products inside attention
-    assert (cost.no_layer_percent > 0) is (name in ("vit_b_16", "swin_t")) and cost.no_layer_percent < 5
+    assert (cost.no_layer_percent > 0) is name.startswith(("vit", "swin"))
     assert _count_int8_products(made) == products
     with torch.no_grad():
         logits = made.module(fp32.inputs)
