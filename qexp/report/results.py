@@ -29,7 +29,7 @@ from qexp.training.train import TrainResult
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The data set of a run; `digest` covers decoded pixels and labels.
+    """The data set of a run; `digest` is that of `Dataset`.
 
     `guess_percent` is the top-1 of always naming the class that is most frequent among the test images. Both it and
     `duplicates` are None in results of versions that did not measure them.
