@@ -127,13 +127,13 @@ def test_without_a_path_the_current_folder_is_asked(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("trian:\n  epochs: 3\n", ["trian", "unknown key", "model, seed, threads", "train, quantize"]),
+        ("trian:\n  epochs: 3\n", ["trian", "unknown key", "model, weights, seed, threads", "train, quantize"]),
         ("train:\n  epoch: 3\n", ["train.epoch:", "unknown key", "epochs, batch_size"]),
         ("train:\n  epochs: true\n", ["train.epochs", "True", "must be a valid integer"]),
         ("train:\n  epochs: ten\n", ["train.epochs", "ten", "must be a valid integer"]),
         ("train:\n  epochs: 2.5\n", ["train.epochs", "2.5", "must be a valid integer"]),
         ("train:\n  epochs: '3'\n", ["train.epochs", "3", "must be a valid integer"]),
-        ("train:\n  epochs: 0\n", ["train.epochs", "0", "must be greater than or equal to 1"]),
+        ("train:\n  epochs: -1\n", ["train.epochs", "-1", "must be greater than or equal to 0"]),
         ("train:\n  epochs:\n", ["train.epochs", "None", "must be a valid integer"]),
         ("train:\n  flip: 1\n", ["train.flip", "1", "must be a valid boolean"]),
         ("train:\n  learning_rate: .nan\n", ["train.learning_rate", "nan", "must be a finite number"]),

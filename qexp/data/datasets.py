@@ -238,7 +238,8 @@ def dataset_name(options: DataConfig) -> str:
     """The data set's part of experiment and model names; a folder gives its own, without / and :."""
     if options.dataset != "imagefolder":
         return options.dataset
-    name = Path(options.data_dir or "").resolve().name.lower()
+    folder = options.data_dir or Path(options.labels or "").parent
+    name = Path(folder).resolve().name.lower()
     return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")[:MAX_NAME_LENGTH] or "images"
 
 

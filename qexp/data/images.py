@@ -25,6 +25,7 @@ from qexp.progress import say, track
 BATCH_SIZE = 256  # of a pass over all images
 KEPT_FREE_BYTES = 10**9  # of a disk, for others
 CHECKSUM_BYTES = 4
+_not_written = set[Path]()  # folders of which it was said that they get no cache
 ROWS_A_CALL = 256  # buffers of one system call: at most 1,024, two a row
 Transfer = Callable[[int, Sequence[memoryview], int], int]  # os.preadv or os.pwritev
 
@@ -155,7 +156,9 @@ class _Cache:
                     self._transfer(os.pwritev, opened.fileno(), rows[start], sums, images[start:stop])
         except OSError as error:
             self._writes = False
-            say(f"no cache of the decoded images in {self._root}, each pass decodes them again: {error}")
+            if self._root not in _not_written:
+                _not_written.add(self._root)
+                say(f"no cache of the decoded images in {self._root}, each pass decodes them again: {error}")
 
     def _transfer(self, call: Transfer, file: int, row: int, sums: np.ndarray, images: np.ndarray) -> None:
         """Checksums and pixels of rows that follow one another, in one system call."""

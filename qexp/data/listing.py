@@ -157,9 +157,8 @@ def class_names(root: Path, part: str = "") -> list[str]:
     Raises:
         InputError: one cannot be looked at, or its name is not UTF-8.
     """
-    names = sorted(
-        entry.name for entry in os.scandir(root / part) if _is_folder(entry) and not entry.name.startswith(".")
-    )
+    entries = _entries(root / part)
+    names = sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
     for name in names:
         if not _is_text(name):
             shown = os.fsencode(name).decode(errors="backslashreplace")
@@ -170,13 +169,18 @@ def class_names(root: Path, part: str = "") -> list[str]:
 
 def has_images(folder: Path) -> bool:
     """Whether there are images in a folder itself."""
-    with os.scandir(folder) as entries:
-        return any(
-            not entry.name.startswith(".")
-            and not _is_folder(entry)
-            and file_facts(entry.path, "--data-dir") is not None
-            for entry in entries
-        )
+    return any(
+        not (entry.name.startswith(".") or _is_folder(entry)) and file_facts(entry.path, "--data-dir") is not None
+        for entry in _entries(folder)
+    )
+
+
+def _entries(folder: Path) -> "Iterator[os.DirEntry[str]]":
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise InputError(f"--data-dir: {folder}: cannot be read ({error.strerror})") from None
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

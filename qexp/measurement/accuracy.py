@@ -4,7 +4,7 @@ Takes a model and images, feeds the gate, the report and the search. Logits are 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, isfinite, sqrt
 
 import torch
@@ -67,7 +67,8 @@ class Comparison:
     only_fp32_correct_images: Number | Images
     only_int8_correct_images: Number | Images
     images: Some
-    kl_nats: NotNegative | None = None  # mean divergence of int8's class probabilities from fp32's; None: not known
+    # Mean divergence of int8's class probabilities from those of fp32; None: not known. It has the last bits of the logits.
+    kl_nats: NotNegative | None = field(default=None, compare=False)
 
     def check(self) -> None:
         """Raise ValueError where the figures contradict each other: they were changed."""

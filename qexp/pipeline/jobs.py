@@ -237,7 +237,7 @@ def quantize_all(job: Job, setup: Setup, fp32: Fp32) -> Quantized:
     any_will_do = setup.config.trained_elsewhere and is_default(setup.config, "quantize", "engine")
     if any_will_do:
         engines = ["onnx"] if is_onnx(fp32.model) else [engine for engine in KERNELS if is_installed(engine)]
-    sensitivity = None if is_onnx(fp32.model) else sensitivity_stage(job, setup, fp32)
+    sensitivity = sensitivity_stage(job, setup, fp32)
     for engine in engines:
         if any_will_do and int8s:
             break
@@ -256,7 +256,7 @@ def quantize_all(job: Job, setup: Setup, fp32: Fp32) -> Quantized:
 def sensitivity_stage(job: Job, setup: Setup, fp32: Fp32) -> SensitivityResult | None:
     """What each layer costs in int8; None where nobody asks for it."""
     config, host, dataset = setup
-    if not sensitivity_images(config):
+    if not (sensitivity_images(config) and len(dataset.validation)) or is_onnx(fp32.model):
         return None
     return job.stage(
         f"sensitivity-{short_name(config.model)}",

@@ -110,6 +110,9 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
     if refused and registry.refuses_pickle():
         allowed = f"with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false it must be {', '.join(LOADED_WITHOUT_PICKLE)}"
         raise InputError(f"--engine {','.join(refused)}: {allowed}; MLflow loads TorchScript as it does a pickle")
+    if config.quantize.max_top1_drop is not None and not len(dataset.validation):
+        needs = f"needs validation images, a share of DIR/train, and {dataset.source} has none"
+        raise InputError(f"--quantize-max-top1-drop {config.quantize.max_top1_drop:g}: {needs}")
     count, kept = calibration_count(config.quantize, dataset.calibration_images), config.quantize.keep_fp32
     if kept:
         network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))

@@ -29,7 +29,7 @@ from qexp.pipeline.setup import prepare, with_quantization_checked
 from qexp.pipeline.take import take, with_answers
 from qexp.progress import say
 from qexp.report.page import write_report
-from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence
+from qexp.report.results import UNREGISTERED, Evidence, Fp32Evidence, Int8Evidence
 from qexp.text import as_text
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, Result
@@ -101,7 +101,7 @@ class Unregistered(Job):
         with torch.no_grad():
             again = load_stored(place)(to_float(new.sample))
         same = torch.equal(again, new.expected)
-        uri = "fp32" if isinstance(new.evidence, Fp32Evidence) else f"int8-{new.evidence.quantize.engine}"
+        uri = UNREGISTERED if isinstance(new.evidence, Fp32Evidence) else f"int8-{new.evidence.quantize.engine}"
         evidence = replace(
             new.evidence, version_uri=uri, size_bytes=file.stat().st_size, contents=read_contents(file), verified=same
         )

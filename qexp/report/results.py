@@ -29,9 +29,12 @@ from qexp.quantization.sensitivity import SensitivityResult
 from qexp.training.train import TrainResult
 
 
+UNREGISTERED = "fp32"  # in the place of the URI of an fp32 version that is in no registry
+
+
 @dataclass(frozen=True)
 class DataFacts:
-    """The data set of a run; `digest` covers decoded pixels and labels.
+    """The data set of a run; `digest` is that of `Dataset`.
 
     `guess_percent` is the top-1 of always naming the class that is most frequent among the test images. Both it and
     `duplicates` are None in results of versions that did not measure them.
@@ -246,7 +249,7 @@ class Evidence:
     @property
     def registered(self) -> bool:
         """Whether the models are in a registry."""
-        return self.int8.version_uri.startswith("models:/")
+        return self.fp32.version_uri != UNREGISTERED
 
     @property
     def champion_stays(self) -> bool:
