@@ -17,8 +17,8 @@ from qexp.data.datasets import load_dataset
 from qexp.errors import InputError
 from qexp.pipeline.resume import check_data_of_run
 
-OPTIONS = "--epochs 20 --patience 20 --image-size 8 --batch-size 32 --checkpoint-minutes 0.001".split() + NOT_TIMED
-EPOCHS = list(range(1, 21))
+OPTIONS = "--epochs 14 --patience 14 --image-size 8 --batch-size 64 --checkpoint-minutes 0.001".split() + NOT_TIMED
+EPOCHS = list(range(1, 15))
 CURVES = ("train/loss", "train/top1", "val/loss", "val/top1", "train/learning_rate")
 
 
@@ -141,7 +141,7 @@ registry.register = register_and_die
 """
     no_training, no_quantization = "train.train_model = None", "quantize.quantize_model = None"
     sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
-    new = ["--epochs", "1", "--image-size", "8", *sweep, *PLAIN]
+    new = ["--epochs", "1", "--image-size", "8", *sweep, *PLAIN, *NOT_TIMED]
     assert run_qexp(tmp_path, "run", *new, before=dies.format("fp32")).code == -signal.SIGKILL
     client, run_id = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), _run_id(tmp_path)
     resume = ["run", "--resume", run_id]
@@ -191,7 +191,7 @@ def test_what_cannot_go_on_is_said(reference: Finished, tmp_path: Path) -> None:
         refused = run_qexp(done.folder, "train", "--resume", run_id)
         assert refused.code == 2 and f"no checkpoint in checkpoints{os.sep}{run_id}" in refused.stderr
         refused = run_qexp(done.folder, "train", "--resume", run_id, "--batch-size", "128")  # the default, but given
-        assert refused.code == 2 and f"--batch-size 128: run {run_id} was started with 32" in refused.stderr
+        assert refused.code == 2 and f"--batch-size 128: run {run_id} was started with 64" in refused.stderr
     finally:
         client.set_terminated(run_id, "FINISHED")
 
