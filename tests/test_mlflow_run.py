@@ -20,7 +20,7 @@ from postgres import installed, start_postgres
 from servers import start_server
 
 BIN = Path(sys.executable).parent
-WORDS = [*QUICK, *PLAIN, *NOT_TIMED, "--epochs", "2"]  # the last value of an option counts
+WORDS = [*QUICK, *PLAIN, *NOT_TIMED, *"--epochs 2 --image-size 8".split()]  # the last value of an option counts
 OPTIONS = [
     word
     for name, value in dict(zip(WORDS[::2], WORDS[1::2], strict=True)).items()
@@ -104,7 +104,7 @@ def test_main_through_mlflow_run_against_a_server(server: str, database: str, tm
 @pytest.mark.slow
 def test_stopped_training_is_resumed_through_mlflow_run(server: str, tmp_path: Path) -> None:
     project = _project(tmp_path)
-    process = start_qexp(project, "train", "--epochs", "8", "--image-size", "8", uri=server)
+    process = start_qexp(project, "train", "--epochs", "8", "--image-size", "8", *NOT_TIMED, uri=server)
     process.wait_for_line("epoch 2/8")
     process.kill()
     (run_id,) = (path.name for path in (project / "checkpoints").glob("*"))

@@ -12,7 +12,7 @@ import mlflow
 import optuna
 import psycopg
 import pytest
-from conftest import run_qexp, start_qexp
+from conftest import NOT_TIMED, run_qexp, start_qexp
 from forked import Forked
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -21,9 +21,9 @@ from postgres import start_postgres
 from stores import new_store
 
 OPTIONS = (
-    "--study shared --epochs 1 --heartbeat-seconds 1 --sample-counts 4,8,12 --seeds-per-point 2 "
+    "--study shared --epochs 1 --image-size 16 --heartbeat-seconds 1 --sample-counts 4,8,12 --seeds-per-point 2 "
     "--observers minmax,histogram"
-).split()
+).split() + NOT_TIMED
 
 
 def _start(folder: Path, uri: str, url: str) -> Forked:

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from conftest import start_qexp
+from conftest import NOT_TIMED, start_qexp
 from mlflow.exceptions import MlflowException
 from postgres import installed
 from servers import start_server
@@ -26,9 +26,9 @@ from qexp.tracking.store import again, use_store
 
 PIPELINES, PROCESSES, ROUNDS = 2, 4, 3
 PIPELINE = (  # a gate that nothing passes: else each would be compared with every champion before it
-    "run --epochs 1 --image-size 16 --calibration-samples 8 --sensitivity-images 0 --batch-sizes 1 --baselines none "
+    "run --epochs 1 --image-size 8 --calibration-samples 8 --sensitivity-images 0 --batch-sizes 1 --baselines none "
     "--min-repeats 2 --min-seconds 0 --warmup 1 --threads 1 --min-size-ratio 99"
-).split()
+).split() + NOT_TIMED
 # What a pipeline does to a store, but for the model: all at the same moment, several times.
 WORKER = """
 import sys, time

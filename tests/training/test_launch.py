@@ -48,7 +48,7 @@ def _still_there(workers: list[int]) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
-    options = "--epochs 500 --image-size 8 --processes 2".split()
+    options = [*"--epochs 500 --image-size 8 --processes 2".split(), *NOT_TIMED]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     write_shadows(tmp_path)  # from which none of them imports
     process = start_qexp(tmp_path, "train", *options)
@@ -68,7 +68,7 @@ def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_whole_job_in_two_processes_is_stopped_and_resumed(tmp_path: Path) -> None:
     sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
-    options = "--epochs 6 --patience 6 --image-size 8 --processes 2".split()
+    options = [*"--epochs 6 --patience 6 --image-size 8 --processes 2".split(), *NOT_TIMED]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     process = start_qexp(tmp_path, "run", *options, *sweep, *PLAIN)
     process.wait_for_line("epoch 2/6")
