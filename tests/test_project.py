@@ -33,7 +33,7 @@ def test_mlproject_passes_on_what_people_use_and_takes_the_rest_as_options(name:
     entry = load_project(str(REPOSITORY)).get_entry_point(name)
     command = getattr(import_module(f"entrypoints.{name}"), name)
     options = inspect.signature(command).parameters
-    assert 3 < len(entry.parameters) <= 14
+    assert 3 < len(entry.parameters) <= 15
     assert list(entry.parameters) == [*(option for option in COMMON if option in options), "options"]
     words = shlex.split(entry.command)
     assert words[:3] == ["python", "-m", f"entrypoints.{name}"]

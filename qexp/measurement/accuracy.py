@@ -67,7 +67,7 @@ class Comparison:
     only_fp32_correct_images: Number | Images
     only_int8_correct_images: Number | Images
     images: Some
-    # Mean divergence of int8's class probabilities from those of fp32; None: not known. It has the last bits of the logits.
+    # Mean divergence of int8's class probabilities from fp32's; None: not known. It has the last bits of the logits.
     kl_nats: NotNegative | None = field(default=None, compare=False)
 
     def check(self) -> None:

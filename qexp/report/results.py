@@ -28,7 +28,6 @@ from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.training.train import TrainResult
 
-
 UNREGISTERED = "fp32"  # in the place of the URI of an fp32 version that is in no registry
 
 

@@ -65,7 +65,8 @@ GOOD = {
     "fp32_uri": f"models:/{FP32}/1", "weights_uri": f"runs:/{RUN_ID}/weights/model.safetensors", "dataset": "birds",
     "data_digest": "0123456789abcdef", "champion_kept": "none", "champion_compared": "false", "threads": "2",
     "calibration_samples": "64", "p50_batch_size": "1", "p50_threads": "2", "test_top1_percent": "93.25",
-    "promotion_reason": "", "cpu": "Imagined CPU", "trained": "elsewhere", "preprocessing": '{"height_px": 16, "width_px": 16}',
+    "promotion_reason": "", "cpu": "Imagined CPU", "trained": "elsewhere",
+    "preprocessing": '{"height_px": 16, "width_px": 16}',
 }  # fmt: skip
 GOOD |= {name: RUN_ID for name in TAGS if name.endswith("run_id")}
 GOOD |= {name: "1.5" for name, tag in TAGS.items() if tag.allowed.startswith("a number") and name not in GOOD}
