@@ -10,7 +10,7 @@ from .program import run_alone
 
 
 @with_options("model", "weights", "seed", "threads", "data", "preprocess", given=as_options)
-def import_model(config: Config, *, given: Model) -> dict[str, Any]:
+def import_model(config: Config, *, given: Model) -> dict[str, Any] | None:
     """Register a model that was trained elsewhere, evaluated on the test images: as `check` does first."""
     from qexp.pipeline.jobs import run_import
 

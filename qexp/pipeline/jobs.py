@@ -315,10 +315,15 @@ def report_stage(job: Job, config: Config, evidence: Evidence) -> str:
     )
 
 
-def run_import(config: Config, module: nn.Module | None = None) -> Summary:
-    """Register a model that was trained elsewhere as an fp32 version, evaluated on the test images."""
+def run_import(config: Config, module: nn.Module | None = None) -> Summary | None:
+    """Register a model that was trained elsewhere as an fp32 version, evaluated on the test images. None in a process that
+    only helps another one."""
     setup = prepare(config, None, named=module is None)
-    fp32 = take_stage(Job(setup.host), setup, take(setup.config, setup.dataset, module))
+    if not read_group().leads:
+        follow_evaluation(setup.dataset)
+        return None
+    with leading():
+        fp32 = take_stage(Job(setup.host), setup, take(setup.config, setup.dataset, module))
     top1 = fp32.evidence.accuracy["test"].top1_percent
     found = {"fp32": fp32.version.uri, "fp32_top1_percent": top1}
     return {"command": "import", "run_id": fp32.version.run_id, **found}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import Config
-from qexp.data.datasets import Dataset, Split
+from qexp.data.datasets import Dataset, Split, calibration_count, calibration_subset
+from qexp.data.duplicates import Duplicates
 from qexp.errors import InputError, first_line
 from qexp.measurement.accuracy import predict_logits, to_float
 from qexp.measurement.cost import layer_table
@@ -119,7 +120,7 @@ def take_model(config: Config, host: Host, dataset: Dataset, model: Any) -> NewM
         config.seed,
         version_uri="",
         size_bytes=0,
-        data=replace(data_facts(answered, config), labelled=dataset.test.is_labelled),
+        data=replace(data_facts(answered, config, _duplicates(config, answered)), labelled=dataset.test.is_labelled),
         train=None,
         accuracy=accuracy,
         source=source,
@@ -132,6 +133,14 @@ def take_model(config: Config, host: Host, dataset: Dataset, model: Any) -> NewM
     tags |= {"flavor": "onnx"} if is_onnx(model) else {}
     stored = model.canonical if is_onnx(model) else model
     return NewModel(evidence, stored, model.spec, sample, expected, logits, tags, layer_table(model, model.spec.shape))
+
+
+def _duplicates(config: Config, dataset: Dataset) -> Duplicates:
+    """Equal images among those in use: of the training images, those that a calibration takes."""
+    images = dataset.train if dataset.calibration is None else dataset.calibration
+    if len(images):
+        images, _ = calibration_subset(images, calibration_count(config.quantize, images), config.seed)
+    return replace(dataset, train=images).duplicates
 
 
 def with_answers(dataset: Dataset, spec: ModelSpec, logits: dict[str, Tensor]) -> Dataset:

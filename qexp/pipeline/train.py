@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset, stratified_sample
+from qexp.data.duplicates import Duplicates
 from qexp.measurement.accuracy import Accuracy, guess_percent, measure_accuracy, to_float
 from qexp.measurement.cost import layer_table
 from qexp.measurement.host import Host, freed_memory_reused
@@ -55,7 +56,7 @@ def train(
         config.seed,
         version_uri="",
         size_bytes=0,
-        data=data_facts(dataset, config),
+        data=data_facts(dataset, config, dataset.duplicates),
         train=result,
         accuracy=accuracy,
     )
@@ -112,10 +113,8 @@ def verification_images(dataset: Dataset) -> Tensor:
     return part.images[stratified_sample(part.labels, min(VERIFY_IMAGES, len(part)), seed=0)]
 
 
-def data_facts(dataset: Dataset, config: Config) -> DataFacts:
+def data_facts(dataset: Dataset, config: Config, duplicates: Duplicates) -> DataFacts:
     """What the report says of a data set."""
     counts = len(dataset.train), len(dataset.validation), len(dataset.test)
     facts = dataset.name, dataset.source, dataset.digest, dataset.classes, config.data.image_size
-    # Of images that are decoded as needed, those of a training alone are compared: it needs all of them.
-    duplicates = dataset.duplicates if dataset.in_memory or not config.trained_elsewhere else None
     return DataFacts(*facts, *counts, duplicates, guess_percent(dataset.test.labels))

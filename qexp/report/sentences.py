@@ -287,7 +287,7 @@ def accuracy(evidence: Evidence) -> list[str]:
         *_bf16(evidence),
         *_ties("fp32", evidence.fp32.accuracy["test"]),
         *_ties("int8", evidence.int8.accuracy["test"]),
-        *_seen_before(evidence.fp32.data),
+        *_seen_before(evidence.fp32.data, "training" if evidence.fp32.train else "calibration"),
     ]
 
 
@@ -321,16 +321,16 @@ def _ties(model: str, accuracy: Accuracy) -> list[str]:
     ]
 
 
-def _seen_before(data: DataFacts) -> list[str]:
-    """What the counts of equal images say about these figures."""
+def _seen_before(data: DataFacts, used: str) -> list[str]:
+    """What the counts of equal images say about these figures; `used` is what the first part of the images is for."""
     found = data.duplicates
     if found is None:
-        return ["How many test images also are training images was not counted."]
-    sentences = ["No test image is also a training or validation image (compared pixel by pixel)."]
+        return [f"How many test images also are {used} images was not counted."]
+    sentences = [f"No test image is also a {used} or validation image (compared pixel by pixel)."]
     if found.test_images_seen:
         sentences = [
-            f"**{found.test_images_seen:,} of {data.test_images:,} test images also are training or validation images. "
-            f"Accuracy on these says nothing about new images** ({found.test_in_training:,} are training images, "
+            f"**{found.test_images_seen:,} of {data.test_images:,} test images also are {used} or validation images. "
+            f"Accuracy on these says nothing about new images** ({found.test_in_training:,} are {used} images, "
             f"{found.test_in_validation:,} validation images; compared pixel by pixel)."
         ]
     if found.validation_in_training:
