@@ -316,8 +316,8 @@ def report_stage(job: Job, config: Config, evidence: Evidence) -> str:
 
 
 def run_import(config: Config, module: nn.Module | None = None) -> Summary | None:
-    """Register a model that was trained elsewhere as an fp32 version, evaluated on the test images. None in a process that
-    only helps another one."""
+    """Register a model that was trained elsewhere as an fp32 version, evaluated on the test images. None in a process
+    that only helps another one."""
     setup = prepare(config, None, named=module is None)
     if not read_group().leads:
         follow_evaluation(setup.dataset)

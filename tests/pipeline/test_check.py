@@ -188,7 +188,8 @@ def test_a_module_in_python_and_an_onnx_file(given: Given, capsys: pytest.Captur
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     options: dict[str, Any] = {
         "data": given.folder / "photos", "register": False, "image_size": 16, "input_range": "-1,1",
-        "baselines": "none", "sensitivity_images": 0, "batch_sizes": [1], "loads": 3, "min_repeats": 6, "min_seconds": 0, "warmup": 1,
+        "baselines": "none", "sensitivity_images": 0, "batch_sizes": [1], "loads": 3, "min_repeats": 6, "warmup": 1,
+        "min_seconds": 0,
     }  # fmt: skip
     found = qexp.check(model, **options)
     assert found.evidence.fp32.accuracy["test"].top1_correct == given.correct
