@@ -177,17 +177,17 @@ def _check_numbers(file: Path | str, weights: Mapping[str, Tensor]) -> None:
 def _start_of(file: Path) -> bytes:
     """The first bytes of a regular file."""
     try:
-        kind = os.stat(file).st_mode
+        mode = os.stat(file).st_mode
         start = b""
-        if stat.S_ISREG(kind):  # opening a pipe would wait
+        if stat.S_ISREG(mode):  # opening a pipe would wait
             with file.open("rb") as content:
                 start = content.read(512)
     except FileNotFoundError:
         raise _wrong(file, "no such file") from None
     except (OSError, ValueError) as error:
         raise _wrong(file, f"cannot be read ({first_line(error)})") from None
-    if not stat.S_ISREG(kind):
-        raise _wrong(file, "must be a file, and is a folder" if stat.S_ISDIR(kind) else "must be a regular file")
+    if not stat.S_ISREG(mode):
+        raise _wrong(file, "must be a file, and is a folder" if stat.S_ISDIR(mode) else "must be a regular file")
     if not start:
         raise _wrong(file, "is empty")
     for mark, kind in OTHER_KINDS:
