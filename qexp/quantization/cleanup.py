@@ -55,8 +55,10 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
 
     Pools and flattening that only repeat or move values become operations that do just that, for which the engines have
     faster int8 kernels. A model that torch.fx cannot trace, or that computes something else when traced, is copied as
-    it is.
+    it is; a model that is an ONNX graph stays that graph.
     """
+    if hasattr(model, "onnx_layers"):
+        return model
     try:
         copied = _copied(model)
         with torch.no_grad():

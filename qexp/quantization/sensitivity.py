@@ -23,6 +23,7 @@ from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, obse
 from torch.nn.functional import kl_div
 
 from qexp.config import QuantizeConfig
+from qexp.errors import InputError
 from qexp.measurement.accuracy import to_float, top_k_credit
 from qexp.progress import track
 from qexp.quantities import Finite, NotNegative, Number, Percent, Some
@@ -108,7 +109,15 @@ def measure_sensitivity(
         options: engine, observer, percentile, per_channel and calibration_batch_size count. Weights have 7 bits
             where any of the engines reduces them.
         reduce_range: as in `quantize_model`.
+
+    Raises:
+        InputError: the model is an ONNX file, whose layers cannot be exchanged one by one.
     """
+    if hasattr(source, "onnx_layers"):
+        raise InputError(
+            "--sensitivity-images: the layers of an ONNX file cannot be tried one by one; "
+            "say with --keep-fp32 which ones stay fp32"
+        )
     with torch.no_grad(), _simulated(source, calibration_images, options, reduce_range) as layers:
         _compare_outputs(source, images, layers)
         fp32, int8 = (_logits(source, images, layers, quantized) for quantized in ((), tuple(layers)))

@@ -196,7 +196,18 @@ def test_what_is_no_classifier_is_one_line_that_names_the_file(case: str, tmp_pa
 
 
 def test_a_batch_that_cannot_be_freed(tmp_path: Path) -> None:
-    """It subtracts the mean of the batch."""
+    model = _model((1, 3, 8, 12), output=(1, 4))
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1), np.float32), "token"))
+    model.graph.node[-1].output[0] = "z"
+    model.graph.node.append(helper.make_node("Concat", ["z", "token"], ["y"], axis=1))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"model\.onnx: it takes batches of 1 only; export it with a dynamic batch"):
+        read_onnx(tmp_path / "model.onnx")
+
+
+def test_images_that_depend_on_their_batch(tmp_path: Path) -> None:
+    """The file subtracts the mean of the batch."""
     model = _model((2, 3, 8, 12), output=(2, 4))
     model.graph.node.append(helper.make_node("ReduceMean", ["y"], ["mean"], axes=[0], keepdims=1))
     model.graph.node.append(helper.make_node("Sub", ["y", "mean"], ["z"]))

@@ -1,0 +1,158 @@
+"""Layers that torch.fx does not find: engine fx rebuilds the network from its exported program, by the same names."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qexp.config import QuantizeConfig
+from qexp.errors import InputError
+from qexp.measurement.accuracy import to_float
+from qexp.models.exported import as_layers, read_exported
+from qexp.quantization import quantize_model
+from qexp.quantization.equivalence import sqnr_db
+
+LEAST_DB = 20.0
+
+
+class Same(nn.Conv2d):
+    """Pads as TensorFlow does, by numbers that depend on the size of the map."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        size, stride, kernel = input.shape[-1], self.stride[0], self.kernel_size[0]
+        more = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        if more > 0:
+            input = F.pad(input, [more // 2, more - more // 2] * 2)
+        return F.conv2d(input, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardised(nn.Conv2d):
+    """Weights of mean 0 and deviation 1, computed anew in each forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.weight.flatten(1)
+        rows = (rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)
+        return F.conv2d(input, rows.view_as(self.weight), self.bias, padding=self.padding)
+
+
+class Halved(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight / 2, self.bias)
+
+
+class Functional(nn.Module):
+    """A convolution and a linear layer whose weights are in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.mixing = nn.Parameter(torch.randn(8, 8, 3, 3) / 8), nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps = F.hardswish(F.conv2d(maps, self.weight, padding=1))
+        return F.relu(F.linear(maps.mean((2, 3)), self.mixing))[:, :, None, None]
+
+
+class Shared(nn.Module):
+    """One layer called twice, with batch norm after it and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.norm = Same(8, 8, 3), nn.BatchNorm2d(8)
+        self.norm.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.twice(F.relu6(self.norm(self.twice(maps))))
+
+
+class Network(nn.Module):
+    def __init__(self, between: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.between, self.last = nn.Conv2d(3, 8, 3, padding=1), between(), nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.between(self.first(images).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Of very different brightness, so that the logits tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    dark = torch.linspace(0.1, 1, 32).view(-1, 1, 1, 1)
+    return (torch.rand(32, 3, 16, 16, generator=generator) * dark * 255).to(torch.uint8)
+
+
+def _quantized(model: nn.Module, images: Tensor, engine: str = "fx", **options: Any) -> Any:
+    made = quantize_model(model, images, QuantizeConfig(engine=[engine], observer="minmax", **options), False)
+    with torch.no_grad():
+        assert sqnr_db(model(to_float(images)), made(to_float(images))) > LEAST_DB
+    return made
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "padding in forward": (lambda: nn.Sequential(Same(8, 16, 3, stride=2), nn.SiLU(), Same(16, 8, 1)), ("0", "2")),
+    "depthwise": (lambda: nn.Sequential(Same(8, 8, 5, stride=2, groups=8), nn.BatchNorm2d(8), nn.ReLU6()), ("0",)),
+    "standardised": (lambda: nn.Sequential(Standardised(8, 8, 3, padding=1)), ("0",)),
+    "linear": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Halved(8, 8), nn.Unflatten(1, (8, 1, 1))), ("2",)),
+    "functional": (Functional, ("", "mixing")),
+    "shared": (Shared, ("twice",)),
+    "reflected": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect", groups=4)), ("0",)),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))), ("0",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_engine_fx_takes_layers_of_other_classes_and_functions(case: str, images: Tensor) -> None:
+    between, names = NETWORKS[case]
+    model = Network(between)
+    with torch.no_grad():
+        before = model(to_float(images))
+        made = _quantized(model, images)
+        assert torch.equal(model(to_float(images)), before)
+    assert set(made.int8_layers) == {"first", *(f"between.{name}".rstrip(".") for name in names), "last"}
+    assert not made.float_layers
+
+
+def test_a_rebuilt_layer_stays_fp32_if_asked(images: Tensor) -> None:
+    made = _quantized(Network(NETWORKS["padding in forward"][0]), images, keep_fp32=["between.0"])
+    assert made.float_layers == ("between.0",) and set(made.int8_layers) == {"first", "between.2", "last"}
+
+
+def test_rebuilt_networks_give_the_same_logits(images: Tensor) -> None:
+    for between, _ in NETWORKS.values():
+        model = Network(between)
+        rebuilt = as_layers(model, to_float(images[:2]))
+        with torch.no_grad():
+            assert torch.allclose(rebuilt(to_float(images)), model(to_float(images)), atol=1e-5)
+
+
+def _exported(file: Path, batch: int | None) -> nn.Module:
+    model, example = Network(NETWORKS["depthwise"][0]), torch.rand(4, 3, 16, 16)
+    sizes = None if batch else ({0: torch.export.Dim("n", min=1, max=64)},)
+    torch.export.save(torch.export.export(model, (example[:batch],), dynamic_shapes=sizes), file)
+    return model
+
+
+@pytest.mark.parametrize("engine", ["fx", "pt2e", "onnx"])
+def test_an_exported_program_is_a_module_of_layers(engine: str, images: Tensor, tmp_path: Path) -> None:
+    model = _exported(tmp_path / "model.pt2", None)
+    loaded = read_exported(tmp_path / "model.pt2", (3, 16, 16))
+    with torch.no_grad():
+        assert torch.allclose(loaded(to_float(images)), model(to_float(images)), atol=1e-5)
+    assert set(_quantized(loaded, images, engine).int8_layers) == {"first", "between.0", "last"}
+
+
+def test_what_is_no_exported_classifier_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text.pt2").write_text("<html>")
+    _exported(tmp_path / "one.pt2", 1)
+    with pytest.raises(InputError, match=r"text\.pt2: not an exported program \(\.pt2\) that this torch reads"):
+        read_exported(tmp_path / "text.pt2", (3, 16, 16))
+    with pytest.raises(InputError, match=r"one\.pt2: not a classifier of images 3x16x16 in batches of any size"):
+        read_exported(tmp_path / "one.pt2", (3, 16, 16))
