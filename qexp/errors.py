@@ -21,7 +21,7 @@ EMPTY_WORDS = ("Failed to export the model with", "The following operation faile
 OPTION_TOLD = re.compile(r"(?<!\S)--([a-z][a-z0-9-]*) (true|false|[^\s:;]+(?=:))")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 WORDS = {"true": "True", "false": "False", "auto": "None"}
-REFUSED = "failed with error code 401"
+REFUSED, DENIED = "failed with error code 401", "failed with error code 403"
 AUTOFLUSH = "(raised as a result of Query-invoked autoflush"  # SQLAlchemy's first line; the reason is in the next one
 
 
@@ -52,6 +52,8 @@ def first_line(error: BaseException) -> str:
         )
     if REFUSED in lines[0]:
         return "401: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user that it knows"
+    if DENIED in lines[0]:
+        return "403, permission denied: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user who may"
     return hide_secrets(lines[0])[:300]
 
 

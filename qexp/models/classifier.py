@@ -290,7 +290,7 @@ def read_weights(file: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         why = error.errors()[0]
         what = " ".join(map(str, ("its model", *why["loc"])))
         raise InputError(f"weights file {file}: not written by qexp ({what}: {why['msg']})") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"weights file {file}: not written by qexp ({first_line(error)})") from None
     if is_file(spec.architecture):
         known = is_program(spec.architecture) and PROGRAM in state

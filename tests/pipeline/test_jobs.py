@@ -22,7 +22,7 @@ from qexp.errors import InputError, StageError
 from qexp.files import from_json
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.host import read_host
-from qexp.pipeline import jobs, loading
+from qexp.pipeline import jobs, loading, report
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Job, runs_below
 from qexp.pipeline.setup import Setup, with_quantization_checked
@@ -34,6 +34,22 @@ from qexp.tracking import runs as tracking
 # As few times as a verdict needs.
 TIMES = "--batch-sizes 1 --min-repeats 6 --loads 3 --max-busy-percent 100 --min-seconds 0 --warmup 1".split()
 SWEEP = [*TIMES, *PLAIN, "--calibration-samples", "16"]
+
+
+def test_the_place_of_the_report_is_said_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under `mlflow run` the current folder is that of the project."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "report.html").touch()
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    report._copy(tmp_path / "made", "rep")
+    report._copy(tmp_path / "made", str(tmp_path / "other"))
+    places = [tmp_path / "project" / "rep", tmp_path / "other"]
+    assert all((place / "report.html").is_file() for place in places)
+    assert capsys.readouterr().err.splitlines() == [f"a copy of the report is in {place}" for place in places]
 
 
 def test_metrics_json_is_what_the_summary_and_the_tags_say(finished: Finished) -> None:

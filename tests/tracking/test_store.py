@@ -7,7 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import mlflow
@@ -267,6 +269,41 @@ def test_a_folder_that_mlflow_would_take_for_another_one_is_refused_before_anyth
         with pytest.raises(InputError, match=r"MLflow takes (\?|%\w\w) in the name of a folder .*; rename it, or "):
             use_store()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """A server of MLflow that lets this user read that there is nothing, and no more."""
+
+    def do_GET(self) -> None:
+        self._answer(404, b'{"error_code": "RESOURCE_DOES_NOT_EXIST"}')
+
+    def do_POST(self) -> None:
+        asks = self.path.endswith("/search")
+        self._answer(200 if asks else 403, b"{}" if asks else b"Permission denied")
+
+    def _answer(self, code: int, body: bytes) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *values: object) -> None:
+        pass
+
+
+def test_a_server_that_denies_permission_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(StoreError, match=r"^MLflow \(http:.*\): 403, permission denied: set .* to a user who may$"):
+            use_experiment("digits")
+        server.shutdown()
+    assert "Traceback" not in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 
 def _without_waiting(connection: Any, cursor: Any, statement: str, values: Any, *more: Any) -> tuple[str, Any]:
