@@ -235,20 +235,21 @@ def test_what_is_no_batch_of_images_is_refused(given: Any, words: list[str], mob
 
 
 def test_messages_name_arguments_and_no_options_of_the_command_line(mobile: nn.Module, images: Tensor) -> None:
-    class Borrowing(nn.Module):
-        """Uses the weights of a layer without calling it, so the layer stays fp32."""
+    class Twice(nn.Module):
+        """Ends with a layer that no engine quantizes."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.features, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+            self.features, self.head = nn.Conv2d(3, 4, 3), nn.Bilinear(4, 4, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(self.features(x).mean((2, 3)), self.head.weight, self.head.bias)
+            x = self.features(x).mean((2, 3))
+            return self.head(x, x)
 
     quantize: Any = qexp.quantize
     _refused(lambda: quantize(mobile, images, keep_fp32=["nothing", "other"]), "keep_fp32=nothing,other: not among")
     with pytest.raises(StageError) as failed:
-        quantize(Borrowing(), images)
+        quantize(Twice(), images)
     assert "allow_float=True" in str(failed.value) and "--" not in str(failed.value)
     times = qexp.benchmark({"own": mobile}, 16, [1], **FAST | {"loads": 1, "min_repeats": 2})
     assert "(min_repeats, loads)" in times.shortcomings[0] and "--" not in "".join(times.shortcomings)

@@ -116,8 +116,8 @@ def _logits(model: nn.Module, images: Tensor = IMAGES) -> Tensor:
 def test_names_are_accepted_by_their_form_and_shortened(tmp_path: Path) -> None:
     (tmp_path / "model.v2.pt2").touch()
     short = {
-        "smallnet": "smallnet", "vgg16": "vgg16", "my_nets:build": "my_nets-build", "a.b:C.make": "a.b-C.make",
-        f"{tmp_path}/model.v2.pt2": "model.v2",
+        "smallnet": "smallnet", "vgg16": "vgg16", "my_nets:build": "my_nets-build", "a.b:C.make": "a-b-C-make",
+        f"{tmp_path}/model.v2.pt2": "model-v2",
     }  # fmt: skip
     for name, expected in short.items():
         check_model_name(name)
