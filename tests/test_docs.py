@@ -161,9 +161,11 @@ def test_python_examples_use_names_and_parameters_that_exist() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "qexp":
                 assert hasattr(qexp, node.attr), f"{page}: qexp.{node.attr}"
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("qexp."):
-                parameters = inspect.signature(getattr(qexp, ast.unparse(node.func).split(".")[1])).parameters
+                function = ast.unparse(node.func).split(".")[1]
+                parameters = inspect.signature(getattr(qexp, function)).parameters
+                sections = ("", "data", "preprocess", "gate") if function == "check" else ()
                 known = set(parameters) | (
-                    set(fields_of(("quantize", "latency"))) if "options" in parameters else set()
+                    set(fields_of(("quantize", "latency", *sections))) if "options" in parameters else set()
                 )
                 assert {word.arg for word in node.keywords if word.arg} <= known, f"{page}: {ast.unparse(node)}"
 
