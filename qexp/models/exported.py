@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from qexp.errors import InputError, first_line
 
-MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
 LARGEST_DIFFERENCE = 1e-6  # of the power of the logits: rounding alone
 aten = torch.ops.aten
 # Of the same arguments; what is not here stays the operation that it is.
@@ -102,7 +101,7 @@ def as_layers(model: nn.Module, example: Tensor) -> fx.GraphModule:
     with _exporting(), torch.no_grad():
         expected = model(two)
         images = torch.cat([two, two])[:4]  # of one image alone, too, a batch that torch.export does not take for fixed
-        sizes = ({0: torch.export.Dim("images", min=1, max=MOST_IMAGES)},)
+        sizes = ({0: torch.export.Dim.AUTO},)  # within the limits of an exported program, if it is one
         program = torch.export.export(model, (images,), dynamic_shapes=sizes, strict=False).run_decompositions({})
         rebuilt = _Rebuilt(program, model).module()
         found = rebuilt(two)
@@ -158,6 +157,12 @@ class _Rebuilt:
                 self._take(node)
 
     def module(self) -> fx.GraphModule:
+        for name in [name for name in self.parts if any(other.startswith(f"{name}.") for other in self.parts)]:
+            # A weight beside layers of its own module: no layer may be inside another.
+            own = self._free(f"{name}.weight")
+            self.parts[own] = self.parts.pop(name)
+            for node in self.graph.nodes:
+                node.target = own if node.target == name else node.target
         module = fx.GraphModule(self.parts, self.graph).eval()
         module.graph.eliminate_dead_code()
         module.recompile()
