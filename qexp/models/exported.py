@@ -2,7 +2,7 @@
 
 torch.export sees what a network computes, whatever its code looks like: subclasses that pad or standardise their
 weights in `forward`, functions that are given weights, Python that torch.fx cannot trace. What it gives has lost the
-layers, though. Feeds engine fx, which knows layers alone.
+layers, though. Feeds engine fx, which knows layers alone, and reads .pt2 files.
 """
 
 import operator
@@ -10,13 +10,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-MOST_IMAGES = 65_536  # of one batch: torch.export wants a limit
+from qexp.errors import InputError, first_line
+
 LARGEST_DIFFERENCE = 1e-6  # of the power of the logits: rounding alone
 aten = torch.ops.aten
 # Of the same arguments; what is not here stays the operation that it is.
@@ -50,6 +52,38 @@ BATCH_NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_nor
 BATCH_NORM_OF = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
+def is_exported(model: nn.Module) -> bool:
+    """Whether it is the module of an exported program, whose layers are operations with weights."""
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in nodes)
+
+
+def read_exported(file: Path, shape: tuple[int, int, int]) -> nn.Module:
+    """The classifier in a .pt2 file, with layers as modules where they can be told.
+
+    Args:
+        shape: of one image: channels, height, width.
+
+    Raises:
+        InputError: it is no exported program, or not one of images of this shape in batches of any size.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = torch.export.load(file).module()
+    except Exception as error:  # of a file of any kind, in the words of zip and pickle
+        said = first_line(error)
+        raise InputError(f"{file}: not an exported program (.pt2) that this torch reads ({said})") from None
+    try:
+        return as_layers(module, torch.rand(2, *shape))
+    except Exception as error:  # what its guards say of another shape
+        size = "x".join(map(str, shape))
+        raise InputError(
+            f"{file}: not a classifier of images {size} in batches of any size; export it with a dynamic first "
+            f"dimension ({first_line(error)})"
+        ) from None
+
+
 def as_layers(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """A module of layers of torch.nn that computes what `model` does, in evaluation; `model` stays as it is.
 
@@ -67,7 +101,7 @@ def as_layers(model: nn.Module, example: Tensor) -> fx.GraphModule:
     with _exporting(), torch.no_grad():
         expected = model(two)
         images = torch.cat([two, two])[:4]  # of one image alone, too, a batch that torch.export does not take for fixed
-        sizes = ({0: torch.export.Dim("images", min=1, max=MOST_IMAGES)},)
+        sizes = ({0: torch.export.Dim.AUTO},)  # within the limits of an exported program, if it is one
         program = torch.export.export(model, (images,), dynamic_shapes=sizes, strict=False).run_decompositions({})
         rebuilt = _Rebuilt(program, model).module()
         found = rebuilt(two)
@@ -123,6 +157,12 @@ class _Rebuilt:
                 self._take(node)
 
     def module(self) -> fx.GraphModule:
+        for name in [name for name in self.parts if any(other.startswith(f"{name}.") for other in self.parts)]:
+            # A weight beside layers of its own module: no layer may be inside another.
+            own = self._free(f"{name}.weight")
+            self.parts[own] = self.parts.pop(name)
+            for node in self.graph.nodes:
+                node.target = own if node.target == name else node.target
         module = fx.GraphModule(self.parts, self.graph).eval()
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -205,12 +245,9 @@ class _Rebuilt:
         return re.sub(r"(\.parametrizations)?[._](weight|running_mean)(\.\w+)?$", "", origin)
 
     def _free(self, name: str) -> str:
-        """The name, or where it is taken another one. No module is inside another: torch.ao replaces the whole."""
-        for outer in self.parts:
-            if name.startswith(f"{outer}."):
-                name = f"{outer}_{name.removeprefix(f'{outer}.')}"
+        """The name, or where it is taken another one; `weight` of the model itself is no name of a module."""
         found, number = name, 1
-        while found in self.parts or any(inner.startswith(f"{found}.") for inner in self.parts):
+        while found in self.parts:
             found, number = f"{name}_{number}", number + 1
         return found
 
