@@ -124,7 +124,7 @@ def test_without_a_path_the_current_folder_is_asked(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("trian:\n  epochs: 3\n", ["trian", "unknown key", "model, seed, threads", "train, quantize"]),
+        ("trian:\n  epochs: 3\n", ["trian", "unknown key", "model, weights, seed, threads", "train, quantize"]),
         ("train:\n  epoch: 3\n", ["train.epoch:", "unknown key", "epochs, batch_size"]),
         ("train:\n  epochs: true\n", ["train.epochs", "True", "must be a valid integer"]),
         ("train:\n  epochs: ten\n", ["train.epochs", "ten", "must be a valid integer"]),
