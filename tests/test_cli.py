@@ -30,7 +30,7 @@ from qexp.errors import InputError
 BAD_INPUT = {
     "unknown model": ("run --model vgg17", ["--model vgg17", "vgg16"]),
     "negative learning rate": ("run --learning-rate -1", ["--learning-rate -1", "greater than 0"]),
-    "no epochs": ("train --epochs 0", ["--epochs 0", "greater than or equal to 1"]),
+    "no epochs": ("train --epochs 0", ["--epochs 0", "needs --weights"]),
     "epochs in words": ("train --epochs ten", ["--epochs ten", "integer"]),
     "infinite rate": ("train --learning-rate inf", ["--learning-rate inf", "finite"]),
     "bad batch size": ("run --batch-sizes 1,x", ["--batch-sizes x", "integer"]),

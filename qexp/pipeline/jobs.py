@@ -336,6 +336,8 @@ def run_train(
     if resume:
         use_store()
         config = config_of_run(overrides or {}, resume, "train")
+    if config.trained_elsewhere and config.has_weights:
+        raise InputError("--epochs: must be given to train from these weights on; `qexp import` takes a model as it is")
     setup = prepare(config, None, resume=resume)
     if not (resume or launch.is_worker()):
         try_engines(setup.config, setup.dataset, needed=False)
