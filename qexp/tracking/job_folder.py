@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from qexp.errors import InputError, StageError
+from qexp.errors import InputError, StageError, first_line
 from qexp.files import replacing
 from qexp.progress import say
 
@@ -69,12 +69,22 @@ def forget_end(job: Path, run_id: str) -> None:
 
 
 def noted_end(job: Path, run_id: str) -> tuple[str, str] | None:
-    """Status and error of a run, as `note_end` wrote them; None if there is no such note."""
+    """Status and error of a run, as `note_end` wrote them; None if there is no such note.
+
+    Raises:
+        InputError: somebody has changed it.
+    """
     file = _end_of(job, run_id)
     if not file.exists():
         return None
-    found = json.loads(file.read_text())
-    return found["status"], found["error"]
+    try:
+        found = json.loads(file.read_text())
+        status, error = found["status"], found["error"]
+        if status not in ("FINISHED", "FAILED", "KILLED") or not isinstance(error, str):
+            raise ValueError("it says no end of a run")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+        raise InputError(f"{file}: cannot be read ({first_line(problem)}); remove it") from None
+    return status, error
 
 
 def _end_of(job: Path, run_id: str) -> Path:

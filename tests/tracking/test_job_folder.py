@@ -57,6 +57,15 @@ def new(trained: tuple[Classifier, TrainResult], digits: Dataset, evidence: Evid
     return NewModel(found, model, model.spec, sample, expected, logits, {"dataset": "digits"}, "layers")
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"status": "LOST", "error": ""}', "[" * 99_999])
+def test_a_note_of_the_end_that_was_changed_is_one_line(text: str, tmp_path: Path) -> None:
+    note_end(tmp_path, "0", "FAILED", "why")
+    assert noted_end(tmp_path, "0") == ("FAILED", "why")
+    (tmp_path / "ended-0.json").write_text(text)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/ended-0.json: cannot be read \([^\n]*\); remove it$"):
+        noted_end(tmp_path, "0")
+
+
 def test_lock_ends_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_unlocked("r1")
