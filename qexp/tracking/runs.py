@@ -49,6 +49,7 @@ TO_RESUME = {  # a run of a stage that was stopped
 OF_EVERY_STAGE = ("config.model", "config.seed", "config.threads")
 SECTIONS = {
     "train": ("data", "preprocess", "train"),
+    "import": ("data", "preprocess"),
     "sensitivity": ("data", "preprocess", "quantize"),
     "quantize": ("data", "preprocess", "quantize"),
     "latency": ("latency",),
