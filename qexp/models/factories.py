@@ -30,7 +30,7 @@ def build_from_factory(text: str, classes: int) -> nn.Module:
         NotImportable: there is no such module.
         InputError: it fails, has no such attribute, or gives something else than an nn.Module.
     """
-    with _current_folder():
+    with current_folder():
         factory = _import(text)
         if isinstance(factory, nn.Module):
             return factory
@@ -93,9 +93,9 @@ def _looked_in() -> str:
 
 
 @contextmanager
-def _current_folder() -> Iterator[None]:
-    """Modules of the current folder can be imported: before installed packages, but after Python's own modules, so that
-    a file of the name random.py is not taken for one of them."""
+def current_folder() -> Iterator[None]:
+    """While the block lasts, modules of the current folder can be imported: before installed packages, but after
+    Python's own modules, so that a file of the name random.py is not taken for one of them."""
     if sys.flags.safe_path:
         yield
         return

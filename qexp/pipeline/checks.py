@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from qexp.config import Config, LatencyConfig
 from qexp.data.folders import check_data_dir, check_places
 from qexp.errors import InputError
-from qexp.models.names import check_model_name
+from qexp.models.names import check_model_name, parse_version_uri
 from qexp.models.preprocessing import preprocessing_of
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # of files that hold weights and no code
@@ -23,12 +23,14 @@ def check_options(config: Config, new_model: bool, named: bool = True) -> None:
         named: whether its model is the name of one, and not of a module that is given.
     """
     if new_model:
-        if named:
+        if named and config.model.startswith("models:/"):
+            parse_version_uri(config.model, "MODEL")
+        elif named:
             check_model_name(config.model)
         if config.trained_elsewhere and named and not (config.has_weights or ":" in config.model):
             allowed = "needs --weights, or a --model that comes with weights: a file, package.module:factory"
             raise InputError(f"--epochs 0: {allowed}")
-        check_data_dir(config.data)
+        check_data_dir(config.data, needs_training=not config.trained_elsewhere)
         preprocessing_of(config.data, config.preprocess)
     else:
         check_places(config.data)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from conftest import PLAIN, Finished, environment_for, run_qexp
 from mlflow.models import MetricThreshold
 from PIL import Image
+from stores import new_store
 from torch import Tensor, nn
 
 import qexp
@@ -216,3 +219,32 @@ def test_wrong_input_is_one_line(given: Given) -> None:
     for weights in ("best.pt",):
         with pytest.raises(InputError, match=r"is weights alone; say with"):
             qexp.check(given.folder / weights, data=photos, register=False)
+
+
+def test_any_version_of_mlflow_is_taken(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = new_store(tmp_path)
+    mlflow.set_tracking_uri(uri)
+    monkeypatch.syspath_prepend(str(given.folder))
+    model = import_module("my_nets").build()
+    with mlflow.start_run(experiment_id=mlflow.create_experiment("own", artifact_location=str(tmp_path / "own"))):
+        mlflow.pytorch.log_model(model, name="m", registered_model_name="plain", serialization_format="pickle")
+    words = ["models:/plain/1", "--data", "photos", "--image-size", "16"]
+    done = run_qexp(given.folder, "import", *words, uri=uri)
+    assert done.code == 0, done.stderr
+    assert done.summary["fp32"] == "models:/plain-1-photos-fp32/1"
+    gone = run_qexp(given.folder, "import", "models:/plain/7", *words[1:], uri=uri)
+    assert gone.code == 2 and "MODEL models:/plain/7: does not exist" in gone.stderr
+
+
+def test_images_without_labels_show_agreement(given: Given, tmp_path: Path) -> None:
+    loose = tmp_path / "loose"
+    shutil.copytree(given.folder / "photos/test/digit-3", loose)
+    (tmp_path / "classes.txt").write_text("\n".join(f"digit-{number}" for number in range(10)))
+    (tmp_path / "my_nets.py").write_text(CODE)
+    words = f"{given.folder}/best.pt --model my_nets:build --data loose --image-size 16 --classes classes.txt".split()
+    words += f"--input-range -1,1 --min-agreement 10 --calibration-dir {given.folder}/photos/train".split()
+    done = run_qexp(tmp_path, "check", *words, "--no-register", "--output-dir", "report", *FEW)
+    assert done.code == 0, done.stderr
+    assert done.summary["fp32_top1_percent"] == 100
+    report = (tmp_path / "report/report.md").read_text()
+    assert "The test images have no labels" in report and "Lowest agreement with fp32" in report
