@@ -15,6 +15,8 @@ from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.gate import Succession
 from qexp.models.classifier import ModelSpec, load_classifier, read_weights
+from qexp.models.names import is_factory, is_program
+from qexp.models.published import sha256_of
 from qexp.models.stored import model_file
 from qexp.models.taken import load_taken
 from qexp.pipeline.decide import judge
@@ -121,11 +123,17 @@ def checked_weights(found: ModelVersion, copy: Path) -> Iterator[Path]:
             return
         with tags.followed("weights_uri") as weights_uri:
             file = stack.enter_context(tracking.downloaded(weights_uri))
+            other = StageError(f"{tags.uri}: the weights in {weights_uri} are not those that were registered")
+            if tags.weights_sha256 and sha256_of(file) != tags.weights_sha256:
+                raise other
             spec, weights = read_weights(file)
+            # Without a digest, as versions of before are, nothing that runs code of others is built from the file.
+            if not tags.weights_sha256 and (is_factory(spec.architecture) or is_program(spec.architecture)):
+                raise other
         stored = registry.load_files(copy, None).state_dict()  # type: ignore[attr-defined]  # a module
         same = all(name in weights and torch.equal(weights[name], value) for name, value in stored.items())
         if not same or (spec.classes, spec.shape) != (tags.classes.read(copy), tags.input.shape):
-            raise StageError(f"{tags.uri}: the weights in {weights_uri} are not those that were registered")
+            raise other
         del stored, weights
         yield file
 

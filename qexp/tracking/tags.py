@@ -147,6 +147,7 @@ class Tags:
     weights_uri = _matching(
         r"runs:/[0-9a-f]{32}(/(?!\.\.?(/|$))[\w.-]+)+", "runs:/RUN_ID/PATH, the file of the weights"
     )
+    weights_sha256 = _optional(_matching("[0-9a-f]{64}", "64 hexadecimal digits"))
     dataset = _text(250)
     data_digest = _matching("[0-9a-f]{8,64}", "8 to 64 hexadecimal digits")
     train_run_id = _run()

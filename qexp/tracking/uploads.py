@@ -19,6 +19,7 @@ from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
 from qexp.models.classifier import save_classifier
 from qexp.models.names import short_name
+from qexp.models.published import sha256_of
 from qexp.models.taken import as_model, count_parameters, is_rebuilt
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
@@ -118,13 +119,14 @@ def _with_version(evidence: Any, version: Registered) -> Any:
 
 
 def _log_weights(model: Any, run_id: str) -> dict[str, str]:
-    """The file from which a classifier is built again, and the tag that names it; of other models there is none."""
+    """The file from which a classifier is built again, and the tags that name it; of other models there is none."""
     if not is_rebuilt(model):
         return {}
     with TemporaryDirectory() as folder:
-        save_classifier(model, Path(folder, "model.safetensors"))
+        save_classifier(model, file := Path(folder, "model.safetensors"))
+        digest = sha256_of(file)
         tracking.log_folder(Path(folder), "weights", run_id)
-    return {"weights_uri": f"runs:/{run_id}/weights/model.safetensors"}
+    return {"weights_uri": f"runs:/{run_id}/weights/model.safetensors", "weights_sha256": digest}
 
 
 @upload.register

@@ -156,7 +156,7 @@ def test_files_that_the_digest_does_not_name_are_others(client: mlflow.MlflowCli
 def test_weights_that_were_not_registered_are_not_used(
     client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They lie beside the training, where no digest names them: they must be those of the version's own files."""
+    """They lie beside the training: they must have their digest, and be those of the version's own files."""
     found = client.get_model_version("smallnet-digits-fp32", "1")
     original = Path(mlflow.artifacts.download_artifacts(found.tags["weights_uri"], dst_path=str(tmp_path)))
     spec, weights = read_weights(original)
@@ -173,7 +173,11 @@ def test_weights_that_were_not_registered_are_not_used(
     own = json.dumps(asdict(spec))
     not_registered = rf"the weights in {found.tags['weights_uri']} are not those that were registered"
     cases: dict[str, list[Callable[[], object]]] = {
-        not_registered: [save(own, **{first: weights[first] + 1}), save(own.replace('"9"', '"ten"'))],
+        not_registered: [
+            save(own, **{first: weights[first] + 1}),
+            save(own.replace('"9"', '"ten"')),
+            save(own.replace("smallnet", "os:abort")),  # whose code would run
+        ],
         "its tag weights_uri is .*: of an unknown architecture, 'os.system'": [
             save(own.replace("smallnet", "os.system"))
         ],
@@ -187,6 +191,11 @@ def test_weights_that_were_not_registered_are_not_used(
         "its tag weights_uri is .*: cannot be read": [file.unlink],
     }
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", changed)
+    for change in (change for words, changes in cases.items() if "cannot be read" not in words for change in changes):
+        change()
+        with pytest.raises(StageError, match=not_registered):
+            load_weights(found)
+    del found.tags["weights_sha256"]  # which versions of before do not have
     for words, changes in cases.items():
         for change in changes:
             change()
