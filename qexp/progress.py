@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -29,6 +30,18 @@ def say(line: str) -> None:
     clear_line()
     tqdm.write(printable(line), file=sys.stderr)
     sys.stderr.flush()
+
+
+@contextmanager
+def quiet(logger_name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """While the block lasts, a library's logger and those below it say nothing below this level."""
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def clean_logs() -> None:

@@ -2,7 +2,7 @@
 
 torch.export sees what a network computes, whatever its code looks like: subclasses that pad or standardise their
 weights in `forward`, functions that are given weights, Python that torch.fx cannot trace. What it gives has lost the
-layers, though. Feeds engine fx, which knows layers alone, and reads .pt2 files.
+layers, though. Feeds engine fx, which knows layers alone.
 """
 
 import operator
@@ -10,14 +10,11 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-
-from qexp.errors import InputError, first_line
 
 LARGEST_DIFFERENCE = 1e-6  # of the power of the logits: rounding alone
 aten = torch.ops.aten
@@ -50,38 +47,6 @@ LIMITS = (aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default)
 CONVOLUTIONS = {aten.conv1d: nn.Conv1d, aten.conv2d: nn.Conv2d}
 BATCH_NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
 BATCH_NORM_OF = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-
-
-def is_exported(model: nn.Module) -> bool:
-    """Whether it is the module of an exported program, whose layers are operations with weights."""
-    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
-    return any(isinstance(node.target, torch._ops.OpOverload) for node in nodes)
-
-
-def read_exported(file: Path, shape: tuple[int, int, int]) -> nn.Module:
-    """The classifier in a .pt2 file, with layers as modules where they can be told.
-
-    Args:
-        shape: of one image: channels, height, width.
-
-    Raises:
-        InputError: it is no exported program, or not one of images of this shape in batches of any size.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = torch.export.load(file).module()
-    except Exception as error:  # of a file of any kind, in the words of zip and pickle
-        said = first_line(error)
-        raise InputError(f"{file}: not an exported program (.pt2) that this torch reads ({said})") from None
-    try:
-        return as_layers(module, torch.rand(2, *shape))
-    except Exception as error:  # what its guards say of another shape
-        size = "x".join(map(str, shape))
-        raise InputError(
-            f"{file}: not a classifier of images {size} in batches of any size; export it with a dynamic first "
-            f"dimension ({first_line(error)})"
-        ) from None
 
 
 def as_layers(model: nn.Module, example: Tensor) -> fx.GraphModule:

@@ -7,8 +7,6 @@ import io
 import logging
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from qexp.errors import InputError
 from qexp.models.layers import with_layers
 from qexp.models.stored import as_other_modules
+from qexp.progress import quiet
 
 
 def load_program(file: Path) -> nn.Module:
@@ -57,22 +56,13 @@ def _read(source: Path | io.BytesIO, what: str) -> nn.Module:
     if isinstance(source, io.BytesIO):
         source.seek(0)
     try:
-        with warnings.catch_warnings(), _quiet():
+        with (
+            warnings.catch_warnings(),
+            quiet("torch.export", logging.CRITICAL),
+        ):  # which logs a traceback before it raises
             warnings.simplefilter("ignore")
             module = torch.export.load(source).module()
     except Exception as error:  # torch, zipfile and json have their own types
         why = "it is not one, is damaged, or is one of another version of torch"
         raise InputError(f"{what}: does not load as an exported program ({type(error).__name__}): {why}") from None
     return with_layers(as_other_modules(module))  # type: ignore[arg-type]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the traceback that torch logs before it raises."""
-    logger = logging.getLogger("torch.export")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

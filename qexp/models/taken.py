@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qexp.errors import StageError, with_place
 from qexp.models.classifier import Classifier, ModelSpec, check_network, normalization
 from qexp.models.names import OBJECT, is_rebuilt_by_name
-from qexp.models.stored import as_other_modules, model_file
+from qexp.models.program import load_program
+from qexp.models.stored import model_file
 
 
 def wrap(module: nn.Module, spec: ModelSpec) -> Classifier:
@@ -89,10 +90,3 @@ def as_model(stored: Any, spec: ModelSpec) -> Any:
     if not isinstance(stored, Classifier):
         stored.spec = spec
     return stored
-
-
-def load_program(file: Path) -> nn.Module:
-    """The module of an exported program; it computes what evaluation does, in whatever mode it is put."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return as_other_modules(torch.export.load(file).module())

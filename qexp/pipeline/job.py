@@ -81,6 +81,18 @@ class Job:
             if found is not None and holds(found):
                 return found
         say(f"{name}: {as_text(note.replace('`', ''))}")
+        return self._done(name, note, config, work, inputs, resume)
+
+    def _done(
+        self,
+        name: str,
+        note: str,
+        config: Config,
+        work: Callable[[Path], Result],
+        inputs: Inputs | None,
+        resume: str | None,
+    ) -> Any:
+        """What `work` finds, in a run of its own."""
         with self._run(name, note, resume) as run_id:
             folder = self._folder(name, run_id)
             tracking.log_setup(config, self.host)
@@ -89,7 +101,7 @@ class Job:
             _log_inputs(inputs)
             with _new_folder(folder):
                 kept = keep(folder, run_id, work(folder))
-            sent: T = self._send(kept, folder)
+            sent = self._send(kept, folder)
         self._remove(folder)
         return sent
 

@@ -22,7 +22,7 @@ from qexp.models.contents import read_contents
 from qexp.models.stored import load_stored, model_file
 from qexp.models.taken import export_program, is_onnx, is_rebuilt
 from qexp.pipeline.decide import decide
-from qexp.pipeline.job import Inputs, Job
+from qexp.pipeline.job import Job
 from qexp.pipeline.jobs import latency_stage, quantize_all, take_stage
 from qexp.pipeline.measure import LocalVersions, measure_bf16
 from qexp.pipeline.setup import prepare, with_quantization_checked
@@ -30,7 +30,6 @@ from qexp.pipeline.take import take, with_answers
 from qexp.progress import say
 from qexp.report.page import write_report
 from qexp.report.results import UNREGISTERED, Evidence, Fp32Evidence, Int8Evidence
-from qexp.text import as_text
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, Result
 
@@ -77,19 +76,8 @@ class Unregistered(Job):
         self.places: dict[str, Path] = {}
         self.weights = folder
 
-    def stage(
-        self,
-        name: str,
-        note: str,
-        config: Config,
-        work: Callable[[Path], Result],
-        read: Callable[[str], Any],
-        inputs: Inputs | None = None,
-        resume: str | None = None,
-        holds: Callable[[Any], bool] | None = None,
-    ) -> Any:
+    def _done(self, name: str, note: str, config: Config, work: Callable[[Path], Result], *others: Any) -> Any:
         """What `work` finds; a model gets its place in the folder."""
-        say(f"{name}: {as_text(note.replace('`', ''))}")
         place = self.folder / name
         place.mkdir()
         result = work(place)

@@ -1,9 +1,6 @@
 """How a model goes into MLflow: flavour, format, signature, example, requirements."""
 
-import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -14,6 +11,7 @@ from mlflow.types import Schema, TensorSpec
 
 from qexp.models.classifier import ModelSpec
 from qexp.models.names import short_name
+from qexp.progress import quiet
 
 FORMATS = {"fp32": "pt2", "int8": "pickle"}  # MLflow's word; a ScriptModule is saved by torch.jit.save, never pickled
 OUTPUTS = {"pytorch": None, "onnx": "logits"}  # what the flavour calls the output: with a name, a server gives it so
@@ -34,7 +32,7 @@ def log_version(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str)
         "onnx": {"save_as_external_data": False, "onnx_execution_providers": ["CPUExecutionProvider"]},
     }
     log_model: Any = {"pytorch": mlflow.pytorch.log_model, "onnx": mlflow.onnx.log_model}[flavor]
-    with warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), quiet("mlflow"):  # whose advice against pickle does not apply
         warnings.simplefilter("ignore")
         return log_model(
             stored.eval() if flavor == "pytorch" else stored,
@@ -52,15 +50,3 @@ def log_version(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str)
             model_type="classifier",
             **own[flavor],
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without MLflow's advice against pickle, which does not apply: a ScriptModule is saved by torch.jit.save."""
-    logger = logging.getLogger("mlflow")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

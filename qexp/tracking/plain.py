@@ -9,8 +9,8 @@ from torch import nn
 
 from qexp.errors import InputError, first_line
 from qexp.models.factories import current_folder
+from qexp.progress import quiet
 from qexp.tracking import registry
-from qexp.tracking.flavors import quiet
 from qexp.tracking.integrity import copied
 from qexp.tracking.store import uri_of
 
@@ -44,7 +44,7 @@ def load_plain(uri: str, folder: Path) -> nn.Module | Path:
             has = ", ".join(sorted(set(flavors) - {"python_function"})) or "none"
             raise InputError(f"MODEL {uri}: must have MLflow's flavour pytorch or onnx, and has {has}")
         try:
-            with quiet(), current_folder():  # a pickle names the module that its class is in
+            with quiet("mlflow"), current_folder():  # a pickle names the module that its class is in
                 model: nn.Module = mlflow.pytorch.load_model(str(copy))
         except Exception as error:  # a class that is not importable, a pickle that is not allowed, another torch
             raise InputError(f"MODEL {uri}: cannot be loaded by MLflow ({first_line(error)})") from None

@@ -24,11 +24,11 @@ from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents, read_contents
 from qexp.models.names import parse_version_uri
 from qexp.models.stored import SUFFIXES, as_other_modules, model_file
-from qexp.progress import say
+from qexp.progress import quiet, say
 from qexp.tracking import class_names, description
 from qexp.tracking.aliases import CHALLENGER, set_alias
 from qexp.tracking.clean_process import reloads_equal
-from qexp.tracking.flavors import FORMATS, log_version, quiet
+from qexp.tracking.flavors import FORMATS, log_version
 from qexp.tracking.integrity import checked_copy, copied, digest_of
 from qexp.tracking.leftovers import discard_unregistered, version_of_run, version_or_nothing
 from qexp.tracking.store import (
@@ -306,7 +306,7 @@ def load_files(folder: Path, backend: str | None) -> Predict:
         return OnnxClassifier(mlflow.onnx.load_model(place))
     if backend:
         torch.backends.quantized.engine = backend
-    with warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), quiet("mlflow"):
         warnings.simplefilter("ignore")
         return as_other_modules(mlflow.pytorch.load_model(place))
 

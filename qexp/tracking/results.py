@@ -19,7 +19,8 @@ from qexp.errors import InputError, first_line
 from qexp.files import from_json, replacing
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import ModelSpec, load_classifier, save_classifier
-from qexp.models.taken import export_program, is_onnx, is_rebuilt, load_program
+from qexp.models.program import load_program
+from qexp.models.taken import export_program, is_onnx, is_rebuilt
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.promotion import Promotion
 from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence

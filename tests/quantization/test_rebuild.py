@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
 from qexp.measurement.accuracy import to_float
-from qexp.models.exported import as_layers, read_exported
+from qexp.models.exported import as_layers
+from qexp.models.program import load_program
 from qexp.quantization import quantize_model
 
 
@@ -137,26 +138,18 @@ def test_rebuilt_networks_give_the_same_logits(images: Tensor) -> None:
             assert torch.allclose(rebuilt(to_float(images)), model(to_float(images)), atol=1e-5)
 
 
-def _exported(file: Path, batch: int | None) -> nn.Module:
-    model, example = Network(NETWORKS["depthwise"][0]), torch.rand(4, 3, 16, 16)
-    sizes = None if batch else ({0: torch.export.Dim("n", min=1, max=64)},)
-    torch.export.save(torch.export.export(model, (example[:batch],), dynamic_shapes=sizes), file)
-    return model
-
-
 @pytest.mark.parametrize("engine", ["fx", "pt2e", "onnx"])
 def test_an_exported_program_is_a_module_of_layers(engine: str, images: Tensor, tmp_path: Path) -> None:
-    model = _exported(tmp_path / "model.pt2", None)
-    loaded = read_exported(tmp_path / "model.pt2", (3, 16, 16))
+    model, batch = Network(NETWORKS["depthwise"][0]), {0: torch.export.Dim("n", min=1, max=64)}
+    program = torch.export.export(model, (torch.rand(4, 3, 16, 16),), dynamic_shapes=(batch,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = load_program(tmp_path / "model.pt2")
     with torch.no_grad():
         assert torch.allclose(loaded(to_float(images)), model(to_float(images)), atol=1e-5)
     assert set(_quantized(loaded, images, engine).int8_layers) == {"first", "between.0", "last"}
 
 
-def test_what_is_no_exported_classifier_is_one_line(tmp_path: Path) -> None:
+def test_what_is_no_exported_program_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.pt2").write_text("<html>")
-    _exported(tmp_path / "one.pt2", 1)
-    with pytest.raises(InputError, match=r"text\.pt2: not an exported program \(\.pt2\) that this torch reads"):
-        read_exported(tmp_path / "text.pt2", (3, 16, 16))
-    with pytest.raises(InputError, match=r"one\.pt2: not a classifier of images 3x16x16 in batches of any size"):
-        read_exported(tmp_path / "one.pt2", (3, 16, 16))
+    with pytest.raises(InputError, match=r"text\.pt2: not an exported program, which torch\.export\.save writes$"):
+        load_program(tmp_path / "text.pt2")
