@@ -305,7 +305,7 @@ def test_table_of_execution() -> None:
         found.setdefault((row["model"], row["busy"]), {})[row["case"]] = row
     rows = []
     for (model, busy), cases in found.items():
-        paces = " | ".join(f"{cases[case]['images_per_second']:.0f}" for case in ("auto", "before", "before, fp32"))
+        paces = " | ".join(f"{cases[case]['images_per_second']:,.0f}" for case in ("auto", "before", "before, fp32"))
         chosen = "; ".join(dict.fromkeys(cases["auto"]["chosen"]))
         rows.append(f"{model} | {'busy' if busy else 'alone'} | {paces} | {chosen}")
     assert rows and _missing(rows) == []
