@@ -286,7 +286,11 @@ class TrainConfig(BaseModel):
 
 class QuantizeConfig(BaseModel):
     model_config = STRICT
-    engine: Engines = Field(["fx"], description="quantization engines, side by side: fx, pt2e, onnx")
+    engine: Engines | None = Field(
+        None,
+        description="quantization engines, side by side: fx, pt2e, onnx; auto: every one that is installed and takes "
+        "the network; the best version is chosen (a search takes fx)",
+    )
     backend: Literal["x86", "onednn"] | None = Field(
         None,
         description="int8 kernels of engine fx; auto: the faster ones, as measured (torch alone takes x86)",
@@ -330,9 +334,15 @@ class QuantizeConfig(BaseModel):
         """The percentile, where the observer has one."""
         return self.percentile if self.observer == "percentile" else None
 
-    def only(self, engine: str) -> "QuantizeConfig":
-        """These options with one engine."""
-        return self.model_copy(update={"engine": [engine]})
+    @property
+    def one_engine(self) -> str:
+        """The engine of a single quantization: the only one named, or fx."""
+        (engine,) = self.engine or ["fx"]
+        return engine
+
+    def only(self, *engines: str) -> "QuantizeConfig":
+        """These options with these engines."""
+        return self.model_copy(update={"engine": list(engines)})
 
 
 def _as_weights(value: Any) -> Any:
@@ -539,7 +549,7 @@ class Config(BaseModel):
     quick: bool = Field(
         False,
         description="less of everything that is not given: 4 epochs, 64 sensitivity images, batch sizes 1, 8, 32, "
-        "baseline fp32_onnx, 6 rounds in 3 loads; a verdict is still possible",
+        "baseline fp32_onnx, 6 rounds in 3 loads, the first engine that takes the network; a verdict is still possible",
     )
     data: DataConfig = DataConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
@@ -568,6 +578,10 @@ class Config(BaseModel):
     def trained_elsewhere(self) -> bool:
         """Whether the model is taken as it is."""
         return self.train.epochs == 0
+
+    def with_engines(self, *engines: str) -> "Config":
+        """This configuration with these engines."""
+        return self.model_copy(update={"quantize": self.quantize.only(*engines)})
 
     def with_training(self, options: dict[str, Any]) -> "Config":
         """This configuration with these options of training."""

@@ -1,6 +1,6 @@
 """Packages that only some need, as extras of the distribution: a missing one is one line that says what to install."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -45,6 +45,17 @@ def check_package(name: str, purpose: str, package: str) -> None:
     """Raise InputError where `package` of the extra `name` is not installed. Nothing is imported for that."""
     if not _is_there(package):
         raise _missing(name, purpose, package)
+
+
+def why_missing(engines: Iterable[str]) -> dict[str, str]:
+    """Of these engines, those that are not installed, each with the message that says so."""
+    found = {}
+    for engine in engines:
+        try:
+            check_engines([engine])
+        except InputError as error:
+            found[engine] = str(error)
+    return found
 
 
 def is_installed(engine: str) -> bool:

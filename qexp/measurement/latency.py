@@ -285,11 +285,17 @@ class LatencyResult(Shown):
 
     def winner(self, names: Sequence[str]) -> str:
         """The fastest in the weighted geometric mean; of those that cannot be told apart from it, the first named."""
+        level = self.level_with_fastest(names)
+        return next(name for name in names if name in level)
+
+    def level_with_fastest(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The fastest in the weighted geometric mean, and after it those that cannot be told apart from it."""
         best = min(names, key=lambda name: self._mean([name], names[0]).value)
-        if not all(row.enough for row in self.counted):
-            return names[0]
-        confidence = 1 - (1 - CONFIDENCE) / max(1, len(names) - 1)
-        return next(name for name in names if name == best or self.mean_ratio([name], best, confidence).low <= 1)
+        others = [name for name in names if name != best]
+        if all(row.enough for row in self.counted):
+            confidence = 1 - (1 - CONFIDENCE) / max(1, len(others))
+            others = [name for name in others if self.mean_ratio([name], best, confidence).low <= 1]
+        return best, *others
 
     def speedups(self, name: str, over: Sequence[str]) -> tuple[Speedup, ...]:
         """Of a model over the fastest of some others, at each batch size that counts."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from qexp.config import Config
+from qexp.measurement.choice import choose
 from qexp.measurement.gate import GateResult, decide_gate
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 
@@ -16,11 +17,10 @@ def decide(
 ) -> Evidence:
     """Hold each int8 version against the gate, and choose one.
 
-    That is the fastest of those that passed, or, if none did, of those that are accurate enough; of two that cannot be
-    told apart, that of the engine named first.
+    `choose` says by what rule.
     """
     judged = [judge(config, fp32, int8, latency) for int8 in int8s]
-    best = latency.latency.winner([one.name for one in _able(config, judged)])
+    best = choose([one.candidate for one in judged], latency.latency).name
     judged.sort(key=lambda one: one.name != best)
     floats = latency.fair_floats(config.gate.of(_name(judged[0].int8)))
     return Evidence(fp32, tuple(judged), latency, judged[0].gate.passed, floats, failed_engines or {})
@@ -46,12 +46,3 @@ def judge(config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: Laten
 def _name(int8: Int8Evidence) -> str:
     """Of the registered model that a version belongs to."""
     return int8.version_uri.removeprefix("models:/").partition("/")[0]
-
-
-def _able(config: Config, judged: Sequence[Judged]) -> Sequence[Judged]:
-    """Those that passed the gate, or else lose no more accuracy than it allows, or else the one that loses least."""
-    drops = {one.name: one.int8.comparison["test"] for one in judged}
-    limits = {one.name: config.gate.of(_name(one.int8)).max_top1_drop for one in judged}
-    passed = [one for one in judged if one.gate.passed]
-    accurate = [one for one in judged if drops[one.name].top1_drop_high_points <= limits[one.name]]
-    return passed or accurate or [min(judged, key=lambda one: drops[one.name].top1_drop_points)]

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from qexp.config import Config, is_default
+from qexp.config import Config
 from qexp.errors import InputError, StageError, StoreError
-from qexp.extras import is_installed
+from qexp.extras import why_missing
 from qexp.measurement.gate import UNMEASURED
 from qexp.models.names import short_name
 from qexp.models.taken import is_onnx
@@ -25,7 +25,7 @@ from qexp.pipeline.promote import hold_against_champion
 from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sensitivity_images
 from qexp.pipeline.report import report
 from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_run
-from qexp.pipeline.setup import Setup, prepare, prepare_for_version, try_engines, with_quantization_checked
+from qexp.pipeline.setup import Setup, engines_of, prepare, prepare_for_version, try_engines, with_quantization_checked
 from qexp.pipeline.shares import follow as follow_evaluation
 from qexp.pipeline.shares import leading
 from qexp.pipeline.take import take, take_model, with_answers
@@ -226,17 +226,17 @@ class Quantized:
 
 
 def quantize_all(job: Job, setup: Setup, fp32: Fp32) -> Quantized:
-    """Quantize with each engine of the configuration. A model that was trained elsewhere, for which no engine was
-    named, goes to the first that takes it.
+    """Quantize with each engine of the configuration; with `quick`, where none was named, with the first that takes it.
 
     Raises:
         StageError: no engine could quantize the model.
     """
     int8s, failed = list[Int8Evidence](), dict[str, str]()
-    engines = list[str](setup.config.quantize.engine)
-    any_will_do = setup.config.trained_elsewhere and is_default(setup.config, "quantize", "engine")
-    if any_will_do:
-        engines = ["onnx"] if is_onnx(fp32.model) else [engine for engine in KERNELS if is_installed(engine)]
+    any_will_do = setup.config.quick and not setup.config.quantize.engine
+    engines = engines_of(setup.config, is_onnx(fp32.model))
+    if not (setup.config.quantize.engine or any_will_do or is_onnx(fp32.model)):
+        failed = why_missing(KERNELS)
+    setup = setup._replace(config=setup.config.with_engines(*engines))
     sensitivity = sensitivity_stage(job, setup, fp32)
     for engine in engines:
         if any_will_do and int8s:

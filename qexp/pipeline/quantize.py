@@ -50,7 +50,7 @@ def quantize(
     config: Config, host: Host, dataset: Dataset, fp32: Fp32, sensitivity: SensitivityResult | None = None
 ) -> NewModel:
     """Quantize with the one engine of `config`, and compare both models on the same images."""
-    (engine,) = config.quantize.engine
+    engine = config.quantize.one_engine
     subset, digest = calibration(config, dataset)
     warn_of_reduced_range(host)
     quantized, budget = _quantize(config, host, dataset, fp32, subset, sensitivity)

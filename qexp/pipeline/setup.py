@@ -95,6 +95,20 @@ def prepare(
     return Setup(config if settled else _settled(config, dataset), host, dataset)
 
 
+def engines_of(config: Config, onnx_file: bool = False) -> list[str]:
+    """The engines to quantize with: those of `config`, or else all that are installed, and that MLflow would load.
+
+    Args:
+        onnx_file: the network is one, which only engine `onnx` takes.
+    """
+    if config.quantize.engine:
+        return list(config.quantize.engine)
+    if onnx_file:
+        return ["onnx"]
+    loaded = LOADED_WITHOUT_PICKLE if registry.refuses_pickle() else tuple(KERNELS)
+    return [engine for engine in loaded if is_installed(engine)]
+
+
 def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
     """`config` with the number of calibration images that it stands for.
 
@@ -102,11 +116,12 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
         InputError: there are not so many, `keep_fp32` names a layer that does not exist, no engine has a choice of
             kernels for `backend`, MLflow would not load what an engine makes, or an engine's extra is not installed.
     """
-    check_engines(config.quantize.engine)
-    if config.quantize.backend and all(len(KERNELS[engine]) == 1 for engine in config.quantize.engine):
-        engines = ",".join(config.quantize.engine)
-        raise InputError(f"--backend {config.quantize.backend}: must be auto with --engine {engines}, without a choice")
-    refused = [engine for engine in config.quantize.engine if engine not in LOADED_WITHOUT_PICKLE]
+    engines = engines_of(config)
+    check_engines(engines)
+    if config.quantize.backend and all(len(KERNELS[engine]) == 1 for engine in engines):
+        without = f"must be auto with --engine {','.join(engines)}, without a choice"
+        raise InputError(f"--backend {config.quantize.backend}: {without}")
+    refused = [engine for engine in engines if engine not in LOADED_WITHOUT_PICKLE]
     if refused and registry.refuses_pickle():
         allowed = f"with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false it must be {', '.join(LOADED_WITHOUT_PICKLE)}"
         raise InputError(f"--engine {','.join(refused)}: {allowed}; MLflow loads TorchScript as it does a pickle")
@@ -133,7 +148,7 @@ def try_engines(config: Config, dataset: Dataset, needed: bool = True) -> None:
     """
     if config.model == "smallnet":
         return
-    engines, at = config.quantize.engine, f"at --image-size {config.data.image_size}"
+    engines, at = engines_of(config), f"at --image-size {config.data.image_size}"
     say(f"trying {', '.join(engines)} on {config.model} before its training")
     refused = _refusals(config, dataset, engines)
     because = "; ".join(refused.values())

@@ -65,7 +65,7 @@ def quantize_model(
         StageError: the engine cannot quantize the model; or a Conv2d or Linear stayed fp32 that was not to, and
             `options.allow_float` is off: the message names them; or the int8 kernels compute something else.
     """
-    (engine,) = options.engine
+    engine = options.one_engine
     check_layer_names(model, options.keep_fp32 or ())
     if reduce_range is None:
         reduce_range = not read_host(None).has_int8_dot_product
@@ -90,7 +90,7 @@ def _quantize_module(
     model: nn.Module, images: Tensor, options: QuantizeConfig, reduce_range: bool
 ) -> tuple[QuantizedModel, nn.Module]:
     """What the engine made, with the layers of `model` in their order, and the model after its clean-up."""
-    (engine,) = options.engine
+    engine = options.one_engine
     with torch.no_grad():
         source = clean(model, to_float(images[:2]), options.fold_pool)
     constant = computed_before(model, source)
@@ -117,7 +117,7 @@ def is_onnx_network(model: Any) -> bool:
 
 def _quantize_onnx_network(network: Any, images: Tensor, options: QuantizeConfig, reduce_range: bool) -> QuantizedModel:
     """The graph itself is quantized: there is no module to clean up or to export."""
-    (engine,) = options.engine
+    engine = options.one_engine
     if engine != "onnx":
         raise InputError(
             f"engine {engine}: needs a PyTorch module, and {network.file} is an ONNX file; use engine onnx"

@@ -55,9 +55,8 @@ class QuantizeResult:
         saturating_layers: tuple[str, ...] = (),
     ) -> "QuantizeResult":
         """What an engine has found, beside what it was asked for."""
-        (engine,) = options.engine
         return cls(
-            engine=engine,
+            engine=options.one_engine,
             backend=backend,
             observer=options.observer,
             per_channel=options.per_channel,

@@ -152,7 +152,7 @@ def measure_sensitivity(
         per_channel=options.per_channel,
         percentile=options.percentile_used,
         int8_kl_nats=_divergence_nats(fp32, int8),
-        engines=tuple(options.engine),
+        engines=tuple(options.engine or ["fx"]),
     )
 
 
@@ -266,7 +266,7 @@ def _simulated(
     make: Any = observer_class(observer, options)
     calls: list[_Layer] = []
     layers: dict[str, _Layer] = {}
-    reduced = fx.saturating_layers(model, options) if "fx" in options.engine else ()
+    reduced = fx.saturating_layers(model, options) if "fx" in (options.engine or ["fx"]) else ()
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             bits = 7 if reduce_range or name in reduced else 8

@@ -14,8 +14,9 @@ from pydantic import AliasChoices, Field
 from qexp.config import GateConfig
 from qexp.data.duplicates import Duplicates
 from qexp.measurement.accuracy import Accuracy, Comparison, share_interval
+from qexp.measurement.choice import Candidate, Choice, choose
 from qexp.measurement.cost import Cost
-from qexp.measurement.gate import GateResult, Succession
+from qexp.measurement.gate import DROP, GateResult, Succession
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult, Ratio, Speedup
 from qexp.measurement.sweep_models import BF16
@@ -219,6 +220,13 @@ class Judged:
     name: str
     gate: GateResult
 
+    @property
+    def candidate(self) -> Candidate:
+        """What decides whether this version is the best of several."""
+        drop_is_small = any(check.limit == DROP and check.kept for check in self.gate.checks)
+        drop = self.int8.comparison["test"]
+        return Candidate(self.name, drop, self.int8.size_bytes, self.gate.passed, self.gate.passed or drop_is_small)
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -258,11 +266,14 @@ class Evidence:
     @property
     def better(self) -> Judged | None:
         """A version timed beside the one that was asked for, which `qexp run` would have chosen instead."""
-        passed = {judged.name: judged for judged in self.versions if judged.gate.passed}
-        if self.name not in passed:
+        if not self.gate.passed or self.choice.name == self.name:
             return None
-        best = passed[self.latency.winner(list(passed))]
-        return None if best.name == self.name else best
+        return next(judged for judged in self.versions if judged.name == self.choice.name)
+
+    @cached_property
+    def choice(self) -> Choice:
+        """Which version is the best, and why each other one is not."""
+        return choose([judged.candidate for judged in self.versions], self.latency)
 
     @property
     def _int8_to_ship(self) -> str:
@@ -291,6 +302,8 @@ class Evidence:
         """Verdict, gate and succession, as a summary line shows them."""
         verdict = {"verdict": self.verdict.word, "verdict_reason": self.verdict.reason, "ship": self.verdict.ship}
         found: dict[str, Any] = {"gate": self.gate.word, "gate_reason": self.gate.summary, "champion": self.champion}
+        if self.choice.not_chosen:
+            found["not_chosen"] = self.choice.not_chosen
         return verdict | found | ({"against_champion": self.succession.summary} if self.succession else {})
 
     @property

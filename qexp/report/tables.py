@@ -216,8 +216,11 @@ def versions(evidence: Evidence) -> Table | None:
     for other in evidence.versions[1:]:
         ratio = evidence.latency.mean_ratio([evidence.name], other.name)
         drop = other.int8.comparison["test"].top1_drop_points
-        rows.append([f"`{other.int8.version_uri}`", f"`{other.name}`", f"{drop:.2f}", _ratio(ratio), other.gate.word])
-    header = ["Version", "Model", "Top-1 drop, points", f"Times as fast as `{evidence.name}`", "Gate"]
+        why = evidence.choice.not_chosen.get(other.name, "")
+        figures = [f"{drop:.2f}", _ratio(ratio), f"{other.int8.size_bytes / 1e6:.2f}", other.gate.word]
+        rows.append([f"`{other.int8.version_uri}`", f"`{other.name}`", *figures, why or "it is the best of them"])
+    times = f"Times as fast as `{evidence.name}`"
+    header = ["Version", "Model", "Top-1 drop, points", times, "Size, MB", "Gate", "Why it was not chosen"]
     return (header, rows) if rows else None
 
 

@@ -53,7 +53,9 @@ def search_space(config: Config) -> dict[str, list[Any]]:
     return {
         "calibration_samples": list(search.sample_counts),
         "observer": list(search.observers or [quantize.observer]),
-        "engine": [name for name in get_args(Engine) if name in quantize.engine],  # the order given has no meaning here
+        "engine": [
+            name for name in get_args(Engine) if name in (quantize.engine or ["fx"])
+        ],  # the order given has no meaning here
         "weight_scale": list(search.weight_scales or ["channel" if quantize.per_channel else "layer"]),
         "fp32_layers": list(search.fp32_layer_counts),
     }

@@ -62,10 +62,12 @@ def run_workers(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         # The number of threads that `auto` stands for is no number that was given: training times its own.
-        # What `quick` stands for is settled: it must not change what was given beside it.
+        # What `quick` stands for is settled: it must not change what was given beside it, and takes one engine.
         as_given = config.model_copy(
             update={"quick": False} | ({} if config.train.train_threads else {"threads": None})
         )
+        if config.quick and not config.quantize.engine:
+            as_given = as_given.with_engines(config.quantize.one_engine)
         file.write_text(to_yaml(as_given))
         arguments = [*command, "--config", str(file)]
         if resume:  # the run's own configuration counts, but for these

@@ -1,4 +1,4 @@
-"""Which int8 version is chosen where none passes the gate, and what counts as a float; the accuracy of bf16."""
+"""What counts as a float, and the accuracy of bf16."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -9,12 +9,11 @@ import torch
 from qexp.config import Config, GateConfig, parse_yaml
 from qexp.data.datasets import Dataset
 from qexp.measurement.accuracy import Accuracy, predict_logits
-from qexp.measurement.gate import GateResult
 from qexp.measurement.host import Host
 from qexp.models.classifier import Classifier
-from qexp.pipeline.decide import _able, judge
+from qexp.pipeline.decide import judge
 from qexp.pipeline.measure import measure_bf16
-from qexp.report.results import Bf16Evidence, Evidence, Judged
+from qexp.report.results import Bf16Evidence, Evidence
 from qexp.tracking.results import Fp32
 from qexp.training.train import TrainResult
 
@@ -47,20 +46,6 @@ def test_bf16_is_compared_with_fp32_on_the_test_images(fp32: Fp32, digits: Datas
     assert found.top1_drop_points == pytest.approx(drop)
     assert found.top1_drop_low_points < drop < found.top1_drop_high_points and abs(drop) < 3
     assert all(torch.equal(before[name], tensor) for name, tensor in fp32.model.state_dict().items())
-
-
-def test_of_versions_that_all_failed_accuracy_comes_first(evidence: Evidence) -> None:
-    failed = GateResult("failed", ("speed-up 0.9",), ("min_speedup",))
-
-    def judged(name: str, drop: float) -> Judged:
-        found = replace(evidence.int8.comparison["test"], top1_drop_points=drop, top1_drop_high_points=drop + 0.5)
-        return Judged(replace(evidence.int8, comparison={"test": found}), name, failed)
-
-    fast, good, bad = judged("fast", 47.0), judged("good", 0.5), judged("bad", 3.0)
-    assert _able(CONFIG, [fast, good, bad]) == [good]
-    assert _able(CONFIG, [fast, bad]) == [bad]
-    passed = replace(fast, gate=GateResult("passed", ()))
-    assert _able(CONFIG, [good, passed]) == [passed]
 
 
 def test_it_is_measured_where_it_is_timed(fp32: Fp32, digits: Dataset, host: Host) -> None:
