@@ -99,8 +99,8 @@ def _ship_int8(evidence: Evidence) -> str:
         return f"{take} {found} It does not replace the champion: {_why(evidence)}."
     if better := evidence.better:
         return (
-            f"Take `{better.int8.version_uri}` (`{better.name}`): it was timed together with `{uri}`, passes the gate "
-            f"too, and is faster. {found}"
+            f"Take `{better.int8.version_uri}` (`{better.name}`), which was timed together with `{uri}` and passes the "
+            f"gate too. `{evidence.name}` is not the best: {evidence.choice.not_chosen[evidence.name]}. {found}"
         )
     return found
 

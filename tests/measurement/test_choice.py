@@ -72,4 +72,4 @@ def test_those_that_passed_the_gate_come_first_then_those_that_are_accurate_enou
 
 
 def test_a_single_version_is_chosen() -> None:
-    assert _chosen(Times(), _candidate("bad", 3.0, passed=False, accurate=False)) == ("bad", {})
+    assert _chosen(Times(bad=1), _candidate("bad", 3.0, passed=False, accurate=False)) == ("bad", {})
