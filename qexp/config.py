@@ -291,9 +291,10 @@ class QuantizeConfig(BaseModel):
         description="quantization engines, side by side: fx, pt2e, onnx; auto: every one that is installed and takes "
         "the network; the best version is chosen (a search takes fx)",
     )
-    backend: Literal["x86", "onednn"] | None = Field(
+    backend: Literal["x86", "onednn", "onnxruntime", "openvino"] | None = Field(
         None,
-        description="int8 kernels of engine fx; auto: the faster ones, as measured (torch alone takes x86)",
+        description="int8 kernels of engine fx (x86, onednn), or runtime of engine onnx (onnxruntime, openvino); auto: "
+        "the fastest, as measured (torch alone takes x86)",
     )
     calibration_samples: int | None = Field(
         None,

@@ -9,10 +9,10 @@ from torch import nn
 from qexp.config import Config
 from qexp.data.datasets import Dataset, calibration_count, load_dataset
 from qexp.errors import InputError
-from qexp.extras import check_engines, is_installed
+from qexp.extras import check_engines, check_package, is_installed
 from qexp.measurement.host import Host, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
-from qexp.models.names import short_name
+from qexp.models.names import OPENVINO, short_name
 from qexp.models.preprocessing import as_options, preprocessing_of
 from qexp.pipeline.checks import check_options
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
@@ -113,14 +113,12 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
     """`config` with the number of calibration images that it stands for.
 
     Raises:
-        InputError: there are not so many, `keep_fp32` names a layer that does not exist, no engine has a choice of
-            kernels for `backend`, MLflow would not load what an engine makes, or an engine's extra is not installed.
+        InputError: there are not so many, `keep_fp32` names a layer that does not exist, no engine has the
+            kernels or the runtime `backend`, MLflow would not load what an engine makes, or an extra is not installed.
     """
     engines = engines_of(config)
     check_engines(engines)
-    if config.quantize.backend and all(len(KERNELS[engine]) == 1 for engine in engines):
-        without = f"must be auto with --engine {','.join(engines)}, without a choice"
-        raise InputError(f"--backend {config.quantize.backend}: {without}")
+    _check_backend(config.quantize.backend, engines)
     refused = [engine for engine in engines if engine not in LOADED_WITHOUT_PICKLE]
     if refused and registry.refuses_pickle():
         allowed = f"with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false it must be {', '.join(LOADED_WITHOUT_PICKLE)}"
@@ -133,6 +131,15 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
         network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
         check_layer_names(nn.ModuleDict({"network": network}), kept)
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
+
+
+def _check_backend(backend: str | None, engines: Sequence[str]) -> None:
+    choice = [one for engine in engines for one in KERNELS[engine] if one]
+    if backend and backend not in choice:
+        allowed, why = ", ".join(["auto", *choice]), "" if choice else ", without a choice"
+        raise InputError(f"--backend {backend}: must be {allowed} with --engine {','.join(engines)}{why}")
+    if backend == OPENVINO:
+        check_package(OPENVINO, f"--backend {OPENVINO}", OPENVINO)
 
 
 def try_engines(config: Config, dataset: Dataset, needed: bool = True) -> None:
