@@ -38,7 +38,7 @@ PLACES = ("data_dir", "labels", "classes", "calibration_dir")  # of the data on 
 Engine = Literal["fx", "pt2e", "onnx"]
 Observer = Literal["histogram", "minmax", "batch_average", "percentile"]
 Scale = Literal["channel", "layer"]
-Baseline = Literal["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"]
+Baseline = Literal["fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino"]
 
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
 Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
@@ -389,8 +389,9 @@ class LatencyConfig(BaseModel):
         "longer than 1 s; auto: on, off where batch_sizes or profile is given",
     )
     baselines: Baselines = Field(
-        ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx"],
-        description="timed beside fp32 and int8, or none: fp32_eager, fp32_traced, bf16 (if the CPU has it), fp32_onnx",
+        ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino"],
+        description="timed beside fp32 and int8, or none: fp32_eager, fp32_traced, fp32_onnx, fp32_openvino; bf16 and "
+        "bf16_openvino if the CPU has it",
     )
     profile: Weights | None = Field(
         None, description="how much each batch size counts, 1:3,128:1; those left out do not; auto: all alike"

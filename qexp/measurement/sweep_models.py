@@ -1,10 +1,12 @@
 """The models of a latency sweep, and how each is loaded: as a user would load it.
 
 fp32 is the stored version, an exported program. The fair baselines are made from its weights: the Python module
-(eager), traced and frozen by TorchScript, the same in bf16, and exported to ONNX for ONNX Runtime. int8 models are
+(eager), traced and frozen by TorchScript, the same in bf16, and exported to ONNX for ONNX Runtime and for OpenVINO,
+which also computes it in bf16; an fp32 version that is an ONNX file is read by OpenVINO as it is. int8 models are
 stored versions, each with one choice of kernels, or of the runtime for an ONNX file.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
 EAGER = "fp32_eager"
 BF16 = "bf16"
+FP32_OPENVINO, BF16_OPENVINO = "fp32_openvino", "bf16_openvino"
+IN_OPENVINO = (FP32_OPENVINO, BF16_OPENVINO)
+ROUNDED = (BF16, BF16_OPENVINO)  # the floats that round, whose accuracy is measured
 DEFAULTS = (None, "x86", ONNXRUNTIME)  # kernels and runtimes
 
 
@@ -39,7 +44,7 @@ class SweepModel:
     @property
     def compiles_for_each_size(self) -> bool:
         """Whether the first pass at a batch size is the one that compiles the model for it."""
-        return self.backend == OPENVINO
+        return self.backend == OPENVINO or self.name in IN_OPENVINO
 
 
 def int8_models(folder: str, engine: str, backends: tuple[str | None, ...]) -> tuple[SweepModel, ...]:
@@ -62,16 +67,23 @@ def prepare_baseline(weights: Path, stored: Path, name: str, shape: Shape, folde
     A network whose code lies in the user's folder, from which this process imports nothing, is taken from `stored`, the
     folder of the fp32 version: its exported program has the same operations.
     """
+    exported = folder / "fp32_onnx.onnx"
+    in_onnx = name in ("fp32_onnx", *IN_OPENVINO)
+    if weights.suffix == ".onnx":
+        shutil.copyfile(weights, exported)
+        return
+    if in_onnx and exported.is_file():  # by another baseline
+        return
     try:
         with torch.no_grad():
             model: nn.Module = load_program(weights) if weights.suffix == ".pt2" else load_classifier(weights)
     except NotImportable:
         model = load_program(model_file(stored))
     example = torch.zeros(2, *shape)
-    if name == "fp32_onnx":
+    if in_onnx:
         from qexp.models.onnx_file import export
 
-        return export(model, example, folder / f"{name}.onnx")
+        return export(model, example, exported)
     if name == EAGER:
         return torch.save(model, folder / f"{name}.pt")
     torch.jit.save(freeze(model, shape, torch.bfloat16 if name == BF16 else torch.float32), folder / f"{name}.pt")
@@ -95,6 +107,10 @@ def load(model: SweepModel, folder: Path) -> Predict:
         from qexp.models.onnx_file import OnnxClassifier
 
         return OnnxClassifier(folder / "fp32_onnx.onnx").forward  # as load_stored does
+    if model.name in IN_OPENVINO:
+        from qexp.models.openvino_file import OpenvinoClassifier
+
+        return OpenvinoClassifier.of_file(folder / "fp32_onnx.onnx", bf16=model.name == BF16_OPENVINO).forward
     if model.name == EAGER:
         return load_module(folder / f"{EAGER}.pt")  # which this process has written
     if model.name in ("fp32_traced", BF16):

@@ -29,11 +29,11 @@ class OpenvinoClassifier(nn.Module):
     """Images [N, C, H, W] to float logits [N, classes], by OpenVINO on as many threads as torch has.
 
     It takes and gives what an `OnnxClassifier` does. The graph is compiled when it first sees a batch size, for that
-    size alone: the kernels of a fixed size are the faster ones. What is float in an int8 file is computed in fp32, so
-    that the logits do not depend on whether the CPU has bf16.
+    size alone: the kernels of a fixed size are the faster ones. What is float is computed in fp32
+    unless `bf16` asks for the other, so that the logits of an int8 file do not depend on whether the CPU has bf16.
     """
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, bf16: bool = False) -> None:
         super().__init__()
         self.eval()
         self.core = openvino.Core()
@@ -42,16 +42,16 @@ class OpenvinoClassifier(nn.Module):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
             "ENABLE_CPU_PINNING": False,  # which puts the threads of several processes on the same cores
         }
         self.compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self.lock = threading.Lock()  # a request computes one batch at a time
 
     @classmethod
-    def of_file(cls, file: Path) -> "OpenvinoClassifier":
+    def of_file(cls, file: Path, bf16: bool = False) -> "OpenvinoClassifier":
         """The model in a file, which need not stay there."""
-        return cls(file.read_bytes())
+        return cls(file.read_bytes(), bf16)
 
     def forward(self, images: Tensor | np.ndarray) -> Tensor:
         given = as_array(images)

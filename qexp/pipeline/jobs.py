@@ -286,7 +286,7 @@ def latency_stage(job: Job, config: Config, fp32_uri: str, int8s: dict[str, ToTi
     """The times of registered versions; `int8s` are by URI."""
 
     def work(folder: Path) -> LatencyEvidence:
-        found: Bf16Evidence | None = bf16()
+        found: dict[str, Bf16Evidence] = bf16()
         with job.files(fp32_uri, *int8s) as files:
             environment = registry.child_environment(job.host.threads)
             return time_versions(config, job.host, files, int8s, found, environment)

@@ -168,15 +168,15 @@ def to_time(found: ModelVersion) -> ToTime:
         return ToTime(tags.engine, {OPENVINO: f"its accuracy there is not known: {error}"})
 
 
-def bf16_of(found: ModelVersion) -> Bf16Evidence | None:
-    """What is known of the baseline bf16 from the last sweep of a version."""
+def bf16_of(found: ModelVersion) -> dict[str, Bf16Evidence]:
+    """What is known of the baselines in bf16 from the last sweep of a version, by name."""
     if not (run_id := tags_of(found).latency_run_id):
-        return None
+        return {}
     try:
-        return tracking.read_result(LatencyEvidence, run_id, "latency").bf16
+        return tracking.read_result(LatencyEvidence, run_id, "latency").rounded
     except InputError as error:  # a sweep that is lost is made anew
         say(f"the accuracy of bf16 is not known: {error}")
-        return None
+        return {}
 
 
 @contextmanager

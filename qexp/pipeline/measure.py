@@ -5,6 +5,7 @@ Plain functions: modules, tensors and folders go in, results come out. The figur
 
 import copy
 import io
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,17 @@ from qexp.measurement.accuracy import compare, measure_accuracy, predict_logits
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep import SweepRequest, run_sweep
-from qexp.measurement.sweep_models import BASELINE, BF16, EAGER, SweepModel, freeze, in_bf16, int8_models
+from qexp.measurement.sweep_models import (
+    BASELINE,
+    BF16_OPENVINO,
+    EAGER,
+    IN_OPENVINO,
+    ROUNDED,
+    SweepModel,
+    freeze,
+    in_bf16,
+    int8_models,
+)
 from qexp.models.names import OPENVINO
 from qexp.models.preprocessing import preprocessing_of
 from qexp.models.taken import is_onnx
@@ -40,21 +51,47 @@ def predict_splits(
     return {name: predict_part(model, dataset, name, f"{label} on {name} images") for name in splits}
 
 
-def measure_bf16(config: Config, host: Host, dataset: Dataset, model: Any, fp32_logits: Tensor) -> Bf16Evidence | None:
-    """Size and accuracy of the baseline bf16 on the test images; None where it is not timed, or does not run."""
-    if not bf16_is_timed(config, host) or is_onnx(model):
-        return None
-    test, saved = dataset.test, io.BytesIO()
-    try:
-        module = freeze(copy.deepcopy(model), model.spec.shape, torch.bfloat16)
-        torch.jit.save(module, saved)
-        logits = predict_logits(in_bf16(module), test.images, label="bf16 on test images")
-    except Exception as error:  # whatever an operation without bf16 raises
-        say(f"the accuracy of bf16 is not measured: {first_line(error)}")
-        return None
-    found = compare(fp32_logits, logits, test.labels)
-    drop = found.top1_drop_points, found.top1_drop_low_points, found.top1_drop_high_points
-    return Bf16Evidence(saved.tell(), measure_accuracy(logits, test.labels), *drop)
+def measure_bf16(
+    config: Config, host: Host, dataset: Dataset, model: Any, fp32_logits: Tensor
+) -> dict[str, Bf16Evidence]:
+    """Size and accuracy of the baselines in bf16 on the test images, by name; without those that are not timed, or do
+    not run."""
+    found = {}
+    for name in ROUNDED:
+        if why_not_timed(name, config, host, is_onnx(model)):
+            continue
+        try:
+            predict, size_bytes = _in_openvino(model) if name == BF16_OPENVINO else _in_torch(model)
+            logits = predict_logits(predict, dataset.test.images, label=f"{name} on test images")
+        except Exception as error:  # whatever an operation without bf16 raises
+            say(f"the accuracy of {name} is not measured: {first_line(error)}")
+            continue
+        against = compare(fp32_logits, logits, dataset.test.labels)
+        drop = against.top1_drop_points, against.top1_drop_low_points, against.top1_drop_high_points
+        found[name] = Bf16Evidence(size_bytes, measure_accuracy(logits, dataset.test.labels), *drop)
+    return found
+
+
+def _in_torch(model: Any) -> tuple[Callable[[Tensor], Tensor], int]:
+    """The model in bf16 by TorchScript, and the bytes of its file."""
+    saved = io.BytesIO()
+    module = freeze(copy.deepcopy(model), model.spec.shape, torch.bfloat16)
+    torch.jit.save(module, saved)
+    return in_bf16(module), saved.tell()
+
+
+def _in_openvino(model: Any) -> tuple[Callable[[Tensor], Tensor], int]:
+    """The model in bf16 by OpenVINO, and the bytes of its ONNX file."""
+    from qexp.models.onnx_file import export
+    from qexp.models.openvino_file import OpenvinoClassifier
+
+    if is_onnx(model):
+        content = model.canonical.SerializeToString()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            export(copy.deepcopy(model), torch.zeros(2, *model.spec.shape), file := Path(folder, "fp32.onnx"))
+            content = file.read_bytes()
+    return OpenvinoClassifier(content, bf16=True).forward, len(content)
 
 
 @dataclass(frozen=True)
@@ -92,7 +129,7 @@ def time_versions(
     host: Host,
     files: LocalVersions,
     int8s: Mapping[str, ToTime],
-    bf16: Bf16Evidence | None,
+    bf16: dict[str, Bf16Evidence],
     environment: dict[str, str],
 ) -> LatencyEvidence:
     """Time int8 versions, each with all kernels or runtimes that it has, and the baselines beside them, in a clean
@@ -100,7 +137,7 @@ def time_versions(
 
     Args:
         int8s: by URI.
-        bf16: what `measure_bf16` has found, to be shown with the times if that baseline is timed.
+        bf16: what `measure_bf16` has found, to be shown with the times of those baselines that are timed.
         environment: of the subprocess.
     """
     timed = {uri: _with_kernels(config, files.folders[uri], int8.engine) for uri, int8 in int8s.items()}
@@ -118,9 +155,12 @@ def time_versions(
     names = {
         uri: _fastest_first(config, result, [one for one in found if one.name in there]) for uri, found in timed.items()
     }
-    return LatencyEvidence(
-        files.fp32_uri, names, result, host, run_id="", bf16=bf16 if bf16_is_timed(config, host) else None
-    )
+    return LatencyEvidence(files.fp32_uri, names, result, host, run_id="", **rounded_fields(config, host, bf16))
+
+
+def rounded_fields(config: Config, host: Host, found: Mapping[str, Bf16Evidence]) -> dict[str, Any]:
+    """What is known of the baselines in bf16 that are timed, by the fields of `LatencyEvidence`."""
+    return {name: found.get(name) for name in ROUNDED if not why_not_timed(name, config, host)}
 
 
 def time_models(
@@ -135,12 +175,10 @@ def time_models(
     asked: Sequence[str] = config.latency.baselines
     baselines, gone = list[str](), dict[str, str]()
     for name in asked:
-        if files.weights.suffix == ".onnx":
-            gone[name] = "the model is an ONNX file, which fp32 runs in ONNX Runtime"
+        if why := why_not_timed(name, config, host, files.weights.suffix == ".onnx"):
+            gone[name] = why
         elif name == EAGER and files.weights.suffix == ".pt2":
             gone[name] = "the model's own code is not there, only the program exported from it"
-        elif name == BF16 and not bf16_is_timed(config, host):
-            gone[name] = f"{host.cpu} has no bf16 instructions"
         else:
             baselines.append(name)
     for name, reason in gone.items():
@@ -152,9 +190,21 @@ def time_models(
     return replace(result, models_left_out=gone | result.models_left_out)
 
 
-def bf16_is_timed(config: Config, host: Host) -> bool:
-    """Whether that baseline is asked for, and this CPU has instructions for it."""
-    return BF16 in config.latency.baselines and host.has_bf16
+def why_not_timed(name: str, config: Config, host: Host, onnx_file: bool = False) -> str:
+    """Why a baseline is not timed: it is not asked for, or not to be had here; empty where it is.
+
+    Args:
+        onnx_file: the fp32 model is one.
+    """
+    if name not in config.latency.baselines:
+        return "it is not among --baselines"
+    if onnx_file and name not in IN_OPENVINO:
+        return "the model is an ONNX file, which fp32 runs in ONNX Runtime"
+    if name in ROUNDED and not host.has_bf16:
+        return f"{host.cpu} has no bf16 instructions"
+    if name in IN_OPENVINO and not has_openvino():
+        return f"OpenVINO is not installed: {how_to_install('openvino')}"
+    return ""
 
 
 def _why_not(model: SweepModel, int8: ToTime) -> str:

@@ -20,7 +20,7 @@ from qexp.measurement.host import Host
 from qexp.measurement.sweep_models import SweepModel
 from qexp.pipeline.job import Inputs, Job
 from qexp.pipeline.loading import bf16_of, load_weights, local_files, logits_of_version
-from qexp.pipeline.measure import bf16_is_timed, measure_bf16, time_models
+from qexp.pipeline.measure import measure_bf16, rounded_fields, time_models
 from qexp.pipeline.setup import Setup, prepare
 from qexp.progress import say
 from qexp.report.promotion import CANDIDATE, OVERTAKEN, Promotion
@@ -180,8 +180,8 @@ def compare_with_champion(
 
 def _bf16(
     config: Config, host: Host, dataset: Dataset, candidate: ModelVersion, fp32_logits: Tensor
-) -> Bf16Evidence | None:
-    """What the candidate's own job has found of the baseline bf16, or else what is measured here."""
+) -> dict[str, Bf16Evidence]:
+    """What the candidate's own job has found of the baselines in bf16, or else what is measured here."""
     if found := bf16_of(candidate):
         return found
     return measure_bf16(config, host, dataset, load_weights(registry.source_of(candidate)), fp32_logits)
@@ -206,7 +206,9 @@ def _answers_of(champion: ModelVersion, dataset: Dataset) -> _Answers:
         return _Answers(None, f"it cannot be compared: {error}")
 
 
-def _time(config: Config, host: Host, versions: dict[str, ModelVersion], bf16: Bf16Evidence | None) -> LatencyEvidence:
+def _time(
+    config: Config, host: Host, versions: dict[str, ModelVersion], bf16: dict[str, Bf16Evidence]
+) -> LatencyEvidence:
     """The candidate and the champion, with the kernels that `qexp.load` gives, beside fp32."""
     fp32_uri = tags_of(versions[CANDIDATE]).fp32_uri
     with local_files(fp32_uri, *map(uri_of, versions.values())) as files:
@@ -215,4 +217,4 @@ def _time(config: Config, host: Host, versions: dict[str, ModelVersion], bf16: B
         environment = registry.child_environment(host.threads)
         result = time_models(config, host, files, models, CANDIDATE, environment)
     names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}
-    return LatencyEvidence(fp32_uri, names, result, host, run_id="", bf16=bf16 if bf16_is_timed(config, host) else None)
+    return LatencyEvidence(fp32_uri, names, result, host, run_id="", **rounded_fields(config, host, bf16))

@@ -19,7 +19,7 @@ from qexp.measurement.cost import Cost
 from qexp.measurement.gate import DROP, GateResult, Succession
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult, Ratio, Speedup
-from qexp.measurement.sweep_models import BF16
+from qexp.measurement.sweep_models import BF16, BF16_OPENVINO, ROUNDED
 from qexp.measurement.verdict import Verdict, decide_verdict
 from qexp.models.contents import FileContents
 from qexp.models.preprocessing import Preprocessing, Shape
@@ -179,8 +179,8 @@ class Int8Evidence:
 
 @dataclass(frozen=True)
 class Bf16Evidence:
-    """The baseline bf16, the only one that rounds: bytes as saved by TorchScript, accuracy on the test images, and the
-    drop there, fp32 minus bf16, with its 95 % interval."""
+    """A baseline in bf16: bytes of its file, accuracy on the test images, and the drop there, fp32 minus bf16, with its
+    95 % interval. In OpenVINO the file is the one in fp32: it is rounded as it is compiled."""
 
     size_bytes: Number
     accuracy: Accuracy
@@ -194,7 +194,7 @@ class LatencyEvidence:
     """The latency sweep of registered versions and the machine that it ran on.
 
     `names` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
-    there where that baseline was timed by a job that had the test images.
+    there where that baseline was timed by a job that had the test images; `bf16_openvino` likewise.
     """
 
     fp32_uri: str
@@ -203,6 +203,7 @@ class LatencyEvidence:
     host: Host
     run_id: str
     bf16: Bf16Evidence | None = None
+    bf16_openvino: Bf16Evidence | None = None
 
     def check(self) -> None:
         """As that of `Fp32Evidence`."""
@@ -212,8 +213,14 @@ class LatencyEvidence:
         self.latency.check()
         if not self.floats:
             raise ValueError("there are no times of a model that is not int8")
-        if self.bf16:
-            self.bf16.accuracy.check()
+        for found in self.rounded.values():
+            found.accuracy.check()
+
+    @property
+    def rounded(self) -> dict[str, Bf16Evidence]:
+        """What is known of the floats that round, by name."""
+        found = {BF16: self.bf16, BF16_OPENVINO: self.bf16_openvino}
+        return {name: one for name, one in found.items() if one}
 
     @property
     def floats(self) -> tuple[str, ...]:
@@ -227,11 +234,14 @@ class LatencyEvidence:
 
     def fair_floats(self, limits: GateConfig) -> tuple[str, ...]:
         """What int8 is compared with: every model that is not int8, bf16 only if it keeps the limits on accuracy."""
-        found = self.bf16
-        accurate = found is not None and found.top1_drop_high_points <= limits.max_top1_drop
-        if found and accurate and limits.min_top1 is not None:
-            accurate = share_interval(found.accuracy.top1_percent, found.accuracy.images)[0] >= limits.min_top1
-        return tuple(name for name in self.floats if name != BF16 or accurate)
+
+        def is_accurate(found: Bf16Evidence | None) -> bool:
+            if not found or found.top1_drop_high_points > limits.max_top1_drop:
+                return False
+            least, _ = share_interval(found.accuracy.top1_percent, found.accuracy.images)
+            return limits.min_top1 is None or least >= limits.min_top1
+
+        return tuple(name for name in self.floats if name not in ROUNDED or is_accurate(self.rounded.get(name)))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from qexp.measurement.cost import TORCHINFO
 from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, VERIFIED
 from qexp.measurement.host import Host
 from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyResult, LatencyRow, Ratio
-from qexp.measurement.sweep_models import BASELINE, BF16, EAGER, backend_in
+from qexp.measurement.sweep_models import BASELINE, BF16, BF16_OPENVINO, EAGER, FP32_OPENVINO, ROUNDED, backend_in
 from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASURED
 from qexp.models.names import ONNXRUNTIME, OPENVINO
 from qexp.models.preprocessing import Preprocessing
@@ -26,6 +26,8 @@ FLOATS = {
     "fp32_traced": "the fp32 model, traced and frozen by TorchScript",
     BF16: "the model traced and frozen by TorchScript, computed in bf16",
     "fp32_onnx": "the fp32 model exported to ONNX and run by ONNX Runtime",
+    FP32_OPENVINO: "the fp32 model as an ONNX file, run by OpenVINO",
+    BF16_OPENVINO: "the fp32 model as an ONNX file, run by OpenVINO in bf16",
 }
 KERNELS = {"onednn": "oneDNN's", "x86": "the default", "": "the default"}
 RUNTIME_NAMES = {ONNXRUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
@@ -315,21 +317,24 @@ def _runtimes(int8: Int8Evidence) -> list[str]:
 
 
 def _bf16(evidence: Evidence) -> list[str]:
-    """What the only float model that rounds costs in accuracy, and whether int8 was compared with it."""
-    if BF16 not in evidence.measured.floats:
-        return []
-    if not (found := evidence.measured.bf16):
-        return ["The accuracy of `bf16` was not measured, so int8 is not compared with it."]
+    """What the float models that round cost in accuracy, and whether int8 was compared with them."""
+    return [_bf16_in(evidence, name) for name in ROUNDED if name in evidence.measured.floats]
+
+
+def _bf16_in(evidence: Evidence, name: str) -> str:
+    if not (found := evidence.measured.rounded.get(name)):
+        return f"The accuracy of `{name}` was not measured, so int8 is not compared with it."
     low, high = found.top1_drop_low_points, found.top1_drop_high_points
     counts = (
         "It keeps the gate's limits on accuracy, so int8 is compared with it"
-        if BF16 in evidence.floats
+        if name in evidence.floats
         else "It does not keep the gate's limits on accuracy, so int8 is not compared with it"
     )
-    return [
-        f"In bf16, top-1 on the test images {changed(found.top1_drop_points)} (95 % interval of the drop {low:+.2f} to "
-        f"{high:+.2f} points). {counts}."
-    ]
+    where = "bf16" if name == BF16 else "bf16 in OpenVINO"
+    return (
+        f"In {where}, top-1 on the test images {changed(found.top1_drop_points)} (95 % interval of the drop "
+        f"{low:+.2f} to {high:+.2f} points). {counts}."
+    )
 
 
 def _ties(model: str, accuracy: Accuracy) -> list[str]:

@@ -87,9 +87,9 @@ def of_runtime(name: str, accuracy: Accuracy, comparison: Comparison) -> dict[st
     return {f"{name}_{key}": value for key, value in values.items()}
 
 
-def of_bf16(accuracy: Accuracy, drop_points: float) -> dict[str, float]:
-    """The baseline bf16 on the test images."""
-    return {"bf16_top1_percent": accuracy.top1_percent, "bf16_top1_drop_points": drop_points}
+def of_bf16(name: str, accuracy: Accuracy, drop_points: float) -> dict[str, float]:
+    """A baseline in bf16 on the test images."""
+    return {f"{name}_top1_percent": accuracy.top1_percent, f"{name}_top1_drop_points": drop_points}
 
 
 def of_latency(

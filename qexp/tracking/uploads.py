@@ -154,8 +154,8 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     fastest = found.winner(list(models))
     floats = evidence.fair_floats(limits.of(split_uri(next(iter(versions)))[0]))
     _log_times(found, fastest, floats, {found.baseline: fp32.model_id} | models, at_ms)
-    if evidence.bf16:
-        tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.top1_drop_points), at_ms=at_ms)
+    for name, rounded in evidence.rounded.items():
+        tracking.log_metrics(metrics.of_bf16(name, rounded.accuracy, rounded.top1_drop_points), at_ms=at_ms)
     tracking.log_result("latency", evidence)
     for uri, version in versions.items():
         kernels = _with_kernels(tags_of(version).engine, evidence.names[uri])

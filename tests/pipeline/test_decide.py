@@ -35,20 +35,21 @@ def fp32(trained: tuple[Classifier, TrainResult], digits: Dataset) -> Fp32:
     return Fp32(model, nothing, nothing, {"test": predict_logits(model, digits.test.images)})
 
 
-def _measure(config: Config, host: Host, digits: Dataset, fp32: Fp32) -> Bf16Evidence | None:
+def _measure(config: Config, host: Host, digits: Dataset, fp32: Fp32) -> dict[str, Bf16Evidence]:
     return measure_bf16(config, host, digits, fp32.model, fp32.logits["test"])
 
 
 def test_bf16_is_compared_with_fp32_on_the_test_images(fp32: Fp32, digits: Dataset, host: Host) -> None:
     before = {name: tensor.clone() for name, tensor in fp32.model.state_dict().items()}
     found = _measure(CONFIG, host, digits, fp32)
-    assert found and found.accuracy.images == len(digits.test)
     weights = sum(parameter.numel() for parameter in fp32.model.parameters())
-    assert 2 * weights < found.size_bytes < 2.5 * weights
+    assert 2 * weights < found["bf16"].size_bytes < 2.5 * weights
+    assert 4 * weights < found["bf16_openvino"].size_bytes < 4.5 * weights
     right = fp32.logits["test"].argmax(1) == digits.test.labels
-    drop = 100 * right.double().mean().item() - found.accuracy.top1_percent
-    assert found.top1_drop_points == pytest.approx(drop)
-    assert found.top1_drop_low_points < drop < found.top1_drop_high_points and abs(drop) < 3
+    for one in found.values():
+        drop = 100 * right.double().mean().item() - one.accuracy.top1_percent
+        assert one.accuracy.images == len(digits.test) and one.top1_drop_points == pytest.approx(drop)
+        assert one.top1_drop_low_points < drop < one.top1_drop_high_points and abs(drop) < 3
     assert all(torch.equal(before[name], tensor) for name, tensor in fp32.model.state_dict().items())
 
 
@@ -82,7 +83,7 @@ def test_a_runtime_that_cannot_be_timed_is_said(
         return replace(evidence.latency, rows=rows, models_left_out=dict.fromkeys(breaks, "broken"))
 
     def names(int8: ToTime) -> tuple[tuple[str, ...], dict[str, str]]:
-        found = measure.time_versions(CONFIG, host, files, {"b": int8}, None, {})
+        found = measure.time_versions(CONFIG, host, files, {"b": int8}, {}, {})
         return found.names["b"], found.latency.models_left_out
 
     monkeypatch.setattr(measure, "time_models", time_models)
@@ -106,8 +107,8 @@ def test_a_runtime_that_cannot_be_timed_is_said(
 
 
 def test_it_is_measured_where_it_is_timed(fp32: Fp32, digits: Dataset, host: Host) -> None:
-    assert _measure(CONFIG, replace(host, features=("AVX512-VNNI",)), digits, fp32) is None
-    assert _measure(parse_yaml("latency: {baselines: [fp32_traced]}"), host, digits, fp32) is None
+    assert _measure(CONFIG, replace(host, features=("AVX512-VNNI",)), digits, fp32) == {}
+    assert _measure(parse_yaml("latency: {baselines: [fp32_traced]}"), host, digits, fp32) == {}
 
 
 def test_a_model_that_does_not_run_in_bf16_is_said(
@@ -118,7 +119,7 @@ def test_a_model_that_does_not_run_in_bf16_is_said(
             return torch.linalg.inv(images.flatten(1)[:, :4].reshape(-1, 2, 2)).flatten(1)
 
     broken = replace(fp32, model=OnlyFloat())  # type: ignore[arg-type]
-    assert _measure(CONFIG, host, digits, broken) is None
+    assert _measure(parse_yaml("latency: {baselines: [bf16]}"), host, digits, broken) == {}
     assert "the accuracy of bf16 is not measured: " in capsys.readouterr().err
 
 

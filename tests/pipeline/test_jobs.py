@@ -259,6 +259,7 @@ def test_a_version_whose_training_run_was_deleted_is_quantized_and_sync_makes_it
 def side_by_side(in_use: Finished) -> Finished:
     """`qexp run` with two engines and every baseline on the registered fp32 version."""
     options = "--sensitivity-images 0 --calibration-samples 64 --engine fx,onnx --output-dir both".split()
+    options += "--baselines fp32_eager,fp32_traced,bf16,fp32_onnx".split()
     options += ["--min-speedup", "0", "--max-top1-drop", "100"]  # the present champion alone can be in its way
     done = run_qexp(in_use.folder, "run", "--model-uri", in_use.summary["fp32"], *TIMES, *options)
     assert done.code == 0, done.stderr
