@@ -101,7 +101,7 @@ def settle_execution(options: TrainConfig, device: str, model: nn.Module, train:
     total = options.train_threads or torch.get_num_threads()
     if device == "cuda":
         bf16 = has_bf16(device) if options.bf16 is None else options.bf16
-        return Settled(bf16, total, options.channels_last is not False, waiting=waiting())
+        return Settled(bf16, total, options.channels_last is not False)
     group = read_group()
     threads = threads_each(total, group)
     found, trials = fastest_execution(options, model, train, threads, has_bf16(device))

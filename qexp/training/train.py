@@ -57,10 +57,10 @@ class TrainResult:
     """All epochs in order (numbered from 1), which of them gave the weights that were kept, and the time taken.
 
     `duration_s` is the time spent training, without the time between a stop and its resumption. `threads` is the number
-    of CPU threads of all processes of one machine; `waiting` is how they did: "passive" (they slept at once), "default"
-    (they span for a while before), or what else OMP_WAIT_POLICY was. `trials` are the timings by which precision,
-    threads, layout and waiting were chosen; empty where nothing was left to choose. `skipped_steps` counts the steps
-    without a finite gradient. Results of earlier versions have 0 threads, no optimizer and no `clip_norm`.
+    of CPU threads of all processes of one machine; `waiting` is how they waited in the end: "passive" (they slept at
+    once), "default" (they spun for a while before), or what else OMP_WAIT_POLICY was. `trials` are the timings by which
+    precision, threads, layout and waiting were chosen; empty where nothing was left to choose. `skipped_steps` counts
+    the steps without a finite gradient. Results of earlier versions have 0 threads, no optimizer and no `clip_norm`.
     """
 
     epochs: tuple[EpochResult, ...]
