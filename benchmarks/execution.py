@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SPIN = "while True: pass"
-IMAGES = {"vgg16": 128}  # an epoch; others have three times as many
+IMAGES = {"vgg16": 128, "squeezenet1_1": 1536}  # an epoch; others have 384
 CASES: dict[str, tuple[dict[str, bool | int | None], dict[str, str]]] = {  # options of training, environment
-    "auto": ({}, {"OMP_WAIT_POLICY": "passive"}),
-    "before": ({"bf16": True, "channels_last": True}, {}),
-    "before, fp32": ({"bf16": False, "channels_last": True}, {}),
+    "auto": ({}, {}),
+    "before": ({"bf16": True, "channels_last": True}, {"GOMP_SPINCOUNT": "300000"}),  # OpenMP's default, as if chosen
+    "before, fp32": ({"bf16": False, "channels_last": True}, {"GOMP_SPINCOUNT": "300000"}),
 }
 
 
@@ -37,6 +37,7 @@ class Measured:
     bf16: bool
     threads: int
     channels_last: bool
+    waiting: str
     trials_s: float
 
 
@@ -62,6 +63,7 @@ def train_here(model_name: str, options: dict[str, bool | int | None], threads: 
 
     from qexp.config import TrainConfig
     from qexp.data.datasets import Dataset, Split
+    from qexp.measurement.host import freed_memory_reused
     from qexp.models.classifier import ModelSpec, build_classifier
     from qexp.models.preprocessing import squashed
     from qexp.training import train as training
@@ -82,16 +84,19 @@ def train_here(model_name: str, options: dict[str, bool | int | None], threads: 
         config = config.model_copy(update={"train_threads": threads})
     with tempfile.TemporaryDirectory() as name:
         started = time.perf_counter()
-        settle_execution(config, "cpu", model, split, Path(name))
+        with freed_memory_reused():  # as in the training
+            settle_execution(config, "cpu", model, split, Path(name))
         trials_s = time.perf_counter() - started
         found = training.train_model(model, dataset, config, 0, lambda epoch: None, Path(name))
-    return Measured(found.epochs[-1].images_per_second, found.bf16, found.threads, found.channels_last, trials_s)
+    pace = found.epochs[-1].images_per_second
+    return Measured(pace, found.bf16, found.threads, found.channels_last, found.waiting, trials_s)
 
 
 def measure(model: str, case: str, threads: int) -> Measured:
     """`train_here` in a process with the environment of the case."""
     options, variables = CASES[case]
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | variables
+    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in chosen} | variables
     command = [sys.executable, __file__, "--train", model, "--options", json.dumps(options), "--threads", str(threads)]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
@@ -131,7 +136,9 @@ def row_of(model: str, busy: bool, case: str, measured: list[Measured]) -> Row:
     """The rounds of one case."""
     paces = [one.images_per_second for one in measured]
     chosen = tuple(
-        f"{'bf16' if one.bf16 else 'fp32'}, {one.threads} threads" + ("" if one.channels_last else ", contiguous")
+        f"{'bf16' if one.bf16 else 'fp32'}, {one.threads} threads"
+        + ("" if one.channels_last else ", contiguous")
+        + (", spinning" if one.waiting == "default" else "")
         for one in measured
     )
     trials_s = statistics.median(one.trials_s for one in measured)

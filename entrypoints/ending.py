@@ -12,7 +12,6 @@ from typing import Any
 
 import typer
 
-from qexp.environment import wait_without_spinning
 from qexp.errors import InputError, StageError, first_line
 from qexp.files import own_temporary_folder
 from qexp.last_resort import choose_folder, explain
@@ -32,7 +31,6 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
     that the line names, 130, 143 and 129 for SIGINT, SIGTERM and SIGHUP.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: loading int8 weights warns of a deprecation
-    wait_without_spinning()
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed; under nohup it stays ignored
         signal.signal(signal.SIGHUP, _terminated)

@@ -3,7 +3,6 @@
 from typing import Any
 
 from qexp.config import Config
-from qexp.environment import wait_as_the_user_does
 
 from .options import ModelUri, given_or_none, with_options
 from .program import run_alone
@@ -16,8 +15,6 @@ def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
     Without --model-uri: the newest registered fp32 version of this model and data set, trained first if there is none.
     The same command resumes a search that was stopped. It ends with the command that quantizes as the best point was.
     """
-    if config.search.objective == "top1+latency":  # its trials are timed in this process
-        wait_as_the_user_does()
     from qexp.search import run_search
 
     return run_search(config, given_or_none(model_uri))

@@ -24,6 +24,7 @@ from qexp.config import LatencyConfig
 from qexp.measurement.activity import Activity
 from qexp.quantities import Factor, NotNegative, Percent, Some, Timed
 from qexp.tables import Shown, Table
+from qexp.waiting import DEFAULT, waiting_as
 
 Run = Callable[[], object]
 Watch = Callable[[], Callable[[], Activity | None]]  # starts to watch the machine; what it returns ends that
@@ -366,7 +367,7 @@ def measure_latency(
     watch: Watch = lambda: lambda: None,
     on_round: Callable[[int], None] = lambda batch_size: None,
 ) -> tuple[LatencyRow, ...]:
-    """Time models at every batch size.
+    """Time models at every batch size, with OpenMP's threads waiting as in a user's process.
 
     Args:
         prepare: from a batch size, the calls to time by name, on models that are loaded anew; AGAIN is another copy of
@@ -382,9 +383,10 @@ def measure_latency(
     rows = []
     for batch_size in options.batch_sizes:
         ended = watch()
-        blocks, loads = _time_batch_size(
-            prepare, batch_size, repeated, options, clock, rest, partial(on_round, batch_size)
-        )
+        with waiting_as(DEFAULT):
+            blocks, loads = _time_batch_size(
+                prepare, batch_size, repeated, options, clock, rest, partial(on_round, batch_size)
+            )
         rows.append(_row(batch_size, blocks, loads, baseline, repeated, len(options.batch_sizes), ended()))
         on_row(rows[-1])
     return tuple(rows)

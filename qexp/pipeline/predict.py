@@ -19,6 +19,7 @@ from qexp.text import printable
 from qexp.tracking import registry
 from qexp.tracking.store import uri_of, use_store
 from qexp.tracking.tags import tags_of
+from qexp.waiting import PASSIVE, wait
 
 BATCH_SIZE = 128
 
@@ -42,6 +43,7 @@ def run_predict(config: Config, uri: str, files: Sequence[str], top_k: int) -> d
     warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # are deprecated, say int8 models that use them
     use_store()
     torch.set_num_threads(read_host(config.threads).threads)
+    wait(PASSIVE)
     own, predictions = predict_files(uri, files, top_k)
     for line in table(predictions):
         say(line)

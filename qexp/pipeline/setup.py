@@ -30,6 +30,7 @@ from qexp.tracking.tags import tags_of
 from qexp.training import launch
 from qexp.training.distributed import read_group
 from qexp.training.recipe import settle_options
+from qexp.waiting import PASSIVE, wait
 
 
 class Setup(NamedTuple):
@@ -209,4 +210,5 @@ def _use_threads(config: Config) -> Host:
     if warning := too_many_threads(host):
         say(f"warning: {warning}")
     torch.set_num_threads(host.threads)
+    wait(PASSIVE)
     return host

@@ -18,6 +18,7 @@ from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
 from qexp.report.results import DataFacts, Evidence, Int8Evidence
+from qexp.waiting import PASSIVE
 
 SAME_SPEED = 0.05  # times saved that differ by less than 5 % do not grow
 FLOATS = {
@@ -256,7 +257,8 @@ def training_setup(evidence: Evidence) -> str:
     if train.threads:  # recorded since
         layout = "channels-last" if train.channels_last else "contiguous"
         timed = " (chosen by timing)" if train.trials else ""
-        precision = f"{precision} on {threads(train.threads)}, {layout}{timed}"
+        spin = " that spin while they wait" if train.threads > 1 and train.waiting not in ("", PASSIVE) else ""
+        precision = f"{precision} on {threads(train.threads)}{spin}, {layout}{timed}"
     optimizer = f"{train.optimizer}, " if train.optimizer else ""
     stops = f"; resumed {train.times_resumed} {_plural(train.times_resumed, 'time')}" if train.times_resumed else ""
     skipped = f"; {train.skipped_steps} steps skipped" if train.skipped_steps else ""

@@ -18,7 +18,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from torch import Tensor
 
-from qexp.environment import as_the_user_set
 from qexp.errors import InputError, StageError, first_line
 from qexp.extras import has_openvino, how_to_install
 from qexp.models.classifier import ModelSpec
@@ -150,14 +149,14 @@ def refuse_pickled(found: ModelVersion) -> None:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment of a child process that reads the same store with so many threads, waiting as the user's do."""
+    """The environment of a child process that reads the same store with so many threads."""
     own = {
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # loading int8 weights warns, once a process, of a deprecation
     }
-    return as_the_user_set(dict(os.environ)) | own
+    return dict(os.environ) | own
 
 
 def find_version(uri: str, *kinds: str, option: str = "--model-uri") -> ModelVersion:

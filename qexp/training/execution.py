@@ -1,8 +1,10 @@
-"""The fastest precision, thread count and memory layout to train a network on this CPU, found by timing a few steps.
+"""The fastest precision, thread count, memory layout and way to wait for a network that is trained on this CPU, found
+by timing a few steps.
 
-No value of the three is the fastest for all networks. bf16 is 2.9 times as fast for SmallNet and 3.6 times as slow for
+No value of these is the fastest for all networks. bf16 is 2.9 times as fast for SmallNet and 3.6 times as slow for
 efficientnet_b0 on the same CPU; two threads beside another busy process can be slower than one, since every parallel
-region waits for its slowest thread. So each option that is `auto` is timed, on a copy of the network.
+region waits for its slowest thread; threads that spin while they wait are faster where nothing else runs (waiting.py).
+So each option that is `auto` is timed, on a copy of the network, and waiting unless the user has set it.
 """
 
 import copy
@@ -27,6 +29,7 @@ from qexp.progress import say
 from qexp.quantities import NotNegative, Some
 from qexp.training.bf16 import padding_seen_in_fp32
 from qexp.training.distributed import read_group, threads_each
+from qexp.waiting import DEFAULT, PASSIVE, may_choose_waiting, wait, waiting, waiting_as
 
 FILE = "execution.json"  # in the folder of the training
 
@@ -35,17 +38,19 @@ LONGEST_STEP_S = 1.0  # of the choice that the others are compared with; slow ne
 ROUNDS = 3  # timed steps of each of two choices, in turns
 HOPELESS = 2.0  # times as slow in the first round: no more rounds
 # How many times faster a choice must be than the one it replaces. bf16 rounds, and may replace fp32 only where that
-# pays; the others must be faster by more than the noise of so few steps, so that repeated trials agree.
-BF16_GAIN, OTHER_GAIN = 1.2, 1.1
+# pays; threads and layout must be faster by more than the noise of so few steps, so that repeated trials agree. Waiting
+# changes no bit, so that it need not be the same each time.
+BF16_GAIN, OTHER_GAIN, WAITING_GAIN = 1.2, 1.1, 1.05
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the steps are computed; `threads` are those of one process."""
+    """How the steps are computed; `threads` are those of one process, `waiting` is how they do (waiting.py)."""
 
     bf16: bool
     threads: int
     channels_last: bool
+    waiting: str = PASSIVE
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,18 @@ class Trial:
     threads: Some
     channels_last: bool
     images_per_second: NotNegative
+    waiting: str = PASSIVE  # as it was before it was chosen
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What `auto` stands for in the options of these names, and the trials by which it was found."""
+    """What `auto` stands for in the options of these names, how threads wait, and the trials by which it was found."""
 
     bf16: bool
     train_threads: int
     channels_last: bool
     trials: tuple[Trial, ...] = ()
+    waiting: str = PASSIVE
 
     def options(self) -> dict[str, bool | int]:
         """The options by name."""
@@ -74,7 +81,8 @@ class Settled:
 
 def settle_execution(options: TrainConfig, device: str, model: nn.Module, train: Split, folder: Path) -> Settled:
     """What the training in `folder` computes its steps with: options that are given as they are, the others as it has
-    begun, or else as a few steps of the network are fastest here. On a GPU nothing is timed.
+    begun, or else as a few steps of the network are fastest here. On a GPU nothing is timed. How threads wait is no
+    option: it is given where an environment variable of OpenMP has set it.
 
     Of several processes only the leader calls it. Called again it gives the same: what was timed is kept in `folder`.
 
@@ -88,6 +96,7 @@ def settle_execution(options: TrainConfig, device: str, model: nn.Module, train:
         except ValidationError:
             raise InputError(f"{file}: damaged; remove it, and what it held is timed anew") from None
         given = {name: getattr(options, name) for name in begun.options()}
+        given |= {"waiting": None if may_choose_waiting() else waiting()}
         return replace(begun, **{name: value for name, value in given.items() if value is not None})
     total = options.train_threads or torch.get_num_threads()
     if device == "cuda":
@@ -97,7 +106,7 @@ def settle_execution(options: TrainConfig, device: str, model: nn.Module, train:
     threads = threads_each(total, group)
     found, trials = fastest_execution(options, model, train, threads, has_bf16(device))
     total = total if found.threads == threads else found.threads * group.local_size
-    settled = Settled(found.bf16, total, found.channels_last, trials)
+    settled = Settled(found.bf16, total, found.channels_last, trials, found.waiting)
     if trials:
         with replacing(file) as temporary:
             temporary.write_bytes(TypeAdapter(Settled).dump_json(settled))
@@ -108,7 +117,8 @@ def settle_execution(options: TrainConfig, device: str, model: nn.Module, train:
 
 def _describe(execution: "Execution | Trial") -> str:
     words = ["bf16" if execution.bf16 else "fp32", f"{execution.threads} threads"]
-    return " ".join(words + ([] if execution.channels_last else ["contiguous"]))
+    words += [] if execution.channels_last else ["contiguous"]
+    return " ".join(words + (["spinning"] if execution.waiting == DEFAULT else []))
 
 
 def has_bf16(device: str) -> bool:
@@ -132,48 +142,62 @@ def fastest_execution(
         threads: CPU threads that the process may use; `options.train_threads` must be None or this.
         has_bf16: whether the CPU computes in bf16.
     """
-    start = Execution(bool(options.bf16), threads, options.channels_last is not False)
+    free = may_choose_waiting()
+    start = Execution(bool(options.bf16), threads, options.channels_last is not False, PASSIVE if free else waiting())
     if not (
         (options.bf16 is None and has_bf16)
         or options.channels_last is None
-        or (options.train_threads is None and threads > 1)
+        or (threads > 1 and (options.train_threads is None or free))
     ):
         return start, ()
-    say("timing a few training steps, to choose number format, threads and memory layout")
+    say("timing a few training steps, to choose number format, threads, memory layout and how threads wait")
     before = torch.get_num_threads()
     network = copy.deepcopy(model)
     as_trained = padding_seen_in_fp32(network, has_bf16) if isinstance(network, Classifier) else nullcontext()
-    with torch.random.fork_rng(devices=[]), as_trained:
+    with torch.random.fork_rng(devices=[]), as_trained, waiting_as(start.waiting):
         try:
             step = _step_of(network, train)
             images = _images(step, start, min(options.batch_size, len(train)))
-            return choose(step, start, images, options, has_bf16)
+            return choose(step, start, images, options, has_bf16, free)
         finally:
             torch.set_num_threads(before)
 
 
 def choose(
-    step: Step, start: Execution, images: int, options: TrainConfig, has_bf16: bool
+    step: Step, start: Execution, images: int, options: TrainConfig, has_bf16: bool, may_spin: bool
 ) -> tuple[Execution, tuple[Trial, ...]]:
-    """Change one choice at a time and keep the change where it is faster by enough: threads first, since what other
-    processes take from this one decides the most."""
+    """Change one choice at a time and keep the change where it is faster by enough: threads first, and how they wait,
+    since what other processes take from this one decides the most.
+
+    Args:
+        may_spin: whether it is open if threads spin while they wait.
+    """
     times: dict[Execution, list[float]] = {}
-
-    def is_faster(challenger: Execution, gain: float) -> bool:
-        return _gain(step, best, challenger, images, times) > gain
-
     best = start
+
+    def keep_if_faster(challenger: Execution, gain: float) -> bool:
+        nonlocal best
+        faster = _gain(step, best, challenger, images, times) > gain
+        best = challenger if faster else best
+        return faster
+
+    # Spinning threads may be fastest in another number than sleeping ones.
+    may_spin = may_spin and best.threads > 1
+    spins = may_spin and keep_if_faster(replace(best, waiting=DEFAULT), WAITING_GAIN)
     while options.train_threads is None and best.threads > 1:
         fewer = replace(best, threads=best.threads // 2)
-        if not is_faster(fewer, OTHER_GAIN):
+        if fewer.threads == 1:  # which waits for no other
+            fewer = replace(fewer, waiting=start.waiting)
+        if not keep_if_faster(fewer, OTHER_GAIN):
             break
-        best = fewer
-    if options.bf16 is None and has_bf16 and is_faster(replace(best, bf16=True), BF16_GAIN):
-        best = replace(best, bf16=True)
-    if options.channels_last is None and is_faster(replace(best, channels_last=False), OTHER_GAIN):
-        best = replace(best, channels_last=False)
+    if may_spin and not spins and 1 < best.threads < start.threads:
+        keep_if_faster(replace(best, waiting=DEFAULT), WAITING_GAIN)
+    if options.bf16 is None and has_bf16:
+        keep_if_faster(replace(best, bf16=True), BF16_GAIN)
+    if options.channels_last is None:
+        keep_if_faster(replace(best, channels_last=False), OTHER_GAIN)
     return best, tuple(
-        Trial(one.bf16, one.threads, one.channels_last, images / statistics.median(found))
+        Trial(one.bf16, one.threads, one.channels_last, images / statistics.median(found), one.waiting)
         for one, found in times.items()
     )
 
@@ -183,8 +207,11 @@ def _gain(
 ) -> float:
     """How many times faster the challenger is: the median over rounds in which both take turns."""
     gains: list[float] = []
+    made = {replace(one, waiting=PASSIVE) for one in times}
     for execution in (best, challenger):
-        step(execution, images)  # kernels are made at the first step of their kind
+        if (kind := replace(execution, waiting=PASSIVE)) not in made:
+            step(execution, images)  # kernels are made at the first step of their kind
+            made.add(kind)
     for _ in range(ROUNDS):
         best_s, challenger_s = step(best, images), step(challenger, images)
         times.setdefault(best, []).append(best_s)
@@ -210,6 +237,7 @@ def _step_of(model: nn.Module, train: Split) -> Step:
     def step(execution: Execution, images: int) -> float:
         layout = torch.channels_last if execution.channels_last else torch.contiguous_format
         torch.set_num_threads(execution.threads)
+        wait(execution.waiting)
         model.to(memory_format=layout)  # type: ignore[call-overload]
         started = time.perf_counter()
         batch = to_float(train.images[:images]).contiguous(memory_format=layout)

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from qexp.training.checkpoint import Position
 from qexp.training.distributed import Group
 from qexp.training.interrupts import StopRequest
 from qexp.training.recipe import make_optimizer, steps_of
+from qexp.training.spinning import Spinning
 
 EVALUATION_BATCH_SIZE = 256
 EXPLODED = 100  # times the loss of guessing
@@ -44,6 +46,7 @@ class Loop:
     random_states: dict[str, Tensor] | None = None  # those at `position`, where it came from a checkpoint
     generator: torch.Generator = field(default_factory=torch.Generator)
     asked_to_stop: int = 0  # by which signal; all processes have agreed on it
+    spinning: Spinning = field(default_factory=Spinning)
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))  # steps without a finite gradient, not yet counted
     figures: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # since the last look
 
@@ -102,7 +105,7 @@ def train_pass(loop: Loop, train: Split, after_step: Callable[[], None]) -> None
         asked = loop.group.size == 1 and loop.stop.signal != 0  # several processes must look at the same step
         look = asked or position.step % every == 0 or position.step == len(batches)
         position.learning_rate = float(loop.schedule.get_last_lr()[0])
-        _step(loop, train, batch, look)
+        loop.spinning.run(partial(_step, loop, train, batch, look))
         position.epoch_s = before + time.perf_counter() - started
         if look:
             after_step()

@@ -6,8 +6,8 @@ data set (data/), feeds the train stage (pipeline/).
 
 The same seed gives the same bits on the same CPU with the same libraries, precision, number of threads and memory
 layout: these decide in which order numbers are added and how they are rounded. `auto` is settled by timing for each
-training, so two trainings that must be equal have to give `bf16`, `train_threads` and `channels_last`. OMP_WAIT_POLICY
-changes no bit.
+training, so two trainings that must be equal have to give `bf16`, `train_threads` and `channels_last`. How
+threads wait changes no bit.
 """
 
 import math
@@ -21,7 +21,6 @@ import torch
 
 from qexp.config import HOW_TO_TRAIN, TrainConfig
 from qexp.data.datasets import Dataset
-from qexp.environment import waiting
 from qexp.errors import InputError
 from qexp.measurement.host import freed_memory_reused
 from qexp.models.classifier import Classifier, load_classifier, save_classifier
@@ -35,6 +34,7 @@ from qexp.training.execution import Settled, Trial, settle_execution
 from qexp.training.interrupts import stop_requests
 from qexp.training.loop import Loop
 from qexp.training.recipe import settle_options
+from qexp.waiting import waiting, waiting_as
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ class TrainResult:
     """All epochs in order (numbered from 1), which of them gave the weights that were kept, and the time taken.
 
     `duration_s` is the time spent training, without the time between a stop and its resumption. `threads` is the number
-    of CPU threads of all processes of one machine; `waiting` is the value of OMP_WAIT_POLICY. `trials` are the timings
-    by which precision, threads and layout were chosen; empty where all three were given. `skipped_steps` counts the
-    steps without a finite gradient. Results of earlier versions have 0 threads, no optimizer and no `clip_norm`.
+    of CPU threads of all processes of one machine; `waiting` is how they waited in the end: "passive" (they slept at
+    once), "default" (they spun for a while before), or what else OMP_WAIT_POLICY was. `trials` are the timings by which
+    precision, threads, layout and waiting were chosen; empty where nothing was left to choose. `skipped_steps` counts
+    the steps without a finite gradient. Results of earlier versions have 0 threads, no optimizer and no `clip_norm`.
     """
 
     epochs: tuple[EpochResult, ...]
@@ -122,7 +123,11 @@ def train_model(
             )
         in_bf16_here = bool(options.bf16) and device == "cpu"
         layout = passes.layout_of(options)
-        with padding_seen_in_fp32(model, in_bf16_here), shared(model, group, device, layout) as module:
+        with (
+            padding_seen_in_fp32(model, in_bf16_here),
+            waiting_as(settled.waiting),
+            shared(model, group, device, layout) as module,
+        ):
             loop = passes.prepare(model, module, dataset, options, seed, group, stop)
             identity = {"seed": seed, "data_digest": dataset.digest, "options": _lasting(options)}
             result = _train(loop, dataset, on_epoch, _Keeper(loop, folder, identity))

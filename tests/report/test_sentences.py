@@ -152,6 +152,8 @@ def test_of_equal_epochs_the_loss_is_said_to_decide(evidence: Evidence) -> None:
         ({"device": "cuda", "processes": 4, "times_resumed": 2}, "CUDA, 4 processes, bf16 autocast"),
         ({"times_resumed": 1}, "; resumed 1 time"),
         ({"threads": 2, "optimizer": "sgd"}, "bf16 autocast on 2 threads, channels-last; sgd, peak"),
+        ({"threads": 2, "waiting": "default"}, "on 2 threads that spin while they wait, channels-last; "),
+        ({"threads": 2, "waiting": "passive"}, "on 2 threads, channels-last; "),
         ({"skipped_steps": 3}, "; 3 steps skipped"),
     ],
 )

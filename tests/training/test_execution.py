@@ -11,14 +11,22 @@ from qexp.config import TrainConfig
 from qexp.data.datasets import Dataset
 from qexp.training import execution as fastest
 from qexp.training.execution import FILE, Execution, Settled, Trial, choose, settle_execution
+from qexp.waiting import DEFAULT as SPIN
+from qexp.waiting import PASSIVE, VARIABLES, waiting
 
 DEFAULT = Execution(bf16=False, threads=4, channels_last=True)
 
 
-def _chosen(seconds: dict[Execution, float], **given: object) -> Execution:
+@pytest.fixture(autouse=True)
+def _user_has_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def _chosen(seconds: dict[Execution, float], may_spin: bool = True, **given: object) -> Execution:
     """What is chosen where a step takes so many seconds, 1 where nothing is said."""
     step = lambda execution, images: seconds.get(execution, 1.0)  # noqa: E731
-    return choose(step, DEFAULT, 64, TrainConfig(**given), True)[0]  # type: ignore[arg-type]
+    return choose(step, DEFAULT, 64, TrainConfig(**given), True, may_spin)[0]  # type: ignore[arg-type]
 
 
 def _with(**changed: object) -> Execution:
@@ -51,6 +59,21 @@ def test_the_fastest_is_chosen(best: Execution) -> None:
     assert _chosen({one: 0.5**n for n, one in enumerate(steps, 1)}) == best
 
 
+def test_spinning_is_chosen_in_the_number_of_threads_where_it_is_faster() -> None:
+    """By little: it changes no bit. Alone on the machine with all threads, beside other processes with fewer."""
+    assert _chosen({_with(waiting=SPIN): 0.97}) == DEFAULT
+    assert _chosen({_with(waiting=SPIN): 0.9}) == _with(waiting=SPIN)
+    alone = {_with(threads=2): 0.8, _with(threads=1): 0.7, _with(waiting=SPIN): 0.5}
+    assert _chosen(alone) == _with(waiting=SPIN)
+    both = _with(threads=2, waiting=SPIN)
+    assert _chosen(alone | {both: 0.45}) == both and _chosen(alone | {both: 0.48}) == _with(waiting=SPIN)
+    assert _chosen(alone | {_with(waiting=SPIN): 9.0}) == _with(threads=1)
+    assert _chosen({_with(waiting=SPIN): 9.0, _with(threads=2): 0.5, both: 0.4}) == both
+    assert _chosen(alone, may_spin=False) == _with(threads=1)
+    everything_else = {"bf16": False, "train_threads": 4, "channels_last": True}
+    assert _chosen(alone, **everything_else) == _with(waiting=SPIN)
+
+
 def test_given_options_are_not_tried() -> None:
     fast = {_with(threads=2): 0.1, _with(bf16=True): 0.1, _with(channels_last=False): 0.1}
     assert _chosen(fast, bf16=False, train_threads=4, channels_last=True) == DEFAULT
@@ -65,7 +88,7 @@ def test_a_hopeless_choice_is_timed_once() -> None:
         timed.append(execution)
         return 9.0 if execution.bf16 else 1.0
 
-    best, trials = choose(step, DEFAULT, 64, TrainConfig(train_threads=4, channels_last=True), True)
+    best, trials = choose(step, DEFAULT, 64, TrainConfig(train_threads=4, channels_last=True), True, False)
     assert best == DEFAULT and timed.count(_with(bf16=True)) == 2  # the first makes its kernels
     assert trials == (Trial(False, 4, True, 64.0), Trial(True, 4, True, 64 / 9))
 
@@ -81,10 +104,11 @@ def test_trials_change_neither_weights_nor_random_states(tiny: Dataset, tmp_path
     model = build_tiny(tiny)
     model.network.add_module("drop", torch.nn.Dropout(0.5))  # draws random numbers
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    state, threads, waited = torch.get_rng_state(), torch.get_num_threads(), waiting()
     settled = settle_execution(TrainConfig(), "cpu", model, tiny.train, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads and waiting() == waited
     assert all(parameter.grad is None and parameter.is_contiguous() for parameter in model.parameters())
     assert settled.trials[0].channels_last and not settled.trials[0].bf16
     assert all(trial.images_per_second > 0 for trial in settled.trials)
@@ -97,6 +121,27 @@ def test_the_choice_is_kept_and_given_options_win(tiny: Dataset, tmp_path: Path)
     assert settle_execution(TrainConfig(), "cpu", model, tiny.train, tmp_path) == kept
     given = settle_execution(TrainConfig(bf16=False), "cpu", model, tiny.train, tmp_path)
     assert given.options() == {"bf16": False, "train_threads": 3, "channels_last": False}
+
+
+def test_how_threads_wait_is_kept_unless_the_user_says_so(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file = build_tiny(tiny), tmp_path / FILE
+    trial = {"bf16": False, "threads": 2, "channels_last": True, "images_per_second": 9.0}
+    before = {"bf16": False, "train_threads": 2, "channels_last": True, "trials": [trial]}  # without `waiting`
+    for text, expected in ((before, PASSIVE), (before | {"waiting": SPIN}, SPIN)):
+        file.write_text(json.dumps(text))
+        settled = settle_execution(TrainConfig(), "cpu", model, tiny.train, tmp_path)
+        assert settled.waiting == expected and settled.trials[0].waiting == PASSIVE
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert settle_execution(TrainConfig(), "cpu", model, tiny.train, tmp_path).waiting == "active"
+
+
+def test_waiting_is_timed_where_all_options_are_given(tiny: Dataset, tmp_path: Path) -> None:
+    options, file = TrainConfig(**EXECUTION | {"train_threads": 2}), tmp_path / FILE
+    settled = settle_execution(options, "cpu", build_tiny(tiny), tiny.train, tmp_path)
+    assert [(one.threads, one.waiting) for one in settled.trials] == [(2, PASSIVE), (2, SPIN)]
+    assert json.loads(file.read_text())["waiting"] == settled.waiting
 
 
 def test_nothing_is_timed_where_all_is_given(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EXECUTION, build_tiny, equal_weights
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from qexp.config import TrainConfig
@@ -22,6 +23,7 @@ from qexp.training import loop
 from qexp.training import train as training
 from qexp.training.checkpoint import best_file
 from qexp.training.train import EpochResult, TrainResult, train_model
+from qexp.waiting import DEFAULT, PASSIVE, VARIABLES, waiting
 
 
 def _ignore(epoch: EpochResult) -> None:
@@ -45,6 +47,23 @@ def test_same_seed_gives_equal_weights_bit_for_bit(tiny: Dataset, tmp_path: Path
     assert equal_weights(first, second)
     assert [epoch.train_loss for epoch in result.epochs] == [epoch.train_loss for epoch in again.epochs]
     assert not equal_weights(first, other)
+
+
+def test_how_threads_wait_changes_no_bit(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    few = replace(tiny, train=tiny.train.subset(torch.arange(32)), validation=tiny.validation.subset(torch.arange(8)))
+    models, before = [], waiting()
+    for how in (PASSIVE, DEFAULT):
+        folder, seen = tmp_path / how, list[str]()
+        folder.mkdir()
+        kept = fastest.Settled(False, 2, True, waiting=how)
+        (folder / fastest.FILE).write_bytes(TypeAdapter(fastest.Settled).dump_json(kept))
+        models.append(build_tiny(few))
+        note = lambda epoch, seen=seen: seen.append(waiting())  # noqa: E731
+        result = train_model(models[-1], few, TrainConfig(epochs=1, batch_size=16), 5, note, folder)
+        assert seen == [result.waiting] == [how] and waiting() == before
+    assert equal_weights(*models)
 
 
 def test_training_learns(trained: tuple[Classifier, TrainResult], digits: Dataset) -> None:
