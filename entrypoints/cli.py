@@ -8,6 +8,7 @@ import typer
 from qexp import __version__
 
 from .check import check
+from .hosts import hosts
 from .import_model import import_model
 from .latency import latency
 from .main import main
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "promote": promote,
     "models": models,
+    "hosts": hosts,
     "verify": verify,
     "sync": sync,
 }

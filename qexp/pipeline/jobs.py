@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from qexp.models.taken import is_onnx
 from qexp.pipeline import loading
 from qexp.pipeline.checked import answer_table
 from qexp.pipeline.decide import decide
+from qexp.pipeline.hosts import TABLE, known_hosts, logits_here
 from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
 from qexp.pipeline.measure import measure_bf16, time_versions
 from qexp.pipeline.promote import hold_against_champion
@@ -48,7 +49,6 @@ from qexp.training import launch
 from qexp.training.distributed import read_group
 
 Summary = dict[str, Any]
-TABLE = "table"  # of a summary: shown on a terminal in the place of the figures that it has
 
 
 def run_main(
@@ -283,14 +283,18 @@ def quantize_stage(
     )
 
 
-def latency_stage(job: Job, config: Config, fp32_uri: str, engines: dict[str, str], bf16: Any) -> LatencyEvidence:
-    """The times of registered versions; `engines` has the engine of each int8 version by its URI."""
+def latency_stage(
+    job: Job, config: Config, fp32_uri: str, engines: dict[str, str], bf16: Any, compare: bool = False
+) -> LatencyEvidence:
+    """The times of registered versions; `engines` has the engine of each int8 version by its URI. With `compare`, their
+    logits on this machine too, beside those that were recorded where they were made."""
 
     def work(folder: Path) -> LatencyEvidence:
         found: Bf16Evidence | None = bf16()
         with job.files(fp32_uri, *engines) as files:
             environment = registry.child_environment(job.host.threads)
-            return time_versions(config, job.host, files, engines, found, environment)
+            evidence = time_versions(config, job.host, files, engines, found, environment)
+            return replace(evidence, logits=logits_here(evidence, files, engines)) if compare else evidence
 
     uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *engines))
     return job.stage(
@@ -388,21 +392,26 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     again = shlex.join(["qexp", "latency", "--model-uri", uri])
     # Timing does not change the accuracy of bf16.
     bf16 = partial(loading.bf16_of, int8)
-    evidence = latency_stage(Job(host, again=again), config, fp32_uri, {uri: engine}, bf16)
+    evidence = latency_stage(Job(host, again=again), config, fp32_uri, {uri: engine}, bf16, compare=True)
     name = evidence.name_of(uri)
     result, floats = evidence.latency, evidence.fair_floats(config.gate.of(int8.name))
     over_fp32 = {str(row.batch_size): row.speedups[name].median for row in result.rows}
     over_floats = {str(found.batch_size): found.ratio.median for found in result.speedups(name, floats)}
     uris = {"fp32": evidence.fp32_uri, "int8": uri}
     times = {"speedup_by_batch_size": over_floats, "speedup_over_fp32_by_batch_size": over_fp32}
-    good_enough = {"shortcomings": list(result.shortcomings)} if result.shortcomings else {}
-    return {"command": "latency", "run_id": evidence.run_id, **uris, **times, **good_enough}
+    more: Summary = {"shortcomings": list(result.shortcomings)} if result.shortcomings else {}
+    if compared := evidence.logits.get(uri):
+        more |= {"logits": compared.text, "logits_same_class_percent": compared.same_class_percent}
+        more |= {"logits_largest_difference_steps": compared.largest_difference_steps}
+    return {"command": "latency", "run_id": evidence.run_id, **uris, **times, **more}
 
 
 def run_report(config: Config, model_uri: str) -> Summary:
     """Write the report on the registered int8 version `model_uri` from what its runs have logged."""
     config, host = prepare_for_version(config, model_uri)
     evidence = loading.evidence_of_version(config, model_uri)
+    hosts = known_hosts(config, registry.find_version(evidence.int8.version_uri, "int8"))
+    evidence = replace(evidence, hosts=hosts)
     again = shlex.join(["qexp", "report", "--model-uri", evidence.int8.version_uri])
     page = report_stage(Job(host, again=again), config, evidence)
     return summary_of("report", Reported(evidence, page.split("/")[1], page))

@@ -14,6 +14,7 @@ from pydantic import AliasChoices, Field
 from qexp.config import GateConfig
 from qexp.data.duplicates import Duplicates
 from qexp.measurement.accuracy import Accuracy, Comparison, share_interval
+from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.cost import Cost
 from qexp.measurement.gate import GateResult, Succession
 from qexp.measurement.host import Host
@@ -26,6 +27,7 @@ from qexp.quantities import Finite, Number, Percent, Points, Some
 from qexp.quantization.budget import BudgetResult
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
+from qexp.report.hosts import KnownHost
 from qexp.training.train import TrainResult
 
 UNREGISTERED = "fp32"  # in the place of the URI of an fp32 version that is in no registry
@@ -171,7 +173,8 @@ class LatencyEvidence:
     """The latency sweep of registered versions and the machine that it ran on.
 
     `names` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
-    there where that baseline was timed by a job that had the test images.
+    there where that baseline was timed by a job that had the test images. `logits` has, by the URI of an int8 version
+    that was quantized before, its logits here beside those that were recorded.
     """
 
     fp32_uri: str
@@ -180,6 +183,7 @@ class LatencyEvidence:
     host: Host
     run_id: str
     bf16: Bf16Evidence | None = None
+    logits: dict[str, LogitsAgreement] = field(default_factory=dict)
 
     def check(self) -> None:
         """As that of `Fp32Evidence`."""
@@ -228,6 +232,7 @@ class Evidence:
     `failed_engines` says of each engine that could not quantize the model why. `succession` is the decision against
     the previous champion, `before_uri`, where there was another one; `now_uri` is what has become champion since.
     `floats` are the models that int8 is compared with: all that are not int8, bf16 only if it is accurate enough.
+    `hosts` is what is known of the version chosen on each kind of machine that has timed it.
     """
 
     fp32: Fp32Evidence
@@ -239,6 +244,7 @@ class Evidence:
     succession: Succession | None = None
     before_uri: str | None = None
     now_uri: str | None = None
+    hosts: tuple[KnownHost, ...] = ()
 
     @cached_property
     def verdict(self) -> Verdict:

@@ -16,6 +16,7 @@ from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASU
 from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
+from qexp.report.hosts import notes
 from qexp.report.results import DataFacts, Evidence, Int8Evidence
 
 SAME_SPEED = 0.05  # times saved that differ by less than 5 % do not grow
@@ -643,6 +644,14 @@ def _cost_of_fp32_layers(int8: Int8Evidence) -> str:
     slower = f" A batch takes {join(shown)}." if shown else ""
     equal = f" At batch {_plural(len(level), 'size')} {join(level)}, no difference in time is shown." if level else ""
     return f"Compared with all layers in int8, the file is {grown:.3f} MB larger.{slower}{equal}"
+
+
+# Several kinds of machine
+
+
+def hosts(evidence: Evidence) -> list[str]:
+    """Where the logits of the chosen version are others than those recorded, or were not compared with them."""
+    return list(notes(evidence.hosts))
 
 
 # Environment

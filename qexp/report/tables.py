@@ -7,6 +7,7 @@ from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, TRAINED, V
 from qexp.measurement.host import too_many_threads
 from qexp.measurement.latency import LatencyRow, LatencyStats, Ratio
 from qexp.report import sentences
+from qexp.report.hosts import COLUMNS, cells
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence
 from qexp.report.sentences import by_batch_size, three_digits
 
@@ -219,6 +220,11 @@ def versions(evidence: Evidence) -> Table | None:
         rows.append([f"`{other.int8.version_uri}`", f"`{other.name}`", f"{drop:.2f}", _ratio(ratio), other.gate.word])
     header = ["Version", "Model", "Top-1 drop, points", f"Times as fast as `{evidence.name}`", "Gate"]
     return (header, rows) if rows else None
+
+
+def hosts(evidence: Evidence) -> Table:
+    """What is known of the chosen version, a row a kind of machine."""
+    return [name[0].upper() + name[1:] for name in COLUMNS], [list(cells(one)) for one in evidence.hosts]
 
 
 def sensitivity(evidence: Evidence) -> Table | None:

@@ -83,6 +83,8 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     yield "Speed", told(f"{mean}at least {{}}x", "smallest_speedup")
     times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
     yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
+    differ = tags["logits_differ"].replace("none", "")
+    yield "Logits", differ and f"beside those that were recorded: {differ}"
     yield "Size", told("{} MB", "size_mb")
     if typed.known("image_size") and "preprocessing" not in wrong:
         channels, height, width = typed.input.shape

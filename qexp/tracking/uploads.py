@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 from torch import Tensor
 
+from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
@@ -32,9 +33,11 @@ from qexp.tracking import runs as tracking
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, WrittenReport
 from qexp.tracking.store import logged_model_of, model_id_of, page_of_run, split_uri
+from qexp.tracking.sweeps import RECORDED, write_recorded
 from qexp.tracking.tags import tags_of
 from qexp.tracking.training_log import log_curves
 
+DIFFERING, NONE = "logits_differ", "none"  # tag of a version, and its value once that is no longer so
 LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
 
 
@@ -97,6 +100,10 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
         for batch_size, count in counted.macs.items():
             tracking.log_metrics({"macs": count}, batch_size, (_run_id(), model_id), at_ms)
     tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy}), "accuracy")
+    if new.recorded:
+        with TemporaryDirectory() as folder:
+            write_recorded(new.recorded, Path(folder))
+            tracking.log_folder(Path(folder), RECORDED)
     tracking.log_result("int8", evidence)
     tracking.set_note(
         f"`{opaque(fp32_version.uri)}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
@@ -159,6 +166,8 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         if kernels[0].backend:
             tags["backend"] = kernels[0].backend
             registry.describe_kernels(uri, description.about_kernels(found, kernels))
+        if compared := evidence.logits.get(uri):
+            tags |= _differing_tag(version.tags.get(DIFFERING, NONE), compared, evidence.host.cpu)
         registry.tag_version(uri, tags)
     with registry.others_left_alone(fp32.uri):
         registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
@@ -168,6 +177,14 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         f"{least.ratio.median:.2f}x over {least.over} at batch size {least.batch_size}, where it is least sure."
     )
     return evidence
+
+
+def _differing_tag(known: str, compared: LogitsAgreement, cpu: str) -> dict[str, str]:
+    """The CPUs on which the logits of a version are not those that were recorded: `known` ones, and this one if so."""
+    others = [text for text in known.split("; ") if text != NONE and not text.endswith(f" on {cpu}")]
+    here = [] if compared.within_one_step else [f"{compared.text} on {cpu}"]
+    told = "; ".join([*others, *here]) or NONE
+    return {} if told == known else {DIFFERING: told}
 
 
 def _log_times(result: LatencyResult, chosen: str, floats: Sequence[str], models: dict[str, str], at_ms: int) -> None:
