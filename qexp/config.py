@@ -384,6 +384,12 @@ class LatencyConfig(BaseModel):
     profile: Weights | None = Field(
         None, description="how much each batch size counts, 1:3,128:1; those left out do not; auto: all alike"
     )
+    threads: Annotated[Counts, BeforeValidator(_numbers)] | None = Field(
+        None,
+        description="CPU threads on which models are timed, or several numbers, 1,2: the best one for each batch size "
+        "is told; auto: threads",
+        json_schema_extra={"option": "latency_threads"},
+    )
     warmup: int = Field(5, ge=1, le=MOST, description="untimed passes of each model after each load")
     loads: int = Field(5, ge=1, le=MOST, description="loads of all models at each batch size; at least 3 for a verdict")
     min_repeats: int = Field(

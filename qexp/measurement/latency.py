@@ -187,10 +187,13 @@ class LatencyRow:
         edge = max(self.noise.high, 1 / self.noise.low, 1.0)
         return int(ratio.low > 1 and ratio.median > edge) - int(ratio.high < 1 and ratio.median < 1 / edge)
 
+    def log_ms(self, name: str) -> Mean:
+        """Of the logarithm of a model's time in ms."""
+        return _mean_of_rounds(self.round_ms[name], (1.0,) * len(self.round_ms[name]), self.loads)
+
     def typical_ms(self, name: str) -> float:
         """The geometric mean over the loads of the median round."""
-        ones = (1.0,) * len(self.round_ms[name])
-        return math.exp(_mean_of_rounds(self.round_ms[name], ones, self.loads).value)
+        return math.exp(self.log_ms(name).value)
 
     def fastest(self, names: Sequence[str]) -> str:
         """Of these models, the one that takes least time."""

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,11 @@ def known_hosts(config: Config, found: ModelVersion) -> tuple[KnownHost, ...]:
     """What is known of an int8 version by kind of machine, the one that was timed last first."""
     by_kind: dict[tuple[Any, ...], list[Sweep]] = {}
     for sweep in sweeps_of(found):
-        host = sweep.evidence.host
-        cores = host.physical_cores or host.cores, host.cpu_quota
-        by_kind.setdefault((host.cpu, host.features, *cores, sweep.evidence.latency.threads), []).append(sweep)
+        evidence, host = sweep.evidence, sweep.evidence.host
+        kind = host.cpu, host.features, host.physical_cores or host.cores, host.cpu_quota
+        for latency in (evidence.latency, *evidence.other_threads):
+            one = replace(sweep, evidence=replace(evidence, latency=latency))
+            by_kind.setdefault((*kind, latency.threads), []).append(one)
     if not by_kind:
         return ()
     tags = tags_of(found)

@@ -14,6 +14,7 @@ from qexp.config import Config, is_default
 from qexp.errors import InputError, StageError, StoreError
 from qexp.extras import is_installed
 from qexp.measurement.gate import UNMEASURED
+from qexp.measurement.threads import ThreadsRow
 from qexp.models.names import short_name
 from qexp.models.taken import is_onnx
 from qexp.pipeline import loading
@@ -34,7 +35,9 @@ from qexp.pipeline.train import follow, train
 from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
+from qexp.report import tables
 from qexp.report.results import Bf16Evidence, Evidence, Int8Evidence, LatencyEvidence
+from qexp.tables import Table
 from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
@@ -403,7 +406,18 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     if compared := evidence.logits.get(uri):
         more |= {"logits": compared.text, "logits_same_class_percent": compared.same_class_percent}
         more |= {"logits_largest_difference_steps": compared.largest_difference_steps}
+    if by_threads := evidence.best_threads(name, floats):
+        cells = tuple(tuple(tables.threads_cells(row)) for row in by_threads)
+        more |= {"best_threads_by_batch_size": {str(row.batch_size): _best_of(row) for row in by_threads}}
+        more |= {TABLE: Table("The best number of threads at each batch size", tables.THREADS_COLUMNS, cells)}
     return {"command": "latency", "run_id": evidence.run_id, **uris, **times, **more}
+
+
+def _best_of(row: ThreadsRow) -> dict[str, Any]:
+    best = {f"{kind}_threads": found.threads for kind, found in (("float", row.float), ("int8", row.int8))}
+    shown = {"float_shown": row.float.shown, "int8_shown": row.int8.shown}
+    ratio = row.speedup
+    return {**best, **shown, "speedup": ratio.median, "speedup_low": ratio.low, "speedup_high": ratio.high}
 
 
 def run_report(config: Config, model_uri: str) -> Summary:

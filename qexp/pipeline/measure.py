@@ -76,7 +76,8 @@ def time_versions(
     bf16: Bf16Evidence | None,
     environment: dict[str, str],
 ) -> LatencyEvidence:
-    """Time int8 versions, each with all kernels that it has, and the baselines beside them, in a clean subprocess.
+    """Time int8 versions, each with all kernels that it has, and the baselines beside them, in a clean subprocess; in
+    one more for each other number of threads that is asked for.
 
     Args:
         engines: the engine of each int8 version, by URI.
@@ -85,13 +86,30 @@ def time_versions(
     """
     timed = {uri: _with_kernels(config, files.folders[uri], engine) for uri, engine in engines.items()}
     models = [model for found in timed.values() for model in found]
-    result = time_models(config, host, files, models, models[0].name, environment)
+    result, *others = (
+        time_models(config, replace(host, threads=threads), files, models, models[0].name, environment)
+        for threads in thread_counts(config, host)
+    )
     for shortcoming in result.shortcomings:
         say(f"warning: no verdict rests on these times: {shortcoming}")
     names = {uri: _fastest_first(config, result, found) for uri, found in timed.items()}
     return LatencyEvidence(
-        files.fp32_uri, names, result, host, run_id="", bf16=bf16 if bf16_is_timed(config, host) else None
+        files.fp32_uri,
+        names,
+        result,
+        replace(host, threads=result.threads),
+        run_id="",
+        bf16=bf16 if bf16_is_timed(config, host) else None,
+        other_threads=tuple(others),
     )
+
+
+def thread_counts(config: Config, host: Host) -> list[int]:
+    """The numbers of threads on which models are timed. The first one decides: that of all stages, or else the
+    largest."""
+    asked: list[int] = config.latency.threads or [host.threads]
+    first = host.threads if host.threads in asked else max(asked)
+    return [first, *(count for count in asked if count != first)]
 
 
 def time_models(
@@ -102,7 +120,8 @@ def time_models(
     repeated: str,
     environment: dict[str, str],
 ) -> LatencyResult:
-    """Time the baselines and these int8 models in a clean subprocess, the model named `repeated` twice."""
+    """Time the baselines and these int8 models in a clean subprocess on `host.threads` threads, the model named
+    `repeated` twice."""
     asked: Sequence[str] = config.latency.baselines
     baselines, gone = list[str](), dict[str, str]()
     for name in asked:
@@ -119,7 +138,7 @@ def time_models(
     models = [SweepModel(name, files.fp32_folder) for name in (BASELINE, *baselines)] + list(int8)
     shape = preprocessing_of(config.data, config.preprocess).shape
     request = SweepRequest(tuple(models), repeated, str(files.weights), shape, host.threads, config.latency)
-    result = run_sweep(request, environment)
+    result = run_sweep(request, environment | {"OMP_NUM_THREADS": str(host.threads)})
     return replace(result, models_left_out=gone | result.models_left_out)
 
 

@@ -20,7 +20,7 @@ from qexp.measurement.host import Host
 from qexp.measurement.sweep_models import SweepModel
 from qexp.pipeline.job import Inputs, Job
 from qexp.pipeline.loading import bf16_of, load_weights, local_files, logits_of_version
-from qexp.pipeline.measure import bf16_is_timed, measure_bf16, time_models
+from qexp.pipeline.measure import bf16_is_timed, measure_bf16, thread_counts, time_models
 from qexp.pipeline.setup import Setup, prepare
 from qexp.progress import say
 from qexp.report.promotion import CANDIDATE, OVERTAKEN, Promotion
@@ -208,7 +208,7 @@ def _answers_of(champion: ModelVersion, dataset: Dataset) -> _Answers:
 
 def _time(config: Config, host: Host, versions: dict[str, ModelVersion], bf16: Bf16Evidence | None) -> LatencyEvidence:
     """The candidate and the champion, with the kernels that `qexp.load` gives, beside fp32."""
-    fp32_uri = tags_of(versions[CANDIDATE]).fp32_uri
+    fp32_uri, host = tags_of(versions[CANDIDATE]).fp32_uri, replace(host, threads=thread_counts(config, host)[0])
     with local_files(fp32_uri, *map(uri_of, versions.values())) as files:
         folders = {name: files.folders[uri_of(one)] for name, one in versions.items()}
         models = [SweepModel(name, folders[name], tags_of(one).backend) for name, one in versions.items()]

@@ -4,7 +4,7 @@ The pipeline fills them, and the report's tables, sentences, figures and `metric
 are stored as JSON: what earlier versions have stored must still be readable, so each new field has a default.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from qexp.measurement.gate import GateResult, Succession
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult, Ratio, Speedup
 from qexp.measurement.sweep_models import BF16
+from qexp.measurement.threads import ThreadsRow, best_threads
 from qexp.measurement.verdict import Verdict, decide_verdict
 from qexp.models.contents import FileContents
 from qexp.models.preprocessing import Preprocessing, Shape
@@ -174,7 +175,8 @@ class LatencyEvidence:
 
     `names` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
     there where that baseline was timed by a job that had the test images. `logits` has, by the URI of an int8 version
-    that was quantized before, its logits here beside those that were recorded.
+    that was quantized before, its logits here beside those that were recorded. `latency` is the sweep that decides;
+    `other_threads` are those on other numbers of threads.
     """
 
     fp32_uri: str
@@ -184,13 +186,16 @@ class LatencyEvidence:
     run_id: str
     bf16: Bf16Evidence | None = None
     logits: dict[str, LogitsAgreement] = field(default_factory=dict)
+    other_threads: tuple[LatencyResult, ...] = ()
 
     def check(self) -> None:
         """As that of `Fp32Evidence`."""
-        rows, timed = self.latency.rows, {name for names in self.names.values() for name in names}
-        if not (rows and all(self.names.values()) and all(row.stats.keys() >= timed for row in rows)):
-            raise ValueError("the times of a model are missing")
-        self.latency.check()
+        timed = {name for names in self.names.values() for name in names}
+        for found in (self.latency, *self.other_threads):
+            rows = found.rows
+            if not (rows and all(self.names.values()) and all(row.stats.keys() >= timed for row in rows)):
+                raise ValueError("the times of a model are missing")
+            found.check()
         if not self.floats:
             raise ValueError("there are no times of a model that is not int8")
         if self.bf16:
@@ -205,6 +210,11 @@ class LatencyEvidence:
     def name_of(self, uri: str) -> str:
         """The model of the table that stands for an int8 version: with the kernels that `qexp.load` gives."""
         return self.names[uri][0]
+
+    def best_threads(self, int8: str, floats: Sequence[str]) -> tuple[ThreadsRow, ...]:
+        """The best number of threads of an int8 model and of the fastest float at each batch size; empty where one
+        number was timed."""
+        return best_threads((self.latency, *self.other_threads), int8, floats)
 
     def fair_floats(self, limits: GateConfig) -> tuple[str, ...]:
         """What int8 is compared with: every model that is not int8, bf16 only if it keeps the limits on accuracy."""

@@ -6,6 +6,7 @@ from qexp.measurement.accuracy import Accuracy, share_interval
 from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, TRAINED, VERIFIED, GateCheck
 from qexp.measurement.host import too_many_threads
 from qexp.measurement.latency import LatencyRow, LatencyStats, Ratio
+from qexp.measurement.threads import ThreadsRow
 from qexp.report import sentences
 from qexp.report.hosts import COLUMNS, cells
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence
@@ -200,6 +201,26 @@ def _interval(found: Ratio) -> str:
 
 def _ratio(found: Ratio) -> str:
     return f"{found.median:.2f} ({_interval(found)})"
+
+
+def threads(evidence: Evidence) -> Table | None:
+    """The best number of threads at each batch size; None where one number was timed."""
+    rows = evidence.measured.best_threads(evidence.name, evidence.floats)
+    return (list(THREADS_COLUMNS), [threads_cells(row) for row in rows]) if rows else None
+
+
+THREADS_COLUMNS = (
+    "Batch size", "Fastest float, ms", "Best for it", "int8, ms", "Best for int8", "Times as fast, each on its best",
+)  # fmt: skip
+
+
+def threads_cells(row: ThreadsRow) -> list[str]:
+    """The fastest float and int8 on each number of threads, below THREADS_COLUMNS."""
+    cells = [str(row.batch_size)]
+    for found in (row.float, row.int8):
+        cells.append(", ".join(f"{three_digits(ms)} on {count}" for count, ms in found.p50_ms.items()))
+        cells.append(sentences.threads(found.threads) + ("" if found.shown else ", not told apart"))
+    return [*cells, _ratio(row.speedup)]
 
 
 def startup(evidence: Evidence) -> Table:

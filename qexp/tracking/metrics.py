@@ -11,6 +11,7 @@ from typing import Any
 
 from qexp.measurement.accuracy import Accuracy, Comparison
 from qexp.measurement.latency import LatencyResult
+from qexp.measurement.threads import ThreadsRow
 from qexp.training.train import EpochResult
 
 FIRST_OF_EPOCH = "train/loss"
@@ -101,6 +102,26 @@ def latency_table(result: LatencyResult) -> dict[str, list[Any]]:
             | {f"speedup_{key}": value for key, value in asdict(row.speedups[name]).items()}
             for row in result.rows
             for name, stats in row.stats.items()
+        ]
+    )
+
+
+def of_threads(rows: Sequence[ThreadsRow]) -> Iterator[tuple[int, dict[str, float]]]:
+    """The best number of threads of the fastest float and of int8, with the batch size as step."""
+    for row in rows:
+        best = {"float": row.float.threads, "int8": row.int8.threads}
+        yield row.batch_size, {f"latency/best_threads/{kind}": float(count) for kind, count in best.items()}
+
+
+def threads_table(rows: Sequence[ThreadsRow]) -> dict[str, list[Any]]:
+    """Columns by name, one row a batch size, model and number of threads."""
+    return columns(
+        [
+            {"batch_size": row.batch_size, "model": found.models[count], "threads": count, "p50_ms": p50_ms}
+            | {"best": count == found.threads}
+            for row in rows
+            for found in (row.float, row.int8)
+            for count, p50_ms in found.p50_ms.items()
         ]
     )
 

@@ -156,6 +156,10 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     fastest = found.winner(list(models))
     floats = evidence.fair_floats(limits.of(split_uri(next(iter(versions)))[0]))
     _log_times(found, fastest, floats, {found.baseline: fp32.model_id} | models, at_ms)
+    if by_threads := evidence.best_threads(fastest, floats):
+        for step, values in metrics.of_threads(by_threads):
+            tracking.log_metrics(values, step, at_ms=at_ms)
+        tracking.log_table(metrics.threads_table(by_threads), "threads")
     if evidence.bf16:
         tracking.log_metrics(metrics.of_bf16(evidence.bf16.accuracy, evidence.bf16.top1_drop_points), at_ms=at_ms)
     tracking.log_result("latency", evidence)
