@@ -20,6 +20,7 @@ from .quantize import quantize
 from .report import report
 from .search import search
 from .sync import sync
+from .throughput import throughput
 from .train import train
 from .verify import verify
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_model,
     "quantize": quantize,
     "latency": latency,
+    "throughput": throughput,
     "search": search,
     "report": report,
     "predict": predict,

@@ -17,7 +17,7 @@ SIDE_BY_SIDE = ("fp32_top1_percent", "int8_top1_percent", "top1_drop_points", "s
 SIZES = ("fp32_size_mb", "int8_size_mb")
 ANSWER = ("verdict", "decision")  # of the whole job, and of a promotion
 REASON = ("verdict_reason", "reasons", "gate_reason", "ship")  # told below the answer
-IN_TABLE = ("hosts", "best_threads_by_batch_size")  # told by the table alone
+IN_TABLE = ("hosts", "best_threads_by_batch_size", "settings")  # told by the table alone
 GOOD = ("ship int8", "passed")
 
 

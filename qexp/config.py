@@ -412,6 +412,29 @@ class LatencyConfig(BaseModel):
         return not chosen and not self.profile
 
 
+class ThroughputConfig(BaseModel):
+    model_config = STRICT
+    workers: Annotated[Counts, BeforeValidator(_numbers)] | None = Field(
+        None,
+        description="numbers of worker processes to try; auto: one, half and all of those that have cores of their own",
+    )
+    threads_per_worker: Annotated[Counts, BeforeValidator(_numbers)] | None = Field(
+        None, description="numbers of CPU threads, and of cores, of each worker to try; auto: 1, 2, 4, … and all"
+    )
+    load_rounds: int = Field(
+        3, ge=1, le=MOST, description="rounds of every configuration, each with new processes; at least 3 for intervals"
+    )
+    load_seconds: float = Field(
+        1.0, gt=0, le=86_400, description="seconds in which the workers compute with one model, in each round"
+    )
+    max_p99_ms: float | None = Field(
+        None, gt=0, description="limit of the 99th percentile of a request's time, ms; auto: no limit"
+    )
+    images_per_second: float | None = Field(
+        None, gt=0, description="rate for which the number of cores is wanted, images/s; auto: none"
+    )
+
+
 NotNegative = Annotated[float, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -552,6 +575,7 @@ class Config(BaseModel):
     train: TrainConfig = TrainConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     latency: LatencyConfig = LatencyConfig()
+    throughput: ThroughputConfig = ThroughputConfig()
     gate: GateConfig = GateConfig()
     search: SearchConfig = SearchConfig()
 
@@ -592,6 +616,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "min_repeats": 6,
         "min_seconds": 0.0,
     },
+    "throughput": {"load_seconds": 0.3},
 }
 
 

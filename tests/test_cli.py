@@ -192,7 +192,9 @@ def test_help_has_every_name_whole_and_the_common_options_first(
         widest = max(map(len, shown.splitlines()))
         assert widest <= columns and (command != "search" or widest > columns - 10), "at the terminal's width"
         first = shown.partition("Common options:")[2].partition("\n\n")[0]
-        for name in fields_of(("", "data", "preprocess", "train", "quantize", "latency", "gate", "search")):
+        for name in fields_of(
+            ("", "data", "preprocess", "train", "quantize", "latency", "throughput", "gate", "search")
+        ):
             word = f"--{name.replace('_', '-')}"
             found = re.search(rf"^  {word}(?![\w-])", shown, re.MULTILINE)
             assert command != "search" or found, word

@@ -111,6 +111,13 @@ def weighted_mean(means: Sequence[Mean], weights: Sequence[float]) -> Mean:
     return Mean(value, variance, variance**2 / squares if squares else 0.0)
 
 
+def difference(one: Mean, other: Mean) -> Mean:
+    """Of two independent means (Welch, Biometrika 34, 1947)."""
+    variance = one.variance + other.variance
+    parts = sum(mean.variance**2 / mean.freedom for mean in (one, other) if mean.variance)
+    return Mean(one.value - other.value, variance, variance**2 / parts if parts else 0.0)
+
+
 @dataclass(frozen=True)
 class LatencyRow:
     """All models at one batch size, by name.
@@ -491,14 +498,14 @@ def summarize(seconds: Sequence[float], batch_size: int) -> LatencyStats:
     p50 = statistics.median(seconds)
     return LatencyStats(
         p50_ms=1000 * p50,
-        p90_ms=_percentile_ms(seconds, 90),
-        p99_ms=_percentile_ms(seconds, 99),
+        p90_ms=percentile_ms(seconds, 90),
+        p99_ms=percentile_ms(seconds, 99),
         images_per_second=batch_size / p50,
         repeats=len(seconds),
     )
 
 
-def _percentile_ms(seconds: Sequence[float], percent: int) -> float | None:
+def percentile_ms(seconds: Sequence[float], percent: int) -> float | None:
     """Linear between two samples; None unless one sample at least is expected beyond it."""
     if len(seconds) * (100 - percent) < 100:
         return None

@@ -4,11 +4,10 @@ The sweeps follow each other in processes of their own, so their loads are indep
 numbers of threads have the interval of Welch's t. Within one number of threads, models took turns.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qexp.measurement.latency import CONFIDENCE, LatencyResult, LatencyRow, Mean, Ratio
+from qexp.measurement.latency import CONFIDENCE, LatencyResult, LatencyRow, Ratio, difference
 from qexp.quantities import Some, Timed
 
 
@@ -55,7 +54,7 @@ def _best(rows: dict[int, LatencyRow], names: Sequence[str], comparisons: int) -
     fastest = min(times, key=lambda threads: times[threads].value)
     slower = {fastest: False}
     for threads in set(times) - {fastest}:
-        ratio = _difference(times[threads], times[fastest]).ratio(1 - (1 - CONFIDENCE) / comparisons)
+        ratio = difference(times[threads], times[fastest]).ratio(1 - (1 - CONFIDENCE) / comparisons)
         slower[threads] = ratio.low > 1
     enough = all(row.enough for row in rows.values())
     threads = min(one for one, is_slower in slower.items() if not is_slower) if enough else fastest
@@ -68,11 +67,4 @@ def _speedup(rows: dict[int, LatencyRow], slow: BestThreads, fast: BestThreads) 
     names = slow.models[slow.threads], fast.models[fast.threads]
     if first is second:  # they took turns
         return first.ratio(*names)
-    return _difference(first.log_ms(names[0]), second.log_ms(names[1])).ratio()
-
-
-def _difference(one: Mean, other: Mean) -> Mean:
-    """Of two independent means (Welch, Biometrika 34, 1947)."""
-    variance = one.variance + other.variance
-    parts = sum(mean.variance**2 / mean.freedom for mean in (one, other) if mean.variance)
-    return Mean(one.value - other.value, variance, variance**2 / parts if parts else math.inf if variance else 0.0)
+    return difference(first.log_ms(names[0]), second.log_ms(names[1])).ratio()

@@ -3,7 +3,6 @@
 `qexp latency` on any machine with the same store adds a sweep; `logits_here` is what it compares beside its times.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,15 +109,15 @@ def _known(
     )
 
 
-def logits_here(
-    evidence: LatencyEvidence, files: LocalVersions, engines: Mapping[str, str]
-) -> dict[str, LogitsAgreement]:
+def logits_here(evidence: LatencyEvidence, files: LocalVersions) -> dict[str, LogitsAgreement]:
     """The logits of int8 versions on this machine, with the kernels that were fastest, beside the recorded ones, by
     URI. A version that has none is left out, and so is one that does not run here; both are said."""
     found = dict[str, LogitsAgreement]()
-    for uri, engine in engines.items():
-        if (recorded := read_recorded(registry.find_version(uri, "int8"))) is None:
+    for uri in evidence.names:
+        version = registry.find_version(uri, "int8")
+        if (recorded := read_recorded(version)) is None:
             continue
+        engine = tags_of(version).engine
         kernels = {one.name: one.backend for one in int8_models("", engine, KERNELS[engine])}
         before = torch.backends.quantized.engine
         try:

@@ -297,7 +297,7 @@ def latency_stage(
         with job.files(fp32_uri, *engines) as files:
             environment = registry.child_environment(job.host.threads)
             evidence = time_versions(config, job.host, files, engines, found, environment)
-            return replace(evidence, logits=logits_here(evidence, files, engines)) if compare else evidence
+            return replace(evidence, logits=logits_here(evidence, files)) if compare else evidence
 
     uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *engines))
     return job.stage(
@@ -425,7 +425,8 @@ def run_report(config: Config, model_uri: str) -> Summary:
     config, host = prepare_for_version(config, model_uri)
     evidence = loading.evidence_of_version(config, model_uri)
     hosts = known_hosts(config, registry.find_version(evidence.int8.version_uri, "int8"))
-    evidence = replace(evidence, hosts=hosts)
+    throughput = loading.throughput_of(registry.find_version(evidence.int8.version_uri, "int8"))
+    evidence = replace(evidence, hosts=hosts, throughput=throughput)
     again = shlex.join(["qexp", "report", "--model-uri", evidence.int8.version_uri])
     page = report_stage(Job(host, again=again), config, evidence)
     return summary_of("report", Reported(evidence, page.split("/")[1], page))

@@ -22,7 +22,7 @@ from qexp.models.taken import load_taken
 from qexp.pipeline.decide import judge
 from qexp.pipeline.measure import LocalVersions, predict_splits
 from qexp.progress import say
-from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence, ThroughputEvidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.aliases import CHAMPION, version_with
@@ -164,6 +164,17 @@ def bf16_of(found: ModelVersion) -> Bf16Evidence | None:
         return tracking.read_result(LatencyEvidence, run_id, "latency").bf16
     except InputError as error:  # a sweep that is lost is made anew
         say(f"the accuracy of bf16 is not known: {error}")
+        return None
+
+
+def throughput_of(found: ModelVersion) -> ThroughputEvidence | None:
+    """What is known of the throughput of a version, by its latest measurement."""
+    if not (run_id := tags_of(found).throughput_run_id):
+        return None
+    try:
+        return tracking.read_result(ThroughputEvidence, run_id, "throughput")
+    except InputError as error:
+        say(f"the throughput is not known: {error}")
         return None
 
 

@@ -21,10 +21,11 @@ from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult, Ratio, Speedup
 from qexp.measurement.sweep_models import BF16
 from qexp.measurement.threads import ThreadsRow, best_threads
+from qexp.measurement.throughput import Choice, Kind, Need, ThroughputResult
 from qexp.measurement.verdict import Verdict, decide_verdict
 from qexp.models.contents import FileContents
 from qexp.models.preprocessing import Preprocessing, Shape
-from qexp.quantities import Finite, Number, Percent, Points, Some
+from qexp.quantities import Finite, Number, Percent, Points, Some, Timed
 from qexp.quantization.budget import BudgetResult
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
@@ -226,6 +227,36 @@ class LatencyEvidence:
 
 
 @dataclass(frozen=True)
+class ThroughputEvidence:
+    """What workers serve with an int8 version and with the fastest float of each setting, and the machine they ran on.
+
+    `max_p99_ms` and `images_per_second` are what was asked: a limit of the time of a request, and a rate.
+    """
+
+    fp32_uri: str
+    int8_uri: str
+    result: ThroughputResult
+    host: Host
+    run_id: str
+    max_p99_ms: Timed | None = None
+    images_per_second: Timed | None = None
+
+    def check(self) -> None:
+        """As that of `Fp32Evidence`."""
+        self.result.check()
+
+    def best(self, kind: Kind) -> Choice | None:
+        """The setting that serves most within the limit."""
+        return self.result.best(kind, self.max_p99_ms)
+
+    def needed(self, kind: Kind) -> Need | None:
+        """What the rate takes within the limit; None too where no rate was asked for."""
+        if self.images_per_second is None:
+            return None
+        return self.result.needed(kind, self.images_per_second, self.max_p99_ms)
+
+
+@dataclass(frozen=True)
 class Judged:
     """An int8 version, its name in the latency table, and the gate's decision on it."""
 
@@ -242,7 +273,8 @@ class Evidence:
     `failed_engines` says of each engine that could not quantize the model why. `succession` is the decision against
     the previous champion, `before_uri`, where there was another one; `now_uri` is what has become champion since.
     `floats` are the models that int8 is compared with: all that are not int8, bf16 only if it is accurate enough.
-    `hosts` is what is known of the version chosen on each kind of machine that has timed it.
+    `hosts` is what is known of the version chosen on each kind of machine that has timed it. `throughput` is what
+    workers serve with it, where that was measured.
     """
 
     fp32: Fp32Evidence
@@ -255,6 +287,7 @@ class Evidence:
     before_uri: str | None = None
     now_uri: str | None = None
     hosts: tuple[KnownHost, ...] = ()
+    throughput: ThroughputEvidence | None = None
 
     @cached_property
     def verdict(self) -> Verdict:

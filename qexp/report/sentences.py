@@ -12,12 +12,13 @@ from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, VERIFIED
 from qexp.measurement.host import Host
 from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyResult, LatencyRow, Ratio
 from qexp.measurement.sweep_models import BASELINE, BF16, EAGER
+from qexp.measurement.throughput import KINDS
 from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASURED
 from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
 from qexp.report.hosts import notes
-from qexp.report.results import DataFacts, Evidence, Int8Evidence
+from qexp.report.results import DataFacts, Evidence, Int8Evidence, ThroughputEvidence
 
 SAME_SPEED = 0.05  # times saved that differ by less than 5 % do not grow
 FLOATS = {
@@ -523,6 +524,66 @@ def _others(evidence: Evidence) -> list[str]:
         f"During these {wall:.0f} s, on {cores} {_plural(cores, 'core')}, the timed process used {own:.0f} s of CPU "
         f"time and other processes {others:.0f} s. At no batch size did others take more than {most:.1f} % of the "
         "timed cores."
+    ]
+
+
+# Throughput
+
+
+def throughput(found: ThroughputEvidence) -> list[str]:
+    """Which setting serves most, what a rate takes, and what else must be known of the figures."""
+    return [
+        *(f"**Nothing may rest on these figures**: {reason}." for reason in found.result.shortcomings),
+        _most_served(found),
+        *_needed(found),
+        *(f"Not tried: {reason}." for reason in found.result.left_out),
+    ]
+
+
+def _most_served(found: ThroughputEvidence) -> str:
+    limit = "" if found.max_p99_ms is None else f"Within {found.max_p99_ms:g} ms for 99 of 100 requests, "
+    told, best = [], {kind: found.best(kind) for kind in KINDS}
+    for kind, name in (("int8", "int8"), ("float", "the fastest float")):
+        one = best[kind]  # type: ignore[index]
+        if one is None:
+            told.append(f"{name} is not shown to serve anything")
+            continue
+        served = one.served
+        p99 = "" if served.p99_ms is None else f", 99 of 100 requests within {three_digits(served.p99_ms)} ms"
+        which = f" (`{served.model}`)" if kind == "float" else ""
+        rate = f"{three_digits(served.rate.median)} images a second ({_interval(served.rate)})"
+        told.append(f"{name}{which} serves {rate} with {one.setting.text}{p99}")
+    text = f"{limit}{'; '.join(told)}."
+    return text[0].upper() + text[1:]
+
+
+def _needed(found: ThroughputEvidence) -> list[str]:
+    """What a rate takes, for int8 and for the fastest float."""
+    if found.images_per_second is None:
+        return []
+    told = []
+    for kind, name in (("int8", "int8"), ("float", "the fastest float")):
+        need = found.needed(kind)  # type: ignore[arg-type]
+        if need is None:
+            told.append(f"nothing is shown to do for {name}")
+            continue
+        machines = "" if need.machines == 1 else f" of {need.machines} machines like this one, each"
+        cores = f"{need.cores} {_plural(need.cores, 'core')}"
+        told.append(f"{name} needs {cores}{machines} with {need.each.setting.text}")
+    return [f"For {found.images_per_second:g} images a second, {'; '.join(told)}."]
+
+
+def how_served(found: ThroughputEvidence) -> list[str]:
+    """What a worker, a request and a rate are."""
+    result = found.result
+    pinned = "each pinned to cores of its own" if result.pinned else "which this system does not pin to cores"
+    rounds = span([len(row.int8.images_per_second) for row in result.rows])
+    return [
+        f"Workers are processes, {pinned}, one a thread. Each computes one request after the other, a request being "
+        "one batch: its time is that of the computation beside busy neighbours, without waiting in a queue.",
+        f"Images a second are those of all workers while all of them are at work, in {rounds} rounds with new "
+        "processes, in each of which float and int8 take turns. The float at a batch size is the one that was the "
+        "fastest in the latest latency sweep on this CPU.",
     ]
 
 

@@ -7,9 +7,12 @@ from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, TRAINED, V
 from qexp.measurement.host import too_many_threads
 from qexp.measurement.latency import LatencyRow, LatencyStats, Ratio
 from qexp.measurement.threads import ThreadsRow
+from qexp.measurement.throughput import COLUMNS as COLUMNS_OF_THROUGHPUT
+from qexp.measurement.throughput import KINDS
+from qexp.measurement.throughput import cells as cells_of_throughput
 from qexp.report import sentences
 from qexp.report.hosts import COLUMNS, cells
-from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence
+from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, ThroughputEvidence
 from qexp.report.sentences import by_batch_size, three_digits
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
@@ -221,6 +224,18 @@ def threads_cells(row: ThreadsRow) -> list[str]:
         cells.append(", ".join(f"{three_digits(ms)} on {count}" for count, ms in found.p50_ms.items()))
         cells.append(sentences.threads(found.threads) + ("" if found.shown else ", not told apart"))
     return [*cells, _ratio(row.speedup)]
+
+
+def throughput(found: ThroughputEvidence) -> Table:
+    """At each batch size, the settings with which float and int8 serve most, and those that were chosen."""
+    chosen = [best.setting for kind in KINDS if (best := found.best(kind))]
+    for size in {row.setting.batch_size for row in found.result.rows}:
+        rows = [row for row in found.result.rows if row.setting.batch_size == size]
+        chosen += [max(rows, key=lambda row: row.of(kind).mean.value).setting for kind in KINDS]
+    rows = [row for row in found.result.rows if row.setting in chosen]
+    rows.sort(key=lambda row: (row.setting.batch_size, row.setting.cores))
+    header = [name[0].upper() + name[1:] if name != "int8 over float" else name for name in COLUMNS_OF_THROUGHPUT]
+    return header, [list(cells_of_throughput(row)) for row in rows]
 
 
 def startup(evidence: Evidence) -> Table:

@@ -23,7 +23,7 @@ from qexp.models.program import load_program
 from qexp.models.taken import export_program, is_onnx, is_rebuilt
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.promotion import Promotion
-from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence, ThroughputEvidence
 from qexp.tracking.job_folder import RESULT
 from qexp.tracking.registry import Registered
 
@@ -69,12 +69,13 @@ class WrittenReport:
     int8_uri: str
 
 
-Result = NewModel | SensitivityResult | LatencyEvidence | Promotion | WrittenReport
+Result = NewModel | SensitivityResult | LatencyEvidence | ThroughputEvidence | Promotion | WrittenReport
 KINDS: dict[str, Any] = {
     "fp32": Fp32Evidence,
     "int8": Int8Evidence,
     "sensitivity": SensitivityResult,
     "latency": LatencyEvidence,
+    "throughput": ThroughputEvidence,
     "promotion": Promotion,
     "report": WrittenReport,
 }

@@ -26,7 +26,7 @@ from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
 from qexp.report.promotion import CANDIDATE, FORCED, Promotion
-from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence, ThroughputEvidence
 from qexp.text import opaque
 from qexp.tracking import description, metrics, registry
 from qexp.tracking import runs as tracking
@@ -215,6 +215,20 @@ def _latency_tags(result: LatencyResult, name: str) -> dict[str, str]:
     row = min(result.rows, key=lambda row: row.batch_size)
     p50_ms = f"{row.stats[name].p50_ms:.4g}"
     return {"p50_ms": p50_ms, "p50_batch_size": str(row.batch_size), "p50_threads": str(result.threads)}
+
+
+@upload.register
+def _throughput(result: ThroughputEvidence, folder: Path, at_ms: int) -> ThroughputEvidence:
+    """To the run, and as a tag of the version, by which the report finds it."""
+    found = replace(result, run_id=_run_id())
+    tracking.log_models(map(model_id_of, (found.fp32_uri, found.int8_uri)))
+    for step, values in metrics.of_throughput(found):
+        tracking.log_metrics(values, step, at_ms=at_ms)
+    tracking.log_table(metrics.throughput_table(found), "throughput")
+    tracking.log_result("throughput", found)
+    registry.tag_version(found.int8_uri, {"throughput_run_id": found.run_id})
+    tracking.set_note(" ".join(sentences.throughput(opaque(found))))
+    return found
 
 
 @upload.register
