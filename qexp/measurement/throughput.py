@@ -133,7 +133,7 @@ class ThroughputResult(Shown):
         found = []
         rounds = min(len(row.int8.images_per_second) for row in self.rows)
         if rounds < FEWEST_ROUNDS:
-            found.append(f"{rounds} rounds: at least {FEWEST_ROUNDS} are needed (--load-rounds)")
+            found.append(f"of at least {FEWEST_ROUNDS} rounds that it takes, {rounds} were made (--load-rounds)")
         busy = max((one.busy_percent for one in self.activities), default=0.0)
         if busy > self.max_busy_percent:
             limit = f"at most {self.max_busy_percent:g} % (--max-busy-percent)"

@@ -551,7 +551,8 @@ def _most_served(found: ThroughputEvidence) -> str:
         served = one.served
         p99 = "" if served.p99_ms is None else f", 99 of 100 requests within {three_digits(served.p99_ms)} ms"
         which = f" (`{served.model}`)" if kind == "float" else ""
-        rate = f"{three_digits(served.rate.median)} images a second ({_interval(served.rate)})"
+        low, middle, high = (three_digits(end) for end in (served.rate.low, served.rate.median, served.rate.high))
+        rate = f"{middle} images a second ({low} to {high})"
         told.append(f"{name}{which} serves {rate} with {one.setting.text}{p99}")
     text = f"{limit}{'; '.join(told)}."
     return text[0].upper() + text[1:]

@@ -235,7 +235,8 @@ def throughput(found: ThroughputEvidence) -> Table:
     rows = [row for row in found.result.rows if row.setting in chosen]
     rows.sort(key=lambda row: (row.setting.batch_size, row.setting.cores))
     header = [name[0].upper() + name[1:] if name != "int8 over float" else name for name in COLUMNS_OF_THROUGHPUT]
-    return header, [list(cells_of_throughput(row)) for row in rows]
+    shown = [list(cells_of_throughput(row)) for row in rows]
+    return header, [[*texts[:3], f"`{texts[3]}`", *texts[4:]] for texts in shown]
 
 
 def startup(evidence: Evidence) -> Table:

@@ -37,18 +37,24 @@ def test_a_sweep_on_another_machine_adds_to_what_is_known(in_use: Finished) -> N
     mlflow.set_tracking_uri(in_use.uri)
     uri = in_use.summary["int8"]
     few = [*"--batch-sizes 1 --min-repeats 6 --loads 3 --min-seconds 0 --warmup 1 --max-busy-percent 100".split()]
-    done = run_qexp(in_use.folder, "latency", "--model-uri", uri, *few, *PLAIN[:2], before=OTHER_MACHINE)
+    few += ["--threads", "1,2", *PLAIN[:2]]
+    done = run_qexp(in_use.folder, "latency", "--model-uri", uri, *few, before=OTHER_MACHINE)
     assert done.code == 0, done.stderr
     assert done.summary["logits"] == "differ by up to 3 steps of the output"
     assert f"warning: {uri}: the logits for 32 recorded images: differ by up to 3 steps" in done.stderr
 
-    other, own = run_hosts(Config(), uri)["hosts"][:2]
+    best = done.summary["best_threads_by_batch_size"]
+    assert set(best) == {"1"} and {best["1"]["int8_threads"], best["1"]["float_threads"]} <= {1, 2}
+
+    other, second, own = run_hosts(Config(), uri)["hosts"][:3]
+    assert {other["threads"], second["threads"]} == {1, 2} and other["cpu"] == second["cpu"] != own["cpu"]
     assert json.loads(json.dumps(other)) == other
     assert (other["cpu"], other["instructions"], other["cores"]) == ("Other CPU", ["AVX2"], 16)
     assert other["run_id"] == done.summary["run_id"] != own["run_id"]
     assert other["logits_largest_difference_steps"] == pytest.approx(3, abs=0.01) and other["logits_images"] == 32
-    assert own["logits"] == "recorded on this CPU" and own["cpu"] != "Other CPU"
+    assert own["logits"] == "recorded on this CPU"
     found = tracking.read_result(LatencyEvidence, other["run_id"], "latency")
+    assert {found.latency.threads, *(one.threads for one in found.other_threads)} == {1, 2}
     floats, name = found.fair_floats(Config().gate), found.name_of(uri)
     assert other["mean_speedup"] == found.latency.mean_ratio(floats, name).median
     assert [one["batch_size"] for one in other["speedups"]] == [1] and other["mean_speedup_low"] <= other[
