@@ -408,9 +408,14 @@ def run_latency(config: Config, model_uri: str) -> Summary:
         more |= {"logits_largest_difference_steps": compared.largest_difference_steps}
     if by_threads := evidence.best_threads(name, floats):
         cells = tuple(tuple(tables.threads_cells(row)) for row in by_threads)
-        more |= {"best_threads_by_batch_size": {str(row.batch_size): _best_of(row) for row in by_threads}}
+        more |= _threads_of(by_threads)
         more |= {TABLE: Table("The best number of threads at each batch size", tables.THREADS_COLUMNS, cells)}
     return {"command": "latency", "run_id": evidence.run_id, **uris, **times, **more}
+
+
+def _threads_of(rows: Sequence[ThreadsRow]) -> Summary:
+    """The best number of threads by batch size; nothing where one number was timed."""
+    return {"best_threads_by_batch_size": {str(row.batch_size): _best_of(row) for row in rows}} if rows else {}
 
 
 def _best_of(row: ThreadsRow) -> dict[str, Any]:
@@ -438,4 +443,5 @@ def summary_of(command: str, done: Reported) -> Summary:
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": done.report_uri}
     engine = {"engine": evidence.int8.quantize.engine}
     found = evidence.decision | evidence.headline | evidence.images_seen_before
+    found |= _threads_of(evidence.measured.best_threads(evidence.name, evidence.floats))
     return {"command": command, "run_id": done.run_id, **uris, **engine, **found, TABLE: answer_table(evidence)}

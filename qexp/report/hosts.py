@@ -109,13 +109,13 @@ class KnownHosts(Shown):
 
     def tables(self) -> tuple[Table, ...]:
         title = f"{self.name} by kind of machine, with 95 % intervals"
-        rows = tuple((one.version_uri, *cells(one)) for one in self.hosts)
+        rows = tuple((one.version_uri.rpartition("/")[2], *cells(one)) for one in self.hosts)
         return (Table(title, ("version", *COLUMNS), rows, notes(self.hosts)),)
 
 
 COLUMNS = (
     "CPU", "instructions", "cores", "threads", "over the fastest float", "at single batch sizes", "logits", "gate",
-    "verdict", "measured",
+    "measured",
 )  # fmt: skip
 
 
@@ -133,9 +133,13 @@ def cells(one: KnownHost) -> tuple[str, ...]:
         " to ".join(at),
         one.logits_text,
         one.gate.word,
-        one.verdict,
         f"{one.date}{sweeps}",
     )
+
+
+def several_kinds(hosts: Sequence[KnownHost]) -> bool:
+    """Whether more than one kind of machine is known, and not only several numbers of threads of one."""
+    return len({(one.host.cpu, one.host.features, one.cores, one.host.cpu_quota) for one in hosts}) > 1
 
 
 def notes(hosts: Sequence[KnownHost]) -> tuple[str, ...]:

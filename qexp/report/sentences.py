@@ -18,6 +18,7 @@ from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
 from qexp.report.hosts import notes
+from qexp.report.hosts import several_kinds as several_kinds
 from qexp.report.results import DataFacts, Evidence, Int8Evidence, ThroughputEvidence
 
 SAME_SPEED = 0.05  # times saved that differ by less than 5 % do not grow
@@ -571,16 +572,20 @@ def _needed(found: ThroughputEvidence) -> list[str]:
         machines = "" if need.machines == 1 else f" of {need.machines} machines like this one, each"
         cores = f"{need.cores} {_plural(need.cores, 'core')}"
         told.append(f"{name} needs {cores}{machines} with {need.each.setting.text}")
-    return [f"For {found.images_per_second:g} images a second, {'; '.join(told)}."]
+    return [f"For {found.images_per_second:,.10g} images a second, {'; '.join(told)}."]
 
 
 def how_served(found: ThroughputEvidence) -> list[str]:
     """What a worker, a request and a rate are."""
     result = found.result
-    pinned = "each pinned to cores of its own" if result.pinned else "which this system does not pin to cores"
+    pinned = (
+        "each pinned to as many cores of its own as it has threads"
+        if result.pinned
+        else "which this system does not pin to cores"
+    )
     rounds = span([len(row.int8.images_per_second) for row in result.rows])
     return [
-        f"Workers are processes, {pinned}, one a thread. Each computes one request after the other, a request being "
+        f"Workers are processes, {pinned}. Each computes one request after the other, a request being "
         "one batch: its time is that of the computation beside busy neighbours, without waiting in a queue.",
         f"Images a second are those of all workers while all of them are at work, in {rounds} rounds with new "
         "processes, in each of which float and int8 take turns. The float at a batch size is the one that was the "

@@ -234,7 +234,7 @@ def throughput(found: ThroughputEvidence) -> Table:
         chosen += [max(rows, key=lambda row: row.of(kind).mean.value).setting for kind in KINDS]
     rows = [row for row in found.result.rows if row.setting in chosen]
     rows.sort(key=lambda row: (row.setting.batch_size, row.setting.cores))
-    header = [name[0].upper() + name[1:] if name != "int8 over float" else name for name in COLUMNS_OF_THROUGHPUT]
+    header = [name if name.startswith("int8") else name.capitalize() for name in COLUMNS_OF_THROUGHPUT]
     shown = [list(cells_of_throughput(row)) for row in rows]
     return header, [[*texts[:3], f"`{texts[3]}`", *texts[4:]] for texts in shown]
 

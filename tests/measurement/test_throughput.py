@@ -134,7 +134,7 @@ def test_report_says_what_to_run(evidence: Evidence) -> None:
     section = render_markdown(replace(evidence, throughput=found)).split("## Throughput")[1].split("\n## ")[0]
     assert "Within 10 ms for 99 of 100 requests, int8 serves 590 images a second (576 to 605) with" in section
     assert "with 2 workers of 1 thread, batch size 1, 99 of 100 requests within 8.00 ms; the fastest float" in section
-    assert "For 2000 images a second, int8 needs 8 cores of 4 machines like this one, each with 2 workers" in section
+    assert "For 2,000 images a second, int8 needs 8 cores of 4 machines like this one, each with 2 workers" in section
     assert "| 2 | 1 | 1 | `fp32_onnx` | 190 (185.3 to 194.8) | 4 / 8 | 590 (575.5 to 604.8) | 4 / 8 | 3.11x" in section
     assert "3 rounds with new processes" in section
     logged = dict[str, float]()
