@@ -36,7 +36,7 @@ hosts.predict_logits = moved
 def test_a_sweep_on_another_machine_adds_to_what_is_known(in_use: Finished) -> None:
     mlflow.set_tracking_uri(in_use.uri)
     uri = in_use.summary["int8"]
-    few = [*"--batch-sizes 1 --min-repeats 6 --loads 3 --min-seconds 0 --warmup 1 --max-busy-percent 100".split()]
+    few = [*"--batch-sizes 1 --min-repeats 2 --loads 2 --min-seconds 0 --warmup 1 --max-busy-percent 100".split()]
     few += ["--threads", "1,2", *PLAIN[:2]]
     done = run_qexp(in_use.folder, "latency", "--model-uri", uri, *few, before=OTHER_MACHINE)
     assert done.code == 0, done.stderr
@@ -60,7 +60,7 @@ def test_a_sweep_on_another_machine_adds_to_what_is_known(in_use: Finished) -> N
     assert [one["batch_size"] for one in other["speedups"]] == [1] and other["mean_speedup_low"] <= other[
         "mean_speedup"
     ]
-    assert other["gate"] in ("passed", "failed") and other["gate_reasons"]
+    assert other["gate"] in ("not measured well enough", "failed") and other["gate_reasons"]
     strict = Config.model_validate({"gate": {"min_size_ratio": 99}})
     assert {one["gate"] for one in run_hosts(strict, NAME)["hosts"]} == {"failed"}
 
