@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 TOP = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
-RUN_EXTRAS = ("pt2e", "onnx", "digits")  # what the entry points of MLproject may be asked for
+RUN_EXTRAS = ("pt2e", "onnx", "openvino", "digits")  # what the entry points of MLproject may be asked for
 CONSTRAINTS_HEAD = "# Exact versions for `pip install -c`, written by `make lock`. The ranges are in pyproject.toml.\n"
 CONDA_HEAD = """\
 # The environment of `mlflow run`, with the versions of constraints.txt; written by `make lock`.

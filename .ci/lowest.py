@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
-EXTRAS = ("pt2e", "onnx", "digits", "postgres", "test")
+EXTRAS = ("pt2e", "onnx", "openvino", "digits", "postgres", "test")
 NAMES = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX"}
 
 

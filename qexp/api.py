@@ -30,6 +30,7 @@ from qexp.measurement.activity import watch_machine
 from qexp.measurement.cost import Cost, measure_cost
 from qexp.measurement.latency import AGAIN, LatencyResult, Run, measure_latency
 from qexp.models.classifier import ModelSpec
+from qexp.models.names import OPENVINO, RUNTIMES
 from qexp.models.preprocessing import Preprocessing, Shape
 from qexp.pipeline.checks import model_options
 from qexp.quantization import KERNELS, QuantizedModel, quantize_model
@@ -45,6 +46,7 @@ Options = TypeVar("Options", bound=BaseModel)
 CALIBRATION_IMAGES = 256  # as the commands take, where they are not told
 VERIFY_IMAGES = 64
 NOT_OPTIONS = ("baselines", "threads")  # of LatencyConfig: models and threads are arguments of `benchmark`
+ONNX_CLASSIFIERS = ("OnnxClassifier", "OpenvinoClassifier")
 WITH_LABELS = ("max_top1_drop", "max_tries", "sensitivity_images")  # options of the command, which has labels
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -93,8 +95,8 @@ def quantize(
         reduce_range: leave one bit of all weights unused; None: where int8 products saturate on this CPU.
         options: those of the commands, checked in the same way: `observer` ("histogram", "minmax", "batch_average",
             "percentile"), `percentile`, `per_channel`, `keep_fp32` (names of layers), `allow_float` (accept Conv2d and
-            Linear layers that cannot be quantized), `fold_pool`, `backend` ("x86" or "onednn", engine fx),
-            `calibration_samples` (256), `calibration_batch_size` (64 images).
+            Linear layers that cannot be quantized), `fold_pool`, `backend` (with engine fx "x86" or "onednn", with onnx
+            "onnxruntime" or "openvino"), `calibration_samples` (256), `calibration_batch_size` (64 images).
 
     Returns:
         The int8 model: float images to float logits when called, with `int8_layers`, `float_layers`, `size_bytes`,
@@ -109,7 +111,8 @@ def quantize(
     calibration = _calibration(images, settings.calibration_samples or CALIBRATION_IMAGES)
     with _evaluated(model) as module:
         _check_model(module, calibration[:2])
-        return quantize_model(module, calibration, settings, reduce_range)
+        made = quantize_model(module, calibration, settings, reduce_range)
+    return made.in_openvino() if settings.backend == OPENVINO else made
 
 
 @_in_words_of_python
@@ -271,7 +274,7 @@ def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[
         preprocessing = Preprocessing(*shape[1:], channels="rgb" if shape[0] == 3 else "grey")
         spec = ModelSpec(name.removesuffix(f"-{kind}"), names, preprocessing)
         if isinstance(model, QuantizedModel):
-            return own_models.register(kind, model.module, name, spec, sample, model.tags(), model.stored)
+            return own_models.register(kind, model.as_by_mlflow(), name, spec, sample, model.tags(), model.stored)
         return own_models.register(kind, module, name, spec, sample, {}, copy.deepcopy(module))
 
 
@@ -332,27 +335,33 @@ def check(
 
 
 @_in_words_of_python
-def load(uri: str) -> Predict:
+def load(uri: str, runtime: Literal["onnxruntime", "openvino"] | None = None) -> Predict:
     """The registered model at `uri` as a function of images, with the int8 kernels that won when it was measured.
 
     `mlflow.pytorch.load_model(uri)` gives the same outputs; this sets the engine recorded in the version's tags first,
     because TorchScript packs int8 weights at load, for whatever engine the process has chosen. A version of engine
-    `onnx` is run by ONNX Runtime, on as many threads as torch.
+    `onnx` is run by the runtime that won, ONNX Runtime or OpenVINO, on as many threads as torch. OpenVINO compiles it
+    when it first sees a batch size.
 
     Args:
         uri: models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS.
+        runtime: of an ONNX file, whichever won; None: the one that won, or ONNX Runtime where OpenVINO won and is not
+            installed.
 
     Returns:
         Float images [N, 3, H, W] in [0, 1] to float logits [N, classes]. A version of engine `onnx` also takes numpy
         arrays and uint8.
 
     Raises:
-        InputError: the URI has another form or does not exist, or the extra `onnx` is needed and not installed.
+        InputError: the URI has another form or does not exist, there is no such runtime, the version is no ONNX file
+            and has none, or the extra `onnx` or `openvino` is needed and not installed.
         StageError: MLflow was told to load nothing like it.
     """
     from qexp.tracking.registry import load_version
 
-    return load_version(uri)
+    if runtime not in (None, *RUNTIMES):
+        raise InputError(f"runtime={runtime!r}: must be {' or '.join(RUNTIMES)}")
+    return load_version(uri, runtime)
 
 
 def _quantize_options(engine: str, options: dict[str, Any]) -> QuantizeConfig:
@@ -360,8 +369,10 @@ def _quantize_options(engine: str, options: dict[str, Any]) -> QuantizeConfig:
     if not isinstance(given["engine"], str) or "," in given["engine"]:
         raise InputError(f"engine={engine!r}: must be one of fx, pt2e, onnx")
     settings = _checked(QuantizeConfig, "quantize", given, WITH_LABELS)
-    if settings.backend and len(KERNELS[engine]) == 1:
-        raise InputError(f"backend={settings.backend!r}: engine {engine} has no choice of kernels")
+    if settings.backend and settings.backend not in KERNELS[engine]:
+        has = ", ".join(one for one in KERNELS[engine] if one)
+        allowed = f"must be one of {has} with engine {engine}" if has else f"engine {engine} has no choice of kernels"
+        raise InputError(f"backend={settings.backend!r}: {allowed}")
     return settings
 
 
@@ -379,8 +390,8 @@ def _checked(kind: type[Options], function: str, given: dict[str, Any], left_out
 
 
 def _check_kind(model: Any) -> None:
-    # What `load` gives of an ONNX file is a module without layers.
-    if not isinstance(model, nn.Module | QuantizedModel) or type(model).__name__ == "OnnxClassifier":
+    # What `load` gives of an ONNX file are modules without layers; what they need may not be installed.
+    if not isinstance(model, nn.Module | QuantizedModel) or type(model).__name__ in ONNX_CLASSIFIERS:
         raise InputError(f"model: must be an nn.Module or what qexp.quantize returns, and is {type(model).__name__}")
 
 

@@ -287,9 +287,10 @@ class TrainConfig(BaseModel):
 class QuantizeConfig(BaseModel):
     model_config = STRICT
     engine: Engines = Field(["fx"], description="quantization engines, side by side: fx, pt2e, onnx")
-    backend: Literal["x86", "onednn"] | None = Field(
+    backend: Literal["x86", "onednn", "onnxruntime", "openvino"] | None = Field(
         None,
-        description="int8 kernels of engine fx; auto: the faster ones, as measured (torch alone takes x86)",
+        description="int8 kernels of engine fx (x86, onednn), or runtime of engine onnx (onnxruntime, openvino); auto: "
+        "the fastest, as measured (torch alone takes x86)",
     )
     calibration_samples: int | None = Field(
         None,

@@ -1,5 +1,6 @@
 """Packages that only some need, as extras of the distribution: a missing one is one line that says what to install."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from qexp.errors import InputError
 EXTRAS = {
     "pt2e": ("torchao",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
     "digits": ("sklearn",),
     "postgres": ("psycopg",),
     "timm": ("timm",),
@@ -33,6 +35,19 @@ def extra(name: str, purpose: str) -> Iterator[None]:
         raise _missing(name, purpose, package) from None
 
 
+@contextmanager
+def without_package(name: str) -> Iterator[None]:
+    """Importing `name` fails inside the block as if it were not installed, unless it has been imported before."""
+    blocked = name not in sys.modules
+    if blocked:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if blocked:
+            del sys.modules[name]
+
+
 def check_engines(engines: Sequence[str]) -> None:
     """Raise InputError where an engine needs a package that is not installed. Nothing is imported for that."""
     for engine in engines:
@@ -52,6 +67,11 @@ def is_installed(engine: str) -> bool:
     return engine not in OF_ENGINE or all(map(_is_there, EXTRAS[OF_ENGINE[engine]]))
 
 
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed. It is not imported for that."""
+    return _is_there("openvino")
+
+
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None
@@ -60,4 +80,9 @@ def _is_there(package: str) -> bool:
 
 
 def _missing(name: str, purpose: str, package: str) -> InputError:
-    return InputError(f"{purpose} needs {package}: pip install 'qexp[{name}]'")
+    return InputError(f"{purpose} needs {package}: {how_to_install(name)}")
+
+
+def how_to_install(name: str) -> str:
+    """The command that installs an extra."""
+    return f"pip install 'qexp[{name}]'"

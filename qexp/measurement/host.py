@@ -26,7 +26,18 @@ FEATURES = {
 # Without AVX-VNNI: torch's x86 kernels do not use it, those of AVX2 saturate.
 INT8_DOT_PRODUCTS = {"AVX512-VNNI", "AMX-int8", "NEON-dotprod"}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names and numbers of glibc's malloc.h
-LIBRARIES = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "mlflow", "optuna", "torchinfo", "numpy")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "mlflow",
+    "optuna",
+    "torchinfo",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def _main(question: Path, answer: Path) -> None:
 def _start_all(
     request: SweepRequest, folder: Path
 ) -> tuple[dict[SweepModel, Started], LatencyConfig, str, dict[str, str]]:
-    """How each model starts up; the options with the batch sizes that are left, and why others are not; and baselines
-    that cannot be made of this model or do not run, with the reasons. Files are in `folder`."""
+    """How each model starts up; the options with the batch sizes that are left, and why others are not; and models that
+    can be missing and cannot be made or do not run, with the reasons. Files are in `folder`."""
     able, options, because, gone = dict[SweepModel, Started](), request.options, "", dict[str, str]()
     models = list(request.models)
     progress = Progress("starting each model", len(models))
@@ -137,11 +137,11 @@ def _start_all(
                 )
             able[model] = started = in_fork(partial(_start_up, model, request.shape, options, folder))
         except StageError as error:
-            if not is_baseline:
+            if model.needed and not is_baseline:
                 raise StageError(f"{name}: {error}") from None
             able.pop(model, None)
             gone[name] = str(error)
-            say(f"baseline {name} is left out: {error}")
+            say(f"{'baseline ' if is_baseline else ''}{name} is left out: {error}")
         else:
             if options.fits_batch_sizes and len(sizes := fitting(started.pass_s)) < len(options.batch_sizes):
                 too_long = options.batch_sizes[len(sizes)]
@@ -240,7 +240,10 @@ def _start_up(model: SweepModel, shape: Shape, options: LatencyConfig, folder: P
     times.append(time.perf_counter())
     pass_s: dict[int, float] = {}
     for batch in options.batch_sizes if options.fits_batch_sizes else dict.fromkeys((smallest, largest)):
-        pass_s[batch] = _pass_s(run, torch.rand(batch, *shape))
+        images = torch.rand(batch, *shape)
+        if model.compiles_for_each_size:
+            run(images)
+        pass_s[batch] = _pass_s(run, images)
         if options.fits_batch_sizes and len(fitting(pass_s)) < len(pass_s):
             break
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

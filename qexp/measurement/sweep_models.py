@@ -2,7 +2,7 @@
 
 fp32 is the stored version, an exported program. The fair baselines are made from its weights: the Python module
 (eager), traced and frozen by TorchScript, the same in bf16, and exported to ONNX for ONNX Runtime. int8 models are
-stored versions, each with one choice of kernels.
+stored versions, each with one choice of kernels, or of the runtime for an ONNX file.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qexp.models.classifier import load_classifier
 from qexp.models.factories import NotImportable
+from qexp.models.names import ONNXRUNTIME, OPENVINO
 from qexp.models.preprocessing import Shape
 from qexp.models.program import load_program
 from qexp.models.stored import load_module, load_stored, model_file
@@ -22,23 +23,36 @@ Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
 EAGER = "fp32_eager"
 BF16 = "bf16"
+DEFAULTS = (None, "x86", ONNXRUNTIME)  # kernels and runtimes
 
 
 @dataclass(frozen=True)
 class SweepModel:
-    """A name, the folder of a stored version's files, and torch's engine for int8 kernels (None: any)."""
+    """A name, the folder of a stored version's files, and what runs them: torch's engine for int8 kernels, or the
+    runtime of an ONNX file (None: any). A model that is not `needed` is left out where it does not load or run."""
 
     name: str
     folder: str
     backend: str | None = None
+    needed: bool = True
+
+    @property
+    def compiles_for_each_size(self) -> bool:
+        """Whether the first pass at a batch size is the one that compiles the model for it."""
+        return self.backend == OPENVINO
 
 
 def int8_models(folder: str, engine: str, backends: tuple[str | None, ...]) -> tuple[SweepModel, ...]:
-    """A stored int8 version once for each choice of kernels; the first keeps the engine's plain name."""
+    """A stored int8 version once for each choice of kernels or runtimes; the default has the engine's plain name."""
     return tuple(
-        SweepModel(f"int8_{engine}" if backend in (None, "x86") else f"int8_{engine}_{backend}", folder, backend)
-        for backend in backends
+        SweepModel(f"int8_{engine}" if backend in DEFAULTS else f"int8_{engine}_{backend}", folder, backend, place == 0)
+        for place, backend in enumerate(backends)
     )
+
+
+def backend_in(name: str, engine: str) -> str | None:
+    """The kernels or the runtime in a name that `int8_models` has given; None: the default of the engine."""
+    return name.removeprefix(f"int8_{engine}").removeprefix("_") or None
 
 
 def prepare_baseline(weights: Path, stored: Path, name: str, shape: Shape, folder: Path) -> None:

@@ -33,6 +33,7 @@ TORCHVISION = """
 
 TIMM = "timm:"  # begins the name of a model of timm
 OBJECT = "object:"  # begins that of a module which somebody has given as it is
+ONNXRUNTIME, OPENVINO = RUNTIMES = ("onnxruntime", "openvino")  # that run an ONNX file, the default first
 FILES = (".pt2", ".onnx")  # models that are files: exported programs of torch, and ONNX
 ALLOWED = (
     "smallnet, a torchvision classifier by its registered name (torchvision.models.list_models), timm:NAME, "

@@ -27,6 +27,14 @@ PRODUCT_TYPES = (*LAYER_TYPES, "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
+def as_array(images: Tensor | np.ndarray) -> np.ndarray:
+    """Images as runtimes of ONNX files take them: contiguous, float32 in [0, 1]."""
+    given = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    if given.dtype == np.uint8:
+        given = given.astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(given, np.float32)
+
+
 class OnnxClassifier(nn.Module):
     """Images [N, 3, H, W] to float logits [N, classes], by ONNX Runtime on as many threads as torch has.
 
@@ -48,11 +56,7 @@ class OnnxClassifier(nn.Module):
         self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
     def forward(self, images: Tensor | np.ndarray) -> Tensor:
-        given = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-        if given.dtype == np.uint8:
-            given = given.astype(np.float32) / np.float32(255)
-        given = np.ascontiguousarray(given, np.float32)
-        return torch.from_numpy(self.session.run(None, {INPUT: given})[0])
+        return torch.from_numpy(self.session.run(None, {INPUT: as_array(images)})[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxClassifier":
         """The same session: it has no state, and several threads may use it at once."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qexp.models.names import OPENVINO
+
 Predict = Callable[[Tensor], Tensor]
 SUFFIXES = (".pt2", ".pth", ".onnx")  # of the model itself, beside MLflow's metadata
 
@@ -46,9 +48,14 @@ def load_stored(folder: Path, backend: str | None = None) -> Predict:
     """The model whose file is below `folder`: float images [N, 3, H, W] in [0, 1] to float logits [N, classes].
 
     Args:
-        backend: torch's engine for int8 kernels, set for the whole process; None: as it is.
+        backend: torch's engine for int8 kernels, set for the whole process; of an ONNX file, its runtime, one of
+            RUNTIMES. None: torch's as it is, ONNX Runtime.
     """
     file = model_file(folder)
+    if file.suffix == ".onnx" and backend == OPENVINO:
+        from qexp.models.openvino_file import OpenvinoClassifier
+
+        return OpenvinoClassifier.of_file(file).forward
     if file.suffix == ".onnx":
         from qexp.models.onnx_file import OnnxClassifier
 

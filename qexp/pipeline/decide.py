@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from qexp.config import Config
 from qexp.measurement.gate import GateResult, decide_gate
+from qexp.measurement.sweep_models import backend_in
+from qexp.quantization import KERNELS
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, Judged, LatencyEvidence
 
 
@@ -27,8 +29,9 @@ def decide(
 
 
 def judge(config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: LatencyEvidence) -> Judged:
-    """The gate's decision on an int8 version from what was measured."""
-    limits, name = config.gate.of(_name(int8)), latency.name_of(int8.version_uri)
+    """The gate's decision on an int8 version from what was measured, in the runtime that `qexp.load` gives."""
+    limits, name, engine = config.gate.of(_name(int8)), latency.name_of(int8.version_uri), int8.quantize.engine
+    int8 = int8.in_runtime(backend_in(name, engine) or KERNELS[engine][0])
     gate: GateResult = decide_gate(
         limits,
         fp32.accuracy["test"],

@@ -22,7 +22,7 @@ from qexp.pipeline.checked import answer_table
 from qexp.pipeline.decide import decide
 from qexp.pipeline.hosts import TABLE, known_hosts, logits_here
 from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
-from qexp.pipeline.measure import measure_bf16, time_versions
+from qexp.pipeline.measure import ToTime, measure_bf16, time_versions
 from qexp.pipeline.promote import hold_against_champion
 from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sensitivity_images
 from qexp.pipeline.report import report
@@ -45,7 +45,6 @@ from qexp.tracking.aliases import succeed
 from qexp.tracking.job_folder import LAUNCHER_LOCK
 from qexp.tracking.results import Fp32
 from qexp.tracking.store import uri_of, use_store
-from qexp.tracking.tags import tags_of
 from qexp.tracking.training_log import TrainingLog
 from qexp.tracking.uploads import upload_answer, upload_decision
 from qexp.training import launch
@@ -204,7 +203,7 @@ def quantize_to_report(job: Job, setup: Setup, fp32: Fp32) -> Reported:
         job,
         setup.config,
         fp32.version.uri,
-        {int8.version_uri: int8.quantize.engine for int8 in quantized.int8s},
+        {int8.version_uri: ToTime.of(int8) for int8 in quantized.int8s},
         lambda: measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"]),
     )
     evidence = decide(config, fp32.evidence, quantized.int8s, latency, quantized.failed)
@@ -287,26 +286,26 @@ def quantize_stage(
 
 
 def latency_stage(
-    job: Job, config: Config, fp32_uri: str, engines: dict[str, str], bf16: Any, compare: bool = False
+    job: Job, config: Config, fp32_uri: str, int8s: dict[str, ToTime], bf16: Any, compare: bool = False
 ) -> LatencyEvidence:
-    """The times of registered versions; `engines` has the engine of each int8 version by its URI. With `compare`, their
-    logits on this machine too, beside those that were recorded where they were made."""
+    """The times of registered versions; `int8s` are by URI. With `compare`, their logits on this machine too, beside
+    those that were recorded where they were made."""
 
     def work(folder: Path) -> LatencyEvidence:
         found: Bf16Evidence | None = bf16()
-        with job.files(fp32_uri, *engines) as files:
+        with job.files(fp32_uri, *int8s) as files:
             environment = registry.child_environment(job.host.threads)
-            evidence = time_versions(config, job.host, files, engines, found, environment)
+            evidence = time_versions(config, job.host, files, int8s, found, environment)
             return replace(evidence, logits=logits_here(evidence, files)) if compare else evidence
 
-    uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *engines))
+    uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *int8s))
     return job.stage(
         f"latency-{short_name(config.model)}",
         f"Latency of {uris}.",
         config,
         work,
         read=lambda run_id: tracking.read_result(LatencyEvidence, run_id, "latency"),
-        holds=lambda found: set(found.names) == set(engines),
+        holds=lambda found: set(found.names) == set(int8s),
     )
 
 
@@ -391,11 +390,11 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     config, host = prepare_for_version(config, model_uri)
     int8 = registry.find_version(model_uri, "int8")
     uri = registry.from_entity(int8).uri
-    fp32_uri, engine = uri_of(registry.source_of(int8)), tags_of(int8).engine
+    fp32_uri, to_time = uri_of(registry.source_of(int8)), loading.to_time(int8)
     again = shlex.join(["qexp", "latency", "--model-uri", uri])
     # Timing does not change the accuracy of bf16.
     bf16 = partial(loading.bf16_of, int8)
-    evidence = latency_stage(Job(host, again=again), config, fp32_uri, {uri: engine}, bf16, compare=True)
+    evidence = latency_stage(Job(host, again=again), config, fp32_uri, {uri: to_time}, bf16, compare=True)
     name = evidence.name_of(uri)
     result, floats = evidence.latency, evidence.fair_floats(config.gate.of(int8.name))
     over_fp32 = {str(row.batch_size): row.speedups[name].median for row in result.rows}

@@ -15,12 +15,12 @@ from qexp.errors import InputError, StageError
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.gate import Succession
 from qexp.models.classifier import ModelSpec, load_classifier, read_weights
-from qexp.models.names import is_factory, is_program
+from qexp.models.names import OPENVINO, is_factory, is_program
 from qexp.models.published import sha256_of
 from qexp.models.stored import model_file
 from qexp.models.taken import load_taken
 from qexp.pipeline.decide import judge
-from qexp.pipeline.measure import LocalVersions, predict_splits
+from qexp.pipeline.measure import LocalVersions, ToTime, predict_splits
 from qexp.progress import say
 from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence, ThroughputEvidence
 from qexp.tracking import registry
@@ -154,6 +154,18 @@ def int8_of_run(run_id: str) -> Int8Evidence:
     found = tracking.read_result(Int8Evidence, run_id, "int8")
     version = registry.find_version(found.version_uri, "int8")
     return replace(found, verified=tags_of(version).verified)
+
+
+def to_time(found: ModelVersion) -> ToTime:
+    """A registered int8 version as a sweep takes it: in the runtimes in which its accuracy was measured."""
+    tags = tags_of(found)
+    if tags.engine != "onnx":
+        return ToTime(tags.engine)
+    try:
+        with tags.followed("quantize_run_id") as run_id:
+            return ToTime.of(int8_of_run(run_id))
+    except InputError as error:
+        return ToTime(tags.engine, {OPENVINO: f"its accuracy there is not known: {error}"})
 
 
 def bf16_of(found: ModelVersion) -> Bf16Evidence | None:

@@ -6,7 +6,7 @@ Plain functions: modules, tensors and folders go in, results come out. The figur
 import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ from torch import Tensor
 from qexp.config import Config
 from qexp.data.datasets import Dataset
 from qexp.errors import first_line
+from qexp.extras import has_openvino, how_to_install
 from qexp.measurement.accuracy import compare, measure_accuracy, predict_logits
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep import SweepRequest, run_sweep
 from qexp.measurement.sweep_models import BASELINE, BF16, EAGER, SweepModel, freeze, in_bf16, int8_models
+from qexp.models.names import OPENVINO
 from qexp.models.preprocessing import preprocessing_of
 from qexp.models.taken import is_onnx
 from qexp.pipeline.shares import predict_part
 from qexp.progress import say
 from qexp.quantization import KERNELS
-from qexp.report.results import Bf16Evidence, LatencyEvidence
+from qexp.report.results import Bf16Evidence, Int8Evidence, LatencyEvidence
 
 SPLITS = ("train", "validation", "test")
 
@@ -56,6 +58,23 @@ def measure_bf16(config: Config, host: Host, dataset: Dataset, model: Any, fp32_
 
 
 @dataclass(frozen=True)
+class ToTime:
+    """An int8 version of a sweep: its engine, and of the kernels and runtimes of that engine those that must not be
+    timed, with the reasons."""
+
+    engine: str
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, int8: Int8Evidence) -> "ToTime":
+        """A version whose accuracy in each runtime is known, or why it is not."""
+        if OPENVINO in int8.runtimes:
+            return cls(int8.quantize.engine)
+        why = int8.runtimes_left_out.get(OPENVINO, "its accuracy there was not measured when the version was made")
+        return cls(int8.quantize.engine, {OPENVINO: why})
+
+
+@dataclass(frozen=True)
 class LocalVersions:
     """Files of registered versions here: the fp32 version's weights file, and the folder of each version by URI."""
 
@@ -72,27 +91,36 @@ def time_versions(
     config: Config,
     host: Host,
     files: LocalVersions,
-    engines: Mapping[str, str],
+    int8s: Mapping[str, ToTime],
     bf16: Bf16Evidence | None,
     environment: dict[str, str],
 ) -> LatencyEvidence:
-    """Time int8 versions, each with all kernels that it has, and the baselines beside them, in a clean subprocess; in
-    one more for each other number of threads that is asked for.
+    """Time int8 versions, each with all kernels or runtimes that it has, and the baselines beside them, in a clean
+    subprocess; in one more for each other number of threads that is asked for.
 
     Args:
-        engines: the engine of each int8 version, by URI.
+        int8s: by URI.
         bf16: what `measure_bf16` has found, to be shown with the times if that baseline is timed.
         environment: of the subprocess.
     """
-    timed = {uri: _with_kernels(config, files.folders[uri], engine) for uri, engine in engines.items()}
-    models = [model for found in timed.values() for model in found]
-    result, *others = (
+    timed = {uri: _with_kernels(config, files.folders[uri], int8.engine) for uri, int8 in int8s.items()}
+    gone = {
+        model.name: reason for uri, int8 in int8s.items() for model in timed[uri] if (reason := _why_not(model, int8))
+    }
+    for name, reason in gone.items():
+        say(f"{name} is left out: {reason}")
+    models = [model for found in timed.values() for model in found if model.name not in gone]
+    results = [
         time_models(config, replace(host, threads=threads), files, models, models[0].name, environment)
         for threads in thread_counts(config, host)
-    )
+    ]
+    result, *others = (replace(one, models_left_out=gone | one.models_left_out) for one in results)
     for shortcoming in result.shortcomings:
         say(f"warning: no verdict rests on these times: {shortcoming}")
-    names = {uri: _fastest_first(config, result, found) for uri, found in timed.items()}
+    there = result.rows[0].stats
+    names = {
+        uri: _fastest_first(config, result, [one for one in found if one.name in there]) for uri, found in timed.items()
+    }
     return LatencyEvidence(
         files.fp32_uri,
         names,
@@ -147,8 +175,15 @@ def bf16_is_timed(config: Config, host: Host) -> bool:
     return BF16 in config.latency.baselines and host.has_bf16
 
 
+def _why_not(model: SweepModel, int8: ToTime) -> str:
+    """Why a version is not timed with these kernels or in this runtime; empty where it is."""
+    if model.backend == OPENVINO and not has_openvino():
+        return f"OpenVINO is not installed: {how_to_install('openvino')}"
+    return int8.left_out.get(str(model.backend), "")
+
+
 def _with_kernels(config: Config, folder: str, engine: str) -> tuple[SweepModel, ...]:
-    """The default kernels, and beside them the others, or the one of them that was asked for."""
+    """The default kernels or runtime, and beside them the others, or the one of them that was asked for."""
     default, *others = KERNELS[engine]
     asked = config.quantize.backend
     return int8_models(folder, engine, (default, *(one for one in others if asked in (None, one))))

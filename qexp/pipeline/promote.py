@@ -211,7 +211,7 @@ def _time(config: Config, host: Host, versions: dict[str, ModelVersion], bf16: B
     fp32_uri, host = tags_of(versions[CANDIDATE]).fp32_uri, replace(host, threads=thread_counts(config, host)[0])
     with local_files(fp32_uri, *map(uri_of, versions.values())) as files:
         folders = {name: files.folders[uri_of(one)] for name, one in versions.items()}
-        models = [SweepModel(name, folders[name], tags_of(one).backend) for name, one in versions.items()]
+        models = [SweepModel(name, folders[name], registry.backend_of(one)) for name, one in versions.items()]
         environment = registry.child_environment(host.threads)
         result = time_models(config, host, files, models, CANDIDATE, environment)
     names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}

@@ -11,19 +11,24 @@ from torch import Tensor
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset, Split, calibration_count, calibration_subset, stratified_sample
+from qexp.errors import StageError
+from qexp.extras import has_openvino
 from qexp.measurement.accuracy import Comparison, compare, predict_logits, to_float
 from qexp.measurement.cost import Cost, layer_table, measure_cost
 from qexp.measurement.host import Host
 from qexp.measurement.latency import AGAIN, Run, measure_latency
+from qexp.models.names import ONNXRUNTIME, OPENVINO
 from qexp.pipeline.measure import predict_splits
 from qexp.pipeline.train import accuracy_of, lineage, verification_images
 from qexp.progress import say
 from qexp.quantization import QuantizedModel, quantize_model
 from qexp.quantization.budget import BudgetResult, quantize_within_budget
 from qexp.quantization.cleanup import clean, folded_layers
+from qexp.quantization.equivalence import check_kernels
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, measure_sensitivity, most_sensitive_first
-from qexp.report.results import BudgetCost, Int8Evidence
+from qexp.report.results import BudgetCost, InRuntime, Int8Evidence
+from qexp.tracking.metrics import tags_of_drop
 from qexp.tracking.results import Fp32, NewModel
 
 SATURATION = "sums of two products of whole ranges do not fit into 16 bits"
@@ -59,8 +64,8 @@ def quantize(
     if layers := quantized.result.saturating_layers:
         say(f"{_reason_of(quantized.result)}: {SATURATION}, so the weights of {len(layers)} layers have 7 bits")
     logits = predict_splits(quantized, dataset, f"int8 {engine}", tuple(fp32.logits))
-    accuracy = accuracy_of(logits, dataset)
-    comparison = {split: compare(fp32.logits[split], logits[split], getattr(dataset, split).labels) for split in logits}
+    accuracy, comparison = accuracy_of(logits, dataset), _compared(fp32.logits, logits, dataset)
+    runtimes, left_out = _other_runtimes(config, quantized, subset, dataset, fp32.logits, logits)
     fp32_cost = _cost_of_fp32(config, fp32, quantized)
     evidence = Int8Evidence(
         version_uri="",
@@ -74,9 +79,12 @@ def quantize(
         sensitivity=sensitivity,
         budget=budget,
         budget_cost=_budget_cost(config, host, fp32, subset, quantized) if budget else None,
+        runtime=ONNXRUNTIME if quantized.flavor == "onnx" else None,
+        runtimes=runtimes,
+        runtimes_left_out=left_out,
     )
     tags = {"fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id} | _facts(quantized, digest)
-    tags |= lineage(dataset, host, accuracy) | _drop_tags(comparison["test"])
+    tags |= lineage(dataset, host, accuracy) | tags_of_drop(comparison["test"])
     sample, spec = verification_images(dataset), fp32.model.spec
     with torch.no_grad():
         expected = quantized.module(to_float(sample))
@@ -90,6 +98,37 @@ def _recorded(quantized: QuantizedModel, dataset: Dataset) -> dict[str, Tensor]:
     images = test.images[stratified_sample(test.labels, min(RECORDED_IMAGES, len(test)), seed=0)]
     with torch.no_grad():
         return {"images": images, "logits": quantized.module(to_float(images))}
+
+
+def _compared(fp32: dict[str, Tensor], int8: dict[str, Tensor], dataset: Dataset) -> dict[str, Comparison]:
+    return {split: compare(fp32[split], int8[split], getattr(dataset, split).labels) for split in int8}
+
+
+def _other_runtimes(
+    config: Config,
+    quantized: QuantizedModel,
+    subset: Split,
+    dataset: Dataset,
+    fp32_logits: dict[str, Tensor],
+    logits: dict[str, Tensor],
+) -> tuple[dict[str, InRuntime], dict[str, str]]:
+    """The figures of an ONNX file in OpenVINO, and why there are none.
+
+    It must compute what ONNX Runtime computes, whose logits are given, but for rounding, and its accuracy must not be
+    shown to be lower: then it may be chosen for its speed.
+    """
+    if quantized.flavor != "onnx" or config.quantize.backend not in (None, OPENVINO) or not has_openvino():
+        return {}, {}
+    try:
+        other = quantized.in_openvino()
+        check_kernels("onnx in OpenVINO", other.module, quantized.module, quantized.source, subset.pixels())
+        found = predict_splits(other, dataset, "int8 onnx in OpenVINO", tuple(logits))
+    except StageError as error:
+        return {}, {OPENVINO: str(error)}
+    lost = compare(logits["test"], found["test"], dataset.test.labels)
+    if lost.top1_drop_low_points > 0:
+        return {}, {OPENVINO: f"its top-1 is {lost.top1_drop_points:.2f} points below that in ONNX Runtime"}
+    return {OPENVINO: InRuntime(accuracy_of(found, dataset), _compared(fp32_logits, found, dataset))}, {}
 
 
 def warn_of_reduced_range(host: Host) -> None:
@@ -169,8 +208,3 @@ def _facts(quantized: QuantizedModel, digest: str) -> dict[str, Any]:
     if result.reduce_range or result.saturating_layers:
         facts["reduce_range_reason"] = f"{_reason_of(result)}: {SATURATION}"
     return facts
-
-
-def _drop_tags(found: Comparison) -> dict[str, str]:
-    names = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
-    return {name: f"{getattr(found, name):.3f}" for name in names}

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qexp.config import Config
+from qexp.config import Config, QuantizeConfig
 from qexp.data.datasets import Dataset, calibration_count, load_dataset
 from qexp.errors import InputError
-from qexp.extras import check_engines, is_installed
+from qexp.extras import check_engines, check_package, is_installed
 from qexp.measurement.host import Host, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
-from qexp.models.names import short_name
+from qexp.models.names import OPENVINO, short_name
 from qexp.models.preprocessing import as_options, preprocessing_of
 from qexp.pipeline.checks import check_options
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
@@ -100,13 +100,11 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
     """`config` with the number of calibration images that it stands for.
 
     Raises:
-        InputError: there are not so many, `keep_fp32` names a layer that does not exist, no engine has a choice of
-            kernels for `backend`, MLflow would not load what an engine makes, or an engine's extra is not installed.
+        InputError: there are not so many, `keep_fp32` names a layer that does not exist, no engine has the
+            kernels or the runtime `backend`, MLflow would not load what an engine makes, or an extra is not installed.
     """
     check_engines(config.quantize.engine)
-    if config.quantize.backend and all(len(KERNELS[engine]) == 1 for engine in config.quantize.engine):
-        engines = ",".join(config.quantize.engine)
-        raise InputError(f"--backend {config.quantize.backend}: must be auto with --engine {engines}, without a choice")
+    _check_backend(config.quantize)
     refused = [engine for engine in config.quantize.engine if engine not in LOADED_WITHOUT_PICKLE]
     if refused and registry.refuses_pickle():
         allowed = f"with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false it must be {', '.join(LOADED_WITHOUT_PICKLE)}"
@@ -119,6 +117,16 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
         network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
         check_layer_names(nn.ModuleDict({"network": network}), kept)
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
+
+
+def _check_backend(options: QuantizeConfig) -> None:
+    choice = [one for engine in options.engine for one in KERNELS[engine] if one]
+    if options.backend and options.backend not in choice:
+        engines, allowed = ",".join(options.engine), ", ".join(["auto", *choice])
+        why = "" if choice else ", without a choice"
+        raise InputError(f"--backend {options.backend}: must be {allowed} with --engine {engines}{why}")
+    if options.backend == OPENVINO:
+        check_package(OPENVINO, f"--backend {OPENVINO}", OPENVINO)
 
 
 def try_engines(config: Config, dataset: Dataset, needed: bool = True) -> None:

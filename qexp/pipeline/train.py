@@ -22,6 +22,7 @@ from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline.measure import predict_splits
 from qexp.report.results import DataFacts, Fp32Evidence
 from qexp.tracking.commit import read_commit
+from qexp.tracking.metrics import tags_of_accuracy
 from qexp.tracking.results import NewModel
 from qexp.training.execution import settle_execution
 from qexp.training.train import EpochResult, train_model
@@ -90,7 +91,6 @@ def accuracy_of(logits: dict[str, Tensor], dataset: Dataset) -> dict[str, Accura
 
 def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict[str, Any]:
     """Tags that every version carries: data, code, machine, accuracy on the test images."""
-    test = accuracy["test"]
     return {
         "dataset": dataset.name,
         "data_digest": dataset.digest,
@@ -98,13 +98,7 @@ def lineage(dataset: Dataset, host: Host, accuracy: dict[str, Accuracy]) -> dict
         "cpu": host.cpu,
         "cpu_features": ",".join(host.features),
         "threads": host.threads,
-        "test_top1_correct": test.top1_correct,
-        "test_top3_correct": test.top3_correct,
-        "test_top1_tied": test.top1_tied_images,
-        "test_top3_tied": test.top3_tied_images,
-        "test_top1_percent": f"{test.top1_percent:.3f}",
-        "test_top3_percent": f"{test.top3_percent:.3f}",
-    }
+    } | tags_of_accuracy(accuracy["test"])
 
 
 def verification_images(dataset: Dataset) -> Tensor:

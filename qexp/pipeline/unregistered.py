@@ -24,7 +24,7 @@ from qexp.models.taken import export_program, is_onnx, is_rebuilt
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Job
 from qexp.pipeline.jobs import latency_stage, quantize_all, take_stage
-from qexp.pipeline.measure import LocalVersions, measure_bf16
+from qexp.pipeline.measure import LocalVersions, ToTime, measure_bf16
 from qexp.pipeline.setup import prepare, with_quantization_checked
 from qexp.pipeline.take import take, with_answers
 from qexp.progress import say
@@ -50,12 +50,12 @@ def check_unregistered(config: Config, module: nn.Module | None = None) -> Evide
         fp32 = take_stage(job, setup, taken)
         setup = setup._replace(dataset=with_answers(dataset, fp32.model.spec, fp32.logits))
         quantized = quantize_all(job, setup, fp32)
-        engines = {int8.version_uri: int8.quantize.engine for int8 in quantized.int8s}
+        int8s = {int8.version_uri: ToTime.of(int8) for int8 in quantized.int8s}
         latency = latency_stage(
             job,
             config,
             fp32.version.uri,
-            engines,
+            int8s,
             lambda: measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"]),
         )
         evidence = decide(config, fp32.evidence, quantized.int8s, latency, quantized.failed)

@@ -6,8 +6,10 @@ from typing import Any
 from qexp.config import Config
 from qexp.data.datasets import load_dataset
 from qexp.errors import StageError
+from qexp.extras import check_package
 from qexp.measurement.accuracy import Accuracy, measure_accuracy
 from qexp.measurement.host import Host, read_host
+from qexp.models.names import OPENVINO
 from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline.loading import check_data, config_of_version
 from qexp.progress import say
@@ -35,13 +37,16 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     registry.refuse_pickled(found)
     for name in RECORDED:  # what is wrong is said before anything is computed
         tags.read(TAGS[name])
+    if tags.runtime == OPENVINO:
+        check_package(OPENVINO, f"{uri}, whose accuracy was measured in OpenVINO,", OPENVINO)
     host = read_host(config.threads or tags.threads)
     dataset = load_dataset(config.data, config.seed, preprocessing_of(config.data, config.preprocess))
     check_data(uri, dataset, tags.kind)
     with checked_copy(found) as copy:
         say(f"{uri}: {len(dataset.test)} test images in a clean subprocess, {host.threads} threads")
         try:
-            logits = bare_logits(str(copy), dataset.test.images, registry.child_environment(host.threads))
+            environment = registry.child_environment(host.threads)
+            logits = bare_logits(str(copy), dataset.test.images, environment, tags.runtime)
         except StageError as error:
             raise StageError(f"{uri}: {error}") from None
     accuracy = measure_accuracy(logits, dataset.test.labels)

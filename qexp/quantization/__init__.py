@@ -20,6 +20,7 @@ from qexp.errors import InputError, StageError
 from qexp.extras import OF_ENGINE, check_engines, extra
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.host import read_host
+from qexp.models.names import RUNTIMES
 from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.cleanup import clean
 from qexp.quantization.engines import fx
@@ -31,8 +32,9 @@ from qexp.quantization.windows import computed_before
 __all__ = ["KERNELS", "LOADED_WITHOUT_PICKLE", "QuantizedModel", "quantize_model"]
 
 Engine = Callable[[nn.Module, Tensor, QuantizeConfig, bool], QuantizedModel]
-# What `torch.backends.quantized.engine` may be at load, the default first; None: it does not matter.
-KERNELS: dict[str, tuple[str | None, ...]] = {"fx": fx.KERNELS, "pt2e": (None,), "onnx": (None,)}
+# What may run the models of an engine, the default first: `torch.backends.quantized.engine` at load, or the runtime of
+# an ONNX file; None: there is no choice.
+KERNELS: dict[str, tuple[str | None, ...]] = {"fx": fx.KERNELS, "pt2e": (None,), "onnx": RUNTIMES}
 LOADED_WITHOUT_PICKLE = ("onnx",)  # engines whose versions MLflow loads where it is told not to open pickles
 
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
-from qexp.errors import InputError
+from qexp.errors import InputError, StageError, first_line
 from qexp.files import replacing
+from qexp.models.names import ONNXRUNTIME, OPENVINO
 from qexp.quantities import NotNegative, Number, Percent
 from qexp.tables import Shown, Table
 
@@ -23,8 +24,8 @@ class QuantizeResult:
 
     With `reduce_range`, all weights have 7 bits; those of `saturating_layers` have, whatever the CPU. `kept_layers` are
     those of `float_layers` that were asked to stay fp32. `load_backend` is what `torch.backends.quantized.engine` must
-    be at load for the speed of `backend`; None: any. `percentile` is that of the observer of this name, None with
-    others. `duration_s` is 0 until all is done.
+    be at load for the speed of `backend`, or the runtime of an ONNX file; None: any, or ONNX Runtime. `percentile` is
+    that of the observer of this name, None with others. `duration_s` is 0 until all is done.
     """
 
     engine: str
@@ -137,11 +138,39 @@ class QuantizedModel(Shown):
             temporary.write_bytes(self.stored_bytes())
         return path
 
+    def in_openvino(self) -> "QuantizedModel":
+        """The same ONNX file, run by OpenVINO.
+
+        Raises:
+            InputError: OpenVINO is not installed, or the engine makes no ONNX file.
+            StageError: OpenVINO cannot read the file.
+        """
+        if self.flavor != "onnx":
+            raise InputError(f"engine {self.result.engine} makes no ONNX file, which OpenVINO reads")
+        from qexp.models.openvino_file import OpenvinoClassifier
+
+        try:
+            module = OpenvinoClassifier(self.stored_bytes())
+        except RuntimeError as error:  # of an operation that it does not know
+            raise StageError(f"OpenVINO cannot read what engine onnx has made: {first_line(error)}") from error
+        return replace(self, module=module, result=replace(self.result, backend=OPENVINO, load_backend=OPENVINO))
+
+    def as_by_mlflow(self) -> Callable[[Tensor], Tensor]:
+        """The model in the runtime in which MLflow loads it: of an ONNX file, ONNX Runtime."""
+        if self.result.load_backend != OPENVINO:
+            return self.module
+        from qexp.models.onnx_file import OnnxClassifier
+
+        return OnnxClassifier(self.stored)
+
     def tags(self) -> dict[str, Any]:
         """How it was made, as tags of a registered version."""
         result = self.result
         tags: dict[str, Any] = {"engine": result.engine, "flavor": self.flavor}
-        tags |= {"backend": result.load_backend} if result.load_backend else {}
+        if self.flavor == "onnx":
+            tags["runtime"] = result.load_backend or ONNXRUNTIME
+        elif result.load_backend:
+            tags["backend"] = result.load_backend
         tags |= {"calibration_samples": result.calibration_images}
         return tags | {"float_layers": ",".join(result.float_layers) or "none"}
 

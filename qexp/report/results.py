@@ -5,7 +5,7 @@ are stored as JSON: what earlier versions have stored must still be readable, so
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -126,11 +126,20 @@ class BudgetCost:
 
 
 @dataclass(frozen=True)
+class InRuntime:
+    """What an int8 file gives in one runtime: accuracy, and comparison with the fp32 model, by split."""
+
+    accuracy: dict[str, Accuracy]
+    comparison: dict[str, Comparison]
+
+
+@dataclass(frozen=True)
 class Int8Evidence:
     """A quantized model, and its comparison with the fp32 model by split.
 
     `version_uri`, `size_bytes` and `verified` are as in `Fp32Evidence`. `fp32_cost` counts the fp32 model; `cost` the
-    int8 model, which differs where a pool was folded away.
+    int8 model, which differs where a pool was folded away. Of an ONNX file, `runtime` is the one whose figures these
+    are, `runtimes` has those of the others, and `runtimes_left_out` says why one was not measured.
     """
 
     version_uri: str
@@ -146,11 +155,24 @@ class Int8Evidence:
     budget_cost: BudgetCost | None = None
     contents: FileContents | None = None
     verified: bool = True
+    runtime: str | None = None
+    runtimes: dict[str, InRuntime] = field(default_factory=dict)
+    runtimes_left_out: dict[str, str] = field(default_factory=dict)
+
+    def in_runtime(self, name: str | None) -> "Int8Evidence":
+        """The same version with the figures of another runtime; as it is where these are those of `name` already."""
+        if name is None or name not in self.runtimes:
+            return self
+        others = {other: found for other, found in self.runtimes.items() if other != name}
+        others[str(self.runtime)] = InRuntime(self.accuracy, self.comparison)
+        found = self.runtimes[name]
+        return replace(self, accuracy=found.accuracy, comparison=found.comparison, runtime=name, runtimes=others)
 
     def check(self) -> None:
         """As that of `Fp32Evidence`."""
-        _check(self.accuracy)
-        _check(self.comparison)
+        for found in (InRuntime(self.accuracy, self.comparison), *self.runtimes.values()):
+            _check(found.accuracy)
+            _check(found.comparison)
         _check_registered(self.version_uri, self.size_bytes)
         self.fp32_cost.check()
         self.cost.check()

@@ -11,9 +11,10 @@ from qexp.measurement.cost import TORCHINFO
 from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, VERIFIED
 from qexp.measurement.host import Host
 from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyResult, LatencyRow, Ratio
-from qexp.measurement.sweep_models import BASELINE, BF16, EAGER
+from qexp.measurement.sweep_models import BASELINE, BF16, EAGER, backend_in
 from qexp.measurement.throughput import KINDS
 from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASURED
+from qexp.models.names import ONNXRUNTIME, OPENVINO
 from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
@@ -30,6 +31,7 @@ FLOATS = {
     "fp32_onnx": "the fp32 model exported to ONNX and run by ONNX Runtime",
 }
 KERNELS = {"onednn": "oneDNN's", "x86": "the default", "": "the default"}
+RUNTIME_NAMES = {ONNXRUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
 ENGINES = {"fx": "PyTorch's FX graph mode", "pt2e": "PyTorch 2 export, torchao", "onnx": "ONNX Runtime"}
 FAILED_LIMITS = {
     DROP: "its drop in top-1 is not shown to be within the limit",
@@ -177,8 +179,12 @@ def explained(evidence: Evidence) -> dict[str, str]:
         engine = engines.get(uri)
         made = f", quantized by engine {engine} ({ENGINES[engine]})" if engine in ENGINES else ""
         for name in names:
-            backend = name.removeprefix(f"int8_{engine}").strip("_")
-            kernels = f", with {KERNELS.get(backend, backend)} kernels" if engine and len(names) > 1 else ""
+            backend = backend_in(name, engine) if engine else None
+            kernels = ""
+            if engine == "onnx" and len(names) > 1:
+                kernels = f", run by {RUNTIME_NAMES[backend or ONNXRUNTIME]}"
+            elif engine and len(names) > 1:
+                kernels = f", with {KERNELS.get(backend or '', backend)} kernels"
             found[name] = f"the int8 version `{uri}`{made}{kernels}"
     return {name: found[name] for name in evidence.latency.rows[0].stats if name in found}
 
@@ -287,11 +293,28 @@ def accuracy(evidence: Evidence) -> list[str]:
         f"{changed(found.top3_drop_points)}. {meaning}.",
         f"fp32 and int8 name the same class for {found.agreement_percent:.2f} % of the test images. Only fp32 is right "
         f"on {_number(lost)} {_plural(lost, 'image')}, only int8 on {_number(gained)}.",
+        *_runtimes(evidence.int8),
         *_bf16(evidence),
         *_ties("fp32", evidence.fp32.accuracy["test"]),
         *_ties("int8", evidence.int8.accuracy["test"]),
         *_seen_before(evidence.fp32.data, "training" if evidence.fp32.train else "calibration"),
     ]
+
+
+def _runtimes(int8: Int8Evidence) -> list[str]:
+    """What the same file gives in a runtime that was not chosen."""
+    if not int8.runtimes:
+        return []
+    said = [f"These figures of int8 are those in {RUNTIME_NAMES[str(int8.runtime)]}, which `qexp.load` uses."]
+    for runtime, measured in int8.runtimes.items():
+        found = measured.comparison["test"]
+        low, high = found.top1_drop_low_points, found.top1_drop_high_points
+        said.append(
+            f"In {RUNTIME_NAMES[runtime]}, which rounds otherwise, top-1 of the same file "
+            f"{changed(found.top1_drop_points)} (95 % interval of the drop {low:+.2f} to {high:+.2f} points), and fp32 "
+            f"and int8 name the same class for {found.agreement_percent:.2f} % of the test images."
+        )
+    return said
 
 
 def _bf16(evidence: Evidence) -> list[str]:
@@ -468,18 +491,24 @@ def _saved(evidence: Evidence) -> list[str]:
 
 
 def _kernels(evidence: Evidence) -> list[str]:
-    """Which of several int8 kernels of the chosen version are used, and why."""
+    """Which of several int8 kernels or runtimes of the chosen version are used, and why."""
     names = evidence.measured.names[evidence.int8.version_uri]
     if len(names) == 1:
         return []
     first, *others = names
     ahead = all(evidence.latency.mean_ratio([other], first).low > 1 for other in others)
+    if evidence.int8.quantize.engine == "onnx":
+        why = "it is the fastest" if ahead else "no other is shown to be faster"
+        return [f"Of the runtimes for the chosen version, `qexp.load` uses that of `{first}`: {why}."]
     why = "they are the fastest" if ahead else "no other kernels are shown to be faster"
     return [f"Of the kernels for the chosen version, `qexp.load` uses those of `{first}`: {why}."]
 
 
 def _left_out(latency: LatencyResult) -> list[str]:
-    said = [f"Baseline `{name}` was not timed: {reason}." for name, reason in latency.models_left_out.items()]
+    said = [
+        f"{'`' if name.startswith('int8') else 'Baseline `'}{name}` was not timed: {reason}."
+        for name, reason in latency.models_left_out.items()
+    ]
     if latency.left_out:
         sizes = ", ".join(map(str, latency.left_out))
         said.insert(0, f"Batch sizes {sizes} were not timed: {latency.left_out_because}.")

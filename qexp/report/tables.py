@@ -133,7 +133,12 @@ def accuracy(evidence: Evidence) -> Table:
     parameters = evidence.int8.fp32_cost.parameters
     models: list[tuple[str, int, Fp32Evidence | Int8Evidence]] = [("fp32", parameters, evidence.fp32)]
     for judged in evidence.versions:
-        models.append((_label(evidence, judged.int8), judged.int8.cost.parameters, judged.int8))
+        int8, label = judged.int8, _label(evidence, judged.int8)
+        if not int8.runtimes:
+            models.append((label, int8.cost.parameters, int8))
+        for runtime in (str(int8.runtime), *int8.runtimes) if int8.runtimes else ():
+            where = f"{label} in {sentences.RUNTIME_NAMES[runtime]}"
+            models.append((where, int8.cost.parameters, int8.in_runtime(runtime)))
     for name, count, model in models:
         shares = [share for split in ("train", "test") for share in _shares(model.accuracy.get(split))]
         rows.append([f"{evidence.fp32.model} {name}", f"{count:,}", f"{model.size_bytes / 1e6:.3f}", *shares])

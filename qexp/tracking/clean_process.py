@@ -11,6 +11,7 @@ from torch import Tensor
 from qexp.errors import StageError
 from qexp.measurement.accuracy import evaluation_batch, to_float
 from qexp.models.classifier import ImageBatches
+from qexp.models.names import OPENVINO
 from qexp.processes import run_python
 from qexp.progress import say
 
@@ -27,15 +28,36 @@ for start in range(0, len(numpy.load(images, mmap_mode="r")), size):
 assert "qexp" not in sys.modules
 numpy.save(logits, numpy.concatenate(found))
 """
+# The same for an ONNX file in OpenVINO, compiled for each batch size as OpenvinoClassifier does.
+IN_OPENVINO = """
+import os, pathlib, sys
+sys.modules["openvino_telemetry"] = None
+import numpy, openvino
+source, images, logits, size = *sys.argv[1:4], int(sys.argv[4])
+(file,) = pathlib.Path(source).rglob("model.onnx")
+core, compiled, found = openvino.Core(), {}, []
+options = {"INFERENCE_NUM_THREADS": int(os.environ["OMP_NUM_THREADS"]), "PERFORMANCE_HINT": "LATENCY"}
+options |= {"NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
+for start in range(0, len(numpy.load(images, mmap_mode="r")), size):
+    batch = numpy.load(images, mmap_mode="r")[start : start + size].astype(numpy.float32) / numpy.float32(255)
+    if batch.shape not in compiled:
+        model = core.read_model(file)
+        model.reshape(list(batch.shape))
+        compiled[batch.shape] = core.compile_model(model, "CPU", options)
+    found.append(compiled[batch.shape](batch)[0])
+assert "qexp" not in sys.modules
+numpy.save(logits, numpy.concatenate(found))
+"""
 WITHOUT_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 
 
-def bare_logits(source: str, images: ImageBatches, environment: dict[str, str]) -> Tensor:
-    """Logits of uint8 images [N, C, H, W] from a process that imports only mlflow and numpy.
+def bare_logits(source: str, images: ImageBatches, environment: dict[str, str], runtime: str | None = None) -> Tensor:
+    """Logits of uint8 images [N, C, H, W] from a process that imports only mlflow, or OpenVINO, and numpy.
 
     Args:
         source: folder of the model.
         environment: of the process: it names the store and the threads.
+        runtime: of an ONNX file; None: the one that MLflow takes.
 
     Raises:
         StageError: the model does not load or run there.
@@ -44,7 +66,7 @@ def bare_logits(source: str, images: ImageBatches, environment: dict[str, str]) 
         inputs, logits = Path(folder, "images.npy"), Path(folder, "logits.npy")
         size = evaluation_batch(images.shape)
         _save(inputs, images, size)
-        words = ["-c", SCRIPT, source, str(inputs), str(logits), str(size)]
+        words = ["-c", IN_OPENVINO if runtime == OPENVINO else SCRIPT, source, str(inputs), str(logits), str(size)]
         done = run_python(words, environment, capture_output=True, text=True)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import SweepModel
+from qexp.models.names import OPENVINO, RUNTIMES
 from qexp.text import as_markdown, opaque
 from qexp.tracking.store import is_missing, page_of_run, page_of_version, uri_of
 from qexp.tracking.tags import TAGS, tags_of
@@ -46,8 +47,11 @@ def with_kernels(text: str, measured: str) -> str:
 
 
 def about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
-    """Which kernels of an int8 version were the faster ones, and how to get them. `found` has the fastest first."""
+    """Which kernels of an int8 version, or which runtime, were the faster ones, and how to get them. `found` has the
+    fastest first."""
     first = found[0]
+    if first.backend in RUNTIMES:
+        return _about_runtimes(result, found)
     means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
     text = f"`{first.backend}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
     if first.backend == "x86":
@@ -56,6 +60,20 @@ def about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
         f"{text} TorchScript packs int8 weights at load for the engine of the process, `x86` unless it was set: for "
         f"the same speed without qexp, set `torch.backends.quantized.engine = {first.backend!r}` before loading. "
         "Outputs are the same either way."
+    )
+
+
+def _about_runtimes(result: LatencyResult, found: Sequence[SweepModel]) -> str:
+    first = found[0].backend
+    means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
+    text = f"`{first}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
+    if first != OPENVINO:
+        return text
+    threads = f'{{"INFERENCE_NUM_THREADS": {result.threads}, "PERFORMANCE_HINT": "LATENCY"}}'
+    return (
+        f'{text} Without qexp: `openvino.Core().compile_model("model.onnx", "CPU", {threads})`, fastest once the model '
+        "from `read_model` has been given the shape of the batch by `reshape`. MLflow's `load_model` runs the file in "
+        "ONNX Runtime; the logits differ by rounding."
     )
 
 

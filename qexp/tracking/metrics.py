@@ -65,6 +65,31 @@ def of_comparison(comparison: Comparison) -> dict[str, float]:
     }
 
 
+def tags_of_accuracy(test: Accuracy) -> dict[str, Any]:
+    """Accuracy on the test images, as tags of a version."""
+    return {
+        "test_top1_correct": test.top1_correct,
+        "test_top3_correct": test.top3_correct,
+        "test_top1_tied": test.top1_tied_images,
+        "test_top3_tied": test.top3_tied_images,
+        "test_top1_percent": f"{test.top1_percent:.3f}",
+        "test_top3_percent": f"{test.top3_percent:.3f}",
+    }
+
+
+def tags_of_drop(test: Comparison) -> dict[str, str]:
+    """The drop on the test images, as tags of an int8 version."""
+    names = ("top1_drop_points", "top1_drop_low_points", "top1_drop_high_points")
+    return {name: f"{getattr(test, name):.3f}" for name in names}
+
+
+def of_runtime(name: str, accuracy: Accuracy, comparison: Comparison) -> dict[str, float]:
+    """An int8 file in another runtime than its first, on the test images."""
+    values = {"top1_percent": accuracy.top1_percent, "top1_drop_points": comparison.top1_drop_points}
+    values["agreement_percent"] = comparison.agreement_percent
+    return {f"{name}_{key}": value for key, value in values.items()}
+
+
 def of_bf16(accuracy: Accuracy, drop_points: float) -> dict[str, float]:
     """The baseline bf16 on the test images."""
     return {"bf16_top1_percent": accuracy.top1_percent, "bf16_top1_drop_points": drop_points}

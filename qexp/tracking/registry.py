@@ -20,9 +20,10 @@ from torch import Tensor
 
 from qexp.environment import as_the_user_set
 from qexp.errors import InputError, StageError, first_line
+from qexp.extras import has_openvino, how_to_install
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents, read_contents
-from qexp.models.names import parse_version_uri
+from qexp.models.names import ONNXRUNTIME, OPENVINO, RUNTIMES, parse_version_uri
 from qexp.models.stored import SUFFIXES, as_other_modules, model_file
 from qexp.progress import quiet, say
 from qexp.tracking import class_names, description
@@ -245,13 +246,25 @@ def others_left_alone(uri: str) -> Iterator[None]:
 
 
 def load_version(uri: str, backend: str | None = None) -> Predict:
-    """Load a registered model; an int8 one with the kernels `backend`, or those of its tag, set for the whole process.
+    """Load a registered model; an int8 one with the kernels `backend`, or those of its tag, set for the whole process;
+    an ONNX file in the runtime `backend`, or that of its tag.
 
     Raises:
-        InputError: the URI has another form or does not exist, or the version is not as qexp has registered it.
+        InputError: the URI has another form or does not exist, the version is not as qexp has registered it, or it does
+            not run in that runtime.
         StageError: its files are gone or others, do not load, or MLflow was told to load nothing like them.
     """
     return open_version(find_version(uri, "fp32", "int8", option="uri"), backend)
+
+
+def backend_of(found: ModelVersion) -> str | None:
+    """The kernels or the runtime that a version is loaded with, by its tags: those that won when it was measured. ONNX
+    Runtime takes the place of OpenVINO where that is not installed, which is said."""
+    tags = tags_of(found)
+    if tags.runtime == OPENVINO and not has_openvino():
+        say(f"{tags.uri}: OpenVINO, the faster runtime, is not installed ({how_to_install(OPENVINO)}): in ONNX Runtime")
+        return ONNXRUNTIME
+    return tags.runtime or tags.backend
 
 
 def open_version(found: ModelVersion, backend: str | None = None) -> Predict:
@@ -263,11 +276,13 @@ def open_version(found: ModelVersion, backend: str | None = None) -> Predict:
         StageError: as `load_version`.
     """
     tags = tags_of(found)
+    if backend in RUNTIMES and tags.flavor != "onnx":
+        raise InputError(f"runtime={backend!r}: {tags.uri} is no ONNX file; torch runs it")
     refuse_pickled(found)
     with checked_copy(found) as copy:
         try:
             _check_shape(tags, copy)
-            return load_files(copy, backend or tags.backend)
+            return load_files(copy, backend or backend_of(found))
         except InputError:
             raise
         except Exception as error:  # files of another version of a library, a format that MLflow was told to refuse
@@ -297,10 +312,14 @@ def _check_shape(tags: Tags, copy: Path) -> None:
 
 
 def load_files(folder: Path, backend: str | None) -> Predict:
-    """The model in a checked copy of a version's files, with the kernels `backend` (None: as they are), loaded by
-    MLflow, which opens no pickle where it was told so."""
+    """The model in a checked copy of a version's files, with the kernels `backend` (None: as they are) or in that
+    runtime (None: ONNX Runtime), loaded by MLflow, which opens no pickle where it was told so."""
     place = str(folder)
     if "onnx" in Model.load(place).flavors:
+        if backend == OPENVINO:
+            from qexp.models.openvino_file import OpenvinoClassifier
+
+            return OpenvinoClassifier.of_file(model_file(folder))
         from qexp.models.onnx_file import OnnxClassifier
 
         return OnnxClassifier(mlflow.onnx.load_model(place))
@@ -320,7 +339,7 @@ def _stored_bytes(uri: str) -> int:
 
 
 def describe_kernels(uri: str, measured: str) -> None:
-    """Say in the description of an int8 version which kernels were the faster ones, and by how much."""
+    """Say in the description of an int8 version which kernels or runtime were the faster ones, and by how much."""
     found = look_up(uri)
     text = description.with_kernels(found.description or "", measured)
     mlflow.MlflowClient().update_model_version(found.name, found.version, text)

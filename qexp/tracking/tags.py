@@ -14,6 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 from pydantic import TypeAdapter
 
 from qexp.errors import InputError
+from qexp.models.names import RUNTIMES
 from qexp.models.preprocessing import Preprocessing
 from qexp.tracking import class_names
 from qexp.tracking.store import uri_of
@@ -142,6 +143,7 @@ class Tags:
     loads_without_pickle = _optional(_truth())
     flavor = _optional(_one_of("pytorch", "onnx"))
     backend = _optional(_one_of("x86", "onednn", "fbgemm", "qnnpack"))
+    runtime = _optional(_one_of(*RUNTIMES))
     engine = _one_of("fx", "pt2e", "onnx")
     fp32_uri = _version()
     weights_uri = _matching(

@@ -12,14 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
+from mlflow.entities.model_registry import ModelVersion
 from torch import Tensor
 
+from qexp.errors import InputError
 from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
 from qexp.models.classifier import save_classifier
-from qexp.models.names import short_name
+from qexp.models.names import RUNTIMES, short_name
 from qexp.models.published import sha256_of
 from qexp.models.taken import as_model, count_parameters, is_rebuilt
 from qexp.quantization import KERNELS
@@ -95,11 +97,14 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
     accuracy, test, cost = evidence.accuracy, evidence.comparison["test"], evidence.cost
     values = metrics.of_model(accuracy, version.size_bytes, cost.parameters)
     values |= metrics.of_comparison(test) | {"int8_macs_percent": cost.int8_percent}
+    for runtime, found in evidence.runtimes.items():
+        values |= metrics.of_runtime(runtime, found.accuracy["test"], found.comparison["test"])
     tracking.log_metrics(values, owner=version.owner, at_ms=at_ms)
     for model_id, counted in ((fp32_version.model_id, evidence.fp32_cost), (version.model_id, cost)):
         for batch_size, count in counted.macs.items():
             tracking.log_metrics({"macs": count}, batch_size, (_run_id(), model_id), at_ms)
-    tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy}), "accuracy")
+    others = {f"int8 {runtime}": found.accuracy for runtime, found in evidence.runtimes.items()}
+    tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy} | others), "accuracy")
     if new.recorded:
         with TemporaryDirectory() as folder:
             write_recorded(new.recorded, Path(folder))
@@ -167,8 +172,8 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         kernels = _with_kernels(tags_of(version).engine, evidence.names[uri])
         tags = {"latency_run_id": evidence.run_id} | _speedup_tags(found, kernels[0].name, floats)
         tags |= _latency_tags(found, kernels[0].name)
-        if kernels[0].backend:
-            tags["backend"] = kernels[0].backend
+        if backend := kernels[0].backend:
+            tags |= _tags_of_runtime(version, backend) if backend in RUNTIMES else {"backend": backend}
             registry.describe_kernels(uri, description.about_kernels(found, kernels))
         if compared := evidence.logits.get(uri):
             tags |= _differing_tag(version.tags.get(DIFFERING, NONE), compared, evidence.host.cpu)
@@ -197,6 +202,19 @@ def _log_times(result: LatencyResult, chosen: str, floats: Sequence[str], models
         if whose is None or whose in models:
             tracking.log_metrics(values, step, (_run_id(), models[whose]) if whose else None, at_ms)
     tracking.log_table(metrics.latency_table(result), "latency")
+
+
+def _tags_of_runtime(version: ModelVersion, runtime: str) -> dict[str, Any]:
+    """The runtime of an ONNX file as a tag of its version, and with it the accuracy that was measured in it."""
+    try:
+        found: Int8Evidence = tracking.read_result(Int8Evidence, tags_of(version).quantize_run_id, "int8")
+    except InputError:  # its run is gone: the tags stay those of ONNX Runtime, which alone was timed then
+        return {"runtime": runtime}
+    found = found.in_runtime(runtime)
+    if found.runtime is None:  # of an earlier version of qexp, which knew of one runtime
+        return {"runtime": runtime}
+    accuracy, drop = found.accuracy["test"], found.comparison["test"]
+    return {"runtime": runtime} | metrics.tags_of_accuracy(accuracy) | metrics.tags_of_drop(drop)
 
 
 def _with_kernels(engine: str, names: Sequence[str]) -> list[SweepModel]:

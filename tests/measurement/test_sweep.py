@@ -15,7 +15,8 @@ from qexp.measurement import sweep, sweep_models
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.latency import StartUp
 from qexp.measurement.sweep import Started, SweepRequest, expected_s, fitting, run_sweep
-from qexp.measurement.sweep_models import SweepModel, int8_models
+from qexp.measurement.sweep_models import SweepModel, backend_in, int8_models
+from qexp.models.names import RUNTIMES
 from qexp.pipeline.loading import local_files
 from qexp.tracking import registry
 
@@ -118,8 +119,34 @@ def test_the_expected_time_is_that_of_rounds_loads_and_warm_up() -> None:
 
 def test_names_of_int8_models() -> None:
     both = int8_models("a", "fx", ("x86", "onednn"))
-    assert both == (SweepModel("int8_fx", "a", "x86"), SweepModel("int8_fx_onednn", "a", "onednn"))
-    assert int8_models("a", "onnx", (None,)) == (SweepModel("int8_onnx", "a"),)
+    assert both == (SweepModel("int8_fx", "a", "x86"), SweepModel("int8_fx_onednn", "a", "onednn", False))
+    both = int8_models("a", "onnx", RUNTIMES)
+    assert both == (
+        SweepModel("int8_onnx", "a", "onnxruntime"),
+        SweepModel("int8_onnx_openvino", "a", "openvino", False),
+    )
+    assert [backend_in(one.name, "onnx") for one in both] == [None, "openvino"]
+    assert int8_models("a", "pt2e", (None,)) == (SweepModel("int8_pt2e", "a"),)
+
+
+def test_a_runtime_that_does_not_take_the_file_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(model: SweepModel, size: int, options: LatencyConfig, folder: Path) -> Started:
+        if model.backend == broken:
+            raise ValueError("unsupported operation")
+        return Started(StartUp(model.name, 1.0, 1.0, 100.0), {1: 0.01})
+
+    monkeypatch.setattr(sweep, "_start_up", start)
+    models, options = int8_models("a", "onnx", RUNTIMES), LatencyConfig(batch_sizes=[1], baselines=[])
+    request = SweepRequest(models, "int8_onnx", "b", (3, 16, 16), 1, options)
+    broken = "openvino"
+    able, _, _, gone = sweep._start_all(request, tmp_path)
+    assert [one.name for one in able] == ["int8_onnx"] and gone == {"int8_onnx_openvino": "unsupported operation"}
+    assert "int8_onnx_openvino is left out: unsupported operation" in capsys.readouterr().err
+    broken = "onnxruntime"
+    with pytest.raises(StageError, match=r"^int8_onnx: unsupported operation"):
+        sweep._start_all(request, tmp_path)
 
 
 def test_a_version_is_loaded_with_the_kernels_that_it_names(finished: Finished, tmp_path: Path) -> None:

@@ -1,13 +1,20 @@
-"""A classifier that ONNX Runtime runs is a module like any other, as far as it can be one."""
+"""A classifier that ONNX Runtime or OpenVINO runs is a module like any other, as far as it can be one."""
 
 import copy
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import onnx
+import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import nn
 
 from qexp.models.onnx_file import INPUT, OUTPUT, OnnxClassifier
+from qexp.models.openvino_file import MOST_COMPILED, OpenvinoClassifier
+
+Make = Callable[[onnx.ModelProto], nn.Module]
 
 
 def _mean_of_channels() -> onnx.ModelProto:
@@ -17,8 +24,13 @@ def _mean_of_channels() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def test_what_users_do_with_modules_works() -> None:
-    model, images = OnnxClassifier(_mean_of_channels()), torch.rand(2, 3, 4, 4)
+def _in_openvino(model: onnx.ModelProto) -> OpenvinoClassifier:
+    return OpenvinoClassifier(model.SerializeToString())
+
+
+@pytest.mark.parametrize("make", [OnnxClassifier, _in_openvino])
+def test_what_users_do_with_modules_works(make: Make) -> None:
+    model, images = make(_mean_of_channels()), torch.rand(2, 3, 4, 4)
     expected = images.mean((2, 3), keepdim=True)
     assert not model.training
     for same in (model.eval(), model.train(), model.to("cpu"), model.float(), copy.deepcopy(model)):
@@ -28,3 +40,16 @@ def test_what_users_do_with_modules_works() -> None:
         assert torch.allclose(model(images), expected)
     assert not model.state_dict() and not list(model.parameters())
     assert torch.allclose(nn.Sequential(model, nn.Flatten()).eval()(images), expected.flatten(1))
+
+
+def test_openvino_takes_what_onnx_runtime_takes_in_batches_of_any_size_from_any_thread() -> None:
+    """uint8, numpy and any memory layout; logits that later batches leave as they are; few copies of the weights."""
+    model, expected = _in_openvino(_mean_of_channels()), OnnxClassifier(_mean_of_channels())
+    images = torch.randint(0, 256, (MOST_COMPILED + 2, 3, 4, 4), dtype=torch.uint8)
+    batches = [images[: size + 1] for size in range(len(images))]
+    batches += [images.float().div(255).permute(0, 1, 3, 2), images.numpy()]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(model, batches))
+    assert all(torch.allclose(logits, expected(batch)) for logits, batch in zip(found, batches, strict=True))
+    assert len(model.compiled) == MOST_COMPILED
+    assert "openvino_telemetry" not in sys.modules

@@ -1,20 +1,24 @@
 """Which int8 version is chosen where none passes the gate, and what counts as a float; the accuracy of bf16."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from conftest import latency_row, with_rows
 
 from qexp.config import Config, GateConfig, parse_yaml
 from qexp.data.datasets import Dataset
 from qexp.measurement.accuracy import Accuracy, predict_logits
 from qexp.measurement.gate import GateResult
 from qexp.measurement.host import Host
+from qexp.measurement.latency import LatencyResult
 from qexp.models.classifier import Classifier
+from qexp.pipeline import measure
 from qexp.pipeline.decide import _able, judge
-from qexp.pipeline.measure import measure_bf16
-from qexp.report.results import Bf16Evidence, Evidence, Judged
+from qexp.pipeline.measure import LocalVersions, ToTime, measure_bf16
+from qexp.report.results import Bf16Evidence, Evidence, InRuntime, Judged
 from qexp.tracking.results import Fp32
 from qexp.training.train import TrainResult
 
@@ -61,6 +65,59 @@ def test_of_versions_that_all_failed_accuracy_comes_first(evidence: Evidence) ->
     assert _able(CONFIG, [fast, bad]) == [bad]
     passed = replace(fast, gate=GateResult("passed", ()))
     assert _able(CONFIG, [good, passed]) == [passed]
+
+
+def test_the_gate_judges_the_runtime_that_won(evidence: Evidence) -> None:
+    """With its own accuracy; the figures of the other one stay beside them."""
+    first = evidence.int8
+    worse = replace(first.comparison["test"], top1_drop_points=7.0, top1_drop_low_points=6.0, top1_drop_high_points=8.0)
+    other = InRuntime({"test": replace(first.accuracy["test"], top1_percent=87.0)}, {"test": worse})
+    quantized = replace(first.quantize, engine="onnx")
+    int8 = replace(first, quantize=quantized, runtime="onnxruntime", runtimes={"openvino": other})
+    rows = [latency_row(1, {"fp32": 8.0, "int8_onnx": 2.0, "int8_onnx_openvino": 1.0})]
+    for won, figures, gate in (("int8_onnx", first, "passed"), ("int8_onnx_openvino", other, "failed")):
+        lost = "int8_onnx_openvino" if won == "int8_onnx" else "int8_onnx"
+        measured = replace(with_rows(evidence, *rows).measured, names={int8.version_uri: (won, lost)})
+        found = judge(CONFIG, evidence.fp32, int8, measured)
+        assert (found.name, found.gate.word) == (won, gate)
+        assert (found.int8.accuracy, found.int8.comparison) == (figures.accuracy, figures.comparison)
+        (kept,) = found.int8.runtimes
+        assert {found.int8.runtime, kept} == {"onnxruntime", "openvino"}
+        assert found.int8.in_runtime(kept).in_runtime(found.int8.runtime) == found.int8
+
+
+def test_a_runtime_that_cannot_be_timed_is_said(
+    evidence: Evidence, host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not installed, its accuracy is not known, or the sweep's process could not load the file."""
+
+    def time_models(*given: Any) -> LatencyResult:
+        timed = [model.name for model in given[3] if model.name not in breaks]
+        rows = (latency_row(1, {"fp32": 8.0} | dict(zip(timed, (2.0, 1.0), strict=False))),)
+        return replace(evidence.latency, rows=rows, models_left_out=dict.fromkeys(breaks, "broken"))
+
+    def names(int8: ToTime) -> tuple[tuple[str, ...], dict[str, str]]:
+        found = measure.time_versions(CONFIG, host, files, {"b": int8}, None, {})
+        return found.names["b"], found.latency.models_left_out
+
+    monkeypatch.setattr(measure, "time_models", time_models)
+    monkeypatch.setattr(measure, "has_openvino", lambda: installed)
+    files, breaks, installed, other = (
+        LocalVersions("a", Path("w"), {"a": "a", "b": "b"}),
+        list[str](),
+        True,
+        "int8_onnx_openvino",
+    )
+    assert names(ToTime("onnx")) == ((other, "int8_onnx"), {})
+    unknown = ToTime.of(replace(evidence.int8, quantize=replace(evidence.int8.quantize, engine="onnx")))
+    why = "its accuracy there was not measured when the version was made"
+    assert names(unknown) == (("int8_onnx",), {other: why})
+    breaks = [other]
+    assert names(ToTime("onnx")) == (("int8_onnx",), {other: "broken"})
+    breaks, installed, _ = [], False, capsys.readouterr()
+    why = "OpenVINO is not installed: pip install 'qexp[openvino]'"
+    assert names(ToTime("onnx")) == (("int8_onnx",), {other: why})
+    assert capsys.readouterr().err.splitlines() == [f"{other} is left out: {why}"]
 
 
 def test_it_is_measured_where_it_is_timed(fp32: Fp32, digits: Dataset, host: Host) -> None:

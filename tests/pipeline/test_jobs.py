@@ -16,19 +16,21 @@ from conftest import NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+import qexp
 from qexp.config import Config, QuantizeConfig, parse_yaml
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.files import from_json
-from qexp.measurement.accuracy import to_float
+from qexp.measurement.accuracy import measure_accuracy, to_float
 from qexp.measurement.host import read_host
 from qexp.pipeline import jobs, loading, report
 from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Job, runs_below
 from qexp.pipeline.setup import Setup, with_quantization_checked
 from qexp.pipeline.sync import sync_run
+from qexp.pipeline.verify import run_verify
 from qexp.report.results import Evidence
-from qexp.tracking import registry
+from qexp.tracking import registry, uploads
 from qexp.tracking import runs as tracking
 
 # As few times as a verdict needs.
@@ -300,7 +302,8 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     assert evidence.int8.version_uri == side_by_side.summary["int8"] and all(f"`{uri}`" in text for uri in uris)
     times = text.split("Median time (p50)")[1].split("`fp32`, p90")[0]
     bf16 = ["bf16"] if evidence.measured.host.has_bf16 else []
-    names = ["fp32", "fp32_eager", "fp32_traced", *bf16, "fp32_onnx", "int8_fx", "int8_fx_onednn", "int8_onnx"]
+    names = ["fp32", "fp32_eager", "fp32_traced", *bf16, "fp32_onnx", "int8_fx", "int8_fx_onednn"]
+    names += ["int8_onnx", "int8_onnx_openvino"]
     assert re.findall(r"^\| \**`(\w+)`\** \|", times, re.MULTILINE) == names
     assert [found.model for found in evidence.latency.startups] == names
     assert bool(evidence.measured.bf16) == evidence.measured.host.has_bf16 == ("| smallnet bf16 |" in text)
@@ -337,8 +340,50 @@ assert not {"torch", "qexp"} & set(sys.modules)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     logits = np.load(tmp_path / "logits.npy")
-    assert np.array_equal(logits, registry.load_version(uri)(images).numpy())
+    assert np.array_equal(logits, registry.load_version(uri, "onnxruntime")(images).numpy())
     assert (logits.argmax(1) == digits.test.labels[:40].numpy()).mean() > 0.7
+
+
+def test_a_version_runs_in_the_runtime_of_its_tag(
+    side_by_side: Finished, digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tags give the accuracy in that runtime, by which `verify` holds it in a process without qexp."""
+    mlflow.set_tracking_uri(side_by_side.uri)
+    version = _versions_of(side_by_side)["onnx"]
+    uri, client, images = (
+        f"models:/{version.name}/{version.version}",
+        mlflow.MlflowClient(),
+        to_float(digits.test.images),
+    )
+    int8 = loading.int8_of_run(version.tags["quantize_run_id"])
+    assert int8.runtime == "onnxruntime" and set(int8.runtimes) == {"openvino"}
+    first, other = (int8.in_runtime(name) for name in ("onnxruntime", "openvino"))
+    metrics = client.get_run(version.run_id).data.metrics
+    assert metrics["openvino_agreement_percent"] == other.comparison["test"].agreement_percent > 90
+    won = evidence_of(side_by_side).measured.name_of(uri)
+    assert version.tags["runtime"] == ("openvino" if won == "int8_onnx_openvino" else "onnxruntime")
+    assert f"Kernels: `{version.tags['runtime']}` is used by `qexp.load(uri)`" in version.description
+    assert other.accuracy["test"] == measure_accuracy(qexp.load(uri, "openvino")(images), digits.test.labels)
+    assert first.accuracy["test"] == measure_accuracy(qexp.load(uri, "onnxruntime")(images), digits.test.labels)
+    for name, found in (("openvino", other), ("onnxruntime", first)):
+        tags = uploads._tags_of_runtime(version, name)
+        assert tags["runtime"] == name and tags["test_top1_correct"] == found.accuracy["test"].top1_correct
+        registry.tag_version(uri, tags)
+        assert name in type(qexp.load(uri)).__name__.lower().replace("onnxclass", "onnxruntimeclass")
+        verified = run_verify(Config(), uri)
+        assert verified["top1_percent"] == found.accuracy["test"].top1_percent
+    registry.tag_version(uri, uploads._tags_of_runtime(version, "openvino"))
+    monkeypatch.setattr(registry, "has_openvino", lambda: False)
+    assert type(qexp.load(uri)).__name__ == "OnnxClassifier" and "in ONNX Runtime" in capsys.readouterr().err
+    registry.tag_version(uri, uploads._tags_of_runtime(version, version.tags["runtime"]))
+    with pytest.raises(InputError, match="is no ONNX file"):
+        qexp.load(side_by_side.summary["fp32"], "openvino")
+    with pytest.raises(InputError, match=r"^runtime='tensorrt': must be onnxruntime or openvino"):
+        qexp.load(uri, "tensorrt")  # type: ignore[arg-type]
+
+
+def evidence_of(done: Finished) -> Evidence:
+    return from_json(Evidence, (done.folder / "both" / "metrics.json").read_text())
 
 
 def test_evidence_of_one_version_of_two(side_by_side: Finished) -> None:
@@ -419,8 +464,10 @@ def test_engines_that_mlflow_would_not_load_are_refused(monkeypatch: pytest.Monk
 
 
 def test_kernels_of_an_engine_without_a_choice_are_refused(digits: Dataset) -> None:
-    with pytest.raises(InputError, match=r"^--backend onednn: must be auto with --engine pt2e,onnx, "):
+    with pytest.raises(InputError, match=r"^--backend onednn: .* auto, onnxruntime, openvino with --engine pt2e,onnx$"):
         with_quantization_checked(Config(quantize=QuantizeConfig(engine=["pt2e", "onnx"], backend="onednn")), digits)
+    with pytest.raises(InputError, match=r"^--backend x86: must be auto with --engine pt2e, without a choice$"):
+        with_quantization_checked(Config(quantize=QuantizeConfig(engine=["pt2e"], backend="x86")), digits)
 
 
 def test_two_rounds_are_no_verdict_and_move_no_alias(in_use: Finished) -> None:

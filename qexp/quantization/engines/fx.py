@@ -143,7 +143,7 @@ def _quantize(
         model = fx.GraphModule(model, copy.deepcopy(model.graph))  # its operations change, and not those of the caller
         _hide_float_operations(model, example, options.keep_fp32 or ())
         limits = _fuse_limits(model, options.keep_fp32 or ())
-    backend, saturating = options.backend or KERNELS[0], saturating_layers(model, options)
+    backend, saturating = _kernels_of(options), saturating_layers(model, options)
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
         mapping = _qconfig_mapping(options, reduce_range, saturating, limits)
@@ -372,6 +372,11 @@ def _trace(converted: fx.GraphModule, example: Tensor, limits: Mapping[str, floa
         raise StageError(f"engine fx quantized this model, but it does not run: {first_line(error)}") from error
 
 
+def _kernels_of(options: QuantizeConfig) -> str:
+    """The kernels to pack weights for; those that were asked for may be another engine's."""
+    return options.backend if options.backend in KERNELS else KERNELS[0]
+
+
 @contextmanager
 def _kernels(backend: str) -> Iterator[None]:
     """Pack weights for `backend` inside the block."""
@@ -398,7 +403,7 @@ def _qconfig_mapping(
     scheme = torch.per_channel_symmetric if options.per_channel else torch.per_tensor_symmetric
     weight = weight.with_args(dtype=torch.qint8, qscheme=scheme, reduce_range=reduce_range)
     qconfig = QConfig(activation, weight)
-    mapping = get_default_qconfig_mapping(options.backend or KERNELS[0]).set_global(qconfig)
+    mapping = get_default_qconfig_mapping(_kernels_of(options)).set_global(qconfig)
     for pattern, default in list(mapping.object_type_qconfigs.items()):
         if default is not None and not _has_fixed_range(default):
             mapping.set_object_type(pattern, qconfig)

@@ -1,0 +1,77 @@
+"""An ONNX file run by OpenVINO: a second runtime for the files of engine onnx, and often the faster one.
+
+It reads the file itself, without a conversion. Feeds the sweep, the evaluation of int8 models and `qexp.load`, as
+onnx_file.py does with ONNX Runtime.
+"""
+
+import copy
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qexp.extras import extra, without_package
+from qexp.models.onnx_file import as_array
+
+# Without this package, which comes with it, OpenVINO reports nothing to its maker. It would at each import, from a
+# thread of its own.
+with extra("openvino", "runtime openvino"), without_package("openvino_telemetry"):
+    import openvino
+
+MOST_COMPILED = 4  # shapes for which a model is kept compiled: each copy has its own packed weights
+
+
+class OpenvinoClassifier(nn.Module):
+    """Images [N, C, H, W] to float logits [N, classes], by OpenVINO on as many threads as torch has.
+
+    It takes and gives what an `OnnxClassifier` does. The graph is compiled when it first sees a batch size, for that
+    size alone: the kernels of a fixed size are the faster ones. What is float in an int8 file is computed in fp32, so
+    that the logits do not depend on whether the CPU has bf16.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.eval()
+        self.core = openvino.Core()
+        self.graph = self.core.read_model(content)
+        self.options = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,  # which puts the threads of several processes on the same cores
+        }
+        self.compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self.lock = threading.Lock()  # a request computes one batch at a time
+
+    @classmethod
+    def of_file(cls, file: Path) -> "OpenvinoClassifier":
+        """The model in a file, which need not stay there."""
+        return cls(file.read_bytes())
+
+    def forward(self, images: Tensor | np.ndarray) -> Tensor:
+        given = as_array(images)
+        with self.lock:
+            # The images stay where they are; the logits are copied, since the next batch is written to their place.
+            found = self._request(given.shape).infer([given], share_inputs=True)
+            return torch.from_numpy(found[0])
+
+    def _request(self, shape: tuple[int, ...]) -> Any:
+        """What computes batches of this shape; those that were used last are kept."""
+        if shape not in self.compiled:
+            graph = self.graph.clone()
+            graph.reshape(list(shape))
+            self.compiled[shape] = self.core.compile_model(graph, "CPU", self.options).create_infer_request()
+            if len(self.compiled) > MOST_COMPILED:
+                self.compiled.popitem(last=False)
+        self.compiled.move_to_end(shape)
+        return self.compiled[shape]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OpenvinoClassifier":
+        """The same compiled graphs: they have no state."""
+        copied: OpenvinoClassifier = copy.copy(self)
+        return copied
