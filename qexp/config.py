@@ -429,10 +429,10 @@ class ThroughputConfig(BaseModel):
         1.0, gt=0, le=86_400, description="seconds in which the workers compute with one model, in each round"
     )
     max_p99_ms: float | None = Field(
-        None, gt=0, description="limit of the 99th percentile of a request's time, ms; auto: no limit"
+        None, ge=0.001, le=MOST, description="limit of the 99th percentile of a request's time, ms; auto: no limit"
     )
     images_per_second: float | None = Field(
-        None, gt=0, description="rate for which the number of cores is wanted, images/s; auto: none"
+        None, ge=0.001, le=MOST, description="rate for which the number of cores is wanted, images/s; auto: none"
     )
 
 

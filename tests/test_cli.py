@@ -70,7 +70,7 @@ BAD_INPUT = {
     "no version on any machine": ("hosts models:/nothing", ["NAME models:/nothing", "models:/NAME/VERSION"]),
     "no time for a request": (
         "throughput --max-p99-ms 0 --model-uri models:/a/1",
-        ["--max-p99-ms 0", "greater than 0"],
+        ["--max-p99-ms 0", "greater than or equal"],
     ),
     "no such model to list": ("models nothing", ["NAME nothing", "there are: none"]),
     "no version to verify": ("verify nothing", ["URI nothing", "models:/NAME/VERSION"]),

@@ -46,26 +46,25 @@ def run_throughput(config: Config, model_uri: str) -> dict[str, Any]:
     int8 = registry.find_version(model_uri, "int8")
     uri, fp32_uri = uri_of(int8), uri_of(registry.source_of(int8))
     known = _latest_sweep(int8, host)
-    wanted = _settings(config, host, known)
     floats = known.fair_floats(config.gate.of(int8.name))
-    names = tuple(_fastest_float(known, floats, one) for one in wanted)
-    kernels = int8_models("", tags_of(int8).engine, KERNELS[tags_of(int8).engine])
-    backend = next((one.backend for one in kernels if one.name == known.name_of(uri)), None)
+    wanted = {one: _fastest_float(known, floats, one) for one in _settings(config, host, known)}
+    engine, name = tags_of(int8).engine, known.name_of(uri)
+    kernels = {one.name: one.backend for one in int8_models("", engine, KERNELS[engine])}
     job = Job(host, again=shlex.join(["qexp", "throughput", "--model-uri", uri]))
 
     def work(folder: Path) -> ThroughputEvidence:
         with job.files(fp32_uri, uri) as files:
-            fitting, left_out = _that_fit_in_memory(wanted, files, uri)
+            fitting, left_out = _that_fit_in_memory(list(wanted), files, uri)
             request = LoadRequest(
-                SweepModel(known.name_of(uri), files.folders[uri], backend),
-                tuple(SweepModel(name, files.fp32_folder) for name in dict.fromkeys(names)),
-                fitting,
-                tuple(name for one, name in zip(wanted, names, strict=True) if one in fitting),
-                str(files.weights),
-                preprocessing_of(config.data, config.preprocess).shape,
-                _cores(host),
-                config.latency.max_busy_percent,
-                config.throughput,
+                int8=SweepModel(name, files.folders[uri], kernels.get(name)),
+                models=tuple(SweepModel(one, files.fp32_folder) for one in dict.fromkeys(wanted.values())),
+                settings=fitting,
+                floats=tuple(wanted[one] for one in fitting),
+                weights=str(files.weights),
+                shape=preprocessing_of(config.data, config.preprocess).shape,
+                cores=_cores(host),
+                max_busy_percent=config.latency.max_busy_percent,
+                options=config.throughput,
             )
             result = run_load(request, registry.child_environment(host.threads))
         asked = config.throughput.max_p99_ms, config.throughput.images_per_second
