@@ -91,7 +91,7 @@ def test_both_runtimes_are_as_close_to_fp32(int8: QuantizedModel, images: Tensor
         fp32 = _network()(images)
     there = int8.in_openvino()
     assert there.tags()["runtime"] == "openvino" and int8.tags()["runtime"] == "onnxruntime"
-    assert sqnr_db(fp32, there(images)) > sqnr_db(fp32, int8(images)) - 1 > 15
+    assert sqnr_db(fp32, there(images)) > sqnr_db(fp32, int8(images)) - 1 > 12
     assert torch.equal(there.as_by_mlflow()(images), int8(images)), "MLflow takes ONNX Runtime"
 
 
