@@ -8,6 +8,7 @@ import typer
 from qexp import __version__
 
 from .check import check
+from .hosts import hosts
 from .import_model import import_model
 from .latency import latency
 from .main import main
@@ -19,6 +20,7 @@ from .quantize import quantize
 from .report import report
 from .search import search
 from .sync import sync
+from .throughput import throughput
 from .train import train
 from .verify import verify
 
@@ -30,11 +32,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_model,
     "quantize": quantize,
     "latency": latency,
+    "throughput": throughput,
     "search": search,
     "report": report,
     "predict": predict,
     "promote": promote,
     "models": models,
+    "hosts": hosts,
     "verify": verify,
     "sync": sync,
 }

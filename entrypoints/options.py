@@ -34,6 +34,7 @@ GROUPS = {  # by section of the configuration
     "train": "Training",
     "quantize": "Quantization",
     "latency": "Latency measurement",
+    "throughput": "Throughput measurement",
     "gate": "Gate: limits of the verdict",
     "search": "Search",
 }

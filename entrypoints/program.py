@@ -25,7 +25,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 200}
 FLAGS = {
     f"--{name.replace('_', '-')}": f"--no-{name.replace('_', '-')}"
     for name, (_, field, _) in fields_of(
-        ("", "data", "preprocess", "train", "quantize", "latency", "gate", "search")
+        ("", "data", "preprocess", "train", "quantize", "latency", "throughput", "gate", "search")
     ).items()
     if is_flag(field)
 }

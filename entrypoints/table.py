@@ -17,19 +17,25 @@ SIDE_BY_SIDE = ("fp32_top1_percent", "int8_top1_percent", "top1_drop_points", "s
 SIZES = ("fp32_size_mb", "int8_size_mb")
 ANSWER = ("verdict", "decision")  # of the whole job, and of a promotion
 REASON = ("verdict_reason", "reasons", "gate_reason", "ship")  # told below the answer
+IN_TABLE = ("hosts", "best_threads_by_batch_size", "settings")  # told by the table alone
 GOOD = ("ship int8", "passed")
 
 
 def show(summary: Summary, found: Any = None) -> None:
-    """Print the result of a command on standard output; `found` is the first table of its report, if it has one."""
+    """Print the result of a command on standard output; `found` is its table, if it has one."""
     console = Console(highlight=False)
     answer = next((summary[key] for key in ANSWER if key in summary), None)
     told = {"command", *(ANSWER + REASON if answer else ())}
     if summary["command"] == "predict":
         told |= {"images"}  # which are on standard error, a line each
     if set(SIDE_BY_SIDE) <= set(summary):
-        console.print(_as_rich(found) if found else _side_by_side(summary))
         told |= {*SIDE_BY_SIDE, *SIZES}
+        found = found or _side_by_side(summary)
+    if found:
+        console.print(found if isinstance(found, Table) else _as_rich(found))
+        told |= set(IN_TABLE)
+    for note in () if answer else getattr(found, "notes", ()):  # an answer is told in full below
+        console.print(Text(printable(note)), soft_wrap=True)
     facts = [line for key, value in summary.items() if key not in told for line in _lines(key, value)]
     width = max((len(name) for name, _ in facts), default=0)
     for name, text in facts:

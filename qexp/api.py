@@ -46,6 +46,7 @@ Predict: TypeAlias = Callable[[Tensor], Tensor]
 Options = TypeVar("Options", bound=BaseModel)
 CALIBRATION_IMAGES = 256  # as the commands take, where they are not told
 VERIFY_IMAGES = 64
+NOT_OPTIONS = ("baselines", "threads")  # of LatencyConfig: models and threads are arguments of `benchmark`
 ONNX_CLASSIFIERS = ("OnnxClassifier", "OpenvinoClassifier")
 WITH_LABELS = ("max_top1_drop", "max_tries", "sensitivity_images")  # options of the command, which has labels
 
@@ -181,7 +182,7 @@ def benchmark(
     """
     if not isinstance(models, Mapping) or not models or AGAIN in models:
         raise InputError(f"models: must be models by name, one at least, none of them named {AGAIN!r}")
-    settings = _checked(LatencyConfig, "benchmark", {"batch_sizes": list(batch_sizes)} | options, ("baselines",))
+    settings = _checked(LatencyConfig, "benchmark", {"batch_sizes": list(batch_sizes)} | options, NOT_OPTIONS)
     shape = _shape(image_size)
     before = torch.get_num_threads()
     baseline, repeated = next(iter(models)), _first_int8(models)

@@ -396,6 +396,12 @@ class LatencyConfig(BaseModel):
     profile: Weights | None = Field(
         None, description="how much each batch size counts, 1:3,128:1; those left out do not; auto: all alike"
     )
+    threads: Annotated[Counts, BeforeValidator(_numbers)] | None = Field(
+        None,
+        description="CPU threads on which models are timed, or several numbers, 1,2: the best one for each batch size "
+        "is told; auto: threads",
+        json_schema_extra={"option": "latency_threads"},
+    )
     warmup: int = Field(5, ge=1, le=MOST, description="untimed passes of each model after each load")
     loads: int = Field(5, ge=1, le=MOST, description="loads of all models at each batch size; at least 3 for a verdict")
     min_repeats: int = Field(
@@ -416,6 +422,29 @@ class LatencyConfig(BaseModel):
             return self.fit_batch_sizes
         chosen = self.batch_sizes not in (DEFAULT_BATCH_SIZES, QUICK["latency"]["batch_sizes"])
         return not chosen and not self.profile
+
+
+class ThroughputConfig(BaseModel):
+    model_config = STRICT
+    workers: Annotated[Counts, BeforeValidator(_numbers)] | None = Field(
+        None,
+        description="numbers of worker processes to try; auto: one, half and all of those that have cores of their own",
+    )
+    threads_per_worker: Annotated[Counts, BeforeValidator(_numbers)] | None = Field(
+        None, description="numbers of CPU threads, and of cores, of each worker to try; auto: 1, 2, 4, … and all"
+    )
+    load_rounds: int = Field(
+        3, ge=1, le=MOST, description="rounds of every configuration, each with new processes; at least 3 for intervals"
+    )
+    load_seconds: float = Field(
+        1.0, gt=0, le=86_400, description="seconds in which the workers compute with one model, in each round"
+    )
+    max_p99_ms: float | None = Field(
+        None, ge=0.001, le=MOST, description="limit of the 99th percentile of a request's time, ms; auto: no limit"
+    )
+    images_per_second: float | None = Field(
+        None, ge=0.001, le=MOST, description="rate for which the number of cores is wanted, images/s; auto: none"
+    )
 
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -558,6 +587,7 @@ class Config(BaseModel):
     train: TrainConfig = TrainConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     latency: LatencyConfig = LatencyConfig()
+    throughput: ThroughputConfig = ThroughputConfig()
     gate: GateConfig = GateConfig()
     search: SearchConfig = SearchConfig()
 
@@ -602,6 +632,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "min_repeats": 6,
         "min_seconds": 0.0,
     },
+    "throughput": {"load_seconds": 0.3},
 }
 
 

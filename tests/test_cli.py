@@ -57,6 +57,21 @@ BAD_INPUT = {
     "no model uri": ("report --model-uri nothing", ["--model-uri nothing", "models:/NAME/VERSION"]),
     "no such model to promote": ("promote nothing-int8", ["NAME nothing-int8", "no registered int8 model"]),
     "force perhaps": ("promote nothing-int8 --force=perhaps", ["--force perhaps", "true or false"]),
+    "no number of threads": (
+        "latency --threads 1,0 --model-uri models:/a/1",
+        ["--threads 0: must be greater than 0"],
+    ),
+    "threads told twice": (
+        "latency --threads 1,2 --latency-threads 2 --model-uri models:/a/1",
+        ["--latency-threads 2: leave it or --threads 1,2 out"],
+    ),
+    "several threads for a training": ("train --threads 1,2", ["--threads 1,2", "integer"]),
+    "no such model on any machine": ("hosts nothing", ["NAME nothing", "no registered int8 model"]),
+    "no version on any machine": ("hosts models:/nothing", ["NAME models:/nothing", "models:/NAME/VERSION"]),
+    "no time for a request": (
+        "throughput --max-p99-ms 0 --model-uri models:/a/1",
+        ["--max-p99-ms 0", "greater than or equal"],
+    ),
     "no such model to list": ("models nothing", ["NAME nothing", "there are: none"]),
     "no version to verify": ("verify nothing", ["URI nothing", "models:/NAME/VERSION"]),
     "a flag alone, then another option": (

@@ -109,6 +109,12 @@ def test_weights_of_a_batch_size_that_is_not_timed_are_refused() -> None:
         check_profile(LatencyConfig(batch_sizes=[1, 8], profile={2: 1.0}))
 
 
+def test_one_number_of_threads_or_several(tmp_path: Path) -> None:
+    for text, threads in (("2", [2]), ("[2, 1, 2]", [1, 2]), ("auto", None)):
+        assert load_config(_write(tmp_path, f"latency: {{threads: {text}}}")).latency.threads == threads
+    assert load_config(overrides={"latency": {"threads": ["4", "2"]}}).latency.threads == [2, 4]
+
+
 def test_overrides_are_text_that_becomes_values(tmp_path: Path) -> None:
     given = {"train": {"bf16": "false", "learning_rate": "5e-4"}, "latency": {"batch_sizes": ["1", "8"]}}
     config = load_config(_write(tmp_path, ""), given)

@@ -23,7 +23,7 @@ ONLY_IN = {
     "matplotlib": ("report/figures.py",),
     "torchinfo": ("measurement/cost.py",),
     "subprocess": ("processes.py", "tracking/commit.py"),  # for git; Python processes are started at one place
-    "multiprocessing": ("measurement/sweep.py",),  # forks, which end with the sweep
+    "multiprocessing": ("measurement/sweep.py", "measurement/load.py"),  # forks, which end with what they measure
     "typer": (),
 }
 
@@ -51,7 +51,7 @@ def test_what_repeats_the_options_is_generated() -> None:
 def test_table_of_options_has_each_option_of_each_command() -> None:
     lines = (REPOSITORY / "docs/reference/options.md").read_text().splitlines()
     rows = {line.split("`")[1]: line for line in lines if line.startswith("| `--")}
-    for name in fields_of(("", "data", "preprocess", "train", "quantize", "latency", "gate", "search")):
+    for name in fields_of(("", "data", "preprocess", "train", "quantize", "latency", "throughput", "gate", "search")):
         row = rows.pop(f"--{name.replace('_', '-')}")
         commands = {word.strip() for word in row.rstrip("| ").rpartition("|")[2].split(",")}
         assert commands == {key for key, made in COMMANDS.items() if name in inspect.signature(made).parameters}
@@ -59,7 +59,7 @@ def test_table_of_options_has_each_option_of_each_command() -> None:
 
 
 def test_option_names_are_unique_across_sections() -> None:
-    sections = ("", "data", "preprocess", "train", "quantize", "latency", "gate", "search")
+    sections = ("", "data", "preprocess", "train", "quantize", "latency", "throughput", "gate", "search")
     assert sum(len(fields_of((section,))) for section in sections) == len(fields_of(sections))
 
 

@@ -158,10 +158,15 @@ def compare(fp32_logits: Tensor, int8_logits: Tensor, labels: Tensor) -> Compari
     ahead, ahead_top3 = (top_k_credit(fp32_logits, labels, k) - top_k_credit(int8_logits, labels, k) for k in (1, 3))
     lost, gained = (_count(one.clamp(min=0).sum().item()) for one in (ahead, -ahead))
     low, high = paired_drop_interval(lost, gained, len(labels))
-    agreement, count = 100 * _agreement(fp32_logits, int8_logits).mean().item(), len(labels)
+    agreement, count = same_class_percent(fp32_logits, int8_logits), len(labels)
     top3_drop = 100 * ahead_top3.sum().item() / count
     divergence = _divergence_nats(fp32_logits, int8_logits)
     return Comparison(100 * (lost - gained) / count, low, high, top3_drop, agreement, lost, gained, count, divergence)
+
+
+def same_class_percent(first: Tensor, second: Tensor) -> float:
+    """Share of the images for which two models' logits [N, classes] name the same class, ties by expectation."""
+    return 100 * _agreement(first, second).mean().item()
 
 
 def guess_percent(labels: Tensor) -> float:

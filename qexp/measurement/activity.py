@@ -39,16 +39,22 @@ class Activity:
 
 
 def watch_machine(
-    threads: int, stat: Path = Path("/proc/stat"), throttled_s: Callable[[], float] = throttled_s
+    threads: int,
+    stat: Path = Path("/proc/stat"),
+    throttled_s: Callable[[], float] = throttled_s,
+    own_cpu_s: Callable[[], float] = time.process_time,
 ) -> Callable[[], Activity | None]:
-    """Start watching; the function returned stops it and returns what happened since, None where this is not Linux."""
+    """Start watching; the function returned stops it and returns what happened since, None where this is not Linux.
+
+    `own_cpu_s` is the CPU time that is not that of others.
+    """
     if not hasattr(os, "sched_getaffinity") or not stat.is_file():
         return lambda: None
     cores, physical, waited = os.sched_getaffinity(0), read_cpus().physical, throttled_s()
-    wall, own, busy = time.perf_counter(), time.process_time(), _busy_s(stat, cores)
+    wall, own, busy = time.perf_counter(), own_cpu_s(), _busy_s(stat, cores)
 
     def ended() -> Activity:
-        own_s = time.process_time() - own
+        own_s = own_cpu_s() - own
         others_s = max(0.0, _busy_s(stat, cores) - busy - own_s)
         return Activity(time.perf_counter() - wall, own_s, others_s, physical, threads, throttled_s() - waited)
 

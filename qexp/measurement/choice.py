@@ -23,14 +23,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BestVersion:
     """The best version by its name in the sweep, and of each other one why it is not."""
 
     name: str
     not_chosen: dict[str, str]
 
 
-def choose(candidates: Sequence[Candidate], latency: LatencyResult) -> Choice:
+def choose(candidates: Sequence[Candidate], latency: LatencyResult) -> BestVersion:
     """The best of at least one version.
 
     Left out, in this order, are: those that did not pass the gate, where another one did; those that lose more accuracy
@@ -71,7 +71,7 @@ def choose(candidates: Sequence[Candidate], latency: LatencyResult) -> Choice:
         lambda one: one is not chosen,
         lambda one: f"as fast as `{chosen.name}`, as far as can be told, and {_worse(one, chosen)}",
     )
-    return Choice(chosen.name, reasons)
+    return BestVersion(chosen.name, reasons)
 
 
 def _worse(one: Candidate, chosen: Candidate) -> str:

@@ -101,18 +101,20 @@ def read_cpus(root: Path = Path("/")) -> Cpus:
     Args:
         root: where /proc/self and /sys/devices are read; mount points in /proc/self/mountinfo count from there, too.
     """
+    cores = physical_cores(root)
+    return Cpus(sum(map(len, cores)), len(cores), _cpu_quota(root))
+
+
+def physical_cores(root: Path = Path("/")) -> tuple[tuple[int, ...], ...]:
+    """The cores that this process may compute on, each as the numbers of its logical CPUs; where the kernel does not
+    say, each CPU counts as one core."""
     logical = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    return Cpus(len(logical), _physical_cores(logical, root / "sys/devices/system/cpu"), _cpu_quota(root))
-
-
-def _physical_cores(logical: set[int], folder: Path) -> int:
-    """How many cores these CPUs lie on; where the kernel does not say, each counts as one."""
-    cores = set()
-    for cpu in logical:
+    cores: dict[str, list[int]] = {}
+    for cpu in sorted(logical):
         names = ("core_cpus_list", "thread_siblings_list")  # the second is what kernels before 5.3 called it
-        texts = (_read(folder / f"cpu{cpu}/topology/{name}") for name in names)
-        cores.add(next(filter(None, texts), str(cpu)))
-    return len(cores)
+        texts = (_read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/{name}") for name in names)
+        cores.setdefault(next(filter(None, texts), str(cpu)), []).append(cpu)
+    return tuple(map(tuple, cores.values()))
 
 
 def _cpu_quota(root: Path) -> float | None:

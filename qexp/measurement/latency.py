@@ -112,6 +112,13 @@ def weighted_mean(means: Sequence[Mean], weights: Sequence[float]) -> Mean:
     return Mean(value, variance, variance**2 / squares if squares else 0.0)
 
 
+def difference(one: Mean, other: Mean) -> Mean:
+    """Of two independent means (Welch, Biometrika 34, 1947)."""
+    variance = one.variance + other.variance
+    parts = sum(mean.variance**2 / mean.freedom for mean in (one, other) if mean.variance)
+    return Mean(one.value - other.value, variance, variance**2 / parts if parts else 0.0)
+
+
 @dataclass(frozen=True)
 class LatencyRow:
     """All models at one batch size, by name.
@@ -188,10 +195,13 @@ class LatencyRow:
         edge = max(self.noise.high, 1 / self.noise.low, 1.0)
         return int(ratio.low > 1 and ratio.median > edge) - int(ratio.high < 1 and ratio.median < 1 / edge)
 
+    def log_ms(self, name: str) -> Mean:
+        """Of the logarithm of a model's time in ms."""
+        return _mean_of_rounds(self.round_ms[name], (1.0,) * len(self.round_ms[name]), self.loads)
+
     def typical_ms(self, name: str) -> float:
         """The geometric mean over the loads of the median round."""
-        ones = (1.0,) * len(self.round_ms[name])
-        return math.exp(_mean_of_rounds(self.round_ms[name], ones, self.loads).value)
+        return math.exp(self.log_ms(name).value)
 
     def fastest(self, names: Sequence[str]) -> str:
         """Of these models, the one that takes least time."""
@@ -496,14 +506,14 @@ def summarize(seconds: Sequence[float], batch_size: int) -> LatencyStats:
     p50 = statistics.median(seconds)
     return LatencyStats(
         p50_ms=1000 * p50,
-        p90_ms=_percentile_ms(seconds, 90),
-        p99_ms=_percentile_ms(seconds, 99),
+        p90_ms=percentile_ms(seconds, 90),
+        p99_ms=percentile_ms(seconds, 99),
         images_per_second=batch_size / p50,
         repeats=len(seconds),
     )
 
 
-def _percentile_ms(seconds: Sequence[float], percent: int) -> float | None:
+def percentile_ms(seconds: Sequence[float], percent: int) -> float | None:
     """Linear between two samples; None unless one sample at least is expected beyond it."""
     if len(seconds) * (100 - percent) < 100:
         return None

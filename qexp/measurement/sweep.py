@@ -132,10 +132,10 @@ def _start_all(
         name, is_baseline = model.name, model.name in options.baselines
         try:
             if is_baseline and model not in able:
-                _in_fork(
+                in_fork(
                     partial(prepare_baseline, Path(request.weights), Path(model.folder), name, request.shape, folder)
                 )
-            able[model] = started = _in_fork(partial(_start_up, model, request.shape, options, folder))
+            able[model] = started = in_fork(partial(_start_up, model, request.shape, options, folder))
         except StageError as error:
             if model.needed and not is_baseline:
                 raise StageError(f"{name}: {error}") from None
@@ -265,7 +265,7 @@ def _pass_s(run: Predict, images: Tensor) -> float:
     return seconds
 
 
-def _in_fork(work: Callable[..., Any]) -> Any:
+def in_fork(work: Callable[..., Any]) -> Any:
     """What `work` returns in a copy of this process.
 
     Raises:

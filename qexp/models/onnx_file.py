@@ -25,6 +25,9 @@ LAYER_TYPES = ("Conv", "Gemm", "MatMul")
 # With these, all that multiply by weights: what is not quantized is told.
 PRODUCT_TYPES = (*LAYER_TYPES, "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
 SCOPES = "pkg.torch.onnx.name_scopes"
+# Metadata of a QuantizeLinear that only ONNX Runtime needs: it has int8 kernels for what lies before and after, while
+# OpenVINO computes a convolution and its activation in one kernel if nothing rounds between them.
+ONLY_ONNXRUNTIME = "qexp.only_for_onnxruntime"
 
 
 def as_array(images: Tensor | np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from qexp.config import Config
 from qexp.errors import InputError, StageError, StoreError
 from qexp.extras import why_missing
 from qexp.measurement.gate import UNMEASURED
+from qexp.measurement.threads import ThreadsRow
 from qexp.models.names import short_name
 from qexp.models.taken import is_onnx
 from qexp.pipeline import loading
 from qexp.pipeline.checked import answer_table
 from qexp.pipeline.decide import decide
+from qexp.pipeline.hosts import TABLE, known_hosts, logits_here
 from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
 from qexp.pipeline.measure import ToTime, measure_bf16, time_versions
 from qexp.pipeline.promote import hold_against_champion
@@ -33,7 +35,9 @@ from qexp.pipeline.train import follow, train
 from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
+from qexp.report import tables
 from qexp.report.results import Bf16Evidence, Evidence, Int8Evidence, LatencyEvidence
+from qexp.tables import Table
 from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
@@ -47,7 +51,6 @@ from qexp.training import launch
 from qexp.training.distributed import read_group
 
 Summary = dict[str, Any]
-TABLE = "table"  # of a summary: shown on a terminal in the place of the figures that it has
 
 
 def run_main(
@@ -282,14 +285,18 @@ def quantize_stage(
     )
 
 
-def latency_stage(job: Job, config: Config, fp32_uri: str, int8s: dict[str, ToTime], bf16: Any) -> LatencyEvidence:
-    """The times of registered versions; `int8s` are by URI."""
+def latency_stage(
+    job: Job, config: Config, fp32_uri: str, int8s: dict[str, ToTime], bf16: Any, compare: bool = False
+) -> LatencyEvidence:
+    """The times of registered versions; `int8s` are by URI. With `compare`, their logits on this machine too, beside
+    those that were recorded where they were made."""
 
     def work(folder: Path) -> LatencyEvidence:
         found: dict[str, Bf16Evidence] = bf16()
         with job.files(fp32_uri, *int8s) as files:
             environment = registry.child_environment(job.host.threads)
-            return time_versions(config, job.host, files, int8s, found, environment)
+            evidence = time_versions(config, job.host, files, int8s, found, environment)
+            return replace(evidence, logits=logits_here(evidence, files)) if compare else evidence
 
     uris = ", ".join(f"`{opaque(uri)}`" for uri in (fp32_uri, *int8s))
     return job.stage(
@@ -387,21 +394,43 @@ def run_latency(config: Config, model_uri: str) -> Summary:
     again = shlex.join(["qexp", "latency", "--model-uri", uri])
     # Timing does not change the accuracy of bf16.
     bf16 = partial(loading.bf16_of, int8)
-    evidence = latency_stage(Job(host, again=again), config, fp32_uri, {uri: to_time}, bf16)
+    evidence = latency_stage(Job(host, again=again), config, fp32_uri, {uri: to_time}, bf16, compare=True)
     name = evidence.name_of(uri)
     result, floats = evidence.latency, evidence.fair_floats(config.gate.of(int8.name))
     over_fp32 = {str(row.batch_size): row.speedups[name].median for row in result.rows}
     over_floats = {str(found.batch_size): found.ratio.median for found in result.speedups(name, floats)}
     uris = {"fp32": evidence.fp32_uri, "int8": uri}
     times = {"speedup_by_batch_size": over_floats, "speedup_over_fp32_by_batch_size": over_fp32}
-    good_enough = {"shortcomings": list(result.shortcomings)} if result.shortcomings else {}
-    return {"command": "latency", "run_id": evidence.run_id, **uris, **times, **good_enough}
+    more: Summary = {"shortcomings": list(result.shortcomings)} if result.shortcomings else {}
+    if compared := evidence.logits.get(uri):
+        more |= {"logits": compared.text, "logits_same_class_percent": compared.same_class_percent}
+        more |= {"logits_largest_difference_steps": compared.largest_difference_steps}
+    if by_threads := evidence.best_threads(name, floats):
+        cells = tuple(tuple(tables.threads_cells(row)) for row in by_threads)
+        more |= _threads_of(by_threads)
+        more |= {TABLE: Table("The best number of threads at each batch size", tables.THREADS_COLUMNS, cells)}
+    return {"command": "latency", "run_id": evidence.run_id, **uris, **times, **more}
+
+
+def _threads_of(rows: Sequence[ThreadsRow]) -> Summary:
+    """The best number of threads by batch size; nothing where one number was timed."""
+    return {"best_threads_by_batch_size": {str(row.batch_size): _best_of(row) for row in rows}} if rows else {}
+
+
+def _best_of(row: ThreadsRow) -> dict[str, Any]:
+    best = {f"{kind}_threads": found.threads for kind, found in (("float", row.float), ("int8", row.int8))}
+    shown = {"float_shown": row.float.shown, "int8_shown": row.int8.shown}
+    ratio = row.speedup
+    return {**best, **shown, "speedup": ratio.median, "speedup_low": ratio.low, "speedup_high": ratio.high}
 
 
 def run_report(config: Config, model_uri: str) -> Summary:
     """Write the report on the registered int8 version `model_uri` from what its runs have logged."""
     config, host = prepare_for_version(config, model_uri)
     evidence = loading.evidence_of_version(config, model_uri)
+    hosts = known_hosts(config, registry.find_version(evidence.int8.version_uri, "int8"))
+    throughput = loading.throughput_of(registry.find_version(evidence.int8.version_uri, "int8"))
+    evidence = replace(evidence, hosts=hosts, throughput=throughput)
     again = shlex.join(["qexp", "report", "--model-uri", evidence.int8.version_uri])
     page = report_stage(Job(host, again=again), config, evidence)
     return summary_of("report", Reported(evidence, page.split("/")[1], page))
@@ -413,4 +442,5 @@ def summary_of(command: str, done: Reported) -> Summary:
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": done.report_uri}
     engine = {"engine": evidence.int8.quantize.engine}
     found = evidence.decision | evidence.headline | evidence.images_seen_before
+    found |= _threads_of(evidence.measured.best_threads(evidence.name, evidence.floats))
     return {"command": command, "run_id": done.run_id, **uris, **engine, **found, TABLE: answer_table(evidence)}

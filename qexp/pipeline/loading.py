@@ -22,7 +22,7 @@ from qexp.models.taken import load_taken
 from qexp.pipeline.decide import judge
 from qexp.pipeline.measure import LocalVersions, ToTime, predict_splits
 from qexp.progress import say
-from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.report.results import Bf16Evidence, Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence, ThroughputEvidence
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.aliases import CHAMPION, version_with
@@ -84,7 +84,7 @@ def fp32_from_registry(uri: str, dataset: Dataset, splits: tuple[str, ...] | Non
     """
     found = registry.find_version(uri, "fp32")
     model = load_weights(found)
-    evidence = _fp32_result(found)
+    evidence = fp32_result(found)
     # Those of the data at hand, which cost little in memory: an earlier version has not counted them.
     data = replace(evidence.data, duplicates=dataset.duplicates) if dataset.in_memory else evidence.data
     version = registry.from_entity(found)
@@ -138,7 +138,7 @@ def checked_weights(found: ModelVersion, copy: Path) -> Iterator[Path]:
         yield file
 
 
-def _fp32_result(found: ModelVersion) -> Fp32Evidence:
+def fp32_result(found: ModelVersion) -> Fp32Evidence:
     """What the training of a version has found, by its tag."""
     with tags_of(found).followed("train_run_id") as run_id:
         return tracking.read_result(Fp32Evidence, run_id, "fp32")
@@ -177,6 +177,17 @@ def bf16_of(found: ModelVersion) -> dict[str, Bf16Evidence]:
     except InputError as error:  # a sweep that is lost is made anew
         say(f"the accuracy of bf16 is not known: {error}")
         return {}
+
+
+def throughput_of(found: ModelVersion) -> ThroughputEvidence | None:
+    """What is known of the throughput of a version, by its latest measurement."""
+    if not (run_id := tags_of(found).throughput_run_id):
+        return None
+    try:
+        return tracking.read_result(ThroughputEvidence, run_id, "throughput")
+    except InputError as error:
+        say(f"the throughput is not known: {error}")
+        return None
 
 
 @contextmanager
@@ -218,7 +229,7 @@ def evidence_of_version(config: Config, uri: str) -> Evidence:
     if tags.latency_run_id is None:
         raise InputError(f"--model-uri {uri}: its latency was not measured; run `qexp latency --model-uri {uri}` first")
     source = registry.source_of(found)
-    fp32 = replace(_fp32_result(found), verified=tags_of(source).verified)
+    fp32 = replace(fp32_result(found), verified=tags_of(source).verified)
     with tags.followed("latency_run_id") as run_id:
         latency = tracking.read_result(LatencyEvidence, run_id, "latency")
     judged = []

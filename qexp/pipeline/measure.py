@@ -133,7 +133,7 @@ def time_versions(
     environment: dict[str, str],
 ) -> LatencyEvidence:
     """Time int8 versions, each with all kernels or runtimes that it has, and the baselines beside them, in a clean
-    subprocess.
+    subprocess; in one more for each other number of threads that is asked for.
 
     Args:
         int8s: by URI.
@@ -147,20 +147,39 @@ def time_versions(
     for name, reason in gone.items():
         say(f"{name} is left out: {reason}")
     models = [model for found in timed.values() for model in found if model.name not in gone]
-    result = time_models(config, host, files, models, models[0].name, environment)
-    result = replace(result, models_left_out=gone | result.models_left_out)
+    results = [
+        time_models(config, replace(host, threads=threads), files, models, models[0].name, environment)
+        for threads in thread_counts(config, host)
+    ]
+    result, *others = (replace(one, models_left_out=gone | one.models_left_out) for one in results)
     for shortcoming in result.shortcomings:
         say(f"warning: no verdict rests on these times: {shortcoming}")
     there = result.rows[0].stats
     names = {
         uri: _fastest_first(config, result, [one for one in found if one.name in there]) for uri, found in timed.items()
     }
-    return LatencyEvidence(files.fp32_uri, names, result, host, run_id="", **rounded_fields(config, host, bf16))
+    return LatencyEvidence(
+        files.fp32_uri,
+        names,
+        result,
+        replace(host, threads=result.threads),
+        run_id="",
+        other_threads=tuple(others),
+        **rounded_fields(config, host, bf16),
+    )
 
 
 def rounded_fields(config: Config, host: Host, found: Mapping[str, Bf16Evidence]) -> dict[str, Any]:
     """What is known of the baselines in bf16 that are timed, by the fields of `LatencyEvidence`."""
     return {name: found.get(name) for name in ROUNDED if not why_not_timed(name, config, host)}
+
+
+def thread_counts(config: Config, host: Host) -> list[int]:
+    """The numbers of threads on which models are timed. The first one decides: that of all stages, or else the
+    largest."""
+    asked: list[int] = config.latency.threads or [host.threads]
+    first = host.threads if host.threads in asked else max(asked)
+    return [first, *(count for count in asked if count != first)]
 
 
 def time_models(
@@ -171,7 +190,8 @@ def time_models(
     repeated: str,
     environment: dict[str, str],
 ) -> LatencyResult:
-    """Time the baselines and these int8 models in a clean subprocess, the model named `repeated` twice."""
+    """Time the baselines and these int8 models in a clean subprocess on `host.threads` threads, the model named
+    `repeated` twice."""
     asked: Sequence[str] = config.latency.baselines
     baselines, gone = list[str](), dict[str, str]()
     for name in asked:
@@ -186,7 +206,7 @@ def time_models(
     models = [SweepModel(name, files.fp32_folder) for name in (BASELINE, *baselines)] + list(int8)
     shape = preprocessing_of(config.data, config.preprocess).shape
     request = SweepRequest(tuple(models), repeated, str(files.weights), shape, host.threads, config.latency)
-    result = run_sweep(request, environment)
+    result = run_sweep(request, environment | {"OMP_NUM_THREADS": str(host.threads)})
     return replace(result, models_left_out=gone | result.models_left_out)
 
 

@@ -20,7 +20,7 @@ from qexp.measurement.host import Host
 from qexp.measurement.sweep_models import SweepModel
 from qexp.pipeline.job import Inputs, Job
 from qexp.pipeline.loading import bf16_of, load_weights, local_files, logits_of_version
-from qexp.pipeline.measure import measure_bf16, rounded_fields, time_models
+from qexp.pipeline.measure import measure_bf16, rounded_fields, thread_counts, time_models
 from qexp.pipeline.setup import Setup, prepare
 from qexp.progress import say
 from qexp.report.promotion import CANDIDATE, OVERTAKEN, Promotion
@@ -210,7 +210,7 @@ def _time(
     config: Config, host: Host, versions: dict[str, ModelVersion], bf16: dict[str, Bf16Evidence]
 ) -> LatencyEvidence:
     """The candidate and the champion, with the kernels that `qexp.load` gives, beside fp32."""
-    fp32_uri = tags_of(versions[CANDIDATE]).fp32_uri
+    fp32_uri, host = tags_of(versions[CANDIDATE]).fp32_uri, replace(host, threads=thread_counts(config, host)[0])
     with local_files(fp32_uri, *map(uri_of, versions.values())) as files:
         folders = {name: files.folders[uri_of(one)] for name, one in versions.items()}
         models = [SweepModel(name, folders[name], registry.backend_of(one)) for name, one in versions.items()]

@@ -32,6 +32,7 @@ from qexp.tracking.metrics import tags_of_drop
 from qexp.tracking.results import Fp32, NewModel
 
 SATURATION = "sums of two products of whole ranges do not fit into 16 bits"
+RECORDED_IMAGES = 32  # test images that are kept with their logits
 BUDGET_IMAGES = 256  # validation images that order the layers, where the options ask for none
 
 
@@ -87,9 +88,16 @@ def quantize(
     sample, spec = verification_images(dataset), fp32.model.spec
     with torch.no_grad():
         expected = quantized.module(to_float(sample))
-    return NewModel(
-        evidence, quantized.stored, spec, sample, expected, logits, tags, layer_table(quantized.source, spec.shape)
-    )
+    table, recorded = layer_table(quantized.source, spec.shape), _recorded(quantized, dataset)
+    return NewModel(evidence, quantized.stored, spec, sample, expected, logits, tags, table, recorded)
+
+
+def _recorded(quantized: QuantizedModel, dataset: Dataset) -> dict[str, Tensor]:
+    """Some test images and the logits for them, with which other machines compare theirs."""
+    test = dataset.test
+    images = test.images[stratified_sample(test.labels, min(RECORDED_IMAGES, len(test)), seed=0)]
+    with torch.no_grad():
+        return {"images": images, "logits": quantized.module(to_float(images))}
 
 
 def _compared(fp32: dict[str, Tensor], int8: dict[str, Tensor], dataset: Dataset) -> dict[str, Comparison]:

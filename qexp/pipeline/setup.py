@@ -1,6 +1,7 @@
 """What comes before the first run of a command: options settled, and whatever can be refused is refused."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -207,7 +208,8 @@ def prepare_for_version(config: Config, model_uri: str) -> tuple[Config, Host]:
 
 def _use_threads(config: Config) -> Host:
     host = read_host(config.threads)
-    if warning := too_many_threads(host):
+    most = max([host.threads, *(config.latency.threads or ())])
+    if warning := too_many_threads(replace(host, threads=most)):
         say(f"warning: {warning}")
     torch.set_num_threads(host.threads)
     wait(PASSIVE)

@@ -4,7 +4,7 @@ The pipeline fills them, and the report's tables, sentences, figures and `metric
 are stored as JSON: what earlier versions have stored must still be readable, so each new field has a default.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -14,19 +14,23 @@ from pydantic import AliasChoices, Field
 from qexp.config import GateConfig
 from qexp.data.duplicates import Duplicates
 from qexp.measurement.accuracy import Accuracy, Comparison, share_interval
-from qexp.measurement.choice import Candidate, Choice, choose
+from qexp.measurement.agreement import LogitsAgreement
+from qexp.measurement.choice import BestVersion, Candidate, choose
 from qexp.measurement.cost import Cost
 from qexp.measurement.gate import DROP, GateResult, Succession
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult, Ratio, Speedup
 from qexp.measurement.sweep_models import BF16, BF16_OPENVINO, ROUNDED
+from qexp.measurement.threads import ThreadsRow, best_threads
+from qexp.measurement.throughput import Choice, Kind, Need, ThroughputResult
 from qexp.measurement.verdict import Verdict, decide_verdict
 from qexp.models.contents import FileContents
 from qexp.models.preprocessing import Preprocessing, Shape
-from qexp.quantities import Finite, Number, Percent, Points, Some
+from qexp.quantities import Finite, Number, Percent, Points, Some, Timed
 from qexp.quantization.budget import BudgetResult
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult
+from qexp.report.hosts import KnownHost
 from qexp.training.train import TrainResult
 
 UNREGISTERED = "fp32"  # in the place of the URI of an fp32 version that is in no registry
@@ -194,7 +198,9 @@ class LatencyEvidence:
     """The latency sweep of registered versions and the machine that it ran on.
 
     `names` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
-    there where that baseline was timed by a job that had the test images; `bf16_openvino` likewise.
+    there where that baseline was timed by a job that had the test images; `bf16_openvino` likewise. `logits` has, by
+    the URI of an int8 version that was quantized before, its logits here beside those that were recorded. `latency` is
+    the sweep that decides; `other_threads` are those on other numbers of threads.
     """
 
     fp32_uri: str
@@ -204,17 +210,21 @@ class LatencyEvidence:
     run_id: str
     bf16: Bf16Evidence | None = None
     bf16_openvino: Bf16Evidence | None = None
+    logits: dict[str, LogitsAgreement] = field(default_factory=dict)
+    other_threads: tuple[LatencyResult, ...] = ()
 
     def check(self) -> None:
         """As that of `Fp32Evidence`."""
-        rows, timed = self.latency.rows, {name for names in self.names.values() for name in names}
-        if not (rows and all(self.names.values()) and all(row.stats.keys() >= timed for row in rows)):
-            raise ValueError("the times of a model are missing")
-        self.latency.check()
+        timed = {name for names in self.names.values() for name in names}
+        for found in (self.latency, *self.other_threads):
+            rows = found.rows
+            if not (rows and all(self.names.values()) and all(row.stats.keys() >= timed for row in rows)):
+                raise ValueError("the times of a model are missing")
+            found.check()
         if not self.floats:
             raise ValueError("there are no times of a model that is not int8")
-        for found in self.rounded.values():
-            found.accuracy.check()
+        for rounded in self.rounded.values():
+            rounded.accuracy.check()
 
     @property
     def rounded(self) -> dict[str, Bf16Evidence]:
@@ -232,6 +242,11 @@ class LatencyEvidence:
         """The model of the table that stands for an int8 version: with the kernels that `qexp.load` gives."""
         return self.names[uri][0]
 
+    def best_threads(self, int8: str, floats: Sequence[str]) -> tuple[ThreadsRow, ...]:
+        """The best number of threads of an int8 model and of the fastest float at each batch size; empty where one
+        number was timed."""
+        return best_threads((self.latency, *self.other_threads), int8, floats)
+
     def fair_floats(self, limits: GateConfig) -> tuple[str, ...]:
         """What int8 is compared with: every model that is not int8, bf16 only if it keeps the limits on accuracy."""
 
@@ -242,6 +257,36 @@ class LatencyEvidence:
             return limits.min_top1 is None or least >= limits.min_top1
 
         return tuple(name for name in self.floats if name not in ROUNDED or is_accurate(self.rounded.get(name)))
+
+
+@dataclass(frozen=True)
+class ThroughputEvidence:
+    """What workers serve with an int8 version and with the fastest float of each setting, and the machine they ran on.
+
+    `max_p99_ms` and `images_per_second` are what was asked: a limit of the time of a request, and a rate.
+    """
+
+    fp32_uri: str
+    int8_uri: str
+    result: ThroughputResult
+    host: Host
+    run_id: str
+    max_p99_ms: Timed | None = None
+    images_per_second: Timed | None = None
+
+    def check(self) -> None:
+        """As that of `Fp32Evidence`."""
+        self.result.check()
+
+    def best(self, kind: Kind) -> Choice | None:
+        """The setting that serves most within the limit."""
+        return self.result.best(kind, self.max_p99_ms)
+
+    def needed(self, kind: Kind) -> Need | None:
+        """What the rate takes within the limit; None too where no rate was asked for."""
+        if self.images_per_second is None:
+            return None
+        return self.result.needed(kind, self.images_per_second, self.max_p99_ms)
 
 
 @dataclass(frozen=True)
@@ -268,6 +313,8 @@ class Evidence:
     `failed_engines` says of each engine that could not quantize the model why. `succession` is the decision against
     the previous champion, `before_uri`, where there was another one; `now_uri` is what has become champion since.
     `floats` are the models that int8 is compared with: all that are not int8, bf16 only if it is accurate enough.
+    `hosts` is what is known of the version chosen on each kind of machine that has timed it. `throughput` is what
+    workers serve with it, where that was measured.
     """
 
     fp32: Fp32Evidence
@@ -279,6 +326,8 @@ class Evidence:
     succession: Succession | None = None
     before_uri: str | None = None
     now_uri: str | None = None
+    hosts: tuple[KnownHost, ...] = ()
+    throughput: ThroughputEvidence | None = None
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -303,7 +352,7 @@ class Evidence:
         return next(judged for judged in self.versions if judged.name == self.choice.name)
 
     @cached_property
-    def choice(self) -> Choice:
+    def choice(self) -> BestVersion:
         """Which version is the best, and why each other one is not."""
         return choose([judged.candidate for judged in self.versions], self.latency)
 

@@ -12,12 +12,15 @@ from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, VERIFIED
 from qexp.measurement.host import Host
 from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyResult, LatencyRow, Ratio
 from qexp.measurement.sweep_models import BASELINE, BF16, BF16_OPENVINO, EAGER, FP32_OPENVINO, ROUNDED, backend_in
+from qexp.measurement.throughput import KINDS
 from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASURED
 from qexp.models.names import ONNXRUNTIME, OPENVINO
 from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
-from qexp.report.results import DataFacts, Evidence, Int8Evidence
+from qexp.report.hosts import notes
+from qexp.report.hosts import several_kinds as several_kinds
+from qexp.report.results import DataFacts, Evidence, Int8Evidence, ThroughputEvidence
 from qexp.waiting import PASSIVE
 
 SAME_SPEED = 0.05  # times saved that differ by less than 5 % do not grow
@@ -561,6 +564,71 @@ def _others(evidence: Evidence) -> list[str]:
     ]
 
 
+# Throughput
+
+
+def throughput(found: ThroughputEvidence) -> list[str]:
+    """Which setting serves most, what a rate takes, and what else must be known of the figures."""
+    return [
+        *(f"**Nothing may rest on these figures**: {reason}." for reason in found.result.shortcomings),
+        _most_served(found),
+        *_needed(found),
+        *(f"Not tried: {reason}." for reason in found.result.left_out),
+    ]
+
+
+def _most_served(found: ThroughputEvidence) -> str:
+    limit = "" if found.max_p99_ms is None else f"Within {found.max_p99_ms:g} ms for 99 of 100 requests, "
+    told, best = [], {kind: found.best(kind) for kind in KINDS}
+    for kind, name in (("int8", "int8"), ("float", "the fastest float")):
+        one = best[kind]  # type: ignore[index]
+        if one is None:
+            told.append(f"{name} is not shown to serve anything")
+            continue
+        served = one.served
+        p99 = "" if served.p99_ms is None else f", 99 of 100 requests within {three_digits(served.p99_ms)} ms"
+        which = f" (`{served.model}`)" if kind == "float" else ""
+        low, middle, high = (three_digits(end) for end in (served.rate.low, served.rate.median, served.rate.high))
+        rate = f"{middle} images a second ({low} to {high})"
+        told.append(f"{name}{which} serves {rate} with {one.setting.text}{p99}")
+    text = f"{limit}{'; '.join(told)}."
+    return text[0].upper() + text[1:]
+
+
+def _needed(found: ThroughputEvidence) -> list[str]:
+    """What a rate takes, for int8 and for the fastest float."""
+    if found.images_per_second is None:
+        return []
+    told = []
+    for kind, name in (("int8", "int8"), ("float", "the fastest float")):
+        need = found.needed(kind)  # type: ignore[arg-type]
+        if need is None:
+            told.append(f"nothing is shown to do for {name}")
+            continue
+        machines = "" if need.machines == 1 else f" of {need.machines} machines like this one, each"
+        cores = f"{need.cores} {_plural(need.cores, 'core')}"
+        told.append(f"{name} needs {cores}{machines} with {need.each.setting.text}")
+    return [f"For {found.images_per_second:,.10g} images a second, {'; '.join(told)}."]
+
+
+def how_served(found: ThroughputEvidence) -> list[str]:
+    """What a worker, a request and a rate are."""
+    result = found.result
+    pinned = (
+        "each pinned to as many cores of its own as it has threads"
+        if result.pinned
+        else "which this system does not pin to cores"
+    )
+    rounds = span([len(row.int8.images_per_second) for row in result.rows])
+    return [
+        f"Workers are processes, {pinned}. Each computes one request after the other, a request being "
+        "one batch: its time is that of the computation beside busy neighbours, without waiting in a queue.",
+        f"Images a second are those of all workers while all of them are at work, in {rounds} rounds with new "
+        "processes, in each of which float and int8 take turns. The float at a batch size is the one that was the "
+        "fastest in the latest latency sweep on this CPU.",
+    ]
+
+
 # Layer sensitivity and budget
 
 
@@ -679,6 +747,14 @@ def _cost_of_fp32_layers(int8: Int8Evidence) -> str:
     slower = f" A batch takes {join(shown)}." if shown else ""
     equal = f" At batch {_plural(len(level), 'size')} {join(level)}, no difference in time is shown." if level else ""
     return f"Compared with all layers in int8, the file is {grown:.3f} MB larger.{slower}{equal}"
+
+
+# Several kinds of machine
+
+
+def hosts(evidence: Evidence) -> list[str]:
+    """Where the logits of the chosen version are others than those recorded, or were not compared with them."""
+    return list(notes(evidence.hosts))
 
 
 # Environment

@@ -6,8 +6,13 @@ from qexp.measurement.accuracy import Accuracy, share_interval
 from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, TRAINED, VERIFIED, GateCheck
 from qexp.measurement.host import too_many_threads
 from qexp.measurement.latency import LatencyRow, LatencyStats, Ratio
+from qexp.measurement.threads import ThreadsRow
+from qexp.measurement.throughput import COLUMNS as COLUMNS_OF_THROUGHPUT
+from qexp.measurement.throughput import KINDS
+from qexp.measurement.throughput import cells as cells_of_throughput
 from qexp.report import sentences
-from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence
+from qexp.report.hosts import COLUMNS, cells
+from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, ThroughputEvidence
 from qexp.report.sentences import by_batch_size, three_digits
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
@@ -206,6 +211,39 @@ def _ratio(found: Ratio) -> str:
     return f"{found.median:.2f} ({_interval(found)})"
 
 
+def threads(evidence: Evidence) -> Table | None:
+    """The best number of threads at each batch size; None where one number was timed."""
+    rows = evidence.measured.best_threads(evidence.name, evidence.floats)
+    return (list(THREADS_COLUMNS), [threads_cells(row) for row in rows]) if rows else None
+
+
+THREADS_COLUMNS = (
+    "Batch size", "Fastest float, ms", "Best for it", "int8, ms", "Best for int8", "Times as fast, each on its best",
+)  # fmt: skip
+
+
+def threads_cells(row: ThreadsRow) -> list[str]:
+    """The fastest float and int8 on each number of threads, below THREADS_COLUMNS."""
+    cells = [str(row.batch_size)]
+    for found in (row.float, row.int8):
+        cells.append(", ".join(f"{three_digits(ms)} on {count}" for count, ms in found.p50_ms.items()))
+        cells.append(sentences.threads(found.threads) + ("" if found.shown else ", not told apart"))
+    return [*cells, _ratio(row.speedup)]
+
+
+def throughput(found: ThroughputEvidence) -> Table:
+    """At each batch size, the settings with which float and int8 serve most, and those that were chosen."""
+    chosen = [best.setting for kind in KINDS if (best := found.best(kind))]
+    for size in {row.setting.batch_size for row in found.result.rows}:
+        rows = [row for row in found.result.rows if row.setting.batch_size == size]
+        chosen += [max(rows, key=lambda row: row.of(kind).mean.value).setting for kind in KINDS]
+    rows = [row for row in found.result.rows if row.setting in chosen]
+    rows.sort(key=lambda row: (row.setting.batch_size, row.setting.cores))
+    header = [name if name.startswith("int8") else name.capitalize() for name in COLUMNS_OF_THROUGHPUT]
+    shown = [list(cells_of_throughput(row)) for row in rows]
+    return header, [[*texts[:3], f"`{texts[3]}`", *texts[4:]] for texts in shown]
+
+
 def startup(evidence: Evidence) -> Table:
     """Loading and first call of every model, each in a process of its own."""
     rows = [
@@ -227,6 +265,11 @@ def versions(evidence: Evidence) -> Table | None:
     times = f"Times as fast as `{evidence.name}`"
     header = ["Version", "Model", "Top-1 drop, points", times, "Size, MB", "Gate", "Why it was not chosen"]
     return (header, rows) if rows else None
+
+
+def hosts(evidence: Evidence) -> Table:
+    """What is known of the chosen version, a row a kind of machine."""
+    return [name[0].upper() + name[1:] for name in COLUMNS], [list(cells(one)) for one in evidence.hosts]
 
 
 def sensitivity(evidence: Evidence) -> Table | None:

@@ -12,6 +12,7 @@ from qexp.errors import StageError
 from qexp.measurement.accuracy import evaluation_batch, to_float
 from qexp.models.classifier import ImageBatches
 from qexp.models.names import OPENVINO
+from qexp.models.stored import model_file
 from qexp.processes import run_python
 from qexp.progress import say
 
@@ -30,18 +31,17 @@ numpy.save(logits, numpy.concatenate(found))
 """
 # The same for an ONNX file in OpenVINO, compiled for each batch size as OpenvinoClassifier does.
 IN_OPENVINO = """
-import os, pathlib, sys
+import os, sys
 sys.modules["openvino_telemetry"] = None
 import numpy, openvino
 source, images, logits, size = *sys.argv[1:4], int(sys.argv[4])
-(file,) = pathlib.Path(source).rglob("model.onnx")
 core, compiled, found = openvino.Core(), {}, []
 options = {"INFERENCE_NUM_THREADS": int(os.environ["OMP_NUM_THREADS"]), "PERFORMANCE_HINT": "LATENCY"}
 options |= {"NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
 for start in range(0, len(numpy.load(images, mmap_mode="r")), size):
     batch = numpy.load(images, mmap_mode="r")[start : start + size].astype(numpy.float32) / numpy.float32(255)
     if batch.shape not in compiled:
-        model = core.read_model(file)
+        model = core.read_model(source)
         model.reshape(list(batch.shape))
         compiled[batch.shape] = core.compile_model(model, "CPU", options)
     found.append(compiled[batch.shape](batch)[0])
@@ -66,12 +66,22 @@ def bare_logits(source: str, images: ImageBatches, environment: dict[str, str], 
         inputs, logits = Path(folder, "images.npy"), Path(folder, "logits.npy")
         size = evaluation_batch(images.shape)
         _save(inputs, images, size)
+        if runtime == OPENVINO:
+            source = _for_openvino(model_file(Path(source)), Path(folder))
         words = ["-c", IN_OPENVINO if runtime == OPENVINO else SCRIPT, source, str(inputs), str(logits), str(size)]
         done = run_python(words, environment, capture_output=True, text=True)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise StageError(f"it does not load and run in a clean subprocess: {lines[-1]}")
         return torch.from_numpy(np.load(logits))
+
+
+def _for_openvino(file: Path, folder: Path) -> str:
+    from qexp.models.openvino_file import for_openvino
+
+    place = folder / "openvino.onnx"
+    place.write_bytes(for_openvino(file.read_bytes()))
+    return str(place)
 
 
 def _save(file: Path, images: ImageBatches, batch_size: int) -> None:

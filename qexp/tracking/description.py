@@ -71,9 +71,9 @@ def _about_runtimes(result: LatencyResult, found: Sequence[SweepModel]) -> str:
         return text
     threads = f'{{"INFERENCE_NUM_THREADS": {result.threads}, "PERFORMANCE_HINT": "LATENCY"}}'
     return (
-        f'{text} Without qexp: `openvino.Core().compile_model("model.onnx", "CPU", {threads})`, fastest once the model '
-        "from `read_model` has been given the shape of the batch by `reshape`. MLflow's `load_model` runs the file in "
-        "ONNX Runtime; the logits differ by rounding."
+        f'{text} Without qexp: `openvino.Core().compile_model("model.onnx", "CPU", {threads})`; it is fastest for one '
+        "batch size, given by `reshape`, and with the file that `qexp.load(uri).save(file)` writes, which lacks "
+        "roundings that only ONNX Runtime needs. MLflow's `load_model` takes ONNX Runtime, which rounds otherwise."
     )
 
 
@@ -101,6 +101,8 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     yield "Speed", told(f"{mean}at least {{}}x", "smallest_speedup")
     times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
     yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
+    differ = tags["logits_differ"].replace("none", "")
+    yield "Logits", differ and f"beside those that were recorded: {differ}"
     yield "Size", told("{} MB", "size_mb")
     if typed.known("image_size") and "preprocessing" not in wrong:
         channels, height, width = typed.input.shape

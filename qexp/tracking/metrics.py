@@ -11,6 +11,9 @@ from typing import Any
 
 from qexp.measurement.accuracy import Accuracy, Comparison
 from qexp.measurement.latency import LatencyResult
+from qexp.measurement.threads import ThreadsRow
+from qexp.measurement.throughput import KINDS
+from qexp.report.results import ThroughputEvidence
 from qexp.training.train import EpochResult
 
 FIRST_OF_EPOCH = "train/loss"
@@ -128,6 +131,54 @@ def latency_table(result: LatencyResult) -> dict[str, list[Any]]:
             for name, stats in row.stats.items()
         ]
     )
+
+
+def of_threads(rows: Sequence[ThreadsRow]) -> Iterator[tuple[int, dict[str, float]]]:
+    """The best number of threads of the fastest float and of int8, with the batch size as step."""
+    for row in rows:
+        best = {"float": row.float.threads, "int8": row.int8.threads}
+        yield row.batch_size, {f"latency/best_threads/{kind}": float(count) for kind, count in best.items()}
+
+
+def threads_table(rows: Sequence[ThreadsRow]) -> dict[str, list[Any]]:
+    """Columns by name, one row a batch size, model and number of threads."""
+    return columns(
+        [
+            {"batch_size": row.batch_size, "model": found.models[count], "threads": count, "p50_ms": p50_ms}
+            | {"best": count == found.threads}
+            for row in rows
+            for found in (row.float, row.int8)
+            for count, p50_ms in found.p50_ms.items()
+        ]
+    )
+
+
+def of_throughput(found: ThroughputEvidence) -> Iterator[tuple[int | None, dict[str, float]]]:
+    """Of each setting, with the batch size as step; and of the one that serves most within the limit, without."""
+    for row in found.result.rows:
+        at = f"{row.setting.workers}x{row.setting.threads}"
+        values = {}
+        for kind in KINDS:
+            one = row.of(kind)
+            values[f"throughput/images_per_second/{kind}_{at}"] = one.rate.median
+            if one.p99_ms is not None:
+                values[f"throughput/p99_ms/{kind}_{at}"] = one.p99_ms
+        yield row.setting.batch_size, values
+    for kind in KINDS:
+        if best := found.best(kind):
+            yield None, {f"{kind}_images_per_second": best.served.rate.median}
+
+
+def throughput_table(found: ThroughputEvidence) -> dict[str, list[Any]]:
+    """Columns by name, one row a setting and model."""
+    rows = []
+    for row in found.result.rows:
+        for one in (row.float, row.int8):
+            rate = one.rate
+            values = {"images_per_second": rate.median, "low": rate.low, "high": rate.high}
+            times = {"p50_ms": one.p50_ms, "p99_ms": one.p99_ms, "requests": one.requests}
+            rows.append({**asdict(row.setting), "model": one.model, **values, **times})
+    return columns(rows)
 
 
 def accuracy_table(accuracy: dict[str, dict[str, Accuracy]]) -> dict[str, list[Any]]:

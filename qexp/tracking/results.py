@@ -6,7 +6,7 @@ The pipeline writes and reads them; `uploads.py` says what each looks like in ML
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from qexp.models.program import load_program
 from qexp.models.taken import export_program, is_onnx, is_rebuilt
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report.promotion import Promotion
-from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.report.results import Fp32Evidence, Int8Evidence, LatencyEvidence, ThroughputEvidence
 from qexp.tracking.job_folder import RESULT
 from qexp.tracking.registry import Registered
 
@@ -34,7 +34,8 @@ class NewModel:
 
     `stored` is what the registry stores: a classifier or another module, a TorchScript module or an ONNX model.
     `expected` are the logits that it must give for the uint8 images `sample` [N, C, H, W] when it is loaded again;
-    `logits` are those of the data set, by split. `layers` is the table of its layers as text.
+    `logits` are those of the data set, by split. `layers` is the table of its layers as text. `recorded` are some test
+    `images` and its `logits` for them, with which other machines compare theirs; empty for an fp32 model.
     """
 
     evidence: Fp32Evidence | Int8Evidence
@@ -45,6 +46,7 @@ class NewModel:
     logits: dict[str, Tensor]
     tags: dict[str, Any]
     layers: str
+    recorded: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,13 @@ class WrittenReport:
     int8_uri: str
 
 
-Result = NewModel | SensitivityResult | LatencyEvidence | Promotion | WrittenReport
+Result = NewModel | SensitivityResult | LatencyEvidence | ThroughputEvidence | Promotion | WrittenReport
 KINDS: dict[str, Any] = {
     "fp32": Fp32Evidence,
     "int8": Int8Evidence,
     "sensitivity": SensitivityResult,
     "latency": LatencyEvidence,
+    "throughput": ThroughputEvidence,
     "promotion": Promotion,
     "report": WrittenReport,
 }
@@ -159,6 +162,7 @@ def _save_model(folder: Path, new: NewModel) -> None:
         with replacing(folder / "model.pt2") as temporary:
             export_program(new.stored, to_float(new.sample[:2]), temporary)
     tensors = {"sample": new.sample, "expected": new.expected} | {f"logits.{k}": v for k, v in new.logits.items()}
+    tensors |= {f"recorded.{name}": found for name, found in new.recorded.items()}
     with replacing(folder / "tensors.safetensors") as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     with replacing(folder / "model.json") as temporary:
@@ -181,5 +185,6 @@ def _load_model(folder: Path, evidence: Fp32Evidence | Int8Evidence) -> NewModel
     spec = TypeAdapter(ModelSpec).validate_json(json.dumps(values["spec"]))
     tensors = load_file(folder / "tensors.safetensors")
     logits = {name.removeprefix("logits."): tensors[name] for name in tensors if name.startswith("logits.")}
+    recorded = {name.removeprefix("recorded."): tensors[name] for name in tensors if name.startswith("recorded.")}
     sample, expected = tensors["sample"].to(torch.uint8), tensors["expected"]
-    return NewModel(evidence, stored, spec, sample, expected, logits, values["tags"], values["layers"])
+    return NewModel(evidence, stored, spec, sample, expected, logits, values["tags"], values["layers"], recorded)

@@ -53,6 +53,7 @@ SECTIONS = {
     "sensitivity": ("data", "preprocess", "quantize"),
     "quantize": ("data", "preprocess", "quantize"),
     "latency": ("latency",),
+    "throughput": ("throughput",),
     "report": ("gate",),
     "promote": ("latency", "gate"),
     "search": ("data", "preprocess", "quantize", "search"),

@@ -155,6 +155,7 @@ class Tags:
     train_run_id = _run()
     quantize_run_id = _run()
     latency_run_id = _optional(_run())
+    throughput_run_id = _optional(_run())
     report_run_id = _optional(_run())
     promotion_run_id = _optional(_run())
     champion_kept = _optional(_version("none"))

@@ -16,6 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from torch import Tensor
 
 from qexp.errors import InputError
+from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
@@ -27,16 +28,18 @@ from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
 from qexp.report.promotion import CANDIDATE, FORCED, Promotion
-from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence
+from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence, ThroughputEvidence
 from qexp.text import opaque
 from qexp.tracking import description, metrics, registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, WrittenReport
 from qexp.tracking.store import logged_model_of, model_id_of, page_of_run, split_uri
+from qexp.tracking.sweeps import RECORDED, write_recorded
 from qexp.tracking.tags import tags_of
 from qexp.tracking.training_log import log_curves
 
+DIFFERING, NONE = "logits_differ", "none"  # tag of a version, and its value once that is no longer so
 LAYER_TABLE = "model_summary.txt"  # artifact of the runs that train and quantize
 
 
@@ -102,6 +105,10 @@ def _int8(new: NewModel, evidence: Int8Evidence, at_ms: int) -> Int8Evidence:
             tracking.log_metrics({"macs": count}, batch_size, (_run_id(), model_id), at_ms)
     others = {f"int8 {runtime}": found.accuracy for runtime, found in evidence.runtimes.items()}
     tracking.log_table(metrics.accuracy_table({"fp32": fp32.accuracy, "int8": accuracy} | others), "accuracy")
+    if new.recorded:
+        with TemporaryDirectory() as folder:
+            write_recorded(new.recorded, Path(folder))
+            tracking.log_folder(Path(folder), RECORDED)
     tracking.log_result("int8", evidence)
     tracking.set_note(
         f"`{opaque(fp32_version.uri)}` as int8: test top-1 **{accuracy['test'].top1_percent:.2f} %**, drop "
@@ -154,6 +161,10 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     fastest = found.winner(list(models))
     floats = evidence.fair_floats(limits.of(split_uri(next(iter(versions)))[0]))
     _log_times(found, fastest, floats, {found.baseline: fp32.model_id} | models, at_ms)
+    if by_threads := evidence.best_threads(fastest, floats):
+        for step, values in metrics.of_threads(by_threads):
+            tracking.log_metrics(values, step, at_ms=at_ms)
+        tracking.log_table(metrics.threads_table(by_threads), "threads")
     for name, rounded in evidence.rounded.items():
         tracking.log_metrics(metrics.of_bf16(name, rounded.accuracy, rounded.top1_drop_points), at_ms=at_ms)
     tracking.log_result("latency", evidence)
@@ -164,6 +175,8 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         if backend := kernels[0].backend:
             tags |= _tags_of_runtime(version, backend) if backend in RUNTIMES else {"backend": backend}
             registry.describe_kernels(uri, description.about_kernels(found, kernels))
+        if compared := evidence.logits.get(uri):
+            tags |= _differing_tag(version.tags.get(DIFFERING, NONE), compared, evidence.host.cpu)
         registry.tag_version(uri, tags)
     with registry.others_left_alone(fp32.uri):
         registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
@@ -173,6 +186,14 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
         f"{least.ratio.median:.2f}x over {least.over} at batch size {least.batch_size}, where it is least sure."
     )
     return evidence
+
+
+def _differing_tag(known: str, compared: LogitsAgreement, cpu: str) -> dict[str, str]:
+    """The CPUs on which the logits of a version are not those that were recorded: `known` ones, and this one if so."""
+    others = [text for text in known.split("; ") if text != NONE and not text.endswith(f" on {cpu}")]
+    here = [] if compared.within_one_step else [f"{compared.text} on {cpu}"]
+    told = "; ".join([*others, *here]) or NONE
+    return {} if told == known else {DIFFERING: told}
 
 
 def _log_times(result: LatencyResult, chosen: str, floats: Sequence[str], models: dict[str, str], at_ms: int) -> None:
@@ -212,6 +233,20 @@ def _latency_tags(result: LatencyResult, name: str) -> dict[str, str]:
     row = min(result.rows, key=lambda row: row.batch_size)
     p50_ms = f"{row.stats[name].p50_ms:.4g}"
     return {"p50_ms": p50_ms, "p50_batch_size": str(row.batch_size), "p50_threads": str(result.threads)}
+
+
+@upload.register
+def _throughput(result: ThroughputEvidence, folder: Path, at_ms: int) -> ThroughputEvidence:
+    """To the run, and as a tag of the version, by which the report finds it."""
+    found = replace(result, run_id=_run_id())
+    tracking.log_models(map(model_id_of, (found.fp32_uri, found.int8_uri)))
+    for step, values in metrics.of_throughput(found):
+        tracking.log_metrics(values, step, at_ms=at_ms)
+    tracking.log_table(metrics.throughput_table(found), "throughput")
+    tracking.log_result("throughput", found)
+    registry.tag_version(found.int8_uri, {"throughput_run_id": found.run_id})
+    tracking.set_note(" ".join(sentences.throughput(opaque(found))))
+    return found
 
 
 @upload.register

@@ -5,7 +5,9 @@ observers as those of the other engines, fed with the activations that ONNX Runt
 its own histogram methods keep all activations of all images in memory.
 """
 
+import math
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,15 @@ from torch.ao.quantization import observer
 from qexp.config import QuantizeConfig
 from qexp.errors import StageError, with_place
 from qexp.measurement.accuracy import to_float
-from qexp.models.onnx_file import INPUT, LAYER_TYPES, PRODUCT_TYPES, OnnxClassifier, export, layers_of
+from qexp.models.onnx_file import (
+    INPUT,
+    LAYER_TYPES,
+    ONLY_ONNXRUNTIME,
+    PRODUCT_TYPES,
+    OnnxClassifier,
+    export,
+    layers_of,
+)
 from qexp.progress import track
 from qexp.quantization.attention import normalizes_tokens
 from qexp.quantization.fp32_layers import between_kept
@@ -30,6 +40,8 @@ from qexp.quantization.observers import calibration_batches, observer_class
 from qexp.quantization.result import QuantizedModel, QuantizeResult
 
 INT8_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+# Of one tensor, element by element, other than those that are part of ONNX Runtime's convolutions (Relu and Clip).
+ACTIVATIONS = ("HardSwish", "Sigmoid", "HardSigmoid", "Gelu", "Elu", "LeakyRelu", "Tanh", "Mish")
 MOST_BYTES = 2_000_000_000  # of activations, all of which are there at once: ViT-B/16 has 0.4 GB of them per image
 
 
@@ -82,8 +94,10 @@ def _quantize_file(
     quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
     graph = onnx.load(prepared)
     _multiply_last_convolutions(graph.graph)
+    _restore_hard_swish(graph.graph)
     graph = onnx.shape_inference.infer_shapes(graph)
     onnx.save(graph, prepared)
+    fused = _computed_with_a_convolution(graph.graph)
     products = _products(graph, layers_of(onnx.load(exported).graph.node))
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
@@ -98,6 +112,9 @@ def _quantize_file(
     reference = OnnxClassifier(stored, optimized=False)
     _leave_logits_float(stored.graph)
     _shield(stored.graph, kept)
+    for node in stored.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in fused:
+            node.metadata_props.add(key=ONLY_ONNXRUNTIME, value="true")
     onnx.save(stored, quantized)
     in_int8 = _int8_nodes(quantized, exported.with_name("optimized.onnx"))
     floats = {layer for node, layer in products.items() if node not in in_int8}
@@ -206,6 +223,50 @@ def _multiply_last_convolutions(graph: onnx.GraphProto) -> None:
         graph.node.remove(node)
         for another in reversed(new):
             graph.node.insert(place, another)
+
+
+def _restore_hard_swish(graph: onnx.GraphProto) -> None:
+    """Make HardSwish again of x * HardSigmoid(x), into which ONNX Runtime has divided it.
+
+    As one node it is computed in fp32 between the quantized results of two layers. Divided, the gate and the product
+    are rounded separately, and OpenVINO computes the gate alone, in fp32, by its slowest kernel.
+    """
+    used = Counter(name for node in graph.node for name in node.input)
+    gates = {node.output[0]: node for node in graph.node if _is_gate_of_hard_swish(node) and used[node.output[0]] == 1}
+    for node in [node for node in graph.node if node.op_type == "Mul" and set(node.input) & set(gates)]:
+        gate = next(gates[name] for name in node.input if name in gates)
+        if set(node.input) == {gate.input[0], gate.output[0]}:
+            node.op_type = "HardSwish"
+            node.input[:] = gate.input
+            graph.node.remove(gate)
+
+
+def _is_gate_of_hard_swish(node: onnx.NodeProto) -> bool:
+    given = {attribute.name: attribute.f for attribute in node.attribute}
+    return node.op_type == "HardSigmoid" and (
+        math.isclose(given.get("alpha", 0.2), 1 / 6, rel_tol=1e-5) and math.isclose(given.get("beta", 0.5), 0.5)
+    )
+
+
+def _computed_with_a_convolution(graph: onnx.GraphProto) -> set[str]:
+    """Tensors inside a convolution with its activation, which OpenVINO computes in one kernel: from a convolution to
+    activations alone, and of x * Sigmoid(x) the second factor too."""
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+    found = set[str]()
+    for node in graph.node:
+        name = node.output[0]
+        if node.op_type != "Conv" or name in outputs:
+            continue
+        after = users.get(name, [])
+        gates = {one.output[0] for one in after if one.op_type == "Sigmoid" and len(users[one.output[0]]) == 1}
+        silus = [one for one in after if one.op_type == "Mul" and set(one.input) - {name} <= gates]
+        if after and all(one.op_type in ACTIVATIONS or one in silus for one in after):
+            found |= {name, *(factor for one in silus for factor in one.input)}
+    return found
 
 
 def _is_product_over_channels(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:

@@ -1,0 +1,33 @@
+"""`qexp hosts`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from qexp.config import Config
+
+from .options import with_options
+from .program import run_alone
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="registered int8 model, for instance smallnet-digits-int8, or one of its versions, models:/NAME/VERSION",
+        metavar="NAME",
+    ),
+]
+
+
+@with_options("gate")
+def hosts(config: Config, *, name: Name) -> dict[str, Any]:
+    """Show what is known of an int8 model on each kind of machine: speed-up, agreement of logits, the gate's verdict.
+
+    `qexp latency --model-uri URI` on another machine with the same tracking server adds that machine.
+    """
+    from qexp.pipeline.hosts import run_hosts
+
+    return run_hosts(config, name)
+
+
+if __name__ == "__main__":
+    run_alone(hosts)
