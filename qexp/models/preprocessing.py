@@ -74,8 +74,9 @@ def preprocessing_of(
     """What the options ask for.
 
     Args:
-        data: has the size of the input, unless `options` has a crop. The default size asks for nothing.
-        own: of the model's weights: it holds where an option is not given.
+        data: has the size of the input, unless `options` has a crop. A size that nobody gave asks for nothing.
+        own: of the model's weights: it holds where an option is not given. For another size, its resize changes in
+            proportion.
 
     Raises:
         InputError: options contradict each other, or mean and standard deviation are not given together, one for each
@@ -95,6 +96,8 @@ def preprocessing_of(
     if given.input_range is not None:
         low, high = given.input_range.split(",")
         asked["input_range"] = float(low), float(high)
+    if own and own.resize_px and given.resize is None:
+        asked["resize_px"] = own.resize_px * min(size) // min(own.height_px, own.width_px)
     found = replace(
         own or Preprocessing(*size),
         height_px=size[0],
