@@ -51,6 +51,11 @@ class Preprocessing:
         return self.geometry_text == f"{self.size_text}px"
 
     @property
+    def changes_values(self) -> bool:
+        """Whether values in [0, 1], in the order RGB, are not what the network expects."""
+        return self.mean is not None or self.input_range != (0.0, 1.0) or self.channels == "bgr"
+
+    @property
     def geometry_text(self) -> str:
         """What decides on the pixels: two preprocessings with the same text get the same images from `data/`."""
         resize = f"r{self.resize_px}-" if self.resize_px else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from qexp.config import HOW_TO_TRAIN, Config, given_otherwise
+from qexp.config import HOW_TO_TRAIN, Config, given_otherwise, is_default
 from qexp.data.datasets import Dataset, dataset_name
 from qexp.errors import InputError
 from qexp.measurement.accuracy import measure_accuracy
@@ -77,8 +77,9 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
         model_uri = made_for.get("model_uri")
     model_uri = model_uri or _newest(config)
     config, host, dataset = prepare(config, model_uri, given=("data", "preprocess"))
+    config = _with_engine_of(config, model_uri)
     with_quantization_checked(config, dataset)
-    _check_space(config, dataset)
+    _check_space(config, dataset, model_uri)
     if not model_uri:
         try_engines(config, dataset)
     if model_uri:
@@ -90,6 +91,19 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
     if parent:
         tracking.use_experiment(dataset.name, parent)
     return Ready(config, host, dataset, model_uri, study, parent)
+
+
+def _with_engine_of(config: Config, model_uri: str | None) -> Config:
+    """`config` with engine onnx for an ONNX file, unless engines were named: no other one takes it."""
+    if not model_uri or tags_of(registry.find_version(model_uri, "fp32")).flavor != "onnx":
+        return config
+    if most := max(config.search.fp32_layer_counts):
+        raise InputError(f"--fp32-layer-counts {most}: must be 0: the layers of an ONNX file cannot be ranked")
+    if is_default(config, "quantize", "engine"):
+        return config.model_copy(update={"quantize": config.quantize.only("onnx")})
+    if others := [engine for engine in config.quantize.engine if engine != "onnx"]:
+        raise InputError(f"--engine {','.join(others)}: must be onnx: {model_uri} is an ONNX file")
+    return config
 
 
 def _parent_of(study: Study | None) -> str | None:
@@ -187,14 +201,21 @@ def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[s
     return order
 
 
-def _check_space(config: Config, dataset: Dataset) -> None:
+def _check_space(config: Config, dataset: Dataset, model_uri: str | None) -> None:
+    if not len(dataset.validation):
+        why = f"a search looks at validation images, a share of DIR/train with labels, and {dataset.source} has none"
+        raise InputError(f"--data-dir: {why}")
     for count in config.search.sample_counts:
         if count > len(dataset.calibration_images):
             allowed = f"must be at most {len(dataset.calibration_images)}, the number of images to calibrate with"
             raise InputError(f"--sample-counts {count}: {allowed}")
     most = max(config.search.fp32_layer_counts)
     if most:
-        network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
+        if config.trained_elsewhere and model_uri:  # which its name alone may not build
+            network = loading.load_weights(registry.find_version(model_uri, "fp32"))
+        else:
+            preprocessing = preprocessing_of(config.data, config.preprocess)
+            network = outline(ModelSpec(config.model, dataset.classes, preprocessing))
         layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
         if most >= layers:
             raise InputError(f"--fp32-layer-counts {most}: must be less than {layers}, the layers of {config.model}")
