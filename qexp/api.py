@@ -235,7 +235,8 @@ def cost(
     with _evaluated(source) as module:
         known = dict(module.named_modules())
         # The first projection of attention is a layer once the model has been cleaned up.
-        if unknown := [name for name in layers if name not in known and name.removesuffix(".in_proj") not in known]:
+        unknown = [name for name in layers if name not in known and name.removesuffix(".in_proj") not in known]
+        if unknown and not isinstance(made, QuantizedModel):  # whose layers may be functions in a `forward`
             raise InputError(f"int8: the model has no layer {', '.join(unknown)}")
         _check_model(module, torch.zeros(1, *shape))
         return measure_cost(module, shape, sizes, layers)

@@ -22,7 +22,7 @@ from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline import loading
 from qexp.pipeline.job import Job, runs_below
 from qexp.pipeline.jobs import sensitivity_stage, train_stage
-from qexp.pipeline.quantize import BUDGET_IMAGES, warn_of_reduced_range
+from qexp.pipeline.quantize import BUDGET_IMAGES, layer_order, warn_of_reduced_range
 from qexp.pipeline.setup import (
     Setup,
     check_data_of_run,
@@ -31,7 +31,6 @@ from qexp.pipeline.setup import (
     with_quantization_checked,
 )
 from qexp.progress import say
-from qexp.quantization.sensitivity import most_sensitive_first
 from qexp.search.storage import Place
 from qexp.search.study import Study, find_study, make_study, search_space
 from qexp.search.trials import Bench, time_against_fp32
@@ -196,7 +195,7 @@ def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[s
     config = ready.config.model_copy(update={"quantize": options.model_copy(update=wanted)})
     found = sensitivity_stage(Job(ready.host, run_id), Setup(config, ready.host, ready.dataset), fp32)
     assert found is not None
-    order = most_sensitive_first(found)
+    order = layer_order(fp32.model, found)
     study.remember("layers_most_sensitive_first", list(order))
     return order
 
