@@ -39,7 +39,8 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     for name in RECORDED:  # what is wrong is said before anything is computed
         tags.read(TAGS[name])
     host = read_host(config.threads or tags.threads)
-    dataset = load_dataset(config.data, config.seed, preprocessing_of(config.data, config.preprocess))
+    wanted = preprocessing_of(config.data, config.preprocess)
+    dataset = load_dataset(config.data, config.seed, wanted, needs_training=False)
     check_data(uri, dataset, tags.kind)
     with checked_copy(found) as copy:
         say(f"{uri}: {len(dataset.test)} test images in a clean subprocess, {host.threads} threads")
