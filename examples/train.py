@@ -3,7 +3,8 @@ dict, and as FILE.onnx, and counts its right answers on DIR/test/<class>/.
 
     python examples/train.py resnet18 DIR FILE [EPOCHS]     # or vit_tiny, or own: the network in my_nets.py
 
-What images it is given stands in `to_input`: that is what `qexp check` has to be told.
+What its images are stands in `to_input`, and is what `qexp check` has to be told: `--preprocess imagenet --resize 64
+--crop 64`.
 """
 
 import sys
@@ -31,7 +32,8 @@ def main(name: str, folder: str, file: str, epochs: int = 5) -> int:
     """Train on the CPU and write both files; the number of test images that are right is returned."""
     torch.manual_seed(0)
     build, size = NETWORKS[name]
-    to_input = [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    to_input = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
+    to_input.append(transforms.Normalize(MEAN, STD))
     augmented = transforms.Compose([transforms.RandomHorizontalFlip(), *to_input])
     train = datasets.ImageFolder(f"{folder}/train", augmented)
     test = datasets.ImageFolder(f"{folder}/test", transforms.Compose(to_input))
