@@ -33,7 +33,7 @@ from qexp.quantization.equivalence import sqnr_db
 
 SIDE_PX, LINE_PX = 224, (48, 192)
 CALIBRATION_IMAGES = 128
-FACES = (("normal", "normal"), ("bold", "normal"), ("normal", "oblique"))
+FACES = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans:oblique")
 WORDS = "the of a to in for is on that by this with you it not or be are from at as your all have new more was".split()
 PLAIN: dict[str, Any] = {  # times are not what is looked at
     "sensitivity_images": 0, "baselines": "none", "batch_sizes": [1], "loads": 3, "min_repeats": 6, "min_seconds": 0,
@@ -80,8 +80,7 @@ def make_crops(folder: Path, count: int, random: np.random.RandomState) -> None:
 
 def make_lines(folder: Path, count: int, random: np.random.RandomState) -> None:
     """Lines of text in `folder/0` and, turned by 180 degrees, in `folder/180`."""
-    faces = [FontProperties(family="DejaVu Sans", weight=weight, style=style) for weight, style in FACES]
-    files = [font_manager.findfont(face, fallback_to_default=False) for face in faces]
+    files = [font_manager.findfont(FontProperties(face), fallback_to_default=False) for face in FACES]
     for name in ("0", "180"):
         (folder / name).mkdir(parents=True)
     for number in range(count):

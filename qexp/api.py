@@ -479,14 +479,13 @@ def _preprocessing(image_size: Size | None, options: dict[str, Any]) -> Preproce
     if image_size is None:
         if given.crop_px is None:
             raise InputError("image_size=None: must be given, unless there is a crop")
-        sides = given.crop_px
-    else:
-        channels, *sides = _shape(image_size)
-        if channels == 1:
-            given = given.model_copy(update={"channels": given.channels or "grey"})
-    data = DataConfig.model_construct({"image_size"}, image_size=size_text(*sides))
+        return preprocessing_of(DataConfig(), given)
+    shape = _shape(image_size)
+    if shape[0] == 1:
+        given = given.model_copy(update={"channels": given.channels or "grey"})
+    data = DataConfig.model_construct({"image_size"}, image_size=size_text(*shape[1:]))
     found = preprocessing_of(data, given)
-    if image_size is not None and found.shape != (channels, *sides):
+    if found.shape != shape:
         raise InputError(f"image_size={image_size!r}: must be {found.shape}, as the preprocessing says, or left out")
     return found
 
