@@ -137,10 +137,15 @@ def markdown(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--counts", default="2000,10000,50000", help="numbers of images")
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--engine", default="fx")
+    parser.add_argument("--model", default="resnet18", help="a classifier of torchvision, or smallnet")
+    parser.add_argument("--engine", default="fx", help="of the int8 model: fx, pt2e or onnx")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--work-dir", type=Path, default=None, help="where the files and what is decoded go")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=None,
+        help="where the files and what is decoded go: 8 GB with 50,000 images, removed at the end",
+    )
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)  # of the process of one count
     given = parser.parse_args()

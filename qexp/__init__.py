@@ -3,6 +3,7 @@
 The public functions, all in qexp/api.py; none needs a server, and `import qexp` alone imports nothing else:
 
 - `check`: the whole answer for a model that was trained elsewhere
+- `run`: the same, where the model may also be trained first, or be a registered version
 - `quantize`: an int8 model from an fp32 module and images
 - `compare`: the accuracy of both, the drop with its interval
 - `benchmark`: latency of several models, timed in turns
@@ -17,10 +18,10 @@ models > measurement > data > quantization > training > report > tracking > pipe
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qexp.api import benchmark, check, compare, cost, load, quantize, register
+    from qexp.api import benchmark, check, compare, cost, load, quantize, register, run
 
 __version__ = "0.1.0"
-__all__ = ["benchmark", "check", "compare", "cost", "load", "quantize", "register"]
+__all__ = ["benchmark", "check", "compare", "cost", "load", "quantize", "register", "run"]
 
 
 def __getattr__(name: str) -> Any:

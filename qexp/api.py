@@ -23,7 +23,16 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from qexp.config import NO_FILE, LatencyConfig, QuantizeConfig, by_section, load_config
+from qexp.config import (
+    NO_FILE,
+    Config,
+    DataConfig,
+    LatencyConfig,
+    PreprocessConfig,
+    QuantizeConfig,
+    by_section,
+    load_config,
+)
 from qexp.errors import InputError, StageError, as_arguments, first_line
 from qexp.measurement.accuracy import ComparedModels, compare_models, predict_logits
 from qexp.measurement.activity import watch_machine
@@ -31,7 +40,8 @@ from qexp.measurement.cost import Cost, measure_cost
 from qexp.measurement.latency import AGAIN, LatencyResult, Run, measure_latency
 from qexp.models.classifier import ModelSpec
 from qexp.models.names import OPENVINO, RUNTIMES
-from qexp.models.preprocessing import Preprocessing, Shape
+from qexp.models.preprocessing import Preprocessing, Shape, preprocessing_of, size_text
+from qexp.models.taken import wrap
 from qexp.pipeline.checks import model_options
 from qexp.quantization import KERNELS, QuantizedModel, quantize_model
 from qexp.tracking.limits import check_names
@@ -230,26 +240,39 @@ def cost(
     with _evaluated(source) as module:
         known = dict(module.named_modules())
         # The first projection of attention is a layer once the model has been cleaned up.
-        if unknown := [name for name in layers if name not in known and name.removesuffix(".in_proj") not in known]:
+        unknown = [name for name in layers if name not in known and name.removesuffix(".in_proj") not in known]
+        if unknown and not isinstance(made, QuantizedModel):  # whose layers may be functions in a `forward`
             raise InputError(f"int8: the model has no layer {', '.join(unknown)}")
         _check_model(module, torch.zeros(1, *shape))
         return measure_cost(module, shape, sizes, layers)
 
 
 @_in_words_of_python
-def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[str], image_size: Size) -> str:
+def register(
+    model: nn.Module | QuantizedModel,
+    name: str,
+    *,
+    classes: Sequence[str],
+    image_size: Size | None = None,
+    **preprocessing: Any,
+) -> str:
     """Register a model in MLflow's registry, and verify that it reloads bit for bit in a clean subprocess.
 
     It is logged in the active MLflow run, or in a new one of the active experiment, to the store that
-    MLFLOW_TRACKING_URI names. `load`, `mlflow.pytorch.load_model`, `qexp predict` and `qexp models` take the version;
-    the commands that train, quantize, time or promote do not: they need a training run and its data, which it lacks.
+    MLFLOW_TRACKING_URI names. `load`, `mlflow.pytorch.load_model`, `qexp predict`, `qexp models` and `qexp check` take
+    the version; the commands that train, quantize, time or promote do not: they need a training run and its data, which
+    it lacks.
 
     Args:
         model: an fp32 module, stored as an exported program, or what `quantize` returns.
         name: of the registered model, by convention MODEL-DATA-fp32 or MODEL-DATA-int8.
         classes: their names, in the order of the logits.
         image_size: of the images, in pixels: one number for squares of three channels, (height, width), or (channels,
-            height, width) with 1 or 3 channels.
+            height, width) with 1 or 3 channels; None: that of the crop.
+        preprocessing: how a file becomes the image that the model is given, as options of the commands: `preprocess`
+            ("imagenet"), `resize`, `crop`, `interpolation`, `channels`. What changes the values, `mean`, `std`,
+            `input_range` and channels "bgr", becomes the first layer of the registered model, which takes images in
+            [0, 1]; an int8 model has that inside already.
 
     Returns:
         The version's URI, models:/NAME/VERSION. Its tag `verified` is false, and a line on standard error says why,
@@ -257,23 +280,27 @@ def register(model: nn.Module | QuantizedModel, name: str, *, classes: Sequence[
 
     Raises:
         InputError: MLflow takes no such name; the model gives another number of logits, or does not take images of
-            this size; the store does not answer.
+            this size; options of the preprocessing contradict each other; the store does not answer.
         StageError: the model cannot be stored.
     """
-    shape, names = _shape(image_size), tuple(str(one) for one in classes)
+    wanted, names = _preprocessing(image_size, preprocessing), tuple(str(one) for one in classes)
     check_names(name, names)
-    sample = torch.randint(0, 256, (VERIFY_IMAGES, *shape), generator=torch.Generator().manual_seed(0))
+    sample = torch.randint(0, 256, (VERIFY_IMAGES, *wanted.shape), generator=torch.Generator().manual_seed(0))
     sample = sample.to(torch.uint8)
     _check_kind(model)
+    kind = "int8" if isinstance(model, QuantizedModel) else "fp32"
+    spec = ModelSpec(name.removesuffix(f"-{kind}"), names, wanted)
+    changes = wanted.changes_values
+    if changes and isinstance(model, QuantizedModel):
+        raise InputError("model: an int8 model has mean, std, input_range and bgr inside already; leave them out")
     with _evaluated(model) as module:
+        if changes:
+            module = wrap(copy.deepcopy(module), spec)
         logits = _check_model(module, sample[:2])
         if logits.shape[1] != len(names):
             raise InputError(f"classes: {len(names)} names, but the model gives {logits.shape[1]} logits")
         from qexp.tracking import own_models
 
-        kind = "int8" if isinstance(model, QuantizedModel) else "fp32"
-        preprocessing = Preprocessing(*shape[1:], channels="rgb" if shape[0] == 3 else "grey")
-        spec = ModelSpec(name.removesuffix(f"-{kind}"), names, preprocessing)
         if isinstance(model, QuantizedModel):
             return own_models.register(kind, model.as_by_mlflow(), name, spec, sample, model.tags(), model.stored)
         return own_models.register(kind, module, name, spec, sample, {}, copy.deepcopy(module))
@@ -314,22 +341,74 @@ def check(
         InputError: the model, its weights, the images or an option cannot be used.
         StageError: no engine could quantize the model, or the store fails.
     """
-    from qexp.pipeline.check import check as run
-    from qexp.pipeline.checked import Checked
+    config, module = _job(model, data, architecture, name, options | {"epochs": 0})
+    return _checked_by(config, register, module)
 
+
+@_in_words_of_python
+def run(
+    model: nn.Module | str | PathLike[str],
+    data_dir: str | PathLike[str] | None = None,
+    *,
+    architecture: str | None = None,
+    name: str | None = None,
+    register: bool = True,
+    **options: Any,
+) -> "Checked":
+    """The whole job: `qexp run` in Python. A model that has weights is taken as it is, as by `check`, and with `epochs`
+    it is trained from them on; an architecture alone is trained.
+
+    Args:
+        model: as for `check`, or the name of an architecture, which `weights` may be given for. A version that qexp
+            has registered brings its data, its preprocessing and its training.
+        data_dir: a folder of images; None: the data set that `dataset` names, or that of the version.
+        architecture, name: as for `check`.
+        register: as for `check`; what is trained is always registered.
+        options: those of the command, with `_` for `-`: `weights="best.pt"`, `dataset="cifar10"`, `epochs=20`, …
+
+    Returns:
+        The answer, as `check` gives it.
+
+    Raises:
+        InputError, StageError: as `check`; or the training fails.
+    """
+    config, module = _job(model, data_dir, architecture, name, options)
+    if not (config.trained_elsewhere or register):
+        raise InputError("register=False: only for a model that is taken as it is; what is trained is registered")
+    return _checked_by(config, register, module)
+
+
+def _job(
+    model: Any, data: Any, architecture: str | None, name: str | None, options: dict[str, Any]
+) -> tuple[Config, nn.Module | None]:
+    """The configuration that `check` and `run` stand for, and the module if the model is one."""
     given = dict(options)
     module = model if isinstance(model, nn.Module) else None
+    if module is None and name is not None:
+        raise InputError(f"name={name!r}: only a module has no name of its own")
     if module is not None:
         given["model"] = name or type(module).__name__.lower()
-    elif name is not None:
-        raise InputError(f"name={name!r}: only a module has no name of its own")
-    elif not isinstance(model, nn.Module):
+    elif isinstance(model, str | PathLike):
         given |= model_options(os.fspath(model), architecture, given.get("weights"))
+    else:
+        raise InputError(f"model: must be an nn.Module, a file or the name of a model, and is {type(model).__name__}")
+    if module is not None or given["model"].startswith("models:/"):
+        if given.setdefault("epochs", 0) != 0:
+            raise InputError(f"epochs={given['epochs']}: must be left out; the model is taken as it is")
+        if given.get("weights") is not None:
+            raise InputError(f"weights={given['weights']}: must be left out; the model has its weights inside")
     if data is not None:
         given["data_dir"] = os.fspath(data)
-    config = load_config(NO_FILE, by_section(given | {"epochs": 0}))
+    return load_config(NO_FILE, by_section(given)), module
+
+
+def _checked_by(config: Config, register: bool, module: nn.Module | None) -> "Checked":
+    """What the whole job finds, printed."""
+    from qexp.pipeline.check import check as whole
+    from qexp.pipeline.checked import Checked
+
     with waiting_as(waiting()):  # the job changes it
-        done = run(config, register, module)
+        done = whole(config, register, module)
     assert done is not None  # no other process does the work
     found = Checked(done.evidence, done.run_id, done.report_uri)
     print(found)
@@ -406,6 +485,23 @@ def _shape(value: Any) -> Shape:
         allowed = "must be a number of pixels, 1 or more, (height, width) or (1 or 3 channels, height, width)"
         raise InputError(f"image_size={value!r}: {allowed}")
     return found[0], found[1], found[2]
+
+
+def _preprocessing(image_size: Size | None, options: dict[str, Any]) -> Preprocessing:
+    """What `register` was told of the images."""
+    given = _checked(PreprocessConfig, "register", options).completed()
+    if image_size is None:
+        if given.crop_px is None:
+            raise InputError("image_size=None: must be given, unless there is a crop")
+        return preprocessing_of(DataConfig(), given)
+    shape = _shape(image_size)
+    if shape[0] == 1:
+        given = given.model_copy(update={"channels": given.channels or "grey"})
+    data = DataConfig.model_construct({"image_size"}, image_size=size_text(*shape[1:]))
+    found = preprocessing_of(data, given)
+    if found.shape != shape:
+        raise InputError(f"image_size={image_size!r}: must be {found.shape}, as the preprocessing says, or left out")
+    return found
 
 
 def _threads(value: int | None) -> int | None:

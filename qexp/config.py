@@ -156,8 +156,8 @@ class DataConfig(BaseModel):
 
     @property
     def has_default_size(self) -> bool:
-        """Whether the size is the default, which asks for nothing."""
-        return bool(self.image_size == type(self).model_fields["image_size"].default)
+        """Whether nobody asked for the size, so that another one may hold."""
+        return "image_size" not in self.model_fields_set
 
 
 def _numbers(value: Any) -> Any:
@@ -680,6 +680,8 @@ def load_config(path: str | None = None, overrides: dict[str, dict[str, Any]] | 
         InputError: unknown key, wrong type or value out of range, naming key, value and what is allowed.
     """
     values = _read_file(path)
+    if values.get("data", {}).get("image_size") == DataConfig.model_fields["image_size"].default:
+        del values["data"]["image_size"]  # as every option stands in config.yaml: it asks for nothing
     given = parse_options(overrides or {})
     for section, options in given.items():
         (values if section == "" else values.setdefault(section, {})).update(options)

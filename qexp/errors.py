@@ -90,5 +90,6 @@ def _of_a_model(file: str) -> bool:
 
 def as_arguments(text: str) -> str:
     """A message that names options of the command line, as Python names them: `keep_fp32=a`, for `--keep-fp32 a`."""
+    text = text.replace("--no-register", "register=False")
     text = OPTION_TOLD.sub(lambda found: f"{found[1].replace('-', '_')}={WORDS.get(found[2], found[2])}", text)
     return OPTION.sub(lambda found: found[1].replace("-", "_"), text)

@@ -19,6 +19,7 @@ from importlib.util import module_from_spec
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+OWN_CODE = "QEXP_OWN_CODE"  # the folder from which a training process imports the code of the user's network
 POLL_S = 0.5  # between two looks at the parent, where the system does not tell
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where the package is
 
@@ -41,6 +42,7 @@ def python_environment(variables: dict[str, str]) -> dict[str, str]:
     here = os.path.realpath(os.curdir)
     entries = variables.get("PYTHONPATH", "").split(os.pathsep)
     kept = os.pathsep.join(entry for entry in entries if entry and os.path.realpath(entry) != here)
+    variables = {name: value for name, value in variables.items() if name != OWN_CODE}
     return variables | {"PYTHONSAFEPATH": "1", "PYTHONPATH": kept}  # an empty one is none
 
 

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ from stores import new_store
 from torch import Tensor, nn
 
 import qexp
+from qexp.config import Config
 from qexp.errors import InputError, StageError
+from qexp.models.preprocessing import Preprocessing
+from qexp.pipeline.take import own_preprocessing_of
 from qexp.quantization import QuantizedModel
 from qexp.quantization.equivalence import sqnr_db
+from qexp.tracking.tags import tags_of
 
 PAGE = REPOSITORY / "docs" / "how-to" / "python-api.md"
 CLASSES = ["ant", "bee", "cat", "dog", "emu"]
@@ -284,6 +290,10 @@ def test_other_bad_input_is_refused(mobile: nn.Module, int8: QuantizedModel, ima
     _refused(lambda: benchmark({"own": mobile}, 16, threads=0), "threads=0")
     _refused(lambda: benchmark({"own": nn.Linear(2, 2)}, 16), "own", "does not take images")
     _refused(lambda: qexp.cost(mobile, 16, int8=["nothing"]), "nothing")
+    _refused(lambda: qexp.run(mobile, "photos", epochs=3), "epochs=3: must be left out")
+    _refused(lambda: qexp.run("models:/own-fp32/1", weights="DEFAULT"), "weights=DEFAULT: must be left out")
+    _refused(lambda: qexp.run("smallnet", register=False), "register=False")
+    _refused(lambda: qexp.run(3), "model: must be an nn.Module", "int")  # type: ignore[arg-type]
     _refused(lambda: qexp.cost(int, 16), "type")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="float"):
         int8((255 * images).to(torch.uint8))
@@ -300,7 +310,17 @@ def test_registered_models_load_and_the_commands_say_what_they_lack(
     _refused(lambda: qexp.register(mobile, "own-fp32", classes=CLASSES[1:], image_size=16), "4 names", "5 logits")
     bad = [*CLASSES[1:], "\udcff"]
     _refused(lambda: qexp.register(mobile, "own-fp32", classes=bad, image_size=16), "UTF-8")
-    fp32_uri = qexp.register(mobile, "own-fp32", classes=CLASSES, image_size=16)
+    register: Any = partial(qexp.register, mobile, "own-fp32", classes=CLASSES)
+    _refused(register, "image_size=None: must be given")
+    _refused(lambda: register(image_size=16, mean=0.5), "std: must be given with mean")
+    _refused(lambda: register(image_size=32, crop=16), "image_size=32: must be that of crop, 16")
+    _refused(lambda: register(image_size=16, croop=16), "croop: no option of qexp.register")
+    _refused(lambda: qexp.register(int8, "own-int8", classes=CLASSES, image_size=16, mean=0.5, std=1), "inside already")
+    fp32_uri = register(crop=16, resize=18, mean=0.5, std=[0.25, 0.5, 1])
+    taken = Preprocessing(16, 16, 18, mean=(0.5,) * 3, std=(0.25, 0.5, 1.0))
+    assert tags_of(mlflow.MlflowClient().get_model_version("own-fp32", "1")).input == taken
+    # To check it again needs the geometry alone: what changes values is in the model.
+    assert own_preprocessing_of(Config(model=fp32_uri)) == replace(taken, mean=None, std=None)
     assert mobile.training
     with mlflow.start_run() as run:
         int8_uri = qexp.register(int8, "own-int8", classes=CLASSES, image_size=16)
@@ -308,7 +328,12 @@ def test_registered_models_load_and_the_commands_say_what_they_lack(
     onnx_uri = qexp.register(onnx, "own-int8", classes=CLASSES, image_size=16)
     assert (fp32_uri, int8_uri, onnx_uri) == ("models:/own-fp32/1", "models:/own-int8/1", "models:/own-int8/2")
     mobile.eval()
-    for one, model in ((fp32_uri, mobile), (int8_uri, int8.reloaded()), (onnx_uri, onnx)):
+    std = torch.tensor([0.25, 0.5, 1]).reshape(1, 3, 1, 1)
+    for one, model in (
+        (fp32_uri, lambda images: mobile((images - 0.5) / std)),
+        (int8_uri, int8.reloaded()),
+        (onnx_uri, onnx),
+    ):
         name, number = one.removeprefix("models:/").split("/")
         version = mlflow.MlflowClient().get_model_version(name, number)
         assert version.tags["verified"] == "true" and version.tags["registered_by"] == "qexp.register"
@@ -343,7 +368,8 @@ def test_examples_of_the_page_run_as_they_stand_there(tmp_path: Path) -> None:
     """In a process of its own, which has imported nothing: MLflow comes in with the first registration."""
     blocks = _blocks(PAGE)
     (place,) = [number for number, block in enumerate(blocks) if "qexp.register(" in block]
-    assert all(f"qexp.{name}(" in "".join(blocks) for name in qexp.__all__)
+    shown = "".join(blocks).replace("qexp.check(", "qexp.check( qexp.run(")  # the same job once more
+    assert all(f"qexp.{name}(" in shown for name in qexp.__all__) and "qexp.run(" in PAGE.read_text()
     bare = "import qexp, sys\nassert not {'torch', 'mlflow', 'pydantic'} & set(sys.modules)\n"
     blocks.insert(place, "assert 'mlflow' not in sys.modules\n")
     file = tmp_path / "page.py"

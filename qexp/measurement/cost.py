@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from qexp.models.exported import as_layers
 from qexp.models.preprocessing import Shape
 from qexp.quantities import Number, Some
 from qexp.tables import Shown, Table
 
 FLOP_COUNTER, TORCHINFO, ONNX_SHAPES = "torch.utils.flop_counter", "torchinfo", "the shapes of the ONNX graph"
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)
 IN_PROJECTION = "in_proj"  # the layer that quantization makes of the first projection of nn.MultiheadAttention
 MATRIX_VECTOR: dict[Any, Any] = {  # for which torch's counter has no formula
     torch.ops.aten.mv: lambda a, b, **more: 2 * a[0] * a[1],
@@ -79,12 +81,15 @@ def measure_cost(model: nn.Module, shape: Shape, batch_sizes: Sequence[int], int
     Args:
         model: takes images [N, *shape]; a module, or an `OnnxNetwork`.
         int8_layers: qualified names of the layers that the int8 model runs in int8; `….in_proj` is the first
-            projection of an nn.MultiheadAttention.
+            projection of an nn.MultiheadAttention. A function in `forward` has the name of its weight, or of the module
+            that calls it.
     """
     in_onnx: Any = model if hasattr(model, "onnx_layers") else None
     count = _onnx_count if in_onnx else _module_count
-    counts = _counts(lambda size: count(model, size, shape), tuple(batch_sizes))
-    int8 = set(int8_layers)
+    counted = model if in_onnx else _with_functions_as_layers(model, shape, int8_layers)
+    counts = _counts(lambda size: count(counted, size, shape), tuple(batch_sizes))
+    layers = {name for _, by_layer in counts.values() for names in by_layer for name in names}
+    int8 = {name for name in layers if name in int8_layers or _parent(name) in set(int8_layers) - layers}
     parameters = in_onnx.parameter_count if in_onnx else sum(parameter.numel() for parameter in model.parameters())
     return Cost(
         parameters=parameters,
@@ -96,6 +101,23 @@ def measure_cost(model: nn.Module, shape: Shape, batch_sizes: Sequence[int], int
         },
         counted_by=ONNX_SHAPES if in_onnx else FLOP_COUNTER,
     )
+
+
+def _with_functions_as_layers(model: nn.Module, shape: Shape, int8_layers: Sequence[str]) -> nn.Module:
+    """`model`, or the same computation rebuilt from layers, where some of its int8 layers are functions in a `forward`
+    and no modules."""
+    modules = dict(model.named_modules())
+    known = (isinstance(modules.get(name.removesuffix(f".{IN_PROJECTION}")), LAYERS) for name in int8_layers)
+    if all(known):
+        return model
+    try:
+        return as_layers(model, torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)))
+    except Exception:  # whatever torch.export raises: those functions then belong to no layer
+        return model
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def layer_table(model: nn.Module, shape: Shape) -> str:
@@ -194,7 +216,7 @@ class _LayerCounter(TorchDispatchMode):
         self._owners: dict[int, Names] = {}  # by the address of the weights' memory, which transposed views share
         self._layers: dict[nn.Module, Names] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
                 self._layers[module] = (*self._layers.get(module, ()), name)
                 self._own(name, module.weight)
             elif isinstance(module, nn.MultiheadAttention):

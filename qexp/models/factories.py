@@ -1,7 +1,7 @@
 """`--model package.module:factory`: a network from code of the user's own, imported from the current folder too.
 
-That folder counts for this import alone, and in the main process alone: the processes that qexp starts run with
-Python's option -P, and import nothing from it. What they time or verify is the stored program.
+That folder counts for this import alone, in the main process and in the processes of a training: the others that qexp
+starts run with Python's option -P, and import nothing from it. What they time or verify is the stored program.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from qexp.errors import InputError, first_line
+from qexp.processes import OWN_CODE
 
 
 class NotImportable(InputError):
@@ -96,10 +97,10 @@ def _looked_in() -> str:
 def current_folder() -> Iterator[None]:
     """While the block lasts, modules of the current folder can be imported: before installed packages, but after
     Python's own modules, so that a file of the name random.py is not taken for one of them."""
-    if sys.flags.safe_path:
+    folder = os.environ.get(OWN_CODE) or ("" if sys.flags.safe_path else os.getcwd())
+    if not folder:
         yield
         return
-    folder = os.getcwd()
     at = next((index for index, entry in enumerate(sys.path) if entry.endswith("-packages")), len(sys.path))
     sys.path.insert(at, folder)
     importlib.invalidate_caches()

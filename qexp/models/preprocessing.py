@@ -51,6 +51,11 @@ class Preprocessing:
         return self.geometry_text == f"{self.size_text}px"
 
     @property
+    def changes_values(self) -> bool:
+        """Whether values in [0, 1], in the order RGB, are not what the network expects."""
+        return self.mean is not None or self.input_range != (0.0, 1.0) or self.channels == "bgr"
+
+    @property
     def geometry_text(self) -> str:
         """What decides on the pixels: two preprocessings with the same text get the same images from `data/`."""
         resize = f"r{self.resize_px}-" if self.resize_px else ""
@@ -74,8 +79,9 @@ def preprocessing_of(
     """What the options ask for.
 
     Args:
-        data: has the size of the input, unless `options` has a crop. The default size asks for nothing.
-        own: of the model's weights: it holds where an option is not given.
+        data: has the size of the input, unless `options` has a crop. A size that nobody gave asks for nothing.
+        own: of the model's weights: it holds where an option is not given. For another size, its resize changes in
+            proportion.
 
     Raises:
         InputError: options contradict each other, or mean and standard deviation are not given together, one for each
@@ -95,6 +101,8 @@ def preprocessing_of(
     if given.input_range is not None:
         low, high = given.input_range.split(",")
         asked["input_range"] = float(low), float(high)
+    if own and own.resize_px and given.resize is None:
+        asked["resize_px"] = own.resize_px * min(size) // min(own.height_px, own.width_px)
     found = replace(
         own or Preprocessing(*size),
         height_px=size[0],

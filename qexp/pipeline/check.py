@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from qexp.config import Config
+from qexp.errors import InputError
 from qexp.pipeline.jobs import Reported, summary_of, whole_job
 from qexp.pipeline.unregistered import check_unregistered
 from qexp.tracking.plain import is_own
@@ -27,7 +28,10 @@ def check(config: Config, register: bool = True, module: nn.Module | None = None
     if config.model.startswith("models:/"):
         use_store()
         if is_own(config.model):
-            return whole_job(config.model_copy(update={"model": "smallnet"}), model_uri=config.model)
+            if not register:
+                raise InputError(f"--no-register: must be left out; {config.model} is a version of qexp's own already")
+            own = {"model": Config().model, "train": Config().train}
+            return whole_job(config.model_copy(update=own), model_uri=config.model)
     if not register:
         return Reported(check_unregistered(config, module), "", "")
     return whole_job(config, module=module)

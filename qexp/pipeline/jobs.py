@@ -27,7 +27,15 @@ from qexp.pipeline.promote import hold_against_champion
 from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sensitivity_images
 from qexp.pipeline.report import report
 from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_run
-from qexp.pipeline.setup import Setup, engines_of, prepare, prepare_for_version, try_engines, with_quantization_checked
+from qexp.pipeline.setup import (
+    Setup,
+    check_kept,
+    engines_of,
+    prepare,
+    prepare_for_version,
+    try_engines,
+    with_quantization_checked,
+)
 from qexp.pipeline.shares import follow as follow_evaluation
 from qexp.pipeline.shares import leading
 from qexp.pipeline.take import take, take_model, with_answers
@@ -94,6 +102,7 @@ def whole_job(
     if not model_uri and config.trained_elsewhere:
         if not (resume and has_stage(resume, _name_of_taking(config))):
             taken = take(config, dataset, module)
+            check_kept(config, taken)
     elif not (model_uri or resume or launch.is_worker()):
         try_engines(config, dataset)
     name, note = (
@@ -363,6 +372,7 @@ def run_quantize(config: Config, model_uri: str) -> Summary:
     setup = prepare(config, model_uri)
     setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     fp32 = loading.fp32_from_registry(model_uri, setup.dataset)
+    check_kept(setup.config, fp32.model)
     setup = setup._replace(dataset=with_answers(setup.dataset, fp32.model.spec, fp32.logits))
     again = shlex.join(["qexp", "quantize", "--model-uri", fp32.version.uri])
     quantized = quantize_all(Job(setup.host, again=again), setup, fp32)

@@ -64,10 +64,12 @@ def check_data(uri: str, dataset: Dataset, kind: str = "fp32") -> None:
     """Raise InputError unless the version was made with this data: its test images might be among others."""
     tags = tags_of(registry.find_version(uri, kind))
     digest = tags.data_digest
-    same = dataset.has_digest(digest)
-    if same and tags.classes.count != len(dataset.classes):
-        raise tags.wrong("classes", f"must be the {len(dataset.classes)} names of its data")
-    if not same:
+    if dataset.has_digest(digest):
+        try:
+            dataset.with_classes(tags.classes.count)
+        except InputError:
+            raise tags.wrong("classes", f"must be the {len(dataset.classes)} names of its data") from None
+    else:
         raise InputError(
             f"--data-dir: {dataset.source} (digest {dataset.digest}) is not what {uri} was trained on (digest {digest})"
         )

@@ -132,8 +132,9 @@ def compare_with_champion(
     config: Config, host: Host, dataset: Dataset, candidate: ModelVersion, champion: ModelVersion | None
 ) -> Promotion:
     """Measure a candidate, its fp32 model and the champion side by side, and decide by the gate and by its margins."""
-    uri, labels, fp32_version = uri_of(candidate), dataset.test.labels, registry.source_of(candidate)
+    uri, fp32_version = uri_of(candidate), registry.source_of(candidate)
     fp32, int8 = (logits_of_version(one, dataset) for one in (fp32_version, candidate))
+    labels = dataset.test.labels if dataset.test.is_labelled else fp32.argmax(1)  # accuracy is agreement with fp32 then
     other = _answers_of(champion, dataset) if champion else None
     versions = {CANDIDATE: candidate}
     if champion and other and other.logits is not None:

@@ -21,10 +21,11 @@ from qexp.models.names import ONNXRUNTIME, OPENVINO
 from qexp.pipeline.measure import predict_splits
 from qexp.pipeline.train import accuracy_of, lineage, verification_images
 from qexp.progress import say
-from qexp.quantization import QuantizedModel, quantize_model
+from qexp.quantization import QuantizedModel, keepable_layers, quantize_model
 from qexp.quantization.budget import BudgetResult, quantize_within_budget
 from qexp.quantization.cleanup import clean, folded_layers
 from qexp.quantization.equivalence import check_kernels
+from qexp.quantization.rebuild import calls_functions, with_layers
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, measure_sensitivity, most_sensitive_first
 from qexp.report.results import BudgetCost, InRuntime, Int8Evidence
@@ -48,9 +49,20 @@ def find_sensitivity(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -
     subset, _ = calibration(config, dataset)
     chosen = stratified_sample(held_out.labels, min(sensitivity_images(config), len(held_out)), config.seed)
     split = held_out.subset(chosen)
-    source = clean(fp32.model, to_float(subset.pixels()[:2]), options.fold_pool)
+    example = to_float(subset.pixels()[:2])
+    source = clean(fp32.model, example, options.fold_pool)
+    if calls_functions(source, example):
+        source = with_layers(source, example, options.fold_pool) or source
     reduce_range = not host.has_int8_dot_product
     return measure_sensitivity(source, subset.pixels(), split.pixels(), split.labels, options, reduce_range)
+
+
+def layer_order(model: Any, sensitivity: SensitivityResult) -> tuple[str, ...]:
+    """The layers of `model` in the order in which they go back to fp32."""
+    order, able = most_sensitive_first(sensitivity), set(keepable_layers(model))
+    if functions := [name for name in order if name not in able]:
+        say(f"{', '.join(functions)}: functions in `forward` and no modules, which cannot be kept in fp32")
+    return tuple(name for name in order if name in able)
 
 
 def quantize(
@@ -162,7 +174,7 @@ def _quantize(
         logits = predict_logits(quantized.module, held_out.images, label="int8 on validation images")
         return compare(fp32.logits["validation"], logits, held_out.labels)
 
-    order = most_sensitive_first(sensitivity)
+    order = layer_order(fp32.model, sensitivity)
     return quantize_within_budget(fp32.model, subset.pixels(), options, reduce_range, order, compared)
 
 

@@ -129,7 +129,7 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
         needs = f"needs validation images, a share of DIR/train, and {dataset.source} has none"
         raise InputError(f"--quantize-max-top1-drop {config.quantize.max_top1_drop:g}: {needs}")
     count, kept = calibration_count(config.quantize, dataset.calibration_images), config.quantize.keep_fp32
-    if kept:
+    if kept and not config.trained_elsewhere:  # of other models, once they are there: `check_kept`
         network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
         check_layer_names(nn.ModuleDict({"network": network}), kept)
     return config.model_copy(update={"quantize": config.quantize.model_copy(update={"calibration_samples": count})})
@@ -142,6 +142,12 @@ def _check_backend(backend: str | None, engines: Sequence[str]) -> None:
         raise InputError(f"--backend {backend}: must be {allowed} with --engine {','.join(engines)}{why}")
     if backend == OPENVINO:
         check_package(OPENVINO, f"--backend {OPENVINO}", OPENVINO)
+
+
+def check_kept(config: Config, model: nn.Module) -> None:
+    """Raise InputError where a model that was trained elsewhere has no layer of a name in `keep_fp32`."""
+    if config.trained_elsewhere:
+        check_layer_names(model, config.quantize.keep_fp32 or ())
 
 
 def try_engines(config: Config, dataset: Dataset, needed: bool = True) -> None:

@@ -28,7 +28,7 @@ from qexp.pipeline.measure import predict_splits
 from qexp.pipeline.train import accuracy_of, data_facts, lineage, verification_images
 from qexp.progress import say
 from qexp.report.results import Fp32Evidence
-from qexp.tracking.plain import load_plain
+from qexp.tracking.plain import load_plain, registered_input
 from qexp.tracking.results import NewModel
 
 
@@ -98,7 +98,7 @@ def own_preprocessing_of(config: Config) -> Preprocessing | None:
         InputError: there are no such weights, or the file is no image classifier.
     """
     if config.model.startswith("models:/"):
-        return None
+        return registered_input(config.model)
     if not is_onnx_file(config.model):
         return own_preprocessing(config.model, config.weights)
     from qexp.models.onnx_input import own_size

@@ -25,7 +25,7 @@ from qexp.pipeline.decide import decide
 from qexp.pipeline.job import Job
 from qexp.pipeline.jobs import latency_stage, quantize_all, take_stage
 from qexp.pipeline.measure import LocalVersions, ToTime, measure_bf16
-from qexp.pipeline.setup import prepare, with_quantization_checked
+from qexp.pipeline.setup import check_kept, prepare, with_quantization_checked
 from qexp.pipeline.take import take, with_answers
 from qexp.progress import say
 from qexp.report.page import write_report
@@ -45,6 +45,7 @@ def check_unregistered(config: Config, module: nn.Module | None = None) -> Evide
     setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     config, host, dataset = setup
     taken = take(config, dataset, module)
+    check_kept(config, taken)
     with tempfile.TemporaryDirectory() as folder:
         job = Unregistered(host, Path(folder), taken)
         fp32 = take_stage(job, setup, taken)

@@ -3,15 +3,17 @@
 from math import ceil
 from typing import Any
 
+from torch import Tensor
+
 from qexp.config import Config
-from qexp.data.datasets import load_dataset
+from qexp.data.datasets import Dataset, load_dataset
 from qexp.errors import StageError
 from qexp.extras import check_package
-from qexp.measurement.accuracy import Accuracy, measure_accuracy
+from qexp.measurement.accuracy import Accuracy, measure_accuracy, predict_logits
 from qexp.measurement.host import Host, read_host
 from qexp.models.names import OPENVINO
 from qexp.models.preprocessing import preprocessing_of
-from qexp.pipeline.loading import check_data, config_of_version
+from qexp.pipeline.loading import check_data, config_of_version, load_weights
 from qexp.progress import say
 from qexp.tracking import registry
 from qexp.tracking.clean_process import bare_logits
@@ -24,7 +26,8 @@ RECORDED = ("threads", "test_top1_percent", "test_top1_correct", "test_top3_perc
 
 
 def run_verify(config: Config, uri: str) -> dict[str, Any]:
-    """Load the version `uri` in a clean subprocess, measure its accuracy on the test images again, and compare.
+    """Load the version `uri` in a clean subprocess, measure its accuracy on the test images again, and compare. Of
+    images without labels that is its agreement with fp32.
 
     Raises:
         InputError: the version does not exist or is not ours, or the data are not those that it was made with.
@@ -40,7 +43,8 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     if tags.runtime == OPENVINO:
         check_package(OPENVINO, f"{uri}, whose accuracy was measured in OpenVINO,", OPENVINO)
     host = read_host(config.threads or tags.threads)
-    dataset = load_dataset(config.data, config.seed, preprocessing_of(config.data, config.preprocess))
+    wanted = preprocessing_of(config.data, config.preprocess)
+    dataset = load_dataset(config.data, config.seed, wanted, needs_training=False)
     check_data(uri, dataset, tags.kind)
     with checked_copy(found) as copy:
         say(f"{uri}: {len(dataset.test)} test images in a clean subprocess, {host.threads} threads")
@@ -49,12 +53,21 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
             logits = bare_logits(str(copy), dataset.test.images, environment, tags.runtime)
         except StageError as error:
             raise StageError(f"{uri}: {error}") from None
-    accuracy = measure_accuracy(logits, dataset.test.labels)
+    accuracy = measure_accuracy(logits, _labels(found, dataset))
     allowed = _allowed(found, host, len(dataset.test))
     recorded = _compare(found, accuracy, allowed)
     measured = {"top1_percent": accuracy.top1_percent, "top3_percent": accuracy.top3_percent}
     facts = {"test_images": accuracy.images, "same_cpu_features": allowed == 0}
     return {"command": "verify", "uri": uri, "verified": True, **measured, **recorded, **facts}
+
+
+def _labels(found: ModelVersion, dataset: Dataset) -> Tensor:
+    """Of the test images; where they have none, the answers of the fp32 version, so that accuracy is agreement with it,
+    as it was when the version was registered."""
+    if dataset.test.is_labelled:
+        return dataset.test.labels
+    model = load_weights(found if tags_of(found).kind == "fp32" else registry.source_of(found))
+    return predict_logits(model, dataset.test.images, label="fp32 on test images").argmax(1)
 
 
 def _allowed(found: ModelVersion, host: Host, images: int) -> int:

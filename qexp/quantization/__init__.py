@@ -100,7 +100,8 @@ def _quantize_module(
     layers = list(dict.fromkeys([*layers, *_layer_names(source)]))  # and attention's first projections
     make = partial(fx.quantize, layers=layers) if ENGINES[engine] is fx.quantize else ENGINES[engine]
     made = make(source, images, options, reduce_range)
-    layers = list(dict.fromkeys([*layers, *_layer_names(made.source)]))  # and those that engine fx has found by itself
+    # And those that engine fx has found by itself, and modules in which the others have found functions with weights.
+    layers = list(dict.fromkeys([*layers, *_layer_names(made.source), *filter(None, made.int8_layers)]))
     missing = [name for name in layers if name not in made.int8_layers]
     unused = _unused_layers(model, missing, to_float(images[:1]))
     layers, missing = ([name for name in names if name not in unused] for names in (layers, missing))
@@ -130,13 +131,18 @@ def _quantize_onnx_network(network: Any, images: Tensor, options: QuantizeConfig
 
 
 def check_layer_names(network: nn.Module, kept: Sequence[str]) -> None:
-    """Raise InputError unless these are layers that can be kept in fp32: Conv2d, Linear, and the first projection of
-    attention, which is a linear layer of its own once the network has been cleaned up."""
-    layers = list(network.onnx_layers) if is_onnx_network(network) else _layer_names(network)  # type: ignore[arg-type]
-    blocks = [name for name, module in network.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    known = [*layers, *(f"{name}.{IN_PROJECTION}" for name in blocks)]
+    """Raise InputError unless these are `keepable_layers`."""
+    known = keepable_layers(network)
     if unknown := [name for name in kept if name not in known]:
         raise InputError(f"--keep-fp32 {','.join(unknown)}: not among the layers {', '.join(known)}")
+
+
+def keepable_layers(network: nn.Module) -> list[str]:
+    """Names of the layers that can be kept in fp32: Conv2d, Linear, and the first projection of attention, which is a
+    linear layer of its own once the network has been cleaned up."""
+    layers = list(network.onnx_layers) if is_onnx_network(network) else _layer_names(network)  # type: ignore[arg-type]
+    blocks = [name for name, module in network.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    return [*layers, *(f"{name}.{IN_PROJECTION}" for name in blocks)]
 
 
 def _layer_names(network: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from qexp.pipeline.job import Job
 from qexp.pipeline.jobs import quantize_to_report
 from qexp.pipeline.report import copy_report
 from qexp.pipeline.setup import Setup
+from qexp.pipeline.take import with_answers
 from qexp.progress import say
 from qexp.search.conclusion import conclude
 from qexp.search.findings import log_findings, quantize_command, summary
@@ -113,7 +114,8 @@ def _register_once(study: Study, bench: Bench, result: SearchResult, run_id: str
         search_runs.end_left_open(run_id, ("sensitivity", "quantize", "latency", "report"))
         config = bench.config.model_copy(update={"quantize": _options_of(study, bench, result)})
         fp32 = loading.fp32_from_registry(bench.model_uri, bench.dataset)
-        found = quantize_to_report(Job(bench.host, run_id), Setup(config, bench.host, bench.dataset), fp32)
+        dataset = with_answers(bench.dataset, fp32.model.spec, fp32.logits)
+        found = quantize_to_report(Job(bench.host, run_id), Setup(config, bench.host, dataset), fp32)
         evidence = found.evidence
         uris = {"int8": evidence.int8.version_uri, "report": found.report_uri}
         done = uris | evidence.decision | evidence.headline

@@ -22,7 +22,7 @@ from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline import loading
 from qexp.pipeline.job import Job, runs_below
 from qexp.pipeline.jobs import sensitivity_stage, train_stage
-from qexp.pipeline.quantize import BUDGET_IMAGES, warn_of_reduced_range
+from qexp.pipeline.quantize import BUDGET_IMAGES, layer_order, warn_of_reduced_range
 from qexp.pipeline.setup import (
     Setup,
     check_data_of_run,
@@ -31,7 +31,6 @@ from qexp.pipeline.setup import (
     with_quantization_checked,
 )
 from qexp.progress import say
-from qexp.quantization.sensitivity import most_sensitive_first
 from qexp.search.storage import Place
 from qexp.search.study import Study, find_study, make_study, search_space
 from qexp.search.trials import Bench, time_against_fp32
@@ -77,8 +76,9 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
         model_uri = made_for.get("model_uri")
     model_uri = model_uri or _newest(config)
     config, host, dataset = prepare(config, model_uri, given=("data", "preprocess"))
+    config = _with_engine_of(config, model_uri)
     with_quantization_checked(config, dataset)
-    _check_space(config, dataset)
+    _check_space(config, dataset, model_uri)
     if not model_uri:
         try_engines(config, dataset)
     if model_uri:
@@ -90,6 +90,18 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
     if parent:
         tracking.use_experiment(dataset.name, parent)
     return Ready(config, host, dataset, model_uri, study, parent)
+
+
+def _with_engine_of(config: Config, model_uri: str | None) -> Config:
+    """`config` with the engines that were named, or else fx; for an ONNX file onnx: no other one takes it."""
+    named = config.quantize.engine
+    if not model_uri or tags_of(registry.find_version(model_uri, "fp32")).flavor != "onnx":
+        return config if named else config.with_engines("fx")
+    if most := max(config.search.fp32_layer_counts):
+        raise InputError(f"--fp32-layer-counts {most}: must be 0: the layers of an ONNX file cannot be ranked")
+    if others := [engine for engine in named or () if engine != "onnx"]:
+        raise InputError(f"--engine {','.join(others)}: must be onnx: {model_uri} is an ONNX file")
+    return config.with_engines("onnx")
 
 
 def _parent_of(study: Study | None) -> str | None:
@@ -182,19 +194,26 @@ def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[s
     config = ready.config.model_copy(update={"quantize": options.model_copy(update=wanted)})
     found = sensitivity_stage(Job(ready.host, run_id), Setup(config, ready.host, ready.dataset), fp32)
     assert found is not None
-    order = most_sensitive_first(found)
+    order = layer_order(fp32.model, found)
     study.remember("layers_most_sensitive_first", list(order))
     return order
 
 
-def _check_space(config: Config, dataset: Dataset) -> None:
+def _check_space(config: Config, dataset: Dataset, model_uri: str | None) -> None:
+    if not len(dataset.validation):
+        why = f"a search looks at validation images, a share of DIR/train with labels, and {dataset.source} has none"
+        raise InputError(f"--data-dir: {why}")
     for count in config.search.sample_counts:
         if count > len(dataset.calibration_images):
             allowed = f"must be at most {len(dataset.calibration_images)}, the number of images to calibrate with"
             raise InputError(f"--sample-counts {count}: {allowed}")
     most = max(config.search.fp32_layer_counts)
     if most:
-        network = outline(ModelSpec(config.model, dataset.classes, preprocessing_of(config.data, config.preprocess)))
+        if config.trained_elsewhere and model_uri:  # which its name alone may not build
+            network = loading.load_weights(registry.find_version(model_uri, "fp32"))
+        else:
+            preprocessing = preprocessing_of(config.data, config.preprocess)
+            network = outline(ModelSpec(config.model, dataset.classes, preprocessing))
         layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
         if most >= layers:
             raise InputError(f"--fp32-layer-counts {most}: must be less than {layers}, the layers of {config.model}")

@@ -1,6 +1,7 @@
 """Versions of the registry that qexp has not registered: any model of PyTorch or ONNX that MLflow holds."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -9,19 +10,33 @@ from torch import nn
 
 from qexp.errors import InputError, first_line
 from qexp.models.factories import current_folder
+from qexp.models.preprocessing import Preprocessing
 from qexp.progress import quiet
 from qexp.tracking import registry
 from qexp.tracking.integrity import copied
 from qexp.tracking.store import uri_of
+from qexp.tracking.tags import tags_of
 
 
 def is_own(uri: str) -> bool:
-    """Whether qexp has registered this version as fp32, so that its data and its tags are known.
+    """Whether a run of qexp has registered this version as fp32, so that its data and its tags are known.
 
     Raises:
         InputError: it does not exist.
     """
-    return registry.look_up(uri, "MODEL").tags.get("kind") == "fp32"
+    tags = registry.look_up(uri, "MODEL").tags
+    return tags.get("kind") == "fp32" and tags.get(registry.MADE_BY) != registry.OWN
+
+
+def registered_input(uri: str) -> Preprocessing | None:
+    """The images that a version of `qexp.register` takes, whose arithmetic on values is inside; None of any other."""
+    found = registry.look_up(uri, "MODEL")
+    if found.tags.get(registry.MADE_BY) != registry.OWN:
+        return None
+    taken = tags_of(found).input
+    return replace(
+        taken, channels="grey" if taken.channels == "grey" else "rgb", mean=None, std=None, input_range=(0.0, 1.0)
+    )
 
 
 def load_plain(uri: str, folder: Path) -> nn.Module | Path:

@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from qexp.config import HOW_TO_TRAIN, Config, to_yaml
 from qexp.environment import environment
 from qexp.errors import InputError, StageError, first_line
-from qexp.processes import python_command, python_environment
+from qexp.processes import OWN_CODE, python_command, python_environment
 
 BAD_INPUT = 2  # the exit code of InputError
 SHUTDOWN_TIMEOUT_S = 120  # for the checkpoint that a signal asks for
@@ -73,8 +73,10 @@ def run_workers(
         if resume:  # the run's own configuration counts, but for these
             arguments += [*resume, *_free_options(config)]
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # As this process does: with -P, it imports nothing from there.
+        own_code = {} if sys.flags.safe_path else {OWN_CODE: os.getcwd()}
         try:
-            with environment(**python_environment(dict(os.environ)) | variables):
+            with environment(**python_environment(dict(os.environ)) | variables | own_code):
                 python, *words = python_command(*arguments)
                 elastic_launch(settings, python)(*words)
         except ChildFailedError as error:

@@ -130,7 +130,7 @@ def train_model(
         ):
             loop = passes.prepare(model, module, dataset, options, seed, group, stop)
             identity = {"seed": seed, "data_digest": dataset.digest, "options": _lasting(options)}
-            result = _train(loop, dataset, on_epoch, _Keeper(loop, folder, identity))
+            result = _train(loop, dataset, on_epoch, _Keeper(loop, folder, identity, dataset))
         del loop, module
     torch.set_num_threads(threads)
     model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
@@ -196,6 +196,7 @@ class _Keeper:
     loop: Loop
     folder: Path
     identity: dict[str, Any]
+    dataset: Dataset
     before_s: float = 0.0  # trained in earlier processes
     started: float = 0.0
     saved: float = 0.0
@@ -205,6 +206,8 @@ class _Keeper:
         self.started = self.saved = time.monotonic()
         loop = self.loop
         state = load_checkpoint(self.folder) if loop.group.leads and checkpoint_exists(self.folder) else None
+        if state and self.dataset.has_digest(state["identity"]["data_digest"]):  # of an earlier version's form, perhaps
+            state["identity"]["data_digest"] = self.identity["data_digest"]
         leader, state = loop.group.from_leader((self.identity, state))
         self._check(leader, f"process {loop.group.rank}")
         if state is None:

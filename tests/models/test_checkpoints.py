@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documented import DOCUMENTED, says
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -154,37 +155,37 @@ def _quantized(state: State) -> State:
 
 
 WRONG: dict[str, tuple[Callable[[Path, State], object], str]] = {
-    "missing": (lambda file, state: None, "no such file"),
-    "folder": (lambda file, state: file.mkdir(), "must be a file, and is a folder"),
-    "pipe": (lambda file, state: os.mkfifo(file), "must be a regular file"),
-    "empty": (lambda file, state: file.touch(), "is empty"),
-    "text": (_text("epoch 1: loss 0.3\n"), "is text, not weights"),
-    "HTML": (_text("\n<!DOCTYPE html><html>404</html>"), r"is HTML or XML, not weights; was a page saved instead of the download\?"),
-    "Git LFS": (_text("version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS; fetch the file itself: git lfs pull"),
+    "no file": (lambda file, state: None, "no such file"),
+    "a folder": (lambda file, state: file.mkdir(), "must be a file, and is a folder"),
+    "a pipe": (lambda file, state: os.mkfifo(file), "must be a regular file"),
+    "an empty file": (lambda file, state: file.touch(), "is empty"),
+    "a text file": (_text("epoch 1: loss 0.3\n"), "is text, not weights"),
+    "a page of HTML": (_text("\n<!DOCTYPE html><html>404</html>"), r"is HTML or XML, not weights; was a page saved instead of the download\?"),
+    "a pointer of Git LFS": (_text("version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS; fetch the file itself: git lfs pull"),
     "random bytes": (lambda file, state: file.write_bytes(bytes(range(256)) * 9), "is not a file of torch.save or safetensors"),
-    "Keras": (lambda file, state: file.write_bytes(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file, of Keras perhaps; save the weights with torch"),
-    "archive of others": (lambda file, state: np.savez(file.open("wb"), a=np.ones(3)), "is a zip archive, but not of torch.save"),
-    "half": (_half, r"is not all there, or damaged \(.*\)"),
-    "half, legacy": (_half_of_legacy, r"is (damaged, or )?not (all there|a file of torch.save).*"),
-    "half, safetensors": (_half_of_safetensors, r"is not a whole safetensors file \(.*\)"),
-    "code": (_saved(lambda state: {"state_dict": state, "hook": _Trap(Path("trap"))}), r"is a pickle with code in it \(.*\), which is not executed; where you trust it, load it and save the weights alone: torch\.save\(model\.state_dict\(\), FILE\)"),
-    "plain pickle with code": (lambda file, state: file.write_bytes(pickle.dumps(_Trap(Path("trap")))), r"is .*(code in it|not a file of torch.save).*"),
-    "whole network": (_saved(lambda state: _network()), r"is a pickle with code in it \(torch\.nn\.modules\.container\.Sequential\), .*"),
+    "a file of Keras": (lambda file, state: file.write_bytes(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file, of Keras perhaps; save the weights with torch"),
+    "an archive of NumPy": (lambda file, state: np.savez(file.open("wb"), a=np.ones(3)), "is a zip archive, but not of torch.save"),
+    "half a file": (_half, r"is not all there, or damaged \(.*\)"),
+    "half a legacy file": (_half_of_legacy, r"is (damaged, or )?not (all there|a file of torch.save).*"),
+    "half a safetensors file": (_half_of_safetensors, r"is not a whole safetensors file \(.*\)"),
+    "code in the pickle": (_saved(lambda state: {"state_dict": state, "hook": _Trap(Path("trap"))}), r"is a pickle with code in it \(.*\), which is not executed; where you trust it, load it and save the weights alone: torch\.save\(model\.state_dict\(\), FILE\)"),
+    "a plain pickle with code": (lambda file, state: file.write_bytes(pickle.dumps(_Trap(Path("trap")))), r"is .*(code in it|not a file of torch.save).*"),
+    "a whole network, pickled": (_saved(lambda state: _network()), r"is a pickle with code in it \(torch\.nn\.modules\.container\.Sequential\), .*"),
     "TorchScript": (_script, "is a TorchScript archive, code and weights; .*"),
-    "exported program": (_program, "is an exported program; give it without weights, as --model FILE.pt2"),
-    "optimizer": (_saved(lambda state: torch.optim.SGD(_network().parameters()).state_dict()), "holds the state of an optimizer, and no weights of a network"),
-    "a tensor": (_saved(lambda state: torch.ones(3)), "holds a Tensor, not the weights of a network by name"),
-    "figures": (_saved(lambda state: {"epoch": 3, "best": 0.9}), "holds no weights: there is epoch, best, and none of state_dict, .*"),
-    "nothing": (_saved(lambda state: {}), "holds no weights: there is nothing, and none of state_dict, .*"),
-    "quantized": (_saved(_quantized), "holds weights that are quantized already; give those of the float network"),
-    "packed": (_saved(lambda state: state | {"fc._packed_params._packed_params": torch.ones(1)}), "holds weights that are quantized already; .*"),
-    "NaN": (_saved(_broken), r"1 tensor with NaN or infinite weights \(0\.weight\)"),
+    "an exported program": (_program, "is an exported program; give it without weights, as --model FILE.pt2"),
+    "the state of an optimizer": (_saved(lambda state: torch.optim.SGD(_network().parameters()).state_dict()), "holds the state of an optimizer, and no weights of a network"),
+    "a tensor alone": (_saved(lambda state: torch.ones(3)), "holds a Tensor, not the weights of a network by name"),
+    "figures of a training": (_saved(lambda state: {"epoch": 3, "best": 0.9}), "holds no weights: there is epoch, best, and none of state_dict, .*"),
+    "an empty dict": (_saved(lambda state: {}), "holds no weights: there is nothing, and none of state_dict, .*"),
+    "quantized weights": (_saved(_quantized), "holds weights that are quantized already; give those of the float network"),
+    "packed int8 weights": (_saved(lambda state: state | {"fc._packed_params._packed_params": torch.ones(1)}), "holds weights that are quantized already; .*"),
+    "NaN weights": (_saved(_broken), r"1 tensor with NaN or infinite weights \(0\.weight\)"),
     "whole numbers": (_saved(lambda state: state | {"0.weight": state["0.weight"].to(torch.int8)}), r"0\.weight has numbers of int8; weights must be .*"),
-    "complex": (_saved(lambda state: state | {"0.weight": state["0.weight"].to(torch.complex64)}), r"0\.weight has numbers of complex64; .*"),
-    "another head": (_saved(lambda state: _network(classes=7).state_dict()), r"does not fit the network: 0 keys missing; 0 unexpected; 2 of another shape \(4\.weight \[7, 8\], not \[3, 8\], 4\.bias \[7\], not \[3\]\); its last layer is for 7 classes, and the data have 3"),
+    "complex numbers": (_saved(lambda state: state | {"0.weight": state["0.weight"].to(torch.complex64)}), r"0\.weight has numbers of complex64; .*"),
+    "a head for other classes": (_saved(lambda state: _network(classes=7).state_dict()), r"does not fit the network: 0 keys missing; 0 unexpected; 2 of another shape \(4\.weight \[7, 8\], not \[3, 8\], 4\.bias \[7\], not \[3\]\); its last layer is for 7 classes, and the data have 3"),
     "another network": (_saved(lambda state: nn.Sequential(nn.Conv2d(3, 9, 5), nn.Linear(8, 3)).state_dict()), r"does not fit the network: 4 keys missing \(1\.running_mean, 1\.running_var, 4\.weight, …\); 1 unexpected \(0\.bias\); 3 of another shape \(0\.weight \[9, 3, 5, 5\], not \[8, 3, 3, 3\], .*\)"),
     "a key too few and one too many": (_saved(lambda state: {name + "x" * (name == "0.weight"): tensor for name, tensor in state.items()}), r"does not fit the network: 1 key missing \(0\.weight\); 1 unexpected \(0\.weightx\); 0 of another shape"),
-    "language model": (_language_model, r"does not fit the network: 7 keys missing \(.*, …\); 10 unexpected \(.*, …\); 0 of another shape; it is of another network"),
+    "a language model": (_language_model, r"does not fit the network: 7 keys missing \(.*, …\); 10 unexpected \(.*, …\); 0 of another shape; it is of another network"),
 }  # fmt: skip
 
 
@@ -192,7 +193,7 @@ WRONG: dict[str, tuple[Callable[[Path, State], object], str]] = {
 def test_table_of_wrong_inputs(kind: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make, line = WRONG[kind]
-    file, network = tmp_path / "best.pt", _network()
+    file, network = Path("best.pt"), _network()
     make(file, state)
     before, start = {name: tensor.clone() for name, tensor in network.state_dict().items()}, time.process_time()
     with pytest.raises(InputError) as refused:
@@ -200,5 +201,11 @@ def test_table_of_wrong_inputs(kind: str, state: State, tmp_path: Path, monkeypa
     assert time.process_time() - start < 2
     said = str(refused.value)
     assert re.fullmatch(re.escape(f"--weights {file}: ") + f"({line})", said) and said.isprintable()
+    assert kind not in DOCUMENTED or says(DOCUMENTED[kind], said)
     assert not Path("trap").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_the_page_shows_twenty_and_more_of_them() -> None:
+    """test_external.py holds the others."""
+    assert len(DOCUMENTED.keys() & WRONG.keys()) >= 20 and len(DOCUMENTED.keys() - WRONG.keys()) == 4

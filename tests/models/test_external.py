@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented import DOCUMENTED, says
 from torch import Tensor, nn
 
 from qexp.config import Config, QuantizeConfig
@@ -158,7 +159,7 @@ def test_a_factory_of_the_current_folder_gives_a_classifier_that_its_weights_fil
         ("my_nets:gives_text", "must return an nn.Module, and returns a str"),
         ("my_nets:Pair", "must give a tensor of logits, and gives a tuple"),
         ("my_nets:Pixels", r"must give float logits \[1, classes\] for an image, and gives torch.float32 "),
-        ("my_nets:NaNs", "gives logits that are NaN or infinite"),
+        ("my_nets:NaNs", "gives logits that are NaN or infinite for an image of random pixels$"),
         ("my_nets:Noise", "gives an image other logits when it is alone than among others"),
     ],
 )
@@ -168,13 +169,21 @@ def test_what_is_no_factory_of_a_classifier_is_one_line(model: str, line: str, c
     assert str(refused.value).isprintable()
 
 
-def test_a_wrong_number_of_classes_channels_or_pixels_is_one_line(code: Path) -> None:
-    with pytest.raises(InputError, match="my_nets:three: gives 3 logits, and the data have 2 classes"):
-        load_external(_config("my_nets:three"), ABC[:2], PLAIN)
-    with pytest.raises(InputError, match="takes images of 3 channels, not of 1; --channels grey is not for it"):
-        load_external(_config("my_nets:three"), ABC, Preprocessing(16, 16, channels="grey"))
-    with pytest.raises(InputError, match="--image-size 8x16: not for --model my_nets:without "):
-        load_external(_config("my_nets:without"), ABC, Preprocessing(8, 16))
+@pytest.mark.parametrize(
+    ("given", "model", "classes", "preprocessing"),
+    [
+        ("a network that gives other logits", "three", ABC[:2], PLAIN),
+        ("grey images for a network of colours", "three", ABC, Preprocessing(16, 16, channels="grey")),
+        ("an image size that does not fit", "without", ABC, Preprocessing(8, 16)),
+        ("a network that gives NaN", "NaNs", ABC, PLAIN),
+    ],
+)
+def test_what_does_not_fit_is_the_documented_line(
+    given: str, model: str, classes: tuple[str, ...], preprocessing: Preprocessing, code: Path
+) -> None:
+    with pytest.raises(InputError) as refused:
+        load_external(_config(f"my_nets:{model}"), classes, preprocessing)
+    assert says(DOCUMENTED[given], str(refused.value))
 
 
 @pytest.mark.slow

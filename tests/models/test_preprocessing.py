@@ -1,5 +1,7 @@
 """What the options say of the images that a model is given."""
 
+from dataclasses import replace
+
 import pytest
 
 from qexp.config import DataConfig, load_config
@@ -50,7 +52,9 @@ def test_what_is_not_given_is_that_of_the_weights() -> None:
     own = Preprocessing(224, 224, 232, "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
     assert _asked(own=own) == own
     assert _asked("--resize", "240", own=own) == Preprocessing(224, 224, 240, "bicubic", mean=own.mean, std=own.std)
-    assert _asked("--image-size", "288", own=own).shape == (3, 288, 288)
+    for size, resize in (("32", 33), ("288", 298)):  # the default's size too, where it is given
+        found = _asked("--image-size", size, own=own)
+        assert found == replace(own, height_px=int(size), width_px=int(size), resize_px=resize)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import PLAIN, Finished, environment_for, run_qexp
+from conftest import PLAIN, REPOSITORY, Finished, environment_for, run_qexp
 from mlflow.models import MetricThreshold
 from PIL import Image
 from stores import new_store
@@ -26,28 +26,8 @@ from qexp.errors import InputError
 
 pytestmark = pytest.mark.slow
 FEW = [*PLAIN, *"--batch-sizes 1 --loads 3 --min-repeats 6 --min-seconds 0 --warmup 1 --max-busy-percent 100".split()]
-CODE = '''
-from torch import Tensor, nn
-
-
-class Net(nn.Module):
-    """Residual sums, and one ReLU for all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.a, self.b = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 1, 1)
-        self.relu, self.head = nn.ReLU(), nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.relu(self.stem(images))
-        x = self.relu(self.a(x) + x)
-        x = self.relu(self.b(x) + x)
-        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
-
-
-def build() -> nn.Module:
-    return Net()
-'''
+EXAMPLES = REPOSITORY / "examples"
+CODE = (EXAMPLES / "my_nets.py").read_text()
 
 
 @dataclass(frozen=True)
@@ -72,7 +52,7 @@ def given(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Given:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
     made: dict[str, Any] = {}
     exec(CODE, made)
-    model, images = made["build"](), train.images.float() / 127.5 - 1
+    model, images = made["build"](), train.images.float() / 127.5 - 1  # residual sums, and one ReLU for all
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     for _ in range(15):
         for chosen in torch.randperm(400).split(50):
@@ -133,10 +113,16 @@ def test_what_works_on_own_versions_works_on_it(checked: Finished, given: Given)
     for words in (
         ["verify", int8],
         ["predict", int8, "photos/test/digit-3/" + os.listdir(given.folder / "photos/test/digit-3")[0]],
-        ["quantize", "--model-uri", fp32, "--calibration-samples", "32", "--sensitivity-images", "0"],
     ):
         done = run_qexp(given.folder, *words, uri=checked.uri)
         assert done.code == 0, done.stderr
+    mlflow.set_tracking_uri(checked.uri)
+    options: dict[str, Any] = {"baselines": "none", "batch_sizes": [1], "loads": 3, "min_repeats": 6, "min_seconds": 0}
+    again = qexp.run(fp32, given.folder / "photos", engine="fx", sensitivity_images=0, warmup=1, **options)
+    assert again.evidence.int8.version_uri == "models:/my_nets-build-photos-int8/2" and again.run_id
+    assert again.evidence.fp32.version_uri == fp32
+    with pytest.raises(InputError, match="register=False: must be left out"):
+        qexp.run(fp32, register=False)
 
 
 def test_mlflow_evaluates_it_beside_its_source(checked: Finished, given: Given) -> None:
@@ -201,9 +187,37 @@ def test_a_module_in_python_and_an_onnx_file(given: Given, capsys: pytest.Captur
     file = tmp_path / "net.onnx"
     batch = {0: torch.export.Dim("batch", min=1, max=999)}
     torch.onnx.export(model.eval(), (torch.rand(2, 3, 16, 16),), str(file), dynamo=True, dynamic_shapes=(batch,))
-    other = qexp.check(file, **options)
+    other = qexp.run(file, options.pop("data"), **options)
     assert other.evidence.fp32.accuracy["test"].top1_correct == given.correct
     assert other.evidence.int8.quantize.engine == "onnx"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet18", "resnet18.pt --model resnet18 --resize 64 --crop 64"),
+        ("resnet18", "resnet18.onnx --resize 64 --crop 64"),
+        ("own", "own.pt --model my_nets:build --resize 32 --crop 32"),
+        ("vit_tiny", "vit_tiny.pt --model timm:vit_tiny_patch16_224 --resize 32 --crop 32"),
+    ],
+)
+def test_the_examples_go_through(name: str, words: str, given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's right answers to the last image, the report, and both versions without the example's code."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    right = import_module("train").main(name, str(given.folder / "photos"), str(given.folder / name), 1)
+    options = [*"--data photos --preprocess imagenet --output-dir".split(), f"report-{name}", *FEW]
+    done = run_qexp(given.folder, "check", *words.split(), *options)
+    assert done.code == 0, done.stderr
+    assert done.summary["fp32_top1_percent"] == pytest.approx(100 * right / len(given.images))
+    assert "trained elsewhere" in (given.folder / f"report-{name}" / "report.md").read_text()
+    mlflow.set_tracking_uri(done.uri)
+    side = int(words.rpartition(" ")[2])
+    images = np.zeros((2, 3, side, side), np.float32)
+    for kind in ("fp32", "int8"):
+        found = mlflow.pyfunc.load_model(done.summary[kind]).predict(images)
+        (logits,) = found.values() if isinstance(found, dict) else (found,)
+        assert np.asarray(logits).shape == (2, 10)
 
 
 def test_wrong_input_is_one_line(given: Given) -> None:
@@ -243,8 +257,11 @@ def test_images_without_labels_show_agreement(given: Given, tmp_path: Path) -> N
     (tmp_path / "my_nets.py").write_text(CODE)
     words = f"{given.folder}/best.pt --model my_nets:build --data loose --image-size 16 --classes classes.txt".split()
     words += f"--input-range -1,1 --min-agreement 10 --calibration-dir {given.folder}/photos/train".split()
-    done = run_qexp(tmp_path, "check", *words, "--no-register", "--output-dir", "report", *FEW)
+    done = run_qexp(tmp_path, "check", *words, "--output-dir", "report", *FEW)
     assert done.code == 0, done.stderr
     assert done.summary["fp32_top1_percent"] == 100
+    verified = run_qexp(tmp_path, "verify", done.summary["int8"])
+    assert verified.code == 0, verified.stderr
+    assert verified.summary["top1_percent"] == pytest.approx(done.summary["int8_top1_percent"])
     report = (tmp_path / "report/report.md").read_text()
     assert "The test images have no labels" in report and "Lowest agreement with fp32" in report

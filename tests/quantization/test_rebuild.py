@@ -12,9 +12,13 @@ from torch.nn import functional as F
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
 from qexp.measurement.accuracy import to_float
+from qexp.measurement.cost import measure_cost
 from qexp.models.exported import as_layers
 from qexp.models.program import load_program
+from qexp.pipeline.quantize import layer_order
 from qexp.quantization import quantize_model
+from qexp.quantization.rebuild import calls_functions, with_layers
+from qexp.quantization.sensitivity import measure_sensitivity
 
 
 class Same(nn.Conv2d):
@@ -123,6 +127,26 @@ def test_engine_fx_takes_layers_of_other_classes_and_functions(case: str, images
         assert torch.equal(model(to_float(images)), before)
     assert set(made.int8_layers) == {"first", *(f"between.{name}".rstrip(".") for name in names), "last"}
     assert not made.float_layers
+    assert measure_cost(model, (3, 16, 16), [1], made.int8_layers).int8_percent == 100
+    assert calls_functions(model, to_float(images[:2])) == (case == "functional")
+
+
+def test_functions_are_ranked_and_cannot_be_kept(images: Tensor, capfd: pytest.CaptureFixture[str]) -> None:
+    model = Network(Functional)
+    layers = with_layers(model, to_float(images[:2]), False)
+    assert layers is not None
+    options = QuantizeConfig(observer="minmax")
+    found = measure_sensitivity(layers, images, images, torch.zeros(len(images), dtype=torch.int64), options, False)
+    assert {layer.layer for layer in found.layers} == {"first", "between.weight", "between.mixing", "last"}
+    assert set(layer_order(model, found)) == {"first", "last"}
+    assert "functions in `forward` and no modules, which cannot be kept in fp32" in capfd.readouterr().err
+
+
+def test_engine_onnx_names_the_module_that_calls_functions(images: Tensor) -> None:
+    model = Network(Functional)
+    made = _quantized(model, images, "onnx")
+    assert made.int8_layers == ("first", "last", "between") and not made.float_layers
+    assert measure_cost(model, (3, 16, 16), [1], made.int8_layers).int8_percent == 100
 
 
 def test_a_rebuilt_layer_stays_fp32_if_asked(images: Tensor) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -276,6 +276,21 @@ def test_a_finished_training_gives_its_result_when_resumed(tiny: Dataset, tmp_pa
     result = train_model(first, tiny, TrainConfig(epochs=2, **EXECUTION), 0, _ignore, tmp_path)
     again = train_model(second, tiny, TrainConfig(epochs=2, **EXECUTION), 0, _ignore, tmp_path)
     assert again.epochs == result.epochs and equal_weights(first, second)
+
+
+def test_a_training_on_the_same_images_is_resumed_whatever_form_their_digest_had(tiny: Dataset, tmp_path: Path) -> None:
+    class Renewed(Dataset):
+        def has_digest(self, recorded: str) -> bool:
+            return recorded in (tiny.digest, self.digest)
+
+    of_tiny = {one.name: getattr(tiny, one.name) for one in fields(tiny)}
+    config = TrainConfig(epochs=1, **EXECUTION)
+    result = train_model(build_tiny(tiny), tiny, config, 0, _ignore, tmp_path)
+    renewed = Renewed(**of_tiny | {"digest": "0" * 20})
+    assert train_model(build_tiny(tiny), renewed, config, 0, _ignore, tmp_path).epochs == result.epochs
+    other = replace(tiny, digest="1" * 20)
+    with pytest.raises(InputError, match="of another training: data_digest differ"):
+        train_model(build_tiny(tiny), other, config, 0, _ignore, tmp_path)
 
 
 def test_what_auto_stood_for_is_recorded_and_kept_when_training_is_resumed(
