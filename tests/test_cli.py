@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
@@ -27,6 +28,7 @@ from entrypoints.options import COMMON, choices, fields_of
 from entrypoints.program import _with_options_unpacked, _with_plain_flags, run_app
 from qexp import __version__
 from qexp.errors import InputError
+from qexp.models.names import MADE_FROM
 
 BAD_INPUT = {
     "unknown model": ("run --model vgg17", ["--model vgg17", "vgg16"]),
@@ -168,7 +170,8 @@ def test_what_is_wrong_is_refused_at_once_and_leaves_nothing(
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-    assert cpu_s < 2
+    # Of another torchvision than that of the list of names, an unknown one is looked up there.
+    assert cpu_s < 2 or ("vgg61" in words and version("torchvision").partition("+")[0] != MADE_FROM)
 
 
 def test_under_mlflow_run_a_relative_path_is_told_where_it_was_looked_for(tmp_path: Path) -> None:
