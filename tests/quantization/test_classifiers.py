@@ -110,7 +110,7 @@ FEW_BLOCKS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {
         ),
     ),
     "squeezenet": (32, 8, _squeezenet),
-    "shufflenet": (64, 27, lambda: models.ShuffleNetV2([2, 2, 2], [24, 48, 96, 192, 256], 10)),
+    "shufflenet": (64, 21, lambda: models.ShuffleNetV2([2, 1, 1], [24, 48, 96, 192, 256], 10)),
     "densenet": (64, 19, lambda: models.DenseNet(12, (2, 2, 1, 2), 24, num_classes=10)),
     "regnet": (
         64,
