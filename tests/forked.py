@@ -2,8 +2,8 @@
 
 `start_forking` makes that process before anything is computed: threads do not survive a fork. Commands, latency sweeps,
 MLflow's servers and the verification of registered models run as its forks. Real processes prove what a clean
-subprocess does: those that `mlflow run` starts in tests/test_mlflow_run.py, the one in tests/tracking/test_registry.py,
-and `make server` in tests/test_server.py.
+subprocess does: those that `mlflow run` and `make server` start in tests/test_mlflow_run.py, and the one in
+tests/tracking/test_registry.py.
 """
 
 import atexit

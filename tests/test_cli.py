@@ -370,7 +370,7 @@ def test_the_run_that_mlflow_has_started_keeps_the_reason(words: str, reason: st
 
 
 def test_a_terminal_gets_the_table_and_the_verdict(finished: Finished, tmp_path: Path) -> None:
-    """On one of 80 columns; nothing in the folder of the command is imported."""
+    """On one of 80 columns; a list imports nothing of the folder, and no torch."""
     ours, theirs = pty.openpty()
     terminal, variables = os.ttyname(theirs), {"COLUMNS": "80", "TERM": "dumb"}
     environment, int8 = environment_for(finished.uri) | variables, finished.summary["int8"]
@@ -382,9 +382,10 @@ def test_a_terminal_gets_the_table_and_the_verdict(finished: Finished, tmp_path:
     assert f"{finished.summary['int8_top1_percent']:.2f} %" in shown
     assert f"Verdict: {finished.summary['verdict']}" in shown.splitlines()
     write_shadows(tmp_path)
-    command = [sys.executable, "-m", "entrypoints.cli", "models", "--json"]
+    command = [sys.executable, "-X", "importtime", "-m", "entrypoints.cli", "models", "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "mlflow" in imported and "torch" not in imported, done.stderr
     assert os.read(ours, 65536).startswith(b'{"command": "models"')
     os.close(ours)
     os.close(theirs)
