@@ -74,6 +74,16 @@ def test_layers_that_forward_never_calls_are_in_no_list(images: Tensor, engine: 
     assert torch.equal(network.spare.weight, before)
 
 
+def test_a_network_in_training_keeps_its_statistics(images: Tensor) -> None:
+    """Though it is run, to see which layers it uses."""
+    network = Network(nn.BatchNorm2d(8))
+    network.spare = nn.Linear(8, 5)
+    before = {name: value.clone() for name, value in network.train().state_dict().items()}
+    found = quantize_model(network, images, QuantizeConfig(observer="minmax"), reduce_range=False)
+    assert found.int8_layers == ("first", "last") and network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_layers_with_tied_weights_are_both_int8(images: Tensor, engine: str) -> None:
     one, other = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
