@@ -27,7 +27,7 @@ def main(folder: str) -> None:
     """Make the environment in `folder`."""
     uv, python = Path(sys.executable).with_name("uv"), Path(folder, "bin", "python")
     extras = [word for extra in EXTRAS for word in ("--extra", extra)]
-    install = [str(uv), "pip", "install", "--quiet", "--python", str(python)]
+    install = [str(uv), "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python)]
     for command in (
         [str(uv), "venv", "--quiet", "--clear", "--python", sys.executable, folder],
         [*install, "--resolution", "lowest-direct", "--requirements", "pyproject.toml", *extras],

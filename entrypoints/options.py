@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config, option_name
+from qexp.extras import check_engines
 from qexp.models.names import TORCHVISION, check_run_id, parse_version_uri
 from qexp.pipeline.checks import check_options
 
@@ -102,6 +103,8 @@ def with_options(
                     given(own, overrides)
                 settled = load_config(given_or_none(config), overrides)
                 check_options(settled, new_model="model" in fields and not elsewhere)
+                if "engine" in fields and not elsewhere:
+                    check_engines(settled.quantize.engine)
                 return command(settled, **own)
 
             finish(action, json)

@@ -2,8 +2,8 @@
 
 `start_forking` makes that process before anything is computed: threads do not survive a fork. Commands, latency sweeps,
 MLflow's servers and the verification of registered models run as its forks. Real processes prove what a clean
-subprocess does: those that `mlflow run` starts in tests/test_mlflow_run.py, the one in tests/tracking/test_registry.py,
-and `make server` in tests/test_server.py.
+subprocess does: those that `mlflow run` and `make server` start in tests/test_mlflow_run.py, and the one in
+tests/tracking/test_registry.py.
 """
 
 import atexit
@@ -161,12 +161,15 @@ def _modules_of(package: str) -> list[str]:
 
 
 def _find_out_once() -> None:
-    """What each fork would do anew: import, ask for all installed packages when it logs a model, and look for garbage
-    in what is imported, which takes a third of a second and copies it."""
+    """What each fork would do anew: import, ask for all installed packages when it logs a model, make torch's table of
+    ONNX functions, and look for garbage in what is imported, which takes a third of a second and copies it."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
         for name in (*ITS_OWN, *_modules_of("entrypoints")):
             importlib.import_module(name)
     requirements_utils._init_modules_to_packages_map()
+    onnx_file = sys.modules["qexp.models.onnx_file"]
+    with onnx_file.with_table_kept() as make_table:
+        make_table(opset_version=onnx_file.OPSET)
     gc.collect()
     gc.freeze()
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -11,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from forked import Forked, start_python
+from forked import REPOSITORY, Forked, start_python
 from postgres import free_port
 from stores import new_store
 
@@ -71,6 +72,31 @@ def start_server(folder: Path, store: str = "", artifacts: Path | None = None, *
     with ExitStack() as stack:
         server.start(stack)
         yield server
+
+
+def command_of_make(port: int) -> list[str]:
+    """`make server`, without `setup`, which would make an environment; in any folder."""
+    return ["make", "--file", str(REPOSITORY / "Makefile"), "--assume-old", "setup", "server", f"PORT={port}"]
+
+
+@contextmanager
+def make_server(folder: Path, **variables: str) -> Iterator[str]:
+    """The address of `make server`, which runs in `folder` as its users start it, with these variables in its
+    environment. Ctrl-C ends it and leaves no process."""
+    port = free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment |= {"SERVER_OPTIONS": "--workers 1", "MLFLOW_DISABLE_TELEMETRY": "true", **variables}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with (folder / "server.log").open("w") as log:
+        command = command_of_make(port)
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_until_it_answers(f"http://127.0.0.1:{port}", server)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            stop_group(server, signal.SIGINT)  # as the terminal does: to all of the group
+    left = [line.read_bytes() for line in Path("/proc").glob("[0-9]*/cmdline") if line.exists()]
+    assert not [line for line in left if str(port).encode() in line]
 
 
 def _end(process: Forked) -> None:

@@ -14,6 +14,7 @@ import mlflow
 import pytest
 import torch
 from conftest import REPOSITORY, environment_for, run_qexp
+from forked import start_python
 from stores import new_store
 from torch import Tensor, nn
 
@@ -365,21 +366,15 @@ def _blocks(page: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_examples_of_the_page_run_as_they_stand_there(tmp_path: Path) -> None:
-    """In a process of its own, which has imported nothing: MLflow comes in with the first registration."""
-    blocks = _blocks(PAGE)
-    (place,) = [number for number, block in enumerate(blocks) if "qexp.register(" in block]
-    shown = "".join(blocks).replace("qexp.check(", "qexp.check( qexp.run(")  # the same job once more
+    blocks = "\n".join(_blocks(PAGE))
+    shown = blocks.replace("qexp.check(", "qexp.check( qexp.run(")  # the same job once more
     assert all(f"qexp.{name}(" in shown for name in qexp.__all__) and "qexp.run(" in PAGE.read_text()
-    bare = "import qexp, sys\nassert not {'torch', 'mlflow', 'pydantic'} & set(sys.modules)\n"
-    blocks.insert(place, "assert 'mlflow' not in sys.modules\n")
-    file = tmp_path / "page.py"
-    file.write_text(bare + "\n".join(blocks))
-    environment = environment_for(f"sqlite:///{tmp_path}/mlflow.db")
-    done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "models:/digits-own-fp32/1 models:/digits-own-int8/1" in done.stdout and "not verified" not in done.stderr
-    assert "must be in [0, 1], and are from 0 to 255" in done.stdout
-    top1 = re.search(r"^fp32 +([\d.]+) ", done.stdout, re.MULTILINE)
+    process = start_python(tmp_path, ("-c", blocks), environment_for(new_store(tmp_path)))
+    assert process.wait() == 0, process.stderr
+    said = process.stdout
+    assert "models:/digits-own-fp32/1 models:/digits-own-int8/1" in said and "not verified" not in process.stderr
+    assert "must be in [0, 1], and are from 0 to 255" in said
+    top1 = re.search(r"^fp32 +([\d.]+) ", said, re.MULTILINE)
     assert top1 and float(top1[1]) > 75
 
 
@@ -400,12 +395,19 @@ sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.m
 
 
 EXTRAS = ("torchao", "onnx", "onnxscript", "onnxruntime", "psycopg", "psycopg2", "selenium", "openvino", "nncf")
-WITHOUT_EXTRAS = """
-import torch, qexp
+BARE = """
+import sys, qexp
+assert not {"torch", "mlflow", "pydantic"} & set(sys.modules)
+import torch
 from torch import nn
 from qexp.errors import InputError
 model, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)), torch.rand(8, 3, 8, 8)
-print(len(qexp.quantize(model, images, observer="minmax").int8_layers), "layers")
+int8 = qexp.quantize(model, images, observer="minmax")
+print(len(int8.int8_layers), "layers")
+qexp.compare(model, int8, images, torch.arange(8) % 5)
+qexp.benchmark({"fp32": model, "int8": int8}, 8, [1], loads=1, min_repeats=2, min_seconds=0.0, warmup=1)
+qexp.cost(model, 8)
+assert "mlflow" not in sys.modules  # it comes in with the first registration
 for engine in ("pt2e", "onnx"):
     try:
         qexp.quantize(model, images, engine=engine)
@@ -416,7 +418,8 @@ for engine in ("pt2e", "onnx"):
 
 @pytest.mark.slow
 def test_without_extras_engine_fx_works_and_the_others_name_them(tmp_path: Path) -> None:
-    done = _without(EXTRAS, WITHOUT_EXTRAS, tmp_path)
+    """In a process that has imported nothing before; MLflow is imported by none of these functions."""
+    done = _without(EXTRAS, BARE, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "2 layers",
@@ -433,7 +436,7 @@ def test_without_extras_engine_fx_works_and_the_others_name_them(tmp_path: Path)
         (("sklearn",), [], "--dataset digits needs sklearn: pip install 'qexp[digits]'"),
     ],
 )
-def test_a_command_names_the_extra_before_it_trains(
+def test_a_command_names_the_extra_before_it_imports_torch(
     gone: tuple[str, ...], options: list[str], said: str, tmp_path: Path
 ) -> None:
     program = f"""
@@ -442,5 +445,5 @@ sys.argv = ["qexp", "run", *{options!r}]
 sys.path.insert(0, {str(REPOSITORY)!r})
 runpy.run_module("entrypoints.cli", run_name="__main__")
 """
-    done = _without(gone, program, tmp_path)
+    done = _without((*gone, "torch", "mlflow"), program, tmp_path)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: {said}", done.stderr

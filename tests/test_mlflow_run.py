@@ -1,23 +1,27 @@
-"""`mlflow run` as a user calls it: against a real server, and in an environment that uv builds from conda.yaml.
+"""`mlflow run` as a user calls it: against the server of a team, and in an environment that uv builds from conda.yaml.
 
-All processes here are real ones, with those in which qexp times models and verifies versions.
+All processes of these two are real ones, with those in which qexp times models and verifies versions. What `mlflow run`
+starts is elsewhere started as a fork: MLproject's command, with a run that is there already.
 """
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlflow
-import psycopg
 import pytest
 import yaml
-from conftest import NOT_TIMED, PLAIN, QUICK, REPOSITORY, start_qexp
+from conftest import NOT_TIMED, PLAIN, QUICK, REPOSITORY, environment_for, start_qexp
+from forked import start_python
+from mlflow.projects.utils import load_project
 from postgres import installed, start_postgres
-from servers import start_server
+from servers import make_server
+from stores import new_store
 
 BIN = Path(sys.executable).parent
 WORDS = [*QUICK, *PLAIN, *NOT_TIMED, *"--epochs 2 --image-size 8".split()]  # the last value of an option counts
@@ -26,23 +30,6 @@ OPTIONS = [
     for name, value in dict(zip(WORDS[::2], WORDS[1::2], strict=True)).items()
     for word in ("-P", f"{name[2:].replace('-', '_')}={value}")
 ]
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A database on PostgreSQL; the empty text where that is not installed, and the server then takes SQLite."""
-    if not installed():
-        yield ""
-        return
-    with start_postgres(tmp_path_factory.mktemp("postgresql")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`mlflow server` on a free port, with its own artifact folder."""
-    with start_server(tmp_path_factory.mktemp("mlflow server"), database) as started:
-        yield started.url
 
 
 def _project(folder: Path) -> Path:
@@ -80,57 +67,55 @@ def _runs(uri: str) -> dict[str, mlflow.entities.Run]:
 
 
 @pytest.mark.slow
-def test_main_through_mlflow_run_against_a_server(server: str, database: str, tmp_path: Path) -> None:
-    done = _mlflow_run(_project(tmp_path), server, "--env-manager", "local", "-e", "main", *OPTIONS)
-    assert done.returncode == 0, done.stderr
-    summary = _summary(done.stdout)
-    runs = _runs(server)
-    assert set(runs) == {"smallnet-digits", "train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
-    assert all(run.info.status == "FINISHED" for run in runs.values())
-    assert runs["smallnet-digits"].info.run_id == summary["run_id"]
-    assert runs["smallnet-digits"].data.params["train.epochs"] == "2"
-    mlflow.set_tracking_uri(server)
-    page = mlflow.artifacts.load_text(summary["report"])
-    assert page.count("data:image/png;base64,") == 6  # the layers' sensitivity was not measured
-    model = mlflow.pytorch.load_model("models:/smallnet-digits-int8@challenger")
-    assert "quantized::conv2d_relu" in str(model.inlined_graph)
+def test_main_through_mlflow_run_against_the_server_of_a_team(tmp_path: Path) -> None:
+    """`make server` on PostgreSQL, or on SQLite where that is not installed: it keeps what it has, and shows no
+    password of the database."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with ExitStack() as stack:
+        database = stack.enter_context(start_postgres(tmp_path)) if installed() else ""
+        with make_server(folder, **({"BACKEND_STORE_URI": database} if database else {})) as url:
+            done = _mlflow_run(_project(tmp_path), url, "--env-manager", "local", "-e", "main", *OPTIONS)
+            assert done.returncode == 0, done.stderr
+            summary = _summary(done.stdout)
+            mlflow.set_tracking_uri(url)
+            page = mlflow.artifacts.load_text(summary["report"])
+            assert page.count("data:image/png;base64,") == 6  # the layers' sensitivity was not measured
+            model = mlflow.pytorch.load_model("models:/smallnet-digits-int8@challenger")
+            assert "quantized::conv2d_relu" in str(model.inlined_graph)
+        assert not database or database not in (folder / "server.log").read_text()
+        # What the server has kept, once it has ended:
+        assert (folder / "mlflow.db").exists() is not bool(database)
+        runs = _runs(database or f"sqlite:///{folder}/mlflow.db")
+        assert set(runs) == {"smallnet-digits", "train-smallnet", "quantize-fx-64", "latency-smallnet", "report"}
+        assert all(run.info.status == "FINISHED" for run in runs.values())
+        assert runs["smallnet-digits"].info.run_id == summary["run_id"]
+        assert runs["smallnet-digits"].data.params["train.epochs"] == "2"
+        assert [*folder.glob(f"mlartifacts/*/{summary['run_id']}/**/report.html")]
     if not database:
         pytest.skip("all was well, but on SQLite: PostgreSQL is not installed (apt-get install postgresql)")
-    with psycopg.connect(database) as connection, connection.cursor() as cursor:
-        cursor.execute("select count(*) from runs where status = 'FINISHED'")
-        assert cursor.fetchone() == (5,)
 
 
 @pytest.mark.slow
-def test_stopped_training_is_resumed_through_mlflow_run(server: str, tmp_path: Path) -> None:
-    project = _project(tmp_path)
-    process = start_qexp(project, "train", "--epochs", "8", "--image-size", "8", *NOT_TIMED, uri=server)
+def test_stopped_training_is_resumed_by_the_entry_point_of_the_project(tmp_path: Path) -> None:
+    uri = new_store(tmp_path)
+    process = start_qexp(tmp_path, "train", "--epochs", "8", "--image-size", "8", *NOT_TIMED, uri=uri)
     process.wait_for_line("epoch 2/8")
     process.kill()
-    (run_id,) = (path.name for path in (project / "checkpoints").glob("*"))
-    arguments = ["-P", f"resume={run_id}", "--run-name", "resumed"]
-    done = _mlflow_run(project, server, "--env-manager", "local", "-e", "train", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert _summary(done.stdout)["run_id"] == run_id
-    client = mlflow.MlflowClient(server)
+    (run_id,) = (path.name for path in (tmp_path / "checkpoints").glob("*"))
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("qexp-digits").experiment_id
+    pointer = client.create_run(experiment, run_name="resumed").info.run_id
+    client.log_param(pointer, "resume", run_id)
+    command = load_project(str(REPOSITORY)).get_entry_point("train").compute_command({"resume": run_id}, None)
+    python, *words = shlex.split(command)
+    given = {"MLFLOW_RUN_ID": pointer, "MLFLOW_EXPERIMENT_ID": experiment}
+    process = start_python(tmp_path, tuple(words), environment_for(uri) | given)
+    assert process.wait() == 0 and python == "python", process.stderr
+    assert _summary(process.stdout)["run_id"] == run_id
     assert client.get_run(run_id).info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, 9))
-    pointer = _runs(server)["resumed"]
-    assert pointer.info.status == "FINISHED" and run_id in pointer.data.tags["mlflow.note.content"]
-
-
-@pytest.mark.slow
-def test_bad_input_under_mlflow_run_leaves_a_failed_run(server: str, tmp_path: Path) -> None:
-    entry, arguments, expected = "main", ["-P", "model=vgg17"], "--model vgg17"
-    before = set(_runs(server))
-    done = _mlflow_run(
-        _project(tmp_path), server, "--env-manager", "local", "-e", entry, "--run-name", expected, *arguments
-    )
-    assert done.returncode != 0
-    assert f"error: {expected}" in done.stderr
-    runs = _runs(server)
-    assert set(runs) - before == {expected}
-    assert runs[expected].info.status == "FAILED"
+    assert run_id in client.get_run(pointer).data.tags["mlflow.note.content"]
 
 
 def test_conda_environment_is_the_one_that_these_tests_run_in(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ import copy
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -70,13 +73,27 @@ class OnnxClassifier(nn.Module):
 def export(model: nn.Module, example: Tensor, file: Path) -> None:
     """Write the fp32 classifier as ONNX, for batches of any size; `example` is float [N >= 2, 3, H, W]."""
     batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), with_table_kept():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
             model.eval(), (example,), str(file), dynamo=True, dynamic_shapes=({0: batch},), input_names=[INPUT],
             output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False,
         )  # fmt: skip
+
+
+@cache
+def _made_once(make: Callable[..., Any], opset_version: int) -> Any:
+    return make(opset_version=opset_version)
+
+
+def with_table_kept() -> AbstractContextManager[Any]:
+    """While the block lasts, torch's table of ONNX functions is that of the first export: making a new one for each
+    takes half of the time that a small model needs."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    kept = staticmethod(partial(_made_once, ONNXRegistry.from_torchlib))
+    return mock.patch.object(ONNXRegistry, "from_torchlib", kept)
 
 
 def layers_of(nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:

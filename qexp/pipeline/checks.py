@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from qexp.config import Config, LatencyConfig
 from qexp.data.folders import check_data_dir, check_places
 from qexp.errors import InputError
+from qexp.extras import check_package
 from qexp.models.names import check_model_name, parse_version_uri
 from qexp.models.preprocessing import preprocessing_of
 
@@ -16,7 +17,8 @@ WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # of files 
 
 
 def check_options(config: Config, new_model: bool, named: bool = True) -> None:
-    """Raise InputError where an option names a model or a folder that there is not, or two contradict each other.
+    """Raise InputError where an option names a model or a folder that there is not, or a package that is not
+    installed, or two contradict each other.
 
     Args:
         new_model: whether `config` says which model and data are used; a registered version or a run may do so.
@@ -30,6 +32,8 @@ def check_options(config: Config, new_model: bool, named: bool = True) -> None:
         if config.trained_elsewhere and named and not (config.has_weights or ":" in config.model):
             allowed = "needs --weights, or a --model that comes with weights: a file, package.module:factory"
             raise InputError(f"--epochs 0: {allowed}")
+        if config.data.dataset == "digits":
+            check_package("digits", "--dataset digits", "sklearn")
         check_data_dir(config.data, needs_training=not config.trained_elsewhere)
         preprocessing_of(config.data, config.preprocess)
     else:

@@ -4,6 +4,7 @@ Takes an fp32 module and calibration images, gives a `QuantizedModel`. An engine
 what it needs may not be installed.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -96,8 +97,12 @@ def _quantize_module(
     with torch.no_grad():
         source = clean(model, to_float(images[:2]), options.fold_pool)
     constant = computed_before(model, source)
+    found = _layer_names(source)
     layers = [name for name in _layer_names(model) if name not in constant]
-    layers = list(dict.fromkeys([*layers, *_layer_names(source)]))  # and attention's first projections
+    gone = _never_called(model, [name for name in layers if name not in found], to_float(images[:1]))
+    unused = _unused_layers(model, gone, to_float(images[:1]))
+    layers = [name for name in layers if name not in unused]
+    layers = list(dict.fromkeys([*layers, *found]))  # and attention's first projections
     make = partial(fx.quantize, layers=layers) if ENGINES[engine] is fx.quantize else ENGINES[engine]
     made = make(source, images, options, reduce_range)
     # And those that engine fx has found by itself, and modules in which the others have found functions with weights.
@@ -149,9 +154,25 @@ def _layer_names(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
+def _never_called(network: nn.Module, names: Sequence[str], images: Tensor) -> list[str]:
+    """Of these layers, those that are not called as modules; their weights may be used otherwise."""
+    if not names:
+        return []
+    copied, called = copy.deepcopy(network).eval(), set[str]()
+    for name in names:
+        copied.get_submodule(name).register_forward_hook(lambda *given, name=name: called.add(name))
+    with torch.no_grad():
+        copied(images)
+    return [name for name in names if name not in called]
+
+
 def _unused_layers(network: nn.Module, names: Sequence[str], images: Tensor) -> set[str]:
     """Of these layers, those that `forward` never uses: no logit becomes NaN when their weights are."""
-    modules, unused = dict(network.named_modules()), set()
+    unused: set[str] = set()
+    if not names:
+        return unused
+    network = copy.deepcopy(network).eval()  # in training, a forward would change batch norms
+    modules = dict(network.named_modules())
     with torch.no_grad():
         for name in names:
             weight = modules[name]._parameters.get("weight") if name in modules else None

@@ -105,6 +105,8 @@ def check(address: Address) -> None:
         raise address.refusal(f"must be {SUPPORTED}") from None
     if address.scheme not in (*DATABASES, *OTHERS):
         raise address.refusal(f"must be {SUPPORTED}")
+    if address.scheme == "file":  # which versions before 3.12 would still take
+        raise address.refusal("")
     if address.scheme in DATABASES and (found := MISREAD.search(os.getcwd())):  # artifacts go below it
         raise InputError(f"{os.getcwd()}: {_misread(found[0])}; rename it, or give the command in another one")
     if file is not None:

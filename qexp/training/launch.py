@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -49,6 +50,8 @@ def run_workers(
     for name in logging.root.manager.loggerDict:  # what they have to say is in the exceptions
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Torch 2.10 has no such setting, and waits 30 s.
+    timeout: Any = {"shutdown_timeout": SHUTDOWN_TIMEOUT_S} if hasattr(LaunchConfig, "shutdown_timeout") else {}
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -57,7 +60,7 @@ def run_workers(
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # `--resume` does that, at the user's word
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        **timeout,
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 from strategies import SEEDED, nasty_texts
 from torch import Tensor
 
@@ -106,6 +106,8 @@ def test_a_pipe_given_to_predict_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".avif", ".webp", ".tga", ""])
 def test_what_pillow_decodes_is_read(pets: Path, suffix: str) -> None:
     kind = {".avif": "avif", ".webp": "webp", ".tga": "tga"}.get(suffix, "jpeg")
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
     Image.new("RGB", (8, 8), (1, 2, 3)).save(pets / "train" / "cat" / f"extra{suffix}", kind)
     assert _count(pets) == 12 + 1 and len(_load(pets).train) + len(_load(pets).validation) == 8 + 1
 

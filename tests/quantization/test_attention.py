@@ -107,12 +107,11 @@ def test_attention_in_int8(images: Tensor, engine: str) -> None:
         assert _sqnr_db(model(images.float() / 255), made.module(images.float() / 255)) > 20
 
 
-def test_attention_whose_weights_are_read_is_rebuilt_by_fx_and_stays_with_pt2e(images: Tensor) -> None:
-    left = {"fx": (), "pt2e": ("attention.out_proj", "attention")}
-    for engine, layers in left.items():
-        options = QuantizeConfig(engine=engine, observer="minmax", allow_float=True)
-        result = quantize_model(_Attention(need_weights=True).eval(), images, options, False).result
-        assert result.float_layers == layers
+def test_attention_whose_weights_are_read_is_rebuilt_by_fx(images: Tensor) -> None:
+    """With pt2e it stays fp32, as that of another shape does: test_quantization.py."""
+    options = QuantizeConfig(engine="fx", observer="minmax")
+    result = quantize_model(_Attention(need_weights=True).eval(), images, options, False).result
+    assert result.float_layers == ()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

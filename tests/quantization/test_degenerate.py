@@ -1,5 +1,6 @@
 """Quantization of what is odd but allowed: one calibration image, constant ones, a layer without weights, batch 1."""
 
+import copy
 import io
 
 import onnx
@@ -10,12 +11,11 @@ from torch import Tensor, nn
 from qexp.config import QuantizeConfig
 from qexp.data.datasets import Dataset
 from qexp.measurement.accuracy import to_float
-from qexp.models.classifier import Classifier, build_classifier
 from qexp.models.onnx_file import OnnxClassifier
 from qexp.quantization import QuantizedModel, quantize_model
-from qexp.training.train import TrainResult
+from qexp.quantization.equivalence import sqnr_db
 
-LAYERS = tuple(f"network.{place}" for place in (0, 3, 7, 10, 14, 17, 22))
+LAYERS = ("0", "3", "6", "9")
 ENGINES = ("fx", "pt2e", "onnx")
 
 
@@ -44,8 +44,15 @@ def _reload(made: QuantizedModel, inputs: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def model(trained: tuple[Classifier, TrainResult]) -> Classifier:
-    return trained[0]
+def model() -> nn.Module:
+    """Three convolutions, one with a batch norm of odd statistics, a pool, a linear layer."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16)
+    norm.running_mean.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), norm, nn.ReLU(),
+        nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    ).eval()  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,33 +61,32 @@ def inputs(digits: Dataset) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("observer", ["histogram", "percentile"])
-def test_one_calibration_image(model: Classifier, digits: Dataset, inputs: Tensor, engine: str, observer: str) -> None:
-    logits = _check(_quantize(model, digits.train.images[:1], engine, observer), inputs)
+def test_one_calibration_image(model: nn.Module, digits: Dataset, inputs: Tensor, engine: str) -> None:
+    """With other observers: test_quantization.py."""
+    logits = _check(_quantize(model, digits.train.images[:1], engine, "histogram"), inputs)
     with torch.no_grad():
-        assert (logits.argmax(1) == model(inputs).argmax(1)).double().mean() > 0.5
+        assert sqnr_db(model(inputs), logits) > 2  # what lies outside of the range of one image is cut off
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("value", "observer"), [(0, "histogram"), (0, "percentile"), (255, "minmax")])
+@pytest.mark.parametrize("engine", ["pt2e", "onnx"])  # fx: test_quantization.py
+@pytest.mark.parametrize(("value", "observer"), [(0, "histogram"), (255, "minmax")])
 def test_constant_calibration_images(
-    model: Classifier, digits: Dataset, inputs: Tensor, engine: str, value: int, observer: str
+    model: nn.Module, digits: Dataset, inputs: Tensor, engine: str, value: int, observer: str
 ) -> None:
     _check(_quantize(model, torch.full_like(digits.train.images[:3], value), engine, observer), inputs)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("places", "observer"), [((10,), "histogram"), ((10, 11, 22), "batch_average")])
+@pytest.mark.parametrize(("places", "observer"), [((3,), "histogram"), ((3, 4, 9), "batch_average")])
 def test_dead_layers(
-    model: Classifier, digits: Dataset, inputs: Tensor, engine: str, places: tuple[int, ...], observer: str
+    model: nn.Module, digits: Dataset, inputs: Tensor, engine: str, places: tuple[int, ...], observer: str
 ) -> None:
     """A convolution without weights, alone; with its batch norm and the last layer, too, all logits are zero."""
-    dead = build_classifier(model.spec, digits.train.images)
-    dead.load_state_dict(model.state_dict())
+    dead = copy.deepcopy(model)
     for place in places:
-        for parameter in dead.network.get_submodule(str(place)).parameters():
+        for parameter in dead.get_submodule(str(place)).parameters():
             nn.init.zeros_(parameter)
-    logits = _check(_quantize(dead.eval(), digits.train.images[:8], engine, observer), inputs)
+    logits = _check(_quantize(dead, digits.train.images[:8], engine, observer), inputs)
     with torch.no_grad():
         expected = dead(inputs)
     assert (logits - expected).abs().max() <= 0.1 * expected.abs().max() + 1e-6
@@ -88,7 +94,7 @@ def test_dead_layers(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_batch_of_one_image_and_calibration_one_by_one(
-    model: Classifier, digits: Dataset, inputs: Tensor, engine: str
+    model: nn.Module, digits: Dataset, inputs: Tensor, engine: str
 ) -> None:
     options = QuantizeConfig(engine=engine, observer="batch_average", calibration_batch_size=1)
     _check(quantize_model(model, digits.train.images[:5], options, False), inputs[:1])

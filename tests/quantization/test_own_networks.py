@@ -40,9 +40,10 @@ def _is_near(found: Tensor, expected: Tensor) -> bool:
 
 def _quantized(model: nn.Module, images: Tensor, engine: str) -> QuantizedModel:
     """The int8 model, whose reloaded logits are near those of fp32."""
-    quantized = quantize_model(model, images, QuantizeConfig(engine=[engine]), reduce_range=False)
+    quantized = quantize_model(model, images, QuantizeConfig(engine=[engine], observer="minmax"), reduce_range=False)
     with torch.no_grad():
         expected = model(to_float(images))
+        assert torch.allclose(quantized.source(to_float(images)), expected, atol=1e-5)
         assert _is_near(quantized.module(to_float(images)), expected)
         assert _is_near(quantized.reloaded()(to_float(images)), expected)
     return quantized
@@ -73,6 +74,16 @@ def test_layers_that_forward_never_calls_are_in_no_list(images: Tensor, engine: 
     assert torch.equal(network.spare.weight, before)
 
 
+def test_a_network_in_training_keeps_its_statistics(images: Tensor) -> None:
+    """Though it is run, to see which layers it uses."""
+    network = Network(nn.BatchNorm2d(8))
+    network.spare = nn.Linear(8, 5)
+    before = {name: value.clone() for name, value in network.train().state_dict().items()}
+    found = quantize_model(network, images, QuantizeConfig(observer="minmax"), reduce_range=False)
+    assert found.int8_layers == ("first", "last") and network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_layers_with_tied_weights_are_both_int8(images: Tensor, engine: str) -> None:
     one, other = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
@@ -81,8 +92,7 @@ def test_two_layers_with_tied_weights_are_both_int8(images: Tensor, engine: str)
     assert found.int8_layers == ("first", "between.0", "between.2", "last") and found.float_layers == ()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("padding", "engine"), [*(("same", engine) for engine in ENGINES), ("valid", "fx")])
 def test_paddings_by_name(images: Tensor, engine: str, padding: str) -> None:
     assert _quantized(Network(nn.Identity(), padding), images, engine).result.int8_layers == ("first", "last")
 

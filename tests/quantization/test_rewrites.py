@@ -178,7 +178,7 @@ def test_only_what_is_read_again_is_copied() -> None:
 def test_a_wrong_lowering_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "_is_last_reader", lambda program, layer: True)
     images, options = some_images()[0], QuantizeConfig(engine="pt2e", allow_float=True)
-    for forward in (read_again_after_its_sum, one_skip_for_two_sums, added_to_in_place):
+    for forward in (read_again_after_its_sum, one_skip_for_two_sums):
         with pytest.raises(
             StageError, match=r"^engine pt2e: .* is -?\d+\.\d dB instead of .* dB; use another"
         ) as found:

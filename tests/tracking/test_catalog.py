@@ -1,12 +1,8 @@
 """`qexp models`: what a list of versions holds, from the tags of a finished run."""
 
-import json
-import subprocess
-import sys
-
 import mlflow
 import pytest
-from conftest import Finished, environment_for, run_qexp
+from conftest import Finished, run_qexp
 from stores import new_store
 
 from qexp.errors import InputError
@@ -52,17 +48,6 @@ def test_names_and_patterns(finished: Finished) -> None:
     assert len(list_models("smallnet-*")) == 2
     with pytest.raises(InputError, match=r"NAME vgg16: .*; there are: smallnet-digits-fp32, smallnet-digits-int8"):
         list_models("vgg16")
-
-
-def test_list_is_made_without_torch(finished: Finished) -> None:
-    code = (
-        "import sys, json\nfrom qexp.tracking.catalog import list_models\n"
-        "print(json.dumps([len(list_models()), 'torch' in sys.modules]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment_for(finished.uri), capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout) == [2, False]
 
 
 def test_versions_of_other_people_and_without_tags(tmp_path_factory: pytest.TempPathFactory) -> None:

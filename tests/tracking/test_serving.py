@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished, build_tiny, environment_for
+from forked import Forked, start_python
+from mlflow.pyfunc import scoring_server
 from PIL import Image
 
 from qexp.config import QuantizeConfig
@@ -73,13 +75,24 @@ def store(finished: Finished, tiny: Dataset, tmp_path_factory: pytest.TempPathFa
 
 
 @contextmanager
-def _serve(store: str, uri: str, folder: Path) -> Iterator[Post]:
+def _serve(store: str, uri: str, folder: Path, as_fork: bool = False) -> Iterator[Post]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    command = ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "-p", address.rpartition(":")[2]]
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=_environment(store), stdout=log, stderr=log, start_new_session=True)
+    process: subprocess.Popen[bytes] | Forked
+    port = address.rpartition(":")[2]
+    if as_fork:  # of the program that `mlflow models serve` starts
+        words = ("-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "--host", "127.0.0.1", "--port", port)
+        mlflow.set_tracking_uri(store)
+        model = {scoring_server._SERVER_MODEL_PATH: mlflow.artifacts.download_artifacts(uri)}
+        log = str(folder / "server.log")
+        process = start_python(folder, words, _environment(store) | model, written=(log, log))
+    else:
+        command = ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "-p", port]
+        with (folder / "server.log").open("w") as file:
+            process = subprocess.Popen(
+                command, env=_environment(store), stdout=file, stderr=file, start_new_session=True
+            )
 
     def post(body: bytes) -> Answer:
         request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
@@ -103,7 +116,7 @@ def _environment(store: str) -> dict[str, str]:
     return environment_for(store) | {"PATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(url: str, process: "subprocess.Popen[bytes] | Forked", log: Path) -> None:
     for _ in range(600):
         try:
             urllib.request.urlopen(url, timeout=5).close()
@@ -165,7 +178,7 @@ def test_a_version_of_the_other_flavor_is_served_too(store: str, tiny: Dataset, 
     """ONNX; `pt2e` has the flavor of `fx`, and loads in test_a_version_says_whether_it_loads_without_pickle."""
     uri = "models:/tiny-onnx/1"
     images = to_float(tiny.validation.images).numpy()
-    with _serve(store, uri, tmp_path) as asking:
+    with _serve(store, uri, tmp_path, as_fork=True) as asking:
         for count in (1, 60):
             found = _logits(asking(_body(images[:count])))
             assert np.array_equal(found, _in_process(store, uri, images[:count]))
@@ -208,11 +221,11 @@ def test_values_outside_0_to_1_are_computed_with_as_in_process(post: Post, store
 
 
 @pytest.mark.slow
-def test_a_version_says_whether_it_loads_without_pickle(store: str) -> None:
+def test_a_version_says_whether_it_loads_without_pickle(store: str, tmp_path: Path) -> None:
     environment = _environment(store) | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    command = [sys.executable, "-W", "ignore", "-c", LOAD_ALL, *WITHOUT_PICKLE]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout) == WITHOUT_PICKLE
+    process = start_python(tmp_path, ("-c", LOAD_ALL, *WITHOUT_PICKLE), environment)
+    assert process.wait() == 0, process.stderr
+    assert json.loads(process.stdout) == WITHOUT_PICKLE
     mlflow.set_tracking_uri(store)
     tags = {uri: registry.find_version(uri, "fp32", "int8").tags["loads_without_pickle"] for uri in WITHOUT_PICKLE}
     assert tags == WITHOUT_PICKLE
