@@ -48,5 +48,6 @@ def log_version(kind: str, stored: Any, name: str, spec: ModelSpec, flavor: str)
                 "architecture": spec.architecture,
             },
             model_type="classifier",
+            validate_serving_input=False,  # it would load the model here; `register` does so in a clean subprocess
             **own[flavor],
         )
