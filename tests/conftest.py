@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from forked import REPOSITORY, Forked, start_forked, start_forking
+from PIL import Image
 from stores import new_store
 from torch import nn
 
@@ -42,6 +43,12 @@ from qexp.training.train import EpochResult, TrainResult, train_model
 
 # For tests that need a run and look at neither: a sweep has no more models than int8 needs, no layer is tried alone.
 PLAIN = "--baselines none --sensitivity-images 0".split()
+# For commands whose figures nobody looks at: drawing those of one report takes as long as a sweep. They run this first.
+NO_FIGURES = """
+from PIL import Image
+from qexp.report import figures
+figures.save_figure = lambda draw, result, file: (Image.new("RGB", (1, 1)).save(file), file)[1]
+"""
 # Enough for a model that has learnt something, and for every stage to have run.
 # Other tests run beside it: its times are not good for anything but to have been measured.
 QUICK = (
@@ -244,6 +251,25 @@ def _run_once(folder: Path) -> Finished:
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
     return load_dataset(DataConfig(image_size=16), seed=0)
+
+
+@pytest.fixture(scope="session")
+def pictures(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real scans as PNG files: three classes, 24 train and 8 test images each, 20 x 20 pixels."""
+    root = tmp_path_factory.mktemp("pictures") / "Three Digits"
+    for part, split, count in (("train", digits.train, 24), ("test", digits.test, 8)):
+        for label in range(3):
+            folder = root / part / f"digit {label}"
+            folder.mkdir(parents=True)
+            for number, image in enumerate(split.images[split.labels == label][:count]):
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((20, 20))
+                picture.save(folder / f"{number}.png")
+    return root
+
+
+def of_pictures(pictures: Path) -> list[str]:
+    """Options by which a command takes those at 8 px: an epoch of SmallNet takes no time."""
+    return ["--dataset", "imagefolder", "--data-dir", str(pictures), "--image-size", "8", *NOT_TIMED]
 
 
 @pytest.fixture(scope="session")

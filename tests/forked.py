@@ -1,9 +1,10 @@
 """Processes for tests that are forks of one that has imported torch, MLflow and qexp already, which takes seconds.
 
 `start_forking` makes that process before anything is computed: threads do not survive a fork. Commands, latency sweeps,
-MLflow's servers and the verification of registered models run as its forks. Real processes prove what a clean
-subprocess does: those that `mlflow run` and `make server` start in tests/test_mlflow_run.py, and the one in
-tests/tracking/test_registry.py.
+training processes, MLflow's servers and the verification of registered models run as its forks. Real processes prove
+what a clean subprocess does: those that `mlflow run` and `make server` start in tests/test_mlflow_run.py, the one in
+tests/tracking/test_registry.py, and the training processes of one test in tests/training/test_launch.py
+(`real_workers`).
 """
 
 import atexit
@@ -31,7 +32,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.utils import requirements_utils
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Beside qexp's own modules. None of these computes when it is imported.
@@ -49,8 +53,16 @@ ITS_OWN = (
     "torch.fx.experimental.validator", "torch.onnx._internal.exporter._core",
     "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer",
 )  # fmt: skip
+# What a training process finds: its launcher as its parent, and its rank when qexp is imported.
+WORKER = """
+import os, qexp.progress
+os.getppid = lambda: {launcher}
+qexp.progress.QUIET = os.environ["RANK"] != "0"
+"""
 MADE = ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")  # what importing qexp sets
 _forking: "list[Forking]" = []
+_start_real_worker = SubprocessHandler._popen
+_before_workers = [""]
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,10 @@ def start_forking() -> None:
     """Once, in a process that has computed nothing yet; what qexp starts from it, too, are forks from now on."""
     for name in (*_modules_of("qexp"), *FIRST):
         importlib.import_module(name)
+    # MLflow asks the store before each tag whether the model is a prompt, which takes longer than to write the tag.
+    MlflowClient._raise_if_prompt = lambda self, name: None
+    # torch's launcher looks through all modules for the names of its own methods, for events that nobody reads.
+    dynamic_rendezvous.get_method_name = lambda *depth: "method"
     files = Path(tempfile.mkdtemp(prefix="qexp-"))
     atexit.register(shutil.rmtree, files, ignore_errors=True)
     _children_are_forks(files, _find_out_once)
@@ -178,6 +194,12 @@ def _children_are_forks(files: Path, prepare: Callable[[], None] = lambda: None)
     _forking[:] = [Forking(files, prepare)]
     for module in ("qexp.measurement.sweep", "qexp.measurement.load", "qexp.tracking.clean_process"):
         sys.modules[module].run_python = _run_forked  # type: ignore[attr-defined]
+    SubprocessHandler._popen = _start_worker
+
+
+def real_workers() -> None:
+    """In a fork: the training processes that it starts are no forks."""
+    SubprocessHandler._popen = _start_real_worker
 
 
 def start_forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], before: str = "") -> Forked:
@@ -211,6 +233,19 @@ def _run_forked(words: Sequence[str], env: dict[str, str], **options: Any) -> "s
     process = _forking[0].start(os.getcwd(), tuple(words), env, clean=words[0] == "-c", **written)
     code = process.wait(600)
     return subprocess.CompletedProcess(words, code, process.stdout, process.stderr)
+
+
+def _start_worker(handler: SubprocessHandler, command: Sequence[str], environment: dict[str, str]) -> Forked:
+    """Stands for `Popen` in torch's launcher; `command` is Python's, with `-m module`."""
+    before = WORKER.format(launcher=os.getpid()) + _before_workers[0]
+    written = (f"/proc/{os.getpid()}/fd/1", f"/proc/{os.getpid()}/fd/2")
+    words = tuple(command[command.index("-m") :])
+    return _forking[0].start(os.getcwd(), words, environment, before, written=written)
+
+
+def before_workers(code: str) -> None:
+    """In a fork: Python that its training processes run first."""
+    _before_workers[0] = code
 
 
 def _serve(requests: Connection) -> None:

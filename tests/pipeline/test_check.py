@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +12,8 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import PLAIN, REPOSITORY, Finished, environment_for, run_qexp
+from conftest import NO_FIGURES, PLAIN, REPOSITORY, Finished, environment_for, run_qexp
+from forked import start_python
 from mlflow.models import MetricThreshold
 from PIL import Image
 from stores import new_store
@@ -73,7 +72,7 @@ def given(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Given:
 @pytest.fixture(scope="module")
 def checked(given: Given) -> Finished:
     words = "my_nets:build --weights best.pt --data photos --image-size 16 --input-range -1,1 --output-dir report"
-    return run_qexp(given.folder, "check", *words.split(), *FEW)
+    return run_qexp(given.folder, "check", *words.split(), *FEW, before=NO_FIGURES)
 
 
 def test_a_model_of_ones_own_gets_the_answer_of_run(checked: Finished, given: Given, finished: Finished) -> None:
@@ -99,13 +98,10 @@ assert "qexp" not in sys.modules and "my_nets" not in sys.modules"""
     np.save(tmp_path / "images.npy", given.images.numpy())
     np.save(tmp_path / "labels.npy", given.labels.numpy())
     words = [checked.uri, str(tmp_path / "images.npy"), str(tmp_path / "labels.npy")]
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    process = start_python(tmp_path, ("-c", code, *words), dict(os.environ), clean=True)
+    assert process.wait() == 0, process.stderr
     int8 = round(checked.summary["int8_top1_percent"] * 2)
-    assert done.stdout.split() == [str(given.correct), str(int8)]
+    assert process.stdout.split() == [str(given.correct), str(int8)]
 
 
 def test_what_works_on_own_versions_works_on_it(checked: Finished, given: Given) -> None:
@@ -147,14 +143,12 @@ def test_mlflow_evaluates_it_beside_its_source(checked: Finished, given: Given) 
 
 def test_two_processes_share_the_evaluation_and_find_the_same(checked: Finished, given: Given, tmp_path: Path) -> None:
     words = "my_nets:build --weights best.pt --data photos --image-size 16 --input-range -1,1".split()
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "entrypoints.import_model"]
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m entrypoints.import_model".split()
     environment = environment_for(f"sqlite:///{tmp_path}/mlflow.db")
-    done = subprocess.run(
-        [sys.executable, *torchrun, *words], cwd=given.folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "shared by 2 processes" in done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    process = start_python(given.folder, (*torchrun, *words), environment)
+    assert process.wait() == 0, process.stderr
+    assert "shared by 2 processes" in process.stderr
+    found = json.loads(process.stdout.splitlines()[-1])
     assert found["fp32_top1_percent"] == checked.summary["fp32_top1_percent"]
 
 
@@ -162,7 +156,7 @@ def test_without_registering_nothing_is_asked_of_mlflow(given: Given, tmp_path: 
     words = f"{given.folder}/best.pt --model my_nets:build --data {given.folder}/photos --image-size 16".split()
     (tmp_path / "my_nets.py").write_text(CODE)
     words += ["--input-range=-1,1", "--no-register", "--output-dir", "report", *FEW]
-    done = run_qexp(tmp_path, "check", *words, uri="http://127.0.0.1:9")  # nobody is there
+    done = run_qexp(tmp_path, "check", *words, uri="http://127.0.0.1:9", before=NO_FIGURES)  # nobody is there
     assert done.code == 0, done.stderr
     assert done.summary["fp32_top1_percent"] == pytest.approx(100 * given.correct / 200)
     assert sorted(os.listdir(tmp_path)) == ["my_nets.py", "report"] or "__pycache__" in os.listdir(tmp_path)
@@ -241,7 +235,8 @@ def test_any_version_of_mlflow_is_taken(given: Given, tmp_path: Path, monkeypatc
     monkeypatch.syspath_prepend(str(given.folder))
     model = import_module("my_nets").build()
     with mlflow.start_run(experiment_id=mlflow.create_experiment("own", artifact_location=str(tmp_path / "own"))):
-        mlflow.pytorch.log_model(model, name="m", registered_model_name="plain", serialization_format="pickle")
+        plain: Any = {"registered_model_name": "plain", "serialization_format": "pickle", "pip_requirements": ["torch"]}
+        mlflow.pytorch.log_model(model, name="m", **plain)
     words = ["models:/plain/1", "--data", "photos", "--image-size", "16"]
     done = run_qexp(given.folder, "import", *words, uri=uri)
     assert done.code == 0, done.stderr
@@ -257,7 +252,7 @@ def test_images_without_labels_show_agreement(given: Given, tmp_path: Path) -> N
     (tmp_path / "my_nets.py").write_text(CODE)
     words = f"{given.folder}/best.pt --model my_nets:build --data loose --image-size 16 --classes classes.txt".split()
     words += f"--input-range -1,1 --min-agreement 10 --calibration-dir {given.folder}/photos/train".split()
-    done = run_qexp(tmp_path, "check", *words, "--output-dir", "report", *FEW)
+    done = run_qexp(tmp_path, "check", *words, "--output-dir", "report", *FEW, before=NO_FIGURES)
     assert done.code == 0, done.stderr
     assert done.summary["fp32_top1_percent"] == 100
     verified = run_qexp(tmp_path, "verify", done.summary["int8"])

@@ -21,7 +21,7 @@ from qexp.pipeline.loading import evidence_of_version
 from qexp.pipeline.promote import run_promote
 from qexp.pipeline.sync import sync_run
 from qexp.report import sentences
-from qexp.report.promotion import CANDIDATE, Promotion
+from qexp.report.promotion import CANDIDATE, CHAMPION, Promotion
 from qexp.report.results import Evidence
 from qexp.tracking import aliases, registry
 from qexp.tracking.aliases import succeed
@@ -119,6 +119,14 @@ def test_a_smaller_one_that_is_as_good_takes_the_place(
     client.set_registered_model_alias(NAME, "champion", before[0])
 
 
+@pytest.fixture
+def not_timed(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what the times do not decide: both versions have been found to be as fast."""
+    rows = (latency_row(1, {"fp32": 2.0, "fp32_traced": 2.0, CANDIDATE: 1.0, CHAMPION: 1.0}),)
+    monkeypatch.setattr(promote, "time_models", lambda *given: replace(evidence.latency, rows=rows))
+
+
+@pytest.mark.usefixtures("not_timed")
 def test_a_champion_of_other_data_stays(client: mlflow.MlflowClient) -> None:
     number = _champions(client)[0]
     digest = _tags(client, number)["data_digest"]
@@ -129,6 +137,7 @@ def test_a_champion_of_other_data_stays(client: mlflow.MlflowClient) -> None:
     assert found["decision"] == "champion stays" and found["reasons"] == [f"beside models:/{NAME}/{number}: {said}"]
 
 
+@pytest.mark.usefixtures("not_timed")
 def test_a_champion_that_moves_while_one_is_compared_with_it(
     client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

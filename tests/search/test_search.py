@@ -2,26 +2,29 @@
 
 import shlex
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
 import mlflow
 import optuna
 import pytest
-from conftest import NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
+from conftest import NO_FIGURES, PLAIN, Finished, of_pictures, run_qexp, start_qexp
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from qexp.config import Config, DataConfig, QuantizeConfig, load_config
+from qexp.config import Config, DataConfig, QuantizeConfig, load_config, parse_yaml
 from qexp.data.datasets import load_dataset
+from qexp.errors import InputError
 from qexp.files import from_json
 from qexp.search.findings import quantize_command
 from qexp.search.results import SearchResult
 from qexp.search.setup import _newest, _stopped_in_training
 from qexp.tracking.runs import read_config
 
-COUNTS = ["--sample-counts", "8,32,128", "--seeds-per-point", "2", "--observers", "minmax,histogram"]
+ONE = ["--sample-counts", "4", "--seeds-per-point", "1"]
+COUNTS = ["--sample-counts", "8,32", "--seeds-per-point", "2", "--observers", "minmax,histogram"]
 
 
 def _trials(in_use: Finished, parent: str) -> list[mlflow.entities.Run]:
@@ -36,27 +39,33 @@ def _study(in_use: Finished, name: str) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(file))))
 
 
+def _running(in_use: Finished, name: str) -> list[str]:
+    """The runs of trials that a study is at."""
+    trials = _study(in_use, name).get_trials(states=[TrialState.RUNNING])
+    return [trial.user_attrs["run_id"] for trial in trials if "run_id" in trial.user_attrs]
+
+
 def test_grid_search_runs_every_point_once_and_goes_on_where_it_stopped(in_use: Finished) -> None:
     done = run_qexp(in_use.folder, "search", *COUNTS)
     assert done.code == 0, done.stderr
     trials = _trials(in_use, done.summary["run_id"])
-    assert sorted(run.info.run_name for run in trials) == [f"trial-{number:03d}" for number in range(6)]
+    assert sorted(run.info.run_name for run in trials) == [f"trial-{number:03d}" for number in range(4)]
     for run in trials:
         assert run.info.status == "FINISHED" and 0 < run.data.metrics["val/top1_mean"] <= 100
     points = {
         (t.params["calibration_samples"], t.params["observer"]) for t in _study(in_use, done.summary["study"]).trials
     }
-    assert points == {(count, observer) for count in (8, 32, 128) for observer in ("minmax", "histogram")}
+    assert points == {(count, observer) for count in (8, 32) for observer in ("minmax", "histogram")}
     artifacts = mlflow.MlflowClient(tracking_uri=in_use.uri).list_artifacts(done.summary["run_id"], "figures")
     assert [file.path for file in artifacts] == ["figures/search.png"]
 
     again = run_qexp(in_use.folder, "search", *COUNTS[:-1], "histogram,minmax")  # in another order, the same study
     assert again.code == 0, again.stderr
     assert again.summary["run_id"] == done.summary["run_id"]  # one for the study
-    assert len(_trials(in_use, again.summary["run_id"])) == 6
+    assert len(_trials(in_use, again.summary["run_id"])) == 4
     parent = mlflow.MlflowClient(tracking_uri=in_use.uri).get_run(again.summary["run_id"])
     assert parent.info.status == "FINISHED" and "are enough" in parent.data.tags["mlflow.note.content"]
-    assert len(_study(in_use, done.summary["study"]).trials) == 6
+    assert len(_study(in_use, done.summary["study"]).trials) == 4
     assert again.summary["winner"] == done.summary["winner"]
     assert again.summary["study_storage"] == f"studies/{done.summary['study']}.journal"
     assert (in_use.folder / again.summary["study_storage"]).is_file()
@@ -65,26 +74,39 @@ def test_grid_search_runs_every_point_once_and_goes_on_where_it_stopped(in_use: 
     assert command[command.index("--calibration-samples") + 1] == str(winner["calibration_samples"])
     assert command[command.index("--observer") + 1] == winner["observer"]
 
-
-def test_the_test_images_are_not_looked_at(in_use: Finished) -> None:
-    done = run_qexp(in_use.folder, "search", "--sample-counts", "8", "--seeds-per-point", "1")
-    assert done.code == 0, done.stderr
-    client = mlflow.MlflowClient(tracking_uri=in_use.uri)
-    for run in [client.get_run(done.summary["run_id"]), *_trials(in_use, done.summary["run_id"])]:
+    for run in [parent, *trials]:  # the test images are not looked at
         assert not [name for name in run.data.metrics if name.startswith("test/")]
     assert "test images" not in done.stderr
+    mixed = run_qexp(in_use.folder, "search", *ONE, "--study", done.summary["study"])
+    assert mixed.code == 2 and "--study" in mixed.stderr and "sample_counts" in mixed.stderr.replace("-", "_")
+
+
+# The third trial waits for a signal.
+WAITS = """
+import time
+from qexp.search import trials
+measure, calls = trials.measure_point, []
+def waits(*given):
+    calls.append(1)
+    while len(calls) == 3:
+        time.sleep(0.01)
+    return measure(*given)
+trials.measure_point = waits
+"""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)], ids=["killed", "stopped"])
 def test_a_search_that_was_cut_off_goes_on(number: signal.Signals, code: int, in_use: Finished) -> None:
     name = number.name
-    options = ["--sample-counts", "4,8,12,16", "--seeds-per-point", "2", "--study", name]
-    process = start_qexp(in_use.folder, "search", *options, uri=in_use.uri)
+    options = ["--sample-counts", "4,8,12,16", "--seeds-per-point", "1", "--study", name]
+    process = start_qexp(in_use.folder, "search", *options, uri=in_use.uri, before=WAITS)
     process.wait_for_line("trial 1:")
+    while not _running(in_use, name):
+        time.sleep(0.01)
     process.send_signal(number)
     assert process.wait() == code
     before = [trial for trial in _study(in_use, name).trials if trial.state.is_finished() and trial.values]
-    assert 2 <= len(before) < 4
+    assert len(before) == 2
     with (in_use.folder / "studies" / f"{name}.journal").open("ab") as journal:
         journal.write(b'{"op_code":8,"worker_i')  # cut off while it wrote
     done = run_qexp(in_use.folder, "search", *options)
@@ -143,7 +165,6 @@ def refuse(*given):
 
 quantization.ENGINES["onnx"] = refuse
 """
-ONE = ["--sample-counts", "4", "--seeds-per-point", "1"]
 
 
 def test_a_trial_that_fails_says_why_and_the_study_goes_on(in_use: Finished) -> None:
@@ -201,7 +222,7 @@ def test_latency_is_measured_against_fp32_and_its_winner_registered(in_use: Fini
     options = ["--objective", "top1+latency", "--latency-batch-size", "8", "--seeds-per-point", "1"]
     space = ["--sample-counts", "16", "--fp32-layer-counts", "0,3"]
     register = ["--register-best", "true", "--batch-sizes", "8", "--min-repeats", "3", "--min-seconds", "0", *PLAIN]
-    done = run_qexp(in_use.folder, "search", *options, *space, *register)
+    done = run_qexp(in_use.folder, "search", *options, *space, *register, before=NO_FIGURES)
     assert done.code == 0, done.stderr
     client = mlflow.MlflowClient(tracking_uri=in_use.uri)
     study, winner = _study(in_use, done.summary["study"]), done.summary["winner"]
@@ -216,21 +237,6 @@ def test_latency_is_measured_against_fp32_and_its_winner_registered(in_use: Fini
     assert set(version.tags["float_layers"].split(",")) == (set(kept) or {"none"})
 
 
-def test_a_lock_left_by_a_killed_search_is_taken_over(in_use: Finished) -> None:
-    (in_use.folder / "studies").mkdir(exist_ok=True)
-    (in_use.folder / "studies" / "locked.journal.lock").touch()
-    options = ["--study", "locked", "--sample-counts", "4", "--seeds-per-point", "1"]
-    done = run_qexp(in_use.folder, "search", *options, timeout_s=120)
-    assert done.code == 0, done.stderr
-
-
-def test_a_study_is_not_mixed_with_other_options(in_use: Finished) -> None:
-    first = ["--study", "mine", "--sample-counts", "4", "--seeds-per-point", "1"]
-    assert run_qexp(in_use.folder, "search", *first).code == 0
-    done = run_qexp(in_use.folder, "search", "--study", "mine", "--sample-counts", "4,16", "--seeds-per-point", "1")
-    assert done.code == 2 and "--study mine" in done.stderr
-
-
 def test_newest_version_is_the_newest_that_fits(finished: Finished) -> None:
     mlflow.set_tracking_uri(finished.uri)
     uri = finished.summary["fp32"]
@@ -241,32 +247,50 @@ def test_newest_version_is_the_newest_that_fits(finished: Finished) -> None:
         assert _newest(load_config(None, {}).model_copy(update=other)) is None
 
 
-def test_without_a_registered_model_one_is_trained_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+DIES = """
+import os, signal
+from qexp.training import loop
+step = loop._step
+def dies(state, *given):
+    if state.position.epoch == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(state, *given)
+loop._step = dies
+"""
+
+
+def test_without_a_registered_model_one_is_trained_first(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A training that was killed is resumed by the same command, and by no other."""
-    options = [*"--epochs 9 --patience 9 --image-size 8 --sample-counts 8 --seeds-per-point 1".split(), *NOT_TIMED]
-    process = start_qexp(tmp_path, "search", *options)
-    process.wait_for_line("epoch 1/9")
-    process.kill()
+    options = ["--epochs", "3", "--patience", "3", "--batch-size", "16", *ONE, *of_pictures(pictures)]
+    died = run_qexp(tmp_path, "search", *options, before=DIES)
+    assert died.code == -signal.SIGKILL, died.stderr
     (folder,) = (tmp_path / "checkpoints").iterdir()
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     config = read_config(folder.name)
     dataset = load_dataset(config.data, config.seed)
-    for change in ({"seed": 5}, {"train": config.train.model_copy(update={"epochs": 5})}):
+    for change in ({"seed": 5}, {"train": config.train.model_copy(update={"epochs": 2})}):
         assert _stopped_in_training(config.model_copy(update=change), dataset) is None
     assert _stopped_in_training(config.model_copy(update={"threads": 7}), dataset) == folder.name
     done = run_qexp(tmp_path, "search", *options)
     assert done.code == 0 and "resuming in epoch" in done.stderr, done.stderr
-    assert done.summary["fp32"] == "models:/smallnet-digits-fp32/1" and done.summary["run_id"] == folder.name
+    assert done.summary["fp32"] == "models:/smallnet-three-digits-fp32/1"
+    assert done.summary["run_id"] == folder.name
     runs = mlflow.MlflowClient(done.uri).search_runs(["1"])
     assert sorted(run.info.run_name for run in runs) == ["search", "train-smallnet", "trial-000"]
     assert {run.info.status for run in runs} == {"FINISHED"} and not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    "option",
-    ["--sampler=random", "--observers=best", "--seeds-per-point=0", "--objective=speed", "--fp32-layer-counts=7"],
-)
+@pytest.mark.parametrize("option", ["--sampler=random", "--fp32-layer-counts=7"])
 def test_bad_search_options(option: str, in_use: Finished) -> None:
     done = run_qexp(in_use.folder, "search", option)
     assert done.code == 2 and option.split("=")[0] in done.stderr
+
+
+@pytest.mark.parametrize("option", ["observers=best", "seeds_per_point=0", "objective=speed"])
+def test_bad_values_of_search_options(option: str) -> None:
+    name, value = option.split("=")
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} {value}: "):
+        parse_yaml(f"search: {{{name}: {value}}}")

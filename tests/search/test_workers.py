@@ -12,7 +12,7 @@ import mlflow
 import optuna
 import psycopg
 import pytest
-from conftest import NOT_TIMED, run_qexp, start_qexp
+from conftest import of_pictures, run_qexp, start_qexp
 from forked import Forked
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -21,13 +21,13 @@ from postgres import start_postgres
 from stores import new_store
 
 OPTIONS = (
-    "--study shared --epochs 1 --image-size 16 --heartbeat-seconds 1 --sample-counts 4,8,12 --seeds-per-point 2 "
+    "--study shared --epochs 1 --batch-size 16 --heartbeat-seconds 1 --sample-counts 4,8,12 --seeds-per-point 2 "
     "--observers minmax,histogram"
-).split() + NOT_TIMED
+).split()
 
 
-def _start(folder: Path, uri: str, url: str) -> Forked:
-    return start_qexp(folder, "search", "--storage", url, *OPTIONS, uri=uri)
+def _start(folder: Path, uri: str, url: str, options: list[str]) -> Forked:
+    return start_qexp(folder, "search", "--storage", url, *options, uri=uri)
 
 
 TRIAL_OF = """
@@ -79,17 +79,17 @@ def _found(trials: list[FrozenTrial]) -> dict[tuple[Any, ...], Any]:
 
 
 @pytest.mark.slow
-def test_the_trial_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None:
+def test_the_trial_of_a_killed_worker_is_done_by_another(pictures: Path, tmp_path: Path) -> None:
     """In an empty store: one of the two trains, the other waits for it."""
-    uri = new_store(tmp_path)
+    uri, options = new_store(tmp_path), [*OPTIONS, *of_pictures(pictures)]
     client = mlflow.MlflowClient(tracking_uri=uri)
     with start_postgres(tmp_path) as url:
         study_url = url.replace("postgresql:", "postgresql+psycopg:")
-        workers = [_start(tmp_path, uri, url), _start(tmp_path, uri, url)]
+        workers = [_start(tmp_path, uri, url, options) for _ in range(2)]
         other, cut_off = _kill_in_a_trial(url, workers)
         assert other.wait() == 0, other.stderr
-        again = run_qexp(tmp_path, "search", "--storage", url, *OPTIONS)
-        alone = run_qexp(tmp_path, "search", *OPTIONS)  # in a journal file
+        again = run_qexp(tmp_path, "search", "--storage", url, *options)
+        alone = run_qexp(tmp_path, "search", *options)  # in a journal file
         study = optuna.load_study(study_name="shared", storage=study_url)
         trials, remembered = study.trials, study.user_attrs
     assert f"trial {cut_off}: its worker" in other.stderr

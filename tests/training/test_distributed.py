@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from forked import start_python
 
 from qexp.training.distributed import Group, joined, read_group, shared, threads_each
 
@@ -33,18 +34,17 @@ with joined("cpu") as group, shared(network, group, "cpu") as module:
 
 
 def test_two_processes_have_the_gradients_and_statistics_of_one(tmp_path: Path) -> None:
+    """Real processes, and real torchrun; the one is a fork."""
     script = tmp_path / "parity.py"
     script.write_text(PARITY)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    results = []
-    for number, start in enumerate(([], launch)):
-        file = tmp_path / f"{number}.pt"
-        environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *start, str(script), str(file)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        results.append(torch.load(file))
-    one, two = results
+    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    alone = start_python(tmp_path, ("-c", PARITY, str(tmp_path / "one.pt")), environment)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, *launch, str(tmp_path / "two.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert alone.wait() == 0, alone.stderr
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) == 15
     for name in one:
         assert torch.allclose(one[name].double(), two[name].double(), rtol=1e-9, atol=1e-12), name

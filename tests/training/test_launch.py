@@ -4,15 +4,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import NOT_TIMED, PLAIN, environment_for, run_qexp, start_qexp
+from conftest import NO_FIGURES, PLAIN, environment_for, of_pictures, run_qexp, start_qexp
+from forked import start_python
 from shadows import write_shadows
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -21,8 +20,19 @@ from qexp.errors import InputError, StageError
 from qexp.training.launch import run_workers
 
 # A small learning rate: rounding differences grow with every step, the faster the higher it is.
-OPTIONS = "--epochs 3 --image-size 8 --learning-rate 0.003 --seed 3".split() + NOT_TIMED
+OPTIONS = "--epochs 3 --batch-size 16 --learning-rate 0.003 --seed 3".split()
 CURVES = ("train/loss", "val/loss")
+# In the second epoch, the training processes wait for the signal.
+WAITS = """
+import time
+from qexp.training import loop
+step = loop._step
+def waits(state, *given):
+    while state.position.epoch == 2 and not state.stop.signal:
+        time.sleep(0.01)
+    step(state, *given)
+loop._step = waits
+"""
 
 
 def _curves(uri: str, run_id: str) -> dict[str, list[float]]:
@@ -47,12 +57,13 @@ def _still_there(workers: list[int]) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
-    options = [*"--epochs 500 --image-size 8 --processes 2".split(), *NOT_TIMED]
+def test_process_that_dies_ends_the_run_as_failed(pictures: Path, tmp_path: Path) -> None:
+    """Real processes, which do not import from the current folder."""
+    options = [*"--epochs 9999 --patience 9999 --batch-size 16 --processes 2".split(), *of_pictures(pictures)]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    write_shadows(tmp_path)  # from which none of them imports
-    process = start_qexp(tmp_path, "train", *options)
-    process.wait_for_line("epoch 2/500")
+    write_shadows(tmp_path)
+    process = start_qexp(tmp_path, "train", *options, before="import forked; forked.real_workers()")
+    process.wait_for_line("epoch 2/9999")
     workers = _workers(process.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
@@ -66,39 +77,39 @@ def test_process_that_dies_ends_the_run_as_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_whole_job_in_two_processes_is_stopped_and_resumed(tmp_path: Path) -> None:
+def test_whole_job_in_two_processes_is_stopped_and_resumed(pictures: Path, tmp_path: Path) -> None:
     sweep = "--batch-sizes 1 --min-repeats 2 --min-seconds 0 --warmup 1 --calibration-samples 32".split()
-    options = [*"--epochs 6 --patience 6 --image-size 8 --processes 2".split(), *NOT_TIMED]
+    options = [*"--epochs 6 --patience 6 --batch-size 16 --processes 2".split(), *of_pictures(pictures)]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    process = start_qexp(tmp_path, "run", *options, *sweep, *PLAIN)
-    process.wait_for_line("epoch 2/6")
+    waits = f"import forked; forked.before_workers({WAITS!r})"
+    process = start_qexp(tmp_path, "run", *options, *sweep, *PLAIN, before=waits)
+    process.wait_for_line("epoch 1/6")
     process.send_signal(signal.SIGTERM)
     assert process.wait(90) == 143 and "Traceback" not in process.stderr, process.stderr
     client = mlflow.MlflowClient(uri)
     stopped = {run.info.run_name: run.info for run in client.search_runs(["1"])}
     assert {name: info.status for name, info in stopped.items()} == {
-        "smallnet-digits": "KILLED",
+        "smallnet-three-digits": "KILLED",
         "train-smallnet": "KILLED",
     }
-    process = start_qexp(tmp_path, "run", "--resume", stopped["smallnet-digits"].run_id)
+    job, train = (stopped[name].run_id for name in ("smallnet-three-digits", "train-smallnet"))
+    process = start_qexp(tmp_path, "run", "--resume", job, before=NO_FIGURES)
     process.wait_for_line("resuming in epoch")
-    refused = run_qexp(tmp_path, "run", "--resume", stopped["smallnet-digits"].run_id)
+    refused = run_qexp(tmp_path, "run", "--resume", job)
     assert refused.code == 2 and "is still at work on it" in refused.stderr
     assert process.wait() == 0, process.stderr
     runs = {run.info.run_name: run.info for run in client.search_runs(["1"])}
     assert len(runs) == 5 and {info.status for info in runs.values()} == {"FINISHED"}
-    train = stopped["train-smallnet"].run_id
-    assert (
-        runs["smallnet-digits"].run_id == stopped["smallnet-digits"].run_id and runs["train-smallnet"].run_id == train
-    )
+    assert runs["smallnet-three-digits"].run_id == job and runs["train-smallnet"].run_id == train
     assert [point.step for point in client.get_metric_history(train, "train/loss")] == list(range(1, 7))
     assert process.stderr.count("resuming in epoch") == 1 and len(process.stdout.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_machines_makes_one_run_with_the_curve_of_one_process(tmp_path: Path) -> None:
+def test_torchrun_on_two_machines_makes_one_run_with_the_curve_of_one_process(pictures: Path, tmp_path: Path) -> None:
     """Two launchers that meet at a port, each in a folder of its own; only the first one's has a store afterwards."""
-    one = run_qexp(tmp_path, "train", *OPTIONS)
+    options = [*OPTIONS, *of_pictures(pictures)]
+    one = run_qexp(tmp_path, "train", *options)
     assert one.code == 0, one.stderr
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -108,13 +119,11 @@ def test_torchrun_on_two_machines_makes_one_run_with_the_curve_of_one_process(tm
         folder = tmp_path / f"machine {rank}"
         folder.mkdir()
         meeting = f"--nnodes 2 --node-rank {rank} --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}"
-        train = [*meeting.split(), "-m", "entrypoints.train", *OPTIONS]
-        command = [sys.executable, "-m", "torch.distributed.run", *train]
-        environment = environment_for(f"sqlite:///{folder}/mlflow.db")
-        pipe = subprocess.PIPE
-        launchers.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=pipe, stderr=pipe))
-    (first, errors), (second, _) = (launcher.communicate(timeout=300) for launcher in launchers)
-    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
+        command = ("-m", "torch.distributed.run", *meeting.split(), "-m", "entrypoints.train", *options)
+        launchers.append(start_python(folder, command, environment_for(f"sqlite:///{folder}/mlflow.db")))
+    codes, errors = [launcher.wait() for launcher in launchers], launchers[0].stderr
+    first, second = (launcher.stdout for launcher in launchers)
+    assert codes == [0, 0], errors
     assert second == "" and not (tmp_path / "machine 1" / "mlflow.db").exists()
     uri = f"sqlite:///{tmp_path}/machine 0/mlflow.db"
     runs = mlflow.MlflowClient(uri).search_runs(["1"])
