@@ -42,7 +42,7 @@ from qexp.report.results import DataFacts, Evidence, Fp32Evidence, Int8Evidence,
 from qexp.training.train import EpochResult, TrainResult, train_model
 
 # For tests that need a run and look at neither: a sweep has no more models than int8 needs, no layer is tried alone.
-PLAIN = "--baselines none --sensitivity-images 0".split()
+PLAIN = "--engine fx --baselines none --sensitivity-images 0".split()
 # For commands whose figures nobody looks at: drawing those of one report takes as long as a sweep. They run this first.
 NO_FIGURES = """
 from PIL import Image
@@ -53,7 +53,8 @@ figures.save_figure = lambda draw, result, file: (Image.new("RGB", (1, 1)).save(
 # Other tests run beside it: its times are not good for anything but to have been measured.
 QUICK = (
     "--image-size 16 --epochs 4 --batch-sizes 1,8 --min-repeats 6 --loads 3 --min-seconds 0 --warmup 1 "
-    "--max-busy-percent 100 --min-speedup 0 --calibration-samples 64 --baselines fp32_traced --sensitivity-images 16"
+    "--max-busy-percent 100 --min-speedup 0 --calibration-samples 64 --baselines fp32_traced --sensitivity-images 16 "
+    "--engine fx"
 ).split()
 SEED = 0
 SEEDS = f"every test begins with seed {SEED} in random, numpy and torch"

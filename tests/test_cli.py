@@ -28,7 +28,7 @@ from entrypoints.options import COMMON, choices, fields_of
 from entrypoints.program import _with_options_unpacked, _with_plain_flags, run_app
 from qexp import __version__
 from qexp.errors import InputError
-from qexp.models.names import MADE_FROM
+from qexp.models.names import MADE_FROM, RUNTIMES
 
 BAD_INPUT = {
     "unknown model": ("run --model vgg17", ["--model vgg17", "vgg16"]),
@@ -310,7 +310,7 @@ def test_completion_of_commands_options_and_values(words: str, expected: set[str
 def test_choices_are_those_that_the_configuration_allows() -> None:
     fields = fields_of(("", "quantize", "latency", "search"))
     found = {name: choices(name, field) for name, (_, field, _) in fields.items()}
-    assert found["engine"] == ("fx", "pt2e", "onnx") and found["backend"] == ("x86", "onednn")
+    assert found["engine"] == ("fx", "pt2e", "onnx") and found["backend"] == ("x86", "onednn", *RUNTIMES)
     assert found["observers"] == found["observer"] and "minmax" in found["observer"]
     assert {"smallnet", "vgg16"} <= set(found["model"]) and found["seed"] == ()
 

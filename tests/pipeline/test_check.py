@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import NO_FIGURES, PLAIN, REPOSITORY, Finished, environment_for, run_qexp
+from conftest import NO_FIGURES, REPOSITORY, Finished, environment_for, run_qexp
 from forked import start_python
 from mlflow.models import MetricThreshold
 from PIL import Image
@@ -24,7 +24,7 @@ from qexp.data.datasets import Dataset
 from qexp.errors import InputError
 
 pytestmark = pytest.mark.slow
-FEW = [*PLAIN, *"--batch-sizes 1 --loads 3 --min-repeats 6 --min-seconds 0 --warmup 1 --max-busy-percent 100".split()]
+FEW = "--quick --baselines none --sensitivity-images 0 --batch-sizes 1 --loads 3 --min-repeats 6 --min-seconds 0 --warmup 1 --max-busy-percent 100".split()
 EXAMPLES = REPOSITORY / "examples"
 CODE = (EXAMPLES / "my_nets.py").read_text()
 

@@ -16,8 +16,8 @@ from qexp.measurement.gate import GateResult, Succession
 from qexp.models.contents import FileContents
 from qexp.quantization.budget import BudgetResult, BudgetTry
 from qexp.quantization.sensitivity import SensitivityResult
-from qexp.report import sentences
-from qexp.report.results import Evidence
+from qexp.report import sentences, tables
+from qexp.report.results import Evidence, InRuntime
 
 
 def _has(text: list[str] | str, *words: str) -> list[bool]:
@@ -358,6 +358,32 @@ def test_kernels_that_won_and_those_that_are_level(evidence: Evidence) -> None:
         return sentences.latency(with_rows(replace(evidence, versions=(chosen,), measured=measured), *rows))[-1]
 
     assert "they are the fastest" in said(1.0) and "no other kernels are shown to be faster" in said(2.0)
+
+
+def test_a_file_that_two_runtimes_run(evidence: Evidence) -> None:
+    """The runtime that won, and beside its figures those of the other one."""
+    first = evidence.int8
+    lost = replace(first.comparison["test"], top1_drop_points=0.5, top1_drop_low_points=-0.3, agreement_percent=97.5)
+    other = InRuntime({"test": Accuracy(91.25, 99.0, 359)}, {"test": lost})
+    quantized = replace(first.quantize, engine="onnx")
+    int8 = replace(first, quantize=quantized, runtime="openvino", runtimes={"onnxruntime": other})
+    names = ("int8_onnx_openvino", "int8_onnx")
+    measured = replace(evidence.measured, names={int8.version_uri: names})
+    both = replace(evidence, versions=(replace(evidence.versions[0], int8=int8, name=names[0]),), measured=measured)
+    both = with_rows(both, latency_row(1, {"fp32": 8.0, "int8_onnx_openvino": 1.0, "int8_onnx": 2.0}))
+    said = sentences.accuracy(both)
+    words = ["are those in OpenVINO, which `qexp.load` uses", "for 97.50 % of the test images"]
+    words.append("In ONNX Runtime, which rounds otherwise, top-1 of the same file falls by 0.50 points")
+    assert all(_has(said, *words))
+    assert "`qexp.load` uses that of `int8_onnx_openvino`: it is the fastest" in sentences.latency(both)[-1]
+    told = sentences.explained(both)
+    assert told["int8_onnx_openvino"].endswith("run by OpenVINO") and told["int8_onnx"].endswith("run by ONNX Runtime")
+    rows = {row[0]: row[5] for row in tables.accuracy(both)[1]}
+    assert rows["smallnet int8 in ONNX Runtime"] == "91.25 %"
+    assert rows["smallnet int8 in OpenVINO"] == f"{first.accuracy['test'].top1_percent:.2f} %"
+    left_out = replace(both.latency, models_left_out={"int8_onnx_openvino": "OpenVINO is not installed"})
+    said = sentences.how_timed(replace(both, measured=replace(both.measured, latency=left_out)))
+    assert "`int8_onnx_openvino` was not timed: OpenVINO is not installed." in said
 
 
 # --- layers, budget, quantization

@@ -42,6 +42,7 @@ from qexp.quantization.result import QuantizedModel, QuantizeResult
 INT8_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 # Of one tensor, element by element, other than those that are part of ONNX Runtime's convolutions (Relu and Clip).
 ACTIVATIONS = ("HardSwish", "Sigmoid", "HardSigmoid", "Gelu", "Elu", "LeakyRelu", "Tanh", "Mish")
+FIRST_WITH_HARD_SWISH = 14  # of ONNX's operator sets
 MOST_BYTES = 2_000_000_000  # of activations, all of which are there at once: ViT-B/16 has 0.4 GB of them per image
 
 
@@ -94,7 +95,8 @@ def _quantize_file(
     quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
     graph = onnx.load(prepared)
     _multiply_last_convolutions(graph.graph)
-    _restore_hard_swish(graph.graph)
+    if max(entry.version for entry in graph.opset_import if not entry.domain) >= FIRST_WITH_HARD_SWISH:
+        _restore_hard_swish(graph.graph)
     graph = onnx.shape_inference.infer_shapes(graph)
     onnx.save(graph, prepared)
     fused = _computed_with_a_convolution(graph.graph)
