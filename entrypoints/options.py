@@ -104,7 +104,7 @@ def with_options(
                 settled = load_config(given_or_none(config), overrides)
                 check_options(settled, new_model="model" in fields and not elsewhere)
                 if "engine" in fields and not elsewhere:
-                    check_engines(settled.quantize.engine)
+                    check_engines(settled.quantize.engine or ())
                 return command(settled, **own)
 
             finish(action, json)
