@@ -394,11 +394,22 @@ def test_the_whole_job_on_a_folder_of_pictures_with_a_classifier_of_torchvision(
     for label in (1, 2):
         source, target = (picture_folder / part / f"digit {label}" for part in ("test", "train"))
         shutil.copy(source / "0.png", target / "copy.png")
-    data = ["--dataset", "imagefolder", "--data-dir", str(picture_folder), "--image-size", "16"]
-    options = ["--model", "resnet18", "--epochs", "1", "--batch-size", "16", "--output-dir", "out", *SWEEP, *NOT_TIMED]
+    data = ["--dataset", "imagefolder", "--data-dir", str(picture_folder), "--image-size", "32"]
+    options = [
+        "--model",
+        "squeezenet1_1",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--output-dir",
+        "out",
+        *SWEEP,
+        *NOT_TIMED,
+    ]
     done = run_qexp(tmp_path, "run", *data, *options, before=NO_FIGURES)
     assert done.code == 0, done.stderr
-    assert done.summary["int8"] == "models:/resnet18-three-digits-int8/1" and done.summary["size_ratio"] > 3.5
+    assert done.summary["int8"] == "models:/squeezenet1_1-three-digits-int8/1" and done.summary["size_ratio"] > 3.5
     facts = json.loads((tmp_path / "out" / "metrics.json").read_text())["fp32"]["data"]
     assert facts["classes"] == ["digit 0", "digit 1", "digit 2"] and facts["test_images"] == 24
     assert facts["train_images"] + facts["validation_images"] == 74
@@ -413,8 +424,8 @@ def test_the_whole_job_on_a_folder_of_pictures_with_a_classifier_of_torchvision(
     broken = run_qexp(tmp_path, "run", *data)
     assert broken.code == 2 and re.search(r"broken image .*digit 0/0\.png", broken.stderr)
     (picture_folder / "train" / "digit 0" / "0.png").unlink()
-    other = run_qexp(tmp_path, "quantize", "--model-uri", "models:/resnet18-three-digits-fp32/1")
-    assert other.code == 2 and "is not what models:/resnet18-three-digits-fp32/1 was trained on" in other.stderr
+    other = run_qexp(tmp_path, "quantize", "--model-uri", "models:/squeezenet1_1-three-digits-fp32/1")
+    assert other.code == 2 and "is not what models:/squeezenet1_1-three-digits-fp32/1 was trained on" in other.stderr
 
 
 def test_a_loss_that_is_no_number_fails_the_run_in_one_line(tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from qexp.pipeline.loading import evidence_of_version
 from qexp.pipeline.promote import run_promote
 from qexp.pipeline.sync import sync_run
 from qexp.report import sentences
-from qexp.report.promotion import CANDIDATE, CHAMPION, Promotion
+from qexp.report.promotion import CANDIDATE, Promotion
 from qexp.report.results import Evidence
 from qexp.tracking import aliases, registry
-from qexp.tracking.aliases import succeed
+from qexp.tracking.aliases import CHAMPION, succeed
 from qexp.tracking.store import uri_of
 
 NAME = "smallnet-digits-int8"
