@@ -3,6 +3,7 @@
 
 import hashlib
 import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,12 +28,12 @@ from qexp.models.classifier import (
     save_classifier,
 )
 from qexp.models.external import check_weights, load_external, source_facts
-from qexp.models.factories import NotImportable
+from qexp.models.factories import NotImportable, build_from_factory
 from qexp.models.names import check_model_name, short_name
 from qexp.models.networks import build_network
 from qexp.models.preprocessing import Preprocessing, squashed
 from qexp.models.published import own_classes, own_preprocessing
-from qexp.processes import run_python
+from qexp.processes import OWN_CODE, python_environment, run_python
 from qexp.quantization import quantize_model
 
 ABC = ("a", "b", "c")
@@ -144,6 +145,17 @@ def test_a_factory_of_the_current_folder_gives_a_classifier_that_its_weights_fil
     if attribute != "ready":
         assert torch.equal(_logits(load_classifier(code / "w")), _logits(model))
         assert len(list(outline(model.spec).modules())) == len(list(model.network.modules()))
+
+
+def test_a_training_process_imports_from_the_folder_of_the_command(
+    code: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    with pytest.raises(NotImportable):
+        build_from_factory("my_nets:ready", 3)
+    monkeypatch.setenv(OWN_CODE, str(code))
+    assert isinstance(build_from_factory("my_nets:ready", 3), nn.Module)
+    assert OWN_CODE not in python_environment(dict(os.environ))
 
 
 @pytest.mark.parametrize(
