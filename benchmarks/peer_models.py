@@ -25,6 +25,7 @@ OURS: dict[str, dict[str, Any]] = {
     "fx_onednn": {"engine": "fx", "backend": "onednn"},
     "pt2e": {"engine": "pt2e"},
     "onnx": {"engine": "onnx"},
+    "onnx_openvino": {"engine": "onnx", "backend": "openvino"},
     FOLDED: {"engine": "fx", "backend": "onednn", "fold_pool": True},
 }
 PEERS = ("onnxruntime", "onnxruntime_u8s8_per_channel", "openvino")
@@ -122,12 +123,19 @@ def _load_openvino(folder: Path) -> Predict:
     return predict
 
 
+def _load_ours_in_openvino(folder: Path) -> Predict:
+    from qexp.models.openvino_file import OpenvinoClassifier
+
+    return OpenvinoClassifier.of_file(folder / "onnx_openvino.onnx").forward
+
+
 LOADERS: dict[str, Callable[[Path], Predict]] = {
     "fx": _torchscript("fx", "x86"),
     "fx_onednn": _torchscript("fx_onednn", "onednn"),
     "pt2e": _torchscript("pt2e", "x86"),
     FOLDED: _torchscript(FOLDED, "onednn"),
     "onnx": lambda folder: OnnxClassifier(folder / "onnx.onnx").forward,
+    "onnx_openvino": _load_ours_in_openvino,
     "onnxruntime": lambda folder: OnnxClassifier(folder / "onnxruntime.onnx").forward,
     "onnxruntime_u8s8_per_channel": lambda folder: OnnxClassifier(folder / "onnxruntime_u8s8_per_channel.onnx").forward,
     "openvino": _load_openvino,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from qexp.models.onnx_file import ONLY_ONNXRUNTIME, as_array
 # Without this package, which comes with it, OpenVINO reports nothing to its maker. It would at each import, from a
 # thread of its own.
 with extra("openvino", "runtime openvino"), without_package("openvino_telemetry"):
+    import onnx  # which is there, after the import of onnx_file
     import openvino
 
 MOST_COMPILED = 4  # shapes for which a model is kept compiled: each copy has its own packed weights
