@@ -24,7 +24,10 @@ from qexp.data.datasets import Dataset
 from qexp.errors import InputError
 
 pytestmark = pytest.mark.slow
-FEW = "--quick --baselines none --sensitivity-images 0 --batch-sizes 1 --loads 3 --min-repeats 6 --min-seconds 0 --warmup 1 --max-busy-percent 100".split()
+FEW = (
+    "--quick --baselines none --sensitivity-images 0 --batch-sizes 1 --loads 3 --min-repeats 6 --min-seconds 0 "
+    "--warmup 1 --max-busy-percent 100"
+).split()
 EXAMPLES = REPOSITORY / "examples"
 CODE = (EXAMPLES / "my_nets.py").read_text()
 
