@@ -107,7 +107,9 @@ assert "qexp" not in sys.modules and "my_nets" not in sys.modules"""
     assert process.stdout.split() == [str(given.correct), str(int8)]
 
 
-def test_what_works_on_own_versions_works_on_it(checked: Finished, given: Given) -> None:
+def test_what_works_on_own_versions_works_on_it(
+    checked: Finished, given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fp32, int8 = checked.summary["fp32"], checked.summary["int8"]
     for words in (
         ["verify", int8],
@@ -116,6 +118,7 @@ def test_what_works_on_own_versions_works_on_it(checked: Finished, given: Given)
         done = run_qexp(given.folder, *words, uri=checked.uri)
         assert done.code == 0, done.stderr
     mlflow.set_tracking_uri(checked.uri)
+    monkeypatch.chdir(given.folder)  # where the code of the network is
     options: dict[str, Any] = {"baselines": "none", "batch_sizes": [1], "loads": 3, "min_repeats": 6, "min_seconds": 0}
     again = qexp.run(fp32, given.folder / "photos", engine="fx", sensitivity_images=0, warmup=1, **options)
     assert again.evidence.int8.version_uri == "models:/my_nets-build-photos-int8/2" and again.run_id
