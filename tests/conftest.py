@@ -11,7 +11,7 @@ import sqlite3
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ import torch
 from forked import REPOSITORY, Forked, start_forked, start_forking
 from PIL import Image
 from stores import new_store
+from sympy.core.cache import clear_cache
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qexp.config import DataConfig, TrainConfig
 from qexp.data.datasets import Dataset, load_dataset
@@ -199,19 +201,39 @@ def _store_of_the_module() -> Iterator[None]:
         yield
 
 
+_STATUS = Path("/proc/self/status")
+
+
 def _peak_memory_gb() -> float:
+    """Of resident memory, since `_forget_peak`; where the system does not forget it, since the process began."""
+    if _STATUS.exists():
+        return next(int(line.split()[1]) for line in _STATUS.open() if line.startswith("VmHWM")) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _forget_peak() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _forget() -> None:
+    """What exporting leaves in caches, and what was freed, is given back."""
+    torch._dynamo.reset()
+    FakeTensorMode.cache_clear()
+    clear_cache()
+    gc.collect()
+    give_back_freed_memory()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _memory_of_the_module(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What the tests of a file leave is given back, and none lets the process grow beyond MOST_MEMORY_GB: several of
-    them share a machine. A test that needs more runs apart (`forked.run_apart`)."""
+    """What the tests of a file leave is given back, and none needs more than MOST_MEMORY_GB: several processes share a
+    machine. A test that needs more runs apart (`forked.run_apart`)."""
+    _forget_peak()
     before = _peak_memory_gb()
     yield
-    gc.collect()
-    give_back_freed_memory()
     peak = _peak_memory_gb()
+    _forget()
     within = peak <= max(before, MOST_MEMORY_GB)
     assert within, f"{request.path.name}: {peak:.1f} GB of memory, more than {MOST_MEMORY_GB}; run the test apart"
 

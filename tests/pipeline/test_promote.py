@@ -55,7 +55,15 @@ def _tags(client: mlflow.MlflowClient, number: str) -> dict[str, str]:
     return client.get_model_version(NAME, number).tags
 
 
+@pytest.fixture
+def not_timed(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what the times do not decide: both versions have been found to be as fast."""
+    rows = (latency_row(1, {"fp32": 2.0, "fp32_traced": 2.0, CANDIDATE: 1.0, CHAMPION: 1.0}),)
+    monkeypatch.setattr(promote, "time_models", lambda *given: replace(evidence.latency, rows=rows))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("not_timed")
 def test_rejected_then_forced_then_the_champion_stays(client: mlflow.MlflowClient, tmp_path: Path) -> None:
     own = GateConfig(models={NAME: {"min_size_ratio": 99.0, "min_top1": 100.0}}).models
     with pytest.raises(StageError) as rejected:
@@ -117,13 +125,6 @@ def test_a_smaller_one_that_is_as_good_takes_the_place(
     assert tags["champion_kept"] == "none" and tags["gate"] == "passed"
     assert tags["latency_run_id"] == tags["promotion_run_id"]  # what was decided on
     client.set_registered_model_alias(NAME, "champion", before[0])
-
-
-@pytest.fixture
-def not_timed(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what the times do not decide: both versions have been found to be as fast."""
-    rows = (latency_row(1, {"fp32": 2.0, "fp32_traced": 2.0, CANDIDATE: 1.0, CHAMPION: 1.0}),)
-    monkeypatch.setattr(promote, "time_models", lambda *given: replace(evidence.latency, rows=rows))
 
 
 @pytest.mark.usefixtures("not_timed")
