@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlflow
 import numpy as np
@@ -163,10 +164,29 @@ def test_all_engines_that_fail_end_the_job(monkeypatch: pytest.MonkeyPatch, caps
 
     monkeypatch.setattr(jobs, "quantize_stage", fail)
     monkeypatch.setattr(jobs, "sensitivity_stage", lambda *given: None)
-    nothing: Any = None
+    nothing, fp32 = cast(Any, None), cast(Any, SimpleNamespace(model=None))
     with pytest.raises(StageError, match=r"^no onnx$"):
-        jobs.quantize_all(nothing, Setup(parse_yaml("quantize: {engine: [fx, onnx]}"), nothing, nothing), nothing)
+        jobs.quantize_all(nothing, Setup(parse_yaml("quantize: {engine: [fx, onnx]}"), nothing, nothing), fp32)
     assert "continuing without engine fx: no fx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "tried"), [("quick: true", ["fx", "pt2e"]), ("{}", ["fx", "pt2e", "onnx"])])
+def test_auto_stands_for_every_engine_and_with_quick_for_the_first_that_takes_the_network(
+    options: str, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+
+    def quantize(job: object, setup: object, fp32: object, engine: str, sensitivity: object) -> str:
+        asked.append(engine)
+        if engine == "fx":
+            raise StageError("no fx")
+        return engine
+
+    monkeypatch.setattr(jobs, "quantize_stage", quantize)
+    monkeypatch.setattr(jobs, "sensitivity_stage", lambda *given: None)
+    nothing, fp32 = cast(Any, None), cast(Any, SimpleNamespace(model=None))
+    found = jobs.quantize_all(nothing, Setup(parse_yaml(options), nothing, nothing), fp32)
+    assert asked == tried and found.int8s == tried[1:] and found.failed == {"fx": "no fx"}
 
 
 def test_stages_that_have_finished_are_read_and_not_called_again(
@@ -295,7 +315,7 @@ def test_report_on_engines_side_by_side(side_by_side: Finished) -> None:
     assert [found.model for found in evidence.latency.startups] == names
     assert bool(evidence.measured.bf16) == evidence.measured.host.has_bf16 == ("| smallnet bf16 |" in text)
     mlflow.set_tracking_uri(side_by_side.uri)
-    assert all(loading.bf16_of(one) == evidence.measured.bf16 for one in _versions_of(side_by_side).values())
+    assert all(loading.bf16_of(one) == evidence.measured.rounded for one in _versions_of(side_by_side).values())
     assert f"\n\n**{side_by_side.summary['verdict'].capitalize()}.** " in text
     assert "## Layer sensitivity" not in text
 
