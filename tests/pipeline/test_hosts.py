@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import mlflow
 import pytest
-from conftest import PLAIN, Finished, run_qexp
+from conftest import Finished, run_qexp
 
 from qexp.config import Config
 from qexp.errors import InputError
@@ -37,7 +37,7 @@ def test_a_sweep_on_another_machine_adds_to_what_is_known(in_use: Finished) -> N
     mlflow.set_tracking_uri(in_use.uri)
     uri = in_use.summary["int8"]
     few = [*"--batch-sizes 1 --min-repeats 2 --loads 2 --min-seconds 0 --warmup 1 --max-busy-percent 100".split()]
-    few += ["--threads", "1,2", *PLAIN[:2]]
+    few += ["--threads", "1,2", "--baselines", "none"]
     done = run_qexp(in_use.folder, "latency", "--model-uri", uri, *few, before=OTHER_MACHINE)
     assert done.code == 0, done.stderr
     assert done.summary["logits"] == "differ by up to 3 steps of the output"
