@@ -32,10 +32,12 @@ def _request(fp32: str, int8: str, weights: Path, options: LatencyConfig = OPTIO
 
 def test_sweep_of_registered_versions(finished: Finished) -> None:
     mlflow.set_tracking_uri(finished.uri)
-    names = ["fp32", *BASELINES, "int8_fx", "int8_fx_onednn"]
+    baselines = ["fp32_eager", "fp32_onnx", "bf16_openvino"]
+    names = ["fp32", *baselines, "int8_fx", "int8_fx_onednn"]
     fp32, int8 = finished.summary["fp32"], finished.summary["int8"]
     with local_files(fp32, int8) as files:
-        request = _request(files.folders[fp32], files.folders[int8], files.weights)
+        options = OPTIONS.model_copy(update={"baselines": baselines})
+        request = _request(files.folders[fp32], files.folders[int8], files.weights, options)
         result = run_sweep(request, registry.child_environment(1))
     assert result.threads == 1 and result.baseline == "fp32" and [row.batch_size for row in result.rows] == [1, 4]
     for row in result.rows:

@@ -132,7 +132,7 @@ jobs.run_quantize = lambda config, uri: {
 @pytest.mark.parametrize(
     ("data", "options"),
     [
-        (DataConfig(), QuantizeConfig(calibration_samples=512, observer="minmax")),
+        (DataConfig(), QuantizeConfig(engine=["fx"], calibration_samples=512, observer="minmax")),
         (
             DataConfig(data_dir="two words"),
             QuantizeConfig(

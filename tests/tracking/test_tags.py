@@ -51,7 +51,10 @@ BAD: dict[str, tuple[str, ...]] = {
     "weights_sha256": ("", "x", "0" * 63, "Z" * 64),
     "dataset": ("", " ", "a\nb", "a\x1b[31m", "a" * 251),
     "data_digest": ("", "x", "xyz" * 8),
-    **dict.fromkeys(("train_run_id", "quantize_run_id", "latency_run_id", "report_run_id", "promotion_run_id"), RUN),
+    **dict.fromkeys(
+        ("train_run_id", "quantize_run_id", "latency_run_id", "report_run_id", "promotion_run_id", "throughput_run_id"),
+        RUN,
+    ),
     "champion_kept": URI,
     "champion_compared": TRUTH,
     "threads": ("100000", *WHOLE),
