@@ -76,7 +76,16 @@ def start_server(folder: Path, store: str = "", artifacts: Path | None = None, *
 
 def command_of_make(port: int) -> list[str]:
     """`make server`, without `setup`, which would make an environment; in any folder."""
-    return ["make", "--file", str(REPOSITORY / "Makefile"), "--assume-old", "setup", "server", f"PORT={port}"]
+    return [
+        "make",
+        "--no-print-directory",
+        "--file",
+        str(REPOSITORY / "Makefile"),
+        "--assume-old",
+        "setup",
+        "server",
+        f"PORT={port}",
+    ]
 
 
 @contextmanager
