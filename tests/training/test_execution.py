@@ -36,7 +36,7 @@ def _with(**changed: object) -> Execution:
 def test_nothing_changes_that_is_not_clearly_faster() -> None:
     """A tie, or as much as noise may be: repeated trials choose the same."""
     assert _chosen({}) == DEFAULT
-    assert _chosen({_with(threads=2): 0.95, _with(bf16=True): 0.85, _with(channels_last=False): 0.95}) == DEFAULT
+    assert _chosen({_with(threads=2): 0.95, _with(bf16=True): 0.95, _with(channels_last=False): 0.95}) == DEFAULT
 
 
 @pytest.mark.parametrize(
