@@ -192,7 +192,7 @@ def _find_out_once() -> None:
 
 def _children_are_forks(files: Path, prepare: Callable[[], None] = lambda: None) -> None:
     _forking[:] = [Forking(files, prepare)]
-    for module in ("qexp.measurement.sweep", "qexp.measurement.load", "qexp.tracking.clean_process"):
+    for module in ("qexp.measurement.child", "qexp.tracking.clean_process"):
         sys.modules[module].run_python = _run_forked  # type: ignore[attr-defined]
     SubprocessHandler._popen = _start_worker
 

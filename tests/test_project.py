@@ -23,7 +23,7 @@ ONLY_IN = {
     "matplotlib": ("report/figures.py",),
     "torchinfo": ("measurement/cost.py",),
     "subprocess": ("processes.py", "tracking/commit.py"),  # for git; Python processes are started at one place
-    "multiprocessing": ("measurement/sweep.py", "measurement/load.py"),  # forks, which end with what they measure
+    "multiprocessing": ("measurement/child.py", "measurement/load.py"),  # forks, which end with what they measure
     "typer": (),
 }
 

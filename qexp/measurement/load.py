@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,18 +24,15 @@ import torch
 
 from qexp.config import ThroughputConfig
 from qexp.errors import StageError, first_line
-from qexp.files import from_json, to_json
-from qexp.last_resort import explain
 from qexp.measurement.activity import Activity, watch_machine
+from qexp.measurement.child import answer, ask, in_fork
 from qexp.measurement.host import physical_cores, reuse_freed_memory
 from qexp.measurement.latency import wait_until_idle
-from qexp.measurement.sweep import in_fork
 from qexp.measurement.sweep_models import BASELINE, SweepModel, load, prepare_baseline
 from qexp.measurement.throughput import Round, Setting, ThroughputResult, ThroughputRow, by_processes, round_of, served
 from qexp.models.preprocessing import Shape
-from qexp.processes import end_with, run_python
+from qexp.processes import end_with
 from qexp.progress import Progress, in_words, say
-from qexp.streams import guard_streams
 
 FEWEST_REQUESTS = 2  # of each worker in a round: however long they take, the workers overlap
 START_S = 2.0  # that starting workers and loading models takes, about
@@ -67,18 +63,10 @@ def run_load(request: LoadRequest, environment: dict[str, str]) -> ThroughputRes
     Raises:
         StageError: the child failed; its own message is on standard error.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder, "request.json"), Path(folder, "result.json")
-        question.write_text(to_json(request))
-        words = ["-m", "qexp.measurement.load", str(question), str(answer)]
-        status = run_python(words, environment, stdout=sys.stderr).returncode
-        if status != 0:
-            raise StageError(f"the workers failed with exit code {status}; see the lines above")
-        return from_json(ThroughputResult, answer.read_text())
+    return ask("qexp.measurement.load", request, ThroughputResult, environment, "the workers")
 
 
-def _main(question: Path, answer: Path) -> None:
-    request = from_json(LoadRequest, question.read_text())
+def _load(request: LoadRequest) -> ThroughputResult:
     torch.set_num_interop_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -86,7 +74,7 @@ def _main(question: Path, answer: Path) -> None:
             if model.name != BASELINE:
                 make = prepare_baseline
                 in_fork(partial(make, Path(request.weights), Path(model.folder), model.name, request.shape, folder))
-        answer.write_text(to_json(_measure(request, folder)))
+        return _measure(request, folder)
 
 
 def _measure(request: LoadRequest, folder: Path) -> ThroughputResult:
@@ -237,13 +225,4 @@ def clock_requests(
 
 
 if __name__ == "__main__":
-    guard_streams()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
-    try:
-        _main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except StageError as error:
-        say(str(error))
-        sys.exit(1)
-    except Exception as error:  # of a model's file, of memory: any library's
-        say(explain(error))
-        sys.exit(1)
+    answer(LoadRequest, _load)

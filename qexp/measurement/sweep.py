@@ -8,11 +8,8 @@ keep one kernel, for the first shape that they see, as a service with that batch
 """
 
 import math
-import multiprocessing
-import os
 import random
 import resource
-import signal
 import sys
 import tempfile
 import time
@@ -20,9 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qexp.config import LatencyConfig
-from qexp.errors import StageError, first_line
-from qexp.files import from_json, to_json
-from qexp.last_resort import explain
+from qexp.errors import StageError
 from qexp.measurement.activity import watch_machine
+from qexp.measurement.child import answer, ask, in_fork
 from qexp.measurement.host import reuse_freed_memory
 from qexp.measurement.latency import (
     AGAIN,
@@ -48,9 +42,7 @@ from qexp.measurement.latency import (
 )
 from qexp.measurement.sweep_models import BASELINE, Predict, SweepModel, load, prepare_baseline
 from qexp.models.preprocessing import Shape
-from qexp.processes import end_with, run_python
 from qexp.progress import Progress, in_words, say
-from qexp.streams import guard_streams
 
 LONGEST_PASS_S = 1.0  # of the slowest model; batch sizes that take longer are left out unless they were chosen
 REST_S = 0.02  # between two models, about: until no thread computes any more
@@ -78,15 +70,8 @@ def run_sweep(request: SweepRequest, environment: dict[str, str]) -> LatencyResu
         StageError: the child failed; its own message is on standard error.
     """
     say(f"timing {', '.join(model.name for model in request.models)} in a process of its own")
-    with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder, "request.json"), Path(folder, "result.json")
-        question.write_text(to_json(request))
-        words = ["-m", "qexp.measurement.sweep", str(question), str(answer)]
-        status = run_python(words, environment, stdout=sys.stderr).returncode
-        if status != 0:
-            names = ", ".join(model.name for model in request.models)
-            raise StageError(f"the latency sweep of {names} failed with exit code {status}; see the lines above")
-        return from_json(LatencyResult, answer.read_text())
+    names = ", ".join(model.name for model in request.models)
+    return ask("qexp.measurement.sweep", request, LatencyResult, environment, f"the latency sweep of {names}")
 
 
 @dataclass(frozen=True)
@@ -97,8 +82,7 @@ class Started:
     pass_s: dict[int, float]
 
 
-def _main(question: Path, answer: Path) -> None:
-    request = from_json(SweepRequest, question.read_text())
+def _sweep(request: SweepRequest) -> LatencyResult:
     torch.set_num_threads(request.threads)
     torch.set_num_interop_threads(1)
     tqdm.monitor_interval = 0  # its thread would wake up while others are timed
@@ -116,8 +100,7 @@ def _main(question: Path, answer: Path) -> None:
     startups = tuple(found.startup for found in started.values())
     left_out = tuple(size for size in request.options.batch_sizes if size not in options.batch_sizes)
     weights, busy = options.profile or {}, options.max_busy_percent
-    result = LatencyResult(BASELINE, rows, startups, request.threads, weights, busy, left_out, because, gone)
-    answer.write_text(to_json(result))
+    return LatencyResult(BASELINE, rows, startups, request.threads, weights, busy, left_out, because, gone)
 
 
 def _start_all(
@@ -265,39 +248,6 @@ def _pass_s(run: Predict, images: Tensor) -> float:
     return seconds
 
 
-def in_fork(work: Callable[..., Any]) -> Any:
-    """What `work` returns in a copy of this process.
-
-    Raises:
-        StageError: it raised, or the copy was killed, for instance for its memory.
-    """
-
-    parent = os.getpid()
-
-    def send(end: Connection) -> None:
-        end_with(parent)
-        try:
-            with torch.no_grad():
-                end.send((work(), ""))
-        except Exception as error:  # of an exporter, of the store, of a model's file: any library's
-            end.send((None, first_line(error)))
-
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=send, args=(theirs,))
-    child.start()
-    theirs.close()
-    try:
-        result, problem = ours.recv()
-    except EOFError:
-        child.join()
-        raise StageError(f"the process that loads it ended with exit code {child.exitcode}") from None
-    child.join()
-    if problem:
-        raise StageError(problem)
-    return result
-
-
 def _say_row(row: LatencyRow) -> None:
     times = ", ".join(f"{name} {stats.p50_ms:.2f}" for name, stats in row.stats.items())
     say(
@@ -306,13 +256,4 @@ def _say_row(row: LatencyRow) -> None:
 
 
 if __name__ == "__main__":
-    guard_streams()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
-    try:
-        _main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except StageError as error:
-        say(str(error))
-        sys.exit(1)
-    except Exception as error:  # of a model's file, of memory: any library's
-        say(explain(error))
-        sys.exit(1)
+    answer(SweepRequest, _sweep)

@@ -1,0 +1,98 @@
+"""Measurements in processes of their own: a module that is asked by one file and answers by another, and forks.
+
+`ask` is called by the process that wants to know, `answer` by the module that runs as a program (sweep.py, load.py).
+`in_fork` is for what must not leave a trace in that one.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qexp.errors import StageError, first_line
+from qexp.files import from_json, to_json
+from qexp.last_resort import explain
+from qexp.processes import end_with, run_python
+from qexp.progress import say
+from qexp.streams import guard_streams
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+def ask(module: str, request: object, kind: type[A], environment: dict[str, str], what: str) -> A:
+    """Run `module` with `environment`, wait for it, and return its answer, a result of this kind.
+
+    Args:
+        module: it calls `answer`.
+        request: a dataclass that JSON can hold.
+        what: is measured, for the message.
+
+    Raises:
+        StageError: the child failed; its own message is on standard error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        question, found = Path(folder, "request.json"), Path(folder, "result.json")
+        question.write_text(to_json(request))
+        status = run_python(["-m", module, str(question), str(found)], environment, stdout=sys.stderr).returncode
+        if status != 0:
+            raise StageError(f"{what} failed with exit code {status}; see the lines above")
+        return from_json(kind, found.read_text())
+
+
+def answer(kind: type[Q], measure: Callable[[Q], object]) -> None:
+    """The whole program of a module that `ask` runs: read a request of this kind, and write what `measure` returns.
+
+    It ends with exit code 1, and one line on standard error, if that fails.
+    """
+    guard_streams()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
+    question, found = map(Path, sys.argv[1:])
+    try:
+        found.write_text(to_json(measure(from_json(kind, question.read_text()))))
+    except StageError as error:
+        say(str(error))
+        sys.exit(1)
+    except Exception as error:  # of a model's file, of memory: any library's
+        say(explain(error))
+        sys.exit(1)
+
+
+def in_fork(work: Callable[..., Any]) -> Any:
+    """What `work` returns in a copy of this process.
+
+    Raises:
+        StageError: it raised, or the copy was killed, for instance for its memory.
+    """
+
+    parent = os.getpid()
+
+    def send(end: Connection) -> None:
+        end_with(parent)
+        try:
+            with torch.no_grad():
+                end.send((work(), ""))
+        except Exception as error:  # of an exporter, of the store, of a model's file: any library's
+            end.send((None, first_line(error)))
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=send, args=(theirs,))
+    child.start()
+    theirs.close()
+    try:
+        result, problem = ours.recv()
+    except EOFError:
+        child.join()
+        raise StageError(f"the process that loads it ended with exit code {child.exitcode}") from None
+    child.join()
+    if problem:
+        raise StageError(problem)
+    return result
