@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import mlflow
+import torch
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qexp.errors import InputError, first_line
+from qexp.models.preprocessing import Shape
 from qexp.progress import say
 from qexp.report.results import LatencyEvidence
 from qexp.tracking import runs as tracking
@@ -67,12 +69,21 @@ def write_recorded(recorded: dict[str, Tensor], folder: Path) -> None:
 
 def read_recorded(found: ModelVersion) -> dict[str, Tensor] | None:
     """The same of a registered int8 version; None, with a line that says why, where they are not known."""
+    tags = tags_of(found)
     try:
-        with tracking.downloaded(f"runs:/{tags_of(found).quantize_run_id}/{RECORDED}/{FILE}") as file:
+        with tracking.downloaded(f"runs:/{tags.quantize_run_id}/{RECORDED}/{FILE}") as file:
             recorded: dict[str, Tensor] = load_file(file)
-            if len(recorded["images"]) != len(recorded["logits"]) or not len(recorded["images"]):
-                raise ValueError("not as many images as logits")
+            check_recorded(recorded, tags.input.shape, tags.classes.count)
             return recorded
     except Exception as error:  # of the store, of safetensors
-        say(f"{uri_of(found)}: its logits are not compared: none were recorded ({first_line(error)})")
+        say(f"{uri_of(found)}: its logits are not compared: what was recorded cannot be read: {first_line(error)}")
         return None
+
+
+def check_recorded(recorded: dict[str, Tensor], shape: Shape, classes: int) -> None:
+    """Raise ValueError unless these are what `write_recorded` writes."""
+    images, logits = recorded.get("images"), recorded.get("logits")
+    if images is None or images.dtype != torch.uint8 or images.shape[1:] != shape or not len(images):
+        raise ValueError(f"{FILE} has no images of {'x'.join(map(str, shape))}")
+    if logits is None or logits.shape != (len(images), classes) or not logits.isfinite().all():
+        raise ValueError(f"{FILE} has no {classes} finite logits for each image")

@@ -1,11 +1,14 @@
 """`qexp hosts`: what is known of a version on several kinds of machine, of which one is made up by its facts."""
 
 import json
+import math
 from dataclasses import replace
 
 import mlflow
 import pytest
+import torch
 from conftest import Finished, run_qexp
+from torch import Tensor
 
 from qexp.config import Config
 from qexp.errors import InputError
@@ -16,6 +19,7 @@ from qexp.report.hosts import KnownHost, KnownHosts
 from qexp.report.page import render_markdown
 from qexp.report.results import Evidence, LatencyEvidence
 from qexp.tracking import runs as tracking
+from qexp.tracking import sweeps
 
 NAME = "smallnet-digits-int8"
 # A machine with another CPU, where one logit of each image is three steps off.
@@ -117,3 +121,23 @@ def test_report_and_table_say_where_logits_differ(evidence: Evidence) -> None:
     shown = str(KnownHosts(NAME, (own, other)))
     assert shown.startswith(f"{NAME} by kind of machine") and "the newest of 3 sweeps" in shown
     assert f"{own.version_uri} on Other | CPU: the logits for 32 test images differ by up to 3 steps" in shown
+
+
+@pytest.mark.parametrize(
+    ("images", "logits", "words"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 4), None),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 4), "no images of 3x8x8"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(2, 4), "no images of 3x8x8"),
+        (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 4), "no images of 3x8x8"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, 4), "no 4 finite logits for each image"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2), "no 4 finite logits for each image"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 4), math.nan), "no 4 finite logits for each image"),
+    ],
+)
+def test_recorded_logits_that_were_changed_are_not_compared(images: Tensor, logits: Tensor, words: str | None) -> None:
+    recorded = {"images": images, "logits": logits}
+    if words is None:
+        return sweeps.check_recorded(recorded, (3, 8, 8), 4)
+    with pytest.raises(ValueError, match=words):
+        sweeps.check_recorded(recorded, (3, 8, 8), 4)
