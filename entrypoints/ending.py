@@ -14,10 +14,10 @@ import typer
 
 from qexp.errors import InputError, StageError, first_line
 from qexp.files import own_temporary_folder
-from qexp.last_resort import choose_folder, explain
-from qexp.processes import end_with
+from qexp.foundation.last_resort import choose_folder, explain
+from qexp.foundation.processes import end_with
+from qexp.foundation.text import hide_secrets, printable
 from qexp.progress import announce, clean_logs, clear_line
-from qexp.text import hide_secrets, printable
 
 BAD_INPUT = 2
 Summary = dict[str, Any]

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config, option_name
-from qexp.extras import check_engines
+from qexp.foundation.extras import check_engines
 from qexp.models.names import TORCHVISION, check_run_id, parse_version_uri
 from qexp.pipeline.checks import check_options
 

@@ -15,8 +15,8 @@ import typer.core
 import typer.exceptions
 
 from qexp.errors import InputError
-from qexp.last_resort import explain
-from qexp.streams import NOBODY_READS, guard_streams, nobody_reads, output_problem
+from qexp.foundation.last_resort import explain
+from qexp.foundation.streams import NOBODY_READS, guard_streams, nobody_reads, output_problem
 
 from .ending import BAD_INPUT, fail
 from .options import fields_of, is_flag

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qexp.text import printable
+from qexp.foundation.text import printable
 
 Summary = dict[str, Any]
 UNITS = {  # endings of names, and what they say of a number

@@ -34,6 +34,7 @@ from qexp.config import (
     load_config,
 )
 from qexp.errors import InputError, StageError, as_arguments, first_line
+from qexp.foundation.waiting import waiting, waiting_as
 from qexp.measurement.accuracy import ComparedModels, compare_models, predict_logits
 from qexp.measurement.activity import watch_machine
 from qexp.measurement.cost import Cost, measure_cost
@@ -45,7 +46,6 @@ from qexp.models.taken import wrap
 from qexp.pipeline.checks import model_options
 from qexp.quantization import KERNELS, QuantizedModel, quantize_model
 from qexp.tracking.limits import check_names
-from qexp.waiting import waiting, waiting_as
 
 if TYPE_CHECKING:
     from qexp.pipeline.checked import Checked

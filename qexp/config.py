@@ -24,9 +24,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from qexp import yaml_file
 from qexp.errors import InputError
-from qexp.yaml_file import MOST_OF_A_PATH, shown
+from qexp.foundation import yaml_file
+from qexp.foundation.yaml_file import MOST_OF_A_PATH, shown
 
 SIDES_PX = 8, 1024  # of an image that a model is given, least and most
 NO_FILE = ""  # in the place of the path of a configuration file

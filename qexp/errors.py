@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qexp.text import hide_secrets
+from qexp.foundation.text import hide_secrets
 
 NO_ANSWER = re.compile(r"API request to \S+ failed with (?:timeout )?exception")
 NOBODY = re.compile(r"(?<=\] )[A-Z][^'\")\]]+|timed out")  # nobody is there, as the system says it

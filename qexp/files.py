@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from qexp.environment import environment
 from qexp.errors import StageError, first_line
+from qexp.foundation.environment import environment
 
 T = TypeVar("T")
 TEMPORARY = "qexp-work-"  # begins the names of folders for temporary files

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from qexp.text import printable
+from qexp.foundation.text import printable
 
 QUIET = os.environ.get("RANK", "0") != "0"  # of several training processes, the first speaks
 T = TypeVar("T")

@@ -227,7 +227,7 @@ def run_apart(test: Callable[..., None], *arguments: object) -> None:
 
 
 def _run_forked(words: Sequence[str], env: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Stands for `run_python` of qexp.processes."""
+    """Stands for `run_python` of qexp.foundation.processes."""
     ours = f"/proc/{os.getpid()}/fd/2"
     written = {} if options.get("capture_output") else {"written": (ours, ours)}
     process = _forking[0].start(os.getcwd(), tuple(words), env, clean=words[0] == "-c", **written)

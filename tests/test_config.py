@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from strategies import SEEDED, nasty_texts, trees
 
-from qexp import yaml_file
 from qexp.config import (
     PLACES,
     QUICK,
@@ -32,6 +31,7 @@ from qexp.config import (
     to_yaml,
 )
 from qexp.errors import InputError
+from qexp.foundation import yaml_file
 from qexp.measurement.latency import FEWEST_LOADS, FEWEST_ROUNDS
 from qexp.pipeline.checks import check_profile
 

@@ -112,7 +112,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
 
 
 def test_each_extra_of_the_code_is_one_of_the_distribution() -> None:
-    from qexp.extras import EXTRAS
+    from qexp.foundation.extras import EXTRAS
 
     for extra, packages in EXTRAS.items():
         distributions = {canonicalize_name(Requirement(line).name) for line in OPTIONAL[extra]}

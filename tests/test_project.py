@@ -15,14 +15,18 @@ from entrypoints.cli import COMMANDS
 from entrypoints.options import COMMON, fields_of
 
 ENTRY_POINTS = ("main", "train", "quantize", "latency", "search", "report")
-LAYERS = ("", "models", "measurement", "data", "quantization", "training", "report", "tracking", "pipeline", "search")
+# The first is below all packages, with the files beside them.
+LAYERS = tuple("foundation models measurement data quantization training report tracking pipeline search".split())
 ONLY_IN = {
     "mlflow": ("tracking/",),
     "optuna": ("search/",),
     "sqlalchemy": ("search/", "tracking/"),
     "matplotlib": ("report/figures.py",),
     "torchinfo": ("measurement/cost.py",),
-    "subprocess": ("processes.py", "tracking/commit.py"),  # for git; Python processes are started at one place
+    "subprocess": (
+        "foundation/processes.py",
+        "tracking/commit.py",
+    ),  # for git; Python processes are started at one place
     "multiprocessing": ("measurement/child.py", "measurement/load.py"),  # forks, which end with what they measure
     "typer": (),
 }
@@ -78,7 +82,7 @@ def _modules() -> list[tuple[str, set[str]]]:
 
 def test_each_package_imports_only_packages_before_it() -> None:
     for file, imports in _modules():
-        own = file.split("/")[0] if "/" in file else ""
+        own = file.split("/")[0] if "/" in file else LAYERS[0]
         if file in ("__init__.py", "api.py"):  # the public functions, above everything
             continue
         packages = {name.split(".")[1] for name in imports if name.startswith("qexp.")} & set(LAYERS)

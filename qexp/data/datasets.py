@@ -23,7 +23,7 @@ from qexp.data.images import BATCH_SIZE, Images
 from qexp.data.labels import BY_FILE, read_class_names, reordered
 from qexp.data.listing import UNLABELLED, list_tree
 from qexp.errors import InputError
-from qexp.extras import extra
+from qexp.foundation.extras import extra
 from qexp.models.preprocessing import Preprocessing, preprocessing_of
 
 DEFAULT_CALIBRATION_SAMPLES = 256

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qexp.quantities import Number
+from qexp.foundation.quantities import Number
 
 Part = tuple[Sequence[bytes], Sequence[int]]  # digest and label of each image
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from qexp.config import DataConfig
-from qexp.environment import looked_in
 from qexp.errors import InputError
+from qexp.foundation.environment import looked_in
 
 TEST_PARTS = ("test", "val")  # of which the first that is there holds the test images
 EXPECTED = "expected DIR/train/<class>/… and DIR/test/<class>/… (or DIR/val/<class>/…)"

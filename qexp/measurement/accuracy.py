@@ -11,10 +11,10 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from qexp.foundation.quantities import Finite, Images, NotNegative, Number, Percent, Points, Some
+from qexp.foundation.tables import Shown, Table
 from qexp.models.classifier import ImageBatches
 from qexp.progress import track
-from qexp.quantities import Finite, Images, NotNegative, Number, Percent, Points, Some
-from qexp.tables import Shown, Table
 
 MOST_A_BATCH, FEWEST_A_BATCH = 256, 64  # images of an evaluation
 MOST_PIXELS_A_BATCH = 256 * 112 * 112

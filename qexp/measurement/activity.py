@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qexp.foundation.quantities import NotNegative, Some, Timed
 from qexp.measurement.host import read_cpus, throttled_s
-from qexp.quantities import NotNegative, Some, Timed
 
 BUSY_FIELDS = ("user", "nice", "system", "irq", "softirq", "steal")  # of /proc/stat, in seconds once divided
 FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")

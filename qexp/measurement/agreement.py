@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qexp.foundation.quantities import NotNegative, Percent, Some, Timed
 from qexp.measurement.accuracy import same_class_percent
-from qexp.quantities import NotNegative, Percent, Some, Timed
 
 LEVELS = 256  # of a tensor of 8 bits
 SLACK = 1.01  # a difference of one step is larger than the step by what floats round

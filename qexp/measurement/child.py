@@ -18,10 +18,10 @@ import torch
 
 from qexp.errors import StageError, first_line
 from qexp.files import from_json, to_json
-from qexp.last_resort import explain
-from qexp.processes import end_with, run_python
+from qexp.foundation.last_resort import explain
+from qexp.foundation.processes import end_with, run_python
+from qexp.foundation.streams import guard_streams
 from qexp.progress import say
-from qexp.streams import guard_streams
 
 Q = TypeVar("Q")
 A = TypeVar("A")

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from qexp.foundation.quantities import Number, Some
+from qexp.foundation.tables import Shown, Table
 from qexp.models.exported import as_layers
 from qexp.models.preprocessing import Shape
-from qexp.quantities import Number, Some
-from qexp.tables import Shown, Table
 
 FLOP_COUNTER, TORCHINFO, ONNX_SHAPES = "torch.utils.flop_counter", "torchinfo", "the shapes of the ONNX graph"
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
-from qexp.quantities import NotNegative, Some
+from qexp.foundation.quantities import NotNegative, Some
 
 FEATURES = {
     "avx2": "AVX2",

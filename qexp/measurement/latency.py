@@ -21,10 +21,10 @@ import numpy as np
 from scipy.special import stdtrit
 
 from qexp.config import LatencyConfig
+from qexp.foundation.quantities import Factor, NotNegative, Percent, Some, Timed
+from qexp.foundation.tables import Shown, Table
+from qexp.foundation.waiting import DEFAULT, waiting_as
 from qexp.measurement.activity import Activity
-from qexp.quantities import Factor, NotNegative, Percent, Some, Timed
-from qexp.tables import Shown, Table
-from qexp.waiting import DEFAULT, waiting_as
 
 Run = Callable[[], object]
 Watch = Callable[[], Callable[[], Activity | None]]  # starts to watch the machine; what it returns ends that

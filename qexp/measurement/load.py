@@ -24,6 +24,7 @@ import torch
 
 from qexp.config import ThroughputConfig
 from qexp.errors import StageError, first_line
+from qexp.foundation.processes import end_with
 from qexp.measurement.activity import Activity, watch_machine
 from qexp.measurement.child import answer, ask, in_fork
 from qexp.measurement.host import physical_cores, reuse_freed_memory
@@ -31,7 +32,6 @@ from qexp.measurement.latency import wait_until_idle
 from qexp.measurement.sweep_models import BASELINE, SweepModel, load, prepare_baseline
 from qexp.measurement.throughput import Round, Setting, ThroughputResult, ThroughputRow, by_processes, round_of, served
 from qexp.models.preprocessing import Shape
-from qexp.processes import end_with
 from qexp.progress import Progress, in_words, say
 
 FEWEST_REQUESTS = 2  # of each worker in a round: however long they take, the workers overlap

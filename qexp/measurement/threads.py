@@ -7,8 +7,8 @@ numbers of threads have the interval of Welch's t. Within one number of threads,
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qexp.foundation.quantities import Some, Timed
 from qexp.measurement.latency import CONFIDENCE, LatencyResult, LatencyRow, Ratio, difference
-from qexp.quantities import Some, Timed
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from qexp.foundation.quantities import Percent, Some, Timed
+from qexp.foundation.tables import Shown, Table
 from qexp.measurement.activity import Activity
 from qexp.measurement.latency import CONFIDENCE, Mean, Ratio, difference, mean_of, percentile_ms
-from qexp.quantities import Percent, Some, Timed
-from qexp.tables import Shown, Table
 
 Kind = Literal["float", "int8"]
 KINDS: tuple[Kind, ...] = ("float", "int8")

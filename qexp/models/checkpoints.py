@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qexp.errors import InputError, first_line
+from qexp.foundation.yaml_file import MOST_OF_A_PATH, shown
 from qexp.progress import say
-from qexp.yaml_file import MOST_OF_A_PATH, shown
 
 # Where training scripts put the weights of the network, in the order in which they are looked for.
 NAMES = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "params", "model_ema", "ema")

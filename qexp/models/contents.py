@@ -5,8 +5,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexp.extras import extra
-from qexp.quantities import Number
+from qexp.foundation.extras import extra
+from qexp.foundation.quantities import Number
 
 # Below the folder of the archive's name. TorchScript: data/0, constants/0; exported programs: data/weights/weight_0.
 TENSORS = re.compile(r"(data|constants)/\d+|data/(weights|constants)/\w+_\d+")

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from qexp.errors import InputError, first_line
-from qexp.processes import OWN_CODE
+from qexp.foundation.processes import OWN_CODE
 
 
 class NotImportable(InputError):

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qexp.errors import InputError
-from qexp.extras import check_package
+from qexp.foundation.extras import check_package
 
 MADE_FROM = "0.28.0"  # the version of torchvision
 VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d{1,9}|latest)|@(?P<alias>[^/@]+))")

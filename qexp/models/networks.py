@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from qexp.errors import InputError, first_line
-from qexp.extras import extra
+from qexp.foundation.extras import extra
 from qexp.models import names
 from qexp.models.factories import build_from_factory
 from qexp.models.preprocessing import Shape

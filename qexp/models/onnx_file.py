@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qexp.extras import extra
+from qexp.foundation.extras import extra
 
 with extra("onnx", "an ONNX file"):
     import onnx

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from qexp.errors import InputError, first_line
-from qexp.extras import extra
+from qexp.foundation.extras import extra
 from qexp.models.onnx_file import INPUT, OUTPUT, PRODUCT_TYPES, OnnxClassifier, layers_of
 from qexp.models.preprocessing import Preprocessing, Shape
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qexp.extras import extra, without_package
 from qexp.files import replacing
+from qexp.foundation.extras import extra, without_package
 from qexp.models.onnx_file import ONLY_ONNXRUNTIME, as_array
 
 # Without this package, which comes with it, OpenVINO reports nothing to its maker. It would at each import, from a

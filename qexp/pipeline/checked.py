@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from qexp.foundation.tables import Shown, Table
 from qexp.measurement.verdict import Verdict
 from qexp.report import sentences, tables
 from qexp.report.results import Evidence
-from qexp.tables import Shown, Table
 
 
 @dataclass(frozen=True)

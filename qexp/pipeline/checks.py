@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from qexp.config import Config, LatencyConfig
 from qexp.data.folders import check_data_dir, check_places
 from qexp.errors import InputError
-from qexp.extras import check_package
+from qexp.foundation.extras import check_package
 from qexp.models.names import check_model_name, parse_version_uri
 from qexp.models.preprocessing import preprocessing_of
 

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset, Split
+from qexp.foundation.text import as_text
 from qexp.measurement.host import Host
 from qexp.pipeline.loading import local_files
 from qexp.pipeline.measure import LocalVersions
 from qexp.pipeline.settle import settle
 from qexp.progress import say
-from qexp.text import as_text
 from qexp.tracking import runs as tracking
 from qexp.tracking.job_folder import LOCK, RESULT, job_folder, lock_of, remove_folder, remove_if_empty, stage_folder
 from qexp.tracking.outage import AdvisedError

@@ -12,7 +12,9 @@ from torch import nn
 
 from qexp.config import Config
 from qexp.errors import InputError, StageError, StoreError
-from qexp.extras import why_missing
+from qexp.foundation.extras import why_missing
+from qexp.foundation.tables import Table
+from qexp.foundation.text import opaque
 from qexp.measurement.gate import UNMEASURED
 from qexp.measurement.threads import ThreadsRow
 from qexp.models.names import short_name
@@ -45,8 +47,6 @@ from qexp.quantization import KERNELS
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import tables
 from qexp.report.results import Bf16Evidence, Evidence, Int8Evidence, LatencyEvidence
-from qexp.tables import Table
-from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.aliases import succeed

@@ -17,7 +17,7 @@ from torch import Tensor
 from qexp.config import Config
 from qexp.data.datasets import Dataset
 from qexp.errors import first_line
-from qexp.extras import has_openvino, how_to_install
+from qexp.foundation.extras import has_openvino, how_to_install
 from qexp.measurement.accuracy import compare, measure_accuracy, predict_logits
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult

@@ -12,14 +12,14 @@ from torch import Tensor
 from qexp.config import Config
 from qexp.data.decoding import decode_files
 from qexp.errors import InputError, StageError
+from qexp.foundation.text import printable
+from qexp.foundation.waiting import PASSIVE, wait
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.host import read_host
 from qexp.progress import say
-from qexp.text import printable
 from qexp.tracking import registry
 from qexp.tracking.store import uri_of, use_store
 from qexp.tracking.tags import tags_of
-from qexp.waiting import PASSIVE, wait
 
 BATCH_SIZE = 128
 

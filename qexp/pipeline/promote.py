@@ -14,6 +14,7 @@ from torch import Tensor
 from qexp.config import Config
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
+from qexp.foundation.text import opaque
 from qexp.measurement.accuracy import Comparison, compare, guess_percent, measure_accuracy
 from qexp.measurement.gate import UNMEASURED, Succession, decide_gate, decide_succession
 from qexp.measurement.host import Host
@@ -25,7 +26,6 @@ from qexp.pipeline.setup import Setup, prepare
 from qexp.progress import say
 from qexp.report.promotion import CANDIDATE, OVERTAKEN, Promotion
 from qexp.report.results import Bf16Evidence, Evidence, LatencyEvidence
-from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.aliases import CHALLENGER, CHAMPION, version_with

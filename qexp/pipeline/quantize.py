@@ -12,7 +12,7 @@ from torch import Tensor
 from qexp.config import Config
 from qexp.data.datasets import Dataset, Split, calibration_count, calibration_subset, stratified_sample
 from qexp.errors import first_line
-from qexp.extras import has_openvino
+from qexp.foundation.extras import has_openvino
 from qexp.measurement.accuracy import Comparison, compare, predict_logits, to_float
 from qexp.measurement.cost import Cost, layer_table, measure_cost
 from qexp.measurement.host import Host

@@ -10,7 +10,8 @@ from torch import nn
 from qexp.config import Config
 from qexp.data.datasets import Dataset, calibration_count, load_dataset
 from qexp.errors import InputError
-from qexp.extras import check_engines, check_package, is_installed
+from qexp.foundation.extras import check_engines, check_package, is_installed
+from qexp.foundation.waiting import PASSIVE, wait
 from qexp.measurement.host import Host, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
 from qexp.models.names import OPENVINO, short_name
@@ -31,7 +32,6 @@ from qexp.tracking.tags import tags_of
 from qexp.training import launch
 from qexp.training.distributed import read_group
 from qexp.training.recipe import settle_options
-from qexp.waiting import PASSIVE, wait
 
 
 class Setup(NamedTuple):

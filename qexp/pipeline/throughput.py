@@ -11,6 +11,7 @@ from typing import Any
 
 from qexp.config import Config
 from qexp.errors import InputError
+from qexp.foundation.text import opaque
 from qexp.measurement.host import Host, free_memory_bytes, read_cpus
 from qexp.measurement.load import LoadRequest, run_load
 from qexp.measurement.sweep_models import SweepModel, int8_models
@@ -25,7 +26,6 @@ from qexp.pipeline.setup import prepare_for_version
 from qexp.progress import say
 from qexp.quantization import KERNELS
 from qexp.report.results import LatencyEvidence, ThroughputEvidence
-from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.store import ModelVersion, uri_of

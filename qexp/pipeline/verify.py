@@ -8,7 +8,7 @@ from torch import Tensor
 from qexp.config import Config
 from qexp.data.datasets import Dataset, load_dataset
 from qexp.errors import StageError
-from qexp.extras import check_package
+from qexp.foundation.extras import check_package
 from qexp.measurement.accuracy import Accuracy, measure_accuracy, predict_logits
 from qexp.measurement.host import Host, read_host
 from qexp.models.names import OPENVINO

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError, StageError
-from qexp.extras import OF_ENGINE, check_engines, extra
+from qexp.foundation.extras import OF_ENGINE, check_engines, extra
 from qexp.measurement.accuracy import to_float
 from qexp.measurement.host import read_host
 from qexp.models.names import RUNTIMES

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
+from qexp.foundation.quantities import Finite, Number, Points
 from qexp.measurement.accuracy import Comparison, paired_drop_interval
 from qexp.progress import say
-from qexp.quantities import Finite, Number, Points
 from qexp.quantization import QuantizedModel, quantize_model
 
 NAMES_IN_A_LINE = 4

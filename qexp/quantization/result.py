@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError, StageError, first_line
 from qexp.files import replacing
+from qexp.foundation.quantities import NotNegative, Number, Percent
+from qexp.foundation.tables import Shown, Table
 from qexp.models.names import ONNXRUNTIME, OPENVINO
-from qexp.quantities import NotNegative, Number, Percent
-from qexp.tables import Shown, Table
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from torch.nn.functional import kl_div
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
+from qexp.foundation.quantities import Finite, NotNegative, Number, Percent, Some
 from qexp.measurement.accuracy import to_float, top_k_credit
 from qexp.progress import track
-from qexp.quantities import Finite, NotNegative, Number, Percent, Some
 from qexp.quantization.attention import IN_PROJECTION
 from qexp.quantization.engines import fx
 from qexp.quantization.observers import calibration_batches, observer_class

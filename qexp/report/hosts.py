@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qexp.foundation.tables import Shown, Table
 from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.gate import GateResult
 from qexp.measurement.host import Host
 from qexp.measurement.latency import Ratio, Speedup
-from qexp.tables import Shown, Table
 
 NOT_COMPARED, RECORDED_HERE = "not compared", "recorded on this CPU"
 

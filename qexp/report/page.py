@@ -17,11 +17,11 @@ import markdown
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from qexp.files import to_json
+from qexp.foundation.text import as_html, as_markdown, as_text, opaque
 from qexp.report import sentences, tables
 from qexp.report.chart import latency_chart
 from qexp.report.figures import save_figures
 from qexp.report.results import Evidence
-from qexp.text import as_html, as_markdown, as_text, opaque
 
 TEMPLATES = Environment(
     loader=PackageLoader("qexp.report"),

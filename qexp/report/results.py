@@ -13,6 +13,7 @@ from pydantic import AliasChoices, Field
 
 from qexp.config import GateConfig
 from qexp.data.duplicates import Duplicates
+from qexp.foundation.quantities import Finite, Number, Percent, Points, Some, Timed
 from qexp.measurement.accuracy import Accuracy, Comparison, share_interval
 from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.choice import BestVersion, Candidate, choose
@@ -26,7 +27,6 @@ from qexp.measurement.throughput import Choice, Kind, Need, ThroughputResult
 from qexp.measurement.verdict import Verdict, decide_verdict
 from qexp.models.contents import FileContents
 from qexp.models.preprocessing import Preprocessing, Shape
-from qexp.quantities import Finite, Number, Percent, Points, Some, Timed
 from qexp.quantization.budget import BudgetResult
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult

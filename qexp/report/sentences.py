@@ -6,6 +6,7 @@ The template (templates/report.md.j2) puts them in order; the note of a run begi
 from collections.abc import Sequence
 from itertools import pairwise
 
+from qexp.foundation.waiting import PASSIVE
 from qexp.measurement.accuracy import Accuracy, share_interval
 from qexp.measurement.cost import TORCHINFO
 from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, VERIFIED
@@ -21,7 +22,6 @@ from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
 from qexp.report.hosts import notes
 from qexp.report.hosts import several_kinds as several_kinds
 from qexp.report.results import DataFacts, Evidence, Int8Evidence, ThroughputEvidence
-from qexp.waiting import PASSIVE
 
 SAME_SPEED = 0.05  # times saved that differ by less than 5 % do not grow
 FLOATS = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from qexp.config import Config, QuantizeConfig
 from qexp.errors import InputError, StageError
+from qexp.foundation.text import hide_secrets, opaque
 from qexp.pipeline import loading
 from qexp.pipeline.job import Job
 from qexp.pipeline.jobs import quantize_to_report
@@ -25,7 +26,6 @@ from qexp.search.setup import look_up, set_up
 from qexp.search.storage import open_place
 from qexp.search.study import Study, points_of
 from qexp.search.trials import Bench, do_trials, options_for
-from qexp.text import hide_secrets, opaque
 from qexp.tracking import registry, search_runs
 from qexp.tracking.store import use_store
 

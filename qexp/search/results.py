@@ -5,8 +5,8 @@ trials.py makes the points, which the study keeps as JSON; conclusion.py makes t
 
 from dataclasses import dataclass
 
+from qexp.foundation.quantities import NotNegative, Number, Percent, Timed
 from qexp.measurement.latency import Ratio
-from qexp.quantities import NotNegative, Number, Percent, Timed
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from qexp.config import SearchConfig
 from qexp.errors import InputError, StageError, first_line
+from qexp.foundation.text import hide_secrets
 from qexp.progress import say
 from qexp.search.journal import mend_journal
-from qexp.text import hide_secrets
 
 DRIVER = "postgresql+psycopg"
 SCHEMES = ("postgresql", "postgres", DRIVER, "postgresql+psycopg2")

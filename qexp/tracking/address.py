@@ -15,9 +15,9 @@ from urllib.parse import unquote, urlsplit
 import mlflow
 import sqlalchemy
 
-from qexp.environment import under_mlflow_run
 from qexp.errors import InputError, first_line
-from qexp.text import hide_secrets
+from qexp.foundation.environment import under_mlflow_run
+from qexp.foundation.text import hide_secrets
 
 CONNECT_S = 10
 MISREAD = re.compile("%[0-9a-fA-F]{2}")  # in the name of a folder: MLflow decodes it once too often

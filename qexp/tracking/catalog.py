@@ -10,8 +10,8 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from qexp.errors import InputError
+from qexp.foundation.text import printable
 from qexp.progress import say
-from qexp.text import printable
 from qexp.tracking.store import all_pages, uri_of, use_store
 from qexp.tracking.tags import TAGS, tags_of
 

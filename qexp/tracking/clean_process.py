@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from qexp.errors import StageError
+from qexp.foundation.processes import run_python
 from qexp.measurement.accuracy import evaluation_batch, to_float
 from qexp.models.classifier import ImageBatches
 from qexp.models.names import OPENVINO
 from qexp.models.stored import model_file
-from qexp.processes import run_python
 from qexp.progress import say
 
 # Batches are those of the evaluation: the same sums. ONNX has names for its outputs.

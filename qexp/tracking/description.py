@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from qexp.foundation.text import as_markdown, opaque
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import SweepModel
 from qexp.models.names import OPENVINO, RUNTIMES
-from qexp.text import as_markdown, opaque
 from qexp.tracking.store import is_missing, page_of_run, page_of_version, uri_of
 from qexp.tracking.tags import TAGS, tags_of
 

@@ -14,8 +14,8 @@ from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
 from qexp.errors import InputError, StageError, StoreError, first_line
+from qexp.foundation.text import hide_secrets, printable
 from qexp.progress import say
-from qexp.text import hide_secrets, printable
 from qexp.tracking.job_folder import has_results, note_end
 from qexp.tracking.store import quickly, store_name
 

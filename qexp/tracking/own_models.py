@@ -6,9 +6,9 @@ import mlflow
 import torch
 from torch import Tensor
 
+from qexp.foundation.text import opaque
 from qexp.measurement.host import read_host
 from qexp.models.classifier import ModelSpec
-from qexp.text import opaque
 from qexp.tracking import registry
 from qexp.tracking.runs import start_run
 from qexp.tracking.store import use_store

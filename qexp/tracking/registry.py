@@ -19,7 +19,7 @@ from mlflow.models import Model
 from torch import Tensor
 
 from qexp.errors import InputError, StageError, first_line
-from qexp.extras import has_openvino, how_to_install
+from qexp.foundation.extras import has_openvino, how_to_install
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents, read_contents
 from qexp.models.names import ONNXRUNTIME, OPENVINO, RUNTIMES, parse_version_uri

@@ -28,9 +28,9 @@ from qexp.config import Config, flat_params, parse_yaml, to_yaml
 from qexp.data.datasets import Dataset, Split
 from qexp.errors import InputError, first_line, naming_copies
 from qexp.files import from_json, to_json
+from qexp.foundation.text import as_markdown
 from qexp.measurement.host import Host
 from qexp.progress import say
-from qexp.text import as_markdown
 from qexp.tracking import metrics, outage
 from qexp.tracking.job_folder import forget_end, job_folder
 from qexp.tracking.limits import short_param

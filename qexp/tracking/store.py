@@ -21,9 +21,9 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from qexp.environment import environment, under_mlflow_run
 from qexp.errors import InputError, first_line
-from qexp.text import hide_secrets
+from qexp.foundation.environment import environment, under_mlflow_run
+from qexp.foundation.text import hide_secrets
 from qexp.tracking.address import IN_A_PROJECT, Address, addresses, check, connect, folders, use_plain_paths
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from torch import Tensor
 
 from qexp.errors import InputError
+from qexp.foundation.text import opaque
 from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
@@ -29,7 +30,6 @@ from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences
 from qexp.report.promotion import CANDIDATE, FORCED, Promotion
 from qexp.report.results import Evidence, Fp32Evidence, Int8Evidence, LatencyEvidence, ThroughputEvidence
-from qexp.text import opaque
 from qexp.tracking import description, metrics, registry
 from qexp.tracking import runs as tracking
 from qexp.tracking.registry import Registered

@@ -23,13 +23,13 @@ from qexp.config import TrainConfig
 from qexp.data.datasets import Split
 from qexp.errors import InputError
 from qexp.files import replacing
+from qexp.foundation.quantities import NotNegative, Some
+from qexp.foundation.waiting import DEFAULT, PASSIVE, may_choose_waiting, wait, waiting, waiting_as
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier
 from qexp.progress import say
-from qexp.quantities import NotNegative, Some
 from qexp.training.bf16 import padding_seen_in_fp32
 from qexp.training.distributed import read_group, threads_each
-from qexp.waiting import DEFAULT, PASSIVE, may_choose_waiting, wait, waiting, waiting_as
 
 FILE = "execution.json"  # in the folder of the training
 

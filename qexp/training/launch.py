@@ -19,9 +19,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qexp.config import HOW_TO_TRAIN, Config, to_yaml
-from qexp.environment import environment
 from qexp.errors import InputError, StageError, first_line
-from qexp.processes import OWN_CODE, python_command, python_environment
+from qexp.foundation.environment import environment
+from qexp.foundation.processes import OWN_CODE, python_command, python_environment
 
 BAD_INPUT = 2  # the exit code of InputError
 SHUTDOWN_TIMEOUT_S = 120  # for the checkpoint that a signal asks for

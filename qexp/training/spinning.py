@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from qexp.foundation.waiting import DEFAULT, PASSIVE, may_choose_waiting, wait, waiting, waiting_as
 from qexp.progress import say
-from qexp.waiting import DEFAULT, PASSIVE, may_choose_waiting, wait, waiting, waiting_as
 
 EVERY_S = 60.0  # between two looks; at each, a few steps are slower than they could be
 ROUNDS = 3  # steps a look with threads that sleep, and as many with threads that spin, in turns

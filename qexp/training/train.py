@@ -22,10 +22,11 @@ import torch
 from qexp.config import HOW_TO_TRAIN, TrainConfig
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError
+from qexp.foundation.quantities import Finite, NotNegative, Number, Percent, Some
+from qexp.foundation.waiting import waiting, waiting_as
 from qexp.measurement.host import freed_memory_reused
 from qexp.models.classifier import Classifier, load_classifier, save_classifier
 from qexp.progress import say
-from qexp.quantities import Finite, NotNegative, Number, Percent, Some
 from qexp.training import loop as passes
 from qexp.training.bf16 import padding_seen_in_fp32
 from qexp.training.checkpoint import Position, best_file, checkpoint_exists, load_checkpoint, save_checkpoint
@@ -34,7 +35,6 @@ from qexp.training.execution import Settled, Trial, settle_execution
 from qexp.training.interrupts import stop_requests
 from qexp.training.loop import Loop
 from qexp.training.recipe import settle_options
-from qexp.waiting import waiting, waiting_as
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from qexp.data.datasets import Dataset, load_dataset
 from qexp.data.decoding import decode_files
 from qexp.data.imagefolder import read_folder
 from qexp.errors import InputError
+from qexp.foundation.text import printable
 from qexp.measurement.host import free_memory_bytes
 from qexp.models.preprocessing import squashed
-from qexp.text import printable
 
 ORIENTATION = 0x0112  # of EXIF's tags
 

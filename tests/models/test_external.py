@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qexp.config import Config, QuantizeConfig
 from qexp.errors import InputError
+from qexp.foundation.processes import OWN_CODE, python_environment, run_python
 from qexp.measurement import sweep_models
 from qexp.models import onnx_file
 from qexp.models.classifier import (
@@ -33,7 +34,6 @@ from qexp.models.names import check_model_name, short_name
 from qexp.models.networks import build_network
 from qexp.models.preprocessing import Preprocessing, squashed
 from qexp.models.published import own_classes, own_preprocessing
-from qexp.processes import OWN_CODE, python_environment, run_python
 from qexp.quantization import quantize_model
 
 ABC = ("a", "b", "c")

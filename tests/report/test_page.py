@@ -18,12 +18,12 @@ from nasty import Page, nasty
 
 from qexp.config import GateConfig
 from qexp.files import from_json, to_json
+from qexp.foundation.text import printable
 from qexp.measurement.accuracy import Accuracy, share_interval
 from qexp.measurement.sweep_models import BASELINE
 from qexp.report.page import Origin, render_html, render_markdown, write_report
 from qexp.report.results import Bf16Evidence, Evidence
 from qexp.report.tables import markdown
-from qexp.text import printable
 from qexp.tracking.runs import run_page
 
 SECTIONS = [

@@ -18,6 +18,7 @@ from postgres import start_postgres
 
 from qexp.config import Config, SearchConfig
 from qexp.errors import InputError
+from qexp.foundation.text import hide_secrets
 from qexp.search.queue import (
     MOST_DEATHS,
     alive,
@@ -32,7 +33,6 @@ from qexp.search.queue import (
 from qexp.search.results import SearchPoint
 from qexp.search.storage import open_place
 from qexp.search.study import Study, find_study, make_study, points_of
-from qexp.text import hide_secrets
 
 
 @pytest.fixture(scope="module")

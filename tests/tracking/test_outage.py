@@ -14,9 +14,9 @@ from forked import Forked
 from servers import Server
 
 from qexp.errors import InputError, first_line
+from qexp.foundation.text import hide_secrets
 from qexp.pipeline.resume import has_stage
 from qexp.pipeline.sync import sync_run
-from qexp.text import hide_secrets
 
 TRAIN = ["--epochs", "4", "--image-size", "8", *NOT_TIMED]
 EPOCHS = list(range(1, 5))

@@ -23,11 +23,11 @@ from torch import nn
 import qexp
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
+from qexp.foundation.text import printable
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
 from qexp.models.preprocessing import squashed
 from qexp.pipeline.predict import predict_files
-from qexp.text import printable
 from qexp.tracking import aliases, class_names, description, registry
 from qexp.tracking.class_names import ClassNames
 from qexp.tracking.leftovers import discard_unregistered

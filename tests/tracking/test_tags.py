@@ -16,12 +16,12 @@ from strategies import SEEDED, nasty_texts, trees
 import qexp
 from qexp.config import Config, to_yaml
 from qexp.errors import InputError
+from qexp.foundation.text import printable
 from qexp.pipeline.jobs import run_latency, run_quantize, run_report
 from qexp.pipeline.loading import fp32_from_registry, load_weights
 from qexp.pipeline.predict import predict_files
 from qexp.pipeline.promote import run_promote
 from qexp.pipeline.verify import RECORDED, run_verify
-from qexp.text import printable
 from qexp.tracking import description, registry, store
 from qexp.tracking.catalog import as_table, list_models
 from qexp.tracking.class_names import ClassNames

@@ -9,10 +9,10 @@ from conftest import EXECUTION, build_tiny
 
 from qexp.config import TrainConfig
 from qexp.data.datasets import Dataset
+from qexp.foundation.waiting import DEFAULT as SPIN
+from qexp.foundation.waiting import PASSIVE, VARIABLES, waiting
 from qexp.training import execution as fastest
 from qexp.training.execution import FILE, Execution, Settled, Trial, choose, settle_execution
-from qexp.waiting import DEFAULT as SPIN
-from qexp.waiting import PASSIVE, VARIABLES, waiting
 
 DEFAULT = Execution(bf16=False, threads=4, channels_last=True)
 

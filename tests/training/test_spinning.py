@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from qexp.foundation.waiting import DEFAULT, PASSIVE, VARIABLES, may_choose_waiting, waiting, waiting_as
 from qexp.training.spinning import EVERY_S, ROUNDS, Spinning
-from qexp.waiting import DEFAULT, PASSIVE, VARIABLES, may_choose_waiting, waiting, waiting_as
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qexp.config import TrainConfig
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
+from qexp.foundation.waiting import DEFAULT, PASSIVE, VARIABLES, waiting
 from qexp.measurement.accuracy import measure_accuracy, predict_logits
 from qexp.models.classifier import Classifier, load_classifier
 from qexp.training import execution as fastest
@@ -23,7 +24,6 @@ from qexp.training import loop
 from qexp.training import train as training
 from qexp.training.checkpoint import best_file
 from qexp.training.train import EpochResult, TrainResult, train_model
-from qexp.waiting import DEFAULT, PASSIVE, VARIABLES, waiting
 
 
 def _ignore(epoch: EpochResult) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import traceback
 
 from qexp.errors import first_line
-from qexp.text import hide_secrets
+from qexp.foundation.text import hide_secrets
 
 FOLDER = "QEXP_LOG_DIR"  # in the environment: where a command and its child processes write their logs
 

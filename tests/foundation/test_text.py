@@ -11,8 +11,8 @@ from entrypoints.ending import _fit_to_show
 from entrypoints.table import show
 from qexp import progress
 from qexp.errors import first_line
-from qexp.tables import Table
-from qexp.text import as_html, as_markdown, as_text, hide_secrets, opaque, printable
+from qexp.foundation.tables import Table
+from qexp.foundation.text import as_html, as_markdown, as_text, hide_secrets, opaque, printable
 from qexp.tracking.catalog import as_table
 
 SECRETS = (  # each with s3cr3t in it

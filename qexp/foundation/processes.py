@@ -21,7 +21,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 OWN_CODE = "QEXP_OWN_CODE"  # the folder from which a training process imports the code of the user's network
 POLL_S = 0.5  # between two looks at the parent, where the system does not tell
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where the package is
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # where the package is
 
 
 def python_command(*words: str, warn: bool = True) -> list[str]:

@@ -11,11 +11,11 @@ import pytest
 from conftest import REPOSITORY
 from shadows import write_shadows
 
-from qexp.processes import python_command, run_python
+from qexp.foundation.processes import python_command, run_python
 
 # Each prints the ids of the processes that must end with the one that runs it.
 CHILD_OF_A_CHILD = """
-from qexp.processes import python_command
+from qexp.foundation.processes import python_command
 import os, subprocess
 code = '''
 import os, runpy, sys, time
@@ -30,7 +30,7 @@ time.sleep(60)
 subprocess.run(python_command("-c", code, os.environ["PROCESSES"]))
 """
 NOT_TOLD = """
-from qexp import processes
+from qexp.foundation import processes
 import os, time
 processes._told_by_system, processes.POLL_S = lambda number: False, 0.05
 parent, child = os.getpid(), os.fork()
@@ -44,7 +44,10 @@ time.sleep(60)
 
 @pytest.mark.parametrize("program", [CHILD_OF_A_CHILD, NOT_TOLD], ids=["told by the system", "looks itself"])
 def test_what_a_killed_process_has_started_ends(program: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PROCESSES": str(REPOSITORY / "qexp" / "processes.py")}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "PROCESSES": str(REPOSITORY / "qexp" / "foundation" / "processes.py"),
+    }
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout
     with parent.stdout as said:

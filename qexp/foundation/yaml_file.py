@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from qexp.environment import looked_in
 from qexp.errors import InputError
+from qexp.foundation.environment import looked_in
 
 MOST_BYTES = 256 * 1024  # a file with every option and its comment has 9 KB
 MOST_LEVELS = 8  # gate, models, a name and its limits are four

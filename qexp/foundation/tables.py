@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from qexp.text import printable
+from qexp.foundation.text import printable
 
 
 @dataclass(frozen=True)

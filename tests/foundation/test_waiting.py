@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qexp import api, waiting
+from qexp import api
 from qexp.config import Config, LatencyConfig
 from qexp.errors import InputError
+from qexp.foundation import waiting
+from qexp.foundation.waiting import DEFAULT, PASSIVE, VARIABLES, may_choose_waiting, wait, waiting_as
 from qexp.measurement.latency import measure_latency
 from qexp.pipeline import setup
-from qexp.waiting import DEFAULT, PASSIVE, VARIABLES, may_choose_waiting, wait, waiting_as
 
 
 @pytest.fixture(autouse=True)
