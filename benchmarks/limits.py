@@ -1,10 +1,14 @@
 """What holds an int8 model back on this machine: rates of arithmetic and memory, and where the time of a pass goes."""
 
+import ctypes
+import mmap
+import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,8 @@ from torch import Tensor
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.profiler import ProfilerActivity, profile
+
+from qexp.measurement.host import Host
 
 PASSES = 30
 CALLS = (8, 40)  # convolutions of two traces, whose difference is that of so many calls
@@ -23,12 +29,21 @@ class Limits:
     """What the machine can do: int8 multiply-accumulates in a large matrix product, bytes read from memory.
 
     `trace_call_us` is what torch's int8 convolution takes inside a trace if it has next to nothing to compute; None in
-    results of earlier versions, which measured a call from Python.
+    results of earlier versions, which measured a call from Python. `clock_ghz` is the clock at which a core runs a loop
+    of its own, `int8_macs_a_cycle` what a core's instructions can multiply and add in a cycle; None where not known.
     """
 
     int8_gmacs_per_s: float
     read_gb_per_s: float
     trace_call_us: float | None = None
+    clock_ghz: float | None = None
+    int8_macs_a_cycle: int | None = None
+
+    def peak_gmacs_per_s(self, cores: int) -> float | None:
+        """What so many cores can do at most, by clock and instructions."""
+        if self.clock_ghz is None or self.int8_macs_a_cycle is None:
+            return None
+        return cores * self.clock_ghz * self.int8_macs_a_cycle
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Operation:
     share_percent: float
 
 
-def measure_limits() -> Limits:
+def measure_limits(host: Host) -> Limits:
     """The best passes: 2048 x 4096 x 4096 in int8 by oneDNN, the sum of a gigabyte, a convolution of one pixel."""
     rows, width = 2048, 4096
     x = torch.randint(0, 255, (rows, width), dtype=torch.uint8)
@@ -53,7 +68,48 @@ def measure_limits() -> Limits:
     product = _fastest_s(lambda: torch.ops.onednn.qlinear_pointwise(*arguments))
     memory = torch.ones(2**28)
     read = _fastest_s(lambda: memory.sum())
-    return Limits(rows * width * width / product / 1e9, 4 * 2**28 / read / 1e9, 1e6 * _call_s())
+    return Limits(
+        rows * width * width / product / 1e9,
+        4 * 2**28 / read / 1e9,
+        1e6 * _call_s(),
+        _clock_ghz(),
+        _int8_macs_a_cycle(host),
+    )
+
+
+def _clock_ghz() -> float | None:
+    """Clock of a busy core: the time of a loop whose step, one subtraction that needs the one before, takes a cycle.
+
+    The clock in /proc/cpuinfo is the nominal one where the machine is virtual. None where the CPU is no x86.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    steps = 1_000_000  # so few that some passes are not interrupted
+    code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(bytes.fromhex("4889f9 48ffc9 75fb c3"))  # mov rcx, rdi; again: dec rcx; jnz again; ret
+    address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    count = ctypes.CFUNCTYPE(None, ctypes.c_uint64)(address)
+    return steps / _fastest_s(lambda: count(steps), passes=500) / 1e9
+
+
+def _int8_macs_a_cycle(host: Host) -> int | None:
+    """Multiply-accumulates of a core in a cycle, by the tables of https://uops.info and the makers' manuals.
+
+    TDPBUSD of AMX does 16 x 16 x 64 in 16 cycles. VPDPBUSD does 64 with 512 bits: Intel's servers have two units, Zen 4
+    has one of that width (two halves), Zen 5 two.
+    """
+    if "AMX-int8" in host.features:
+        return 1024
+    if "AVX512-VNNI" in host.features:
+        return 64 if _is_zen_4() else 128
+    return None
+
+
+def _is_zen_4() -> bool:
+    """Family 25 of AMD that has VNNI: Zen 3, of the same family, has none."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return found.get("vendor_id") == "AuthenticAMD" and found.get("cpu family") == "25"
 
 
 def _call_s() -> float:

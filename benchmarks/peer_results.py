@@ -1,19 +1,20 @@
-"""What peers.py has found, and how it shows it: a table in Markdown and a figure."""
+"""What peers.py has found, and how it shows it: a page in Markdown and a figure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from limits import Limits, Operation
 from matplotlib.figure import Figure
-from peer_models import FOLDED, OURS, PEERS
+from peer_models import FLOATS, FOLDED, OURS, PEERS
 
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyRow, Ratio
 from qexp.report import tables
 from qexp.report.sentences import span, three_digits
 
-DEFAULT = "fx"  # what `qexp run` does unless told otherwise, as a plain load runs it
+DEFAULT = "fx"  # the first of our engines, as a plain load runs it; it is timed twice, for the noise
 PROFILED = "fx_onednn"
 
 
@@ -40,7 +41,9 @@ class Peers:
     """All int8 models of one registered fp32 model; `macs` and `weight_bytes` are those of the default engine's.
 
     `profiles` has where the time of a pass of PROFILED goes, by batch size: the smallest and the largest. Those of
-    earlier versions are means of the passes, in which one stall shows as an operation's share.
+    earlier versions are means of the passes, in which one stall shows as an operation's share. `chosen` is the int8
+    model that `qexp run` would choose of ours, `not_chosen` has the reasons of the others, `failed` those of the files
+    that could not be made.
     """
 
     model: str
@@ -54,6 +57,9 @@ class Peers:
     host: Host
     profiles: dict[int, tuple[Operation, ...]] = field(default_factory=dict)
     profile_statistic: str = "mean"
+    chosen: str = ""
+    not_chosen: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def best_peer(row: LatencyRow) -> str:
@@ -61,13 +67,30 @@ def best_peer(row: LatencyRow) -> str:
     return row.fastest([name for name in PEERS if name in row.stats])
 
 
+def fastest_float(row: LatencyRow) -> str:
+    """The float that takes least time at a batch size, folded ones among them."""
+    return row.fastest([name for name in FLOATS if name in row.stats])
+
+
 def ratio_to_best(row: LatencyRow, name: str) -> Ratio:
     """Time of one of our models over that of the best peer: below 1 is faster."""
     return row.ratio(name, best_peer(row))
 
 
+def page(found: Sequence[Peers], picture: str) -> str:
+    """One section for each kind of CPU, in it one for each network."""
+    parts = ["# int8 against the peers", f"![Time over that of the best peer, by batch size]({picture})"]
+    for cpu in dict.fromkeys(_cpu(peers) for peers in found):
+        parts += [f"## {cpu}", *(render(peers) for peers in found if _cpu(peers) == cpu)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cpu(peers: Peers) -> str:
+    return f"{peers.host.cpu} ({', '.join(peers.host.features)})"
+
+
 def render(peers: Peers) -> str:
-    head = ["int8 model", "size, MB", "test top-1", "drop, points (95 %)", "below the best peer", "made in, s"]
+    head = ["model", "size, MB", "test top-1", "drop, points (95 %)", "below the best peer", "made in, s"]
     accuracy = [
         [
             entry.name,
@@ -83,22 +106,29 @@ def render(peers: Peers) -> str:
     batches = [f"{row.batch_size}" for row in peers.rows]
     times = [[name, *(three_digits(row.stats[name].p50_ms) for row in peers.rows)] for name in names]
     ours = [name for name in names if name in OURS]
-    ratios = [[name, *(_ratio_text(row, name) for row in peers.rows)] for name in ours]
+    ratios = [[name, *(_ratio_text(row, name, best_peer(row)) for row in peers.rows)] for name in ours]
     ratios.append(["best peer", *(best_peer(row) for row in peers.rows)])
+    if peers.chosen:
+        over = [_ratio_text(row, peers.chosen, fastest_float(row)) for row in peers.rows]
+        ratios.append([f"{peers.chosen} over the fastest float", *over])
+        ratios.append(["fastest float", *(fastest_float(row) for row in peers.rows)])
     ratios.append(["noise", *(f"{row.noise.low:.2f} to {row.noise.high:.2f}" for row in peers.rows)])
     rounds = [len(row.round_ms[DEFAULT]) for row in peers.rows]
     host = peers.host
     libraries = ", ".join(f"{name} {number}" for name, number in host.libraries.items())
     parts = [
-        f"## {peers.model}",
-        f"{host.cpu} ({', '.join(host.features)}), {host.threads} threads, {libraries}; {span(rounds)} "
+        f"### {peers.model}",
+        f"{host.threads} threads, {libraries}; {span(rounds)} "
         f"rounds at each batch size. fp32: {peers.fp32_top1_percent:.2f} % of {peers.test_images:,} test images.",
         tables.markdown((head, accuracy)),
+        *_about_failed(peers),
+        *_about_chosen(peers),
         "p50 in ms by batch size:",
-        tables.markdown((["int8 model", *batches], times)),
+        tables.markdown((["model", *batches], times)),
         "Time over that of the best peer (below 1 is faster), with 95 % interval; `?`: not shown to be faster or slower"
         f"{_of_one_load(peers.rows)}. `fx` has the kernels of a plain load (`x86`), "
-        f"`{PROFILED}` and `{FOLDED}` those of oneDNN:",
+        f"`{PROFILED}` and `fx{FOLDED}` those of oneDNN. Peers fold no pool: what int8 alone "
+        "gives is shown by our models that are not folded:",
         tables.markdown((["int8 model", *batches], ratios)),
         _about_limits(peers),
         *(
@@ -116,10 +146,29 @@ def _of_one_load(rows: Sequence[LatencyRow]) -> str:
     return ", as everywhere here: models were loaded once for each batch size, and a load makes some percent"
 
 
-def _ratio_text(row: LatencyRow, name: str) -> str:
-    ratio = ratio_to_best(row, name)
+def _ratio_text(row: LatencyRow, name: str, over: str) -> str:
+    ratio = row.ratio(name, over)
     text = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-    return text if row.compared(best_peer(row), name) else f"{text} ?"
+    return text if row.compared(over, name) else f"{text} ?"
+
+
+def _about_failed(peers: Peers) -> list[str]:
+    if not peers.failed:
+        return []
+    return ["Not made: " + "; ".join(f"`{file}` ({reason})" for file, reason in peers.failed.items()) + "."]
+
+
+def _about_chosen(peers: Peers) -> list[str]:
+    """What `qexp run` would choose, and where it is slower than the best peer."""
+    if not peers.chosen:
+        return []
+    slower = [row for row in peers.rows if row.compared(peers.chosen, best_peer(row)) > 0]
+    held = "At no batch size a peer is shown to be faster."
+    if slower:
+        listed = ", ".join(f"{row.batch_size} ({ratio_to_best(row, peers.chosen).median:.2f})" for row in slower)
+        held = f"A peer is shown to be faster at batch size {listed}."
+    reasons = "; ".join(f"`{name}`: {reason}" for name, reason in peers.not_chosen.items())
+    return [f"`qexp run` chooses **{peers.chosen}**. {held} Not chosen: {reasons}."]
 
 
 def _points(found: tuple[float, float, float]) -> str:
@@ -128,18 +177,29 @@ def _points(found: tuple[float, float, float]) -> str:
 
 def _about_limits(peers: Peers) -> str:
     first, last = peers.rows[0], peers.rows[-1]
-    same = [name for name in first.stats if name in OURS and name != FOLDED]  # as many multiply-accumulates as fp32
+    same = [name for name in first.stats if name in OURS and FOLDED not in name]  # as many multiply-accumulates as fp32
     fast = {row.batch_size: min(row.stats[name].p50_ms for name in same) for row in (first, last)}
     rate = last.batch_size * peers.macs_of_one_image / fast[last.batch_size] / 1e6
     read = peers.weight_bytes * 1e-6 / fast[first.batch_size]
     return (
         f"The machine: {peers.limits.int8_gmacs_per_s:,.0f} G int8 multiply-accumulates a second in a matrix product "
-        f"(2048 x 4096 x 4096), {peers.limits.read_gb_per_s:.1f} GB/s read from memory. Our fastest int8 model that is "
-        f"not folded does {rate:,.0f} G of the model's multiply-accumulates a second at batch size {last.batch_size} "
+        f"(2048 x 4096 x 4096){_about_peak(peers)}, "
+        f"{peers.limits.read_gb_per_s:.1f} GB/s read from memory. Our fastest int8 model that is not folded does "
+        f"{rate:,.0f} G of the model's multiply-accumulates a second at batch size {last.batch_size} "
         f"({100 * rate / peers.limits.int8_gmacs_per_s:.0f} %); at batch size {first.batch_size} it goes through the "
         f"default engine's {peers.weight_bytes / 1e6:.1f} MB of weights at {read:.1f} GB/s "
         f"({100 * read / peers.limits.read_gb_per_s:.0f} %; above 100 % if they stay in the caches)."
         + _about_calls(peers.limits)
+    )
+
+
+def _about_peak(peers: Peers) -> str:
+    peak, limits = peers.limits.peak_gmacs_per_s(peers.host.threads), peers.limits
+    if peak is None:
+        return ""
+    return (
+        f", {100 * limits.int8_gmacs_per_s / peak:.0f} % of the {peak:,.0f} G that {peers.host.threads} cores at "
+        f"{limits.clock_ghz:.2f} GHz with {limits.int8_macs_a_cycle} a cycle can do at most"
     )
 
 
@@ -170,18 +230,24 @@ def _profile_text(row: LatencyRow, found: tuple[Operation, ...], statistic: str)
 
 
 def draw(found: list[Peers], file: Path) -> None:
-    colors = {name: f"C{number}" for number, name in enumerate([*OURS, *PEERS])}  # the same for each network
-    figure = Figure(figsize=(4.6 * len(found), 3.4), dpi=160, layout="constrained")
-    for axes, peers in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+    drawn = [*OURS, *PEERS]
+    colors = {name: f"C{number % 10}" for number, name in enumerate(drawn)}  # the same for each network
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), dpi=160, layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, peers in zip(places, found, strict=False):
         batches = [row.batch_size for row in peers.rows]
-        for name in peers.rows[0].stats:
+        for name in (name for name in drawn if name in peers.rows[0].stats):
             style = "o-" if name in OURS else "s--"
             ratios = [ratio_to_best(row, name).median for row in peers.rows]
-            axes.plot(batches, ratios, style, ms=3, lw=1, color=colors[name], label=name)
+            axes.plot(batches, ratios, style, ms=3, lw=2 if name == peers.chosen else 1, color=colors[name], label=name)
         axes.axhline(1, color="grey", lw=0.8)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.set_title(peers.model, fontsize=9)
         axes.set(xlabel="batch size", ylabel="time over that of the best peer", ylim=(0, 2.5))
         axes.legend(fontsize=6)
+    for axes in list(figure.axes)[len(found) :]:
+        axes.remove()
     figure.savefig(file)

@@ -1,13 +1,14 @@
-"""int8 against the peers: our engines, OpenVINO with NNCF's defaults, ONNX Runtime with its own, on this CPU.
+"""int8 against the peers and the fastest float: our engines, OpenVINO with NNCF, ONNX Runtime, PyTorch, on this CPU.
 
     pip install -e '.[bench]'
     python benchmarks/peers.py --model-uri models:/vgg16-cifar10-fp32/1 --data-dir data/cifar10 --output results/peers
 
 The same trained weights, calibration images, test images and thread count for all. Accuracy and size first; then, in a
-process of its own for each registered fp32 model, p50 at every batch size: all int8 models in short rounds in random
+process of its own for each registered fp32 model, p50 at every batch size: all models in short rounds in random
 order, loaded anew several times for each batch size, as `qexp run` times its own. A ratio is the geometric mean over
-the loads of the median of their rounds' ratios, with its 95 % interval. The machine's own limits are measured in that
-process too: the rate of an int8 matrix product and the rate at which memory is read.
+the loads of the median of their rounds' ratios, with its 95 % interval. The version chosen is the one that `qexp run`
+would choose. The machine's own limits are measured in that process too: the clock, the rate of an int8 matrix product
+and the rate at which memory is read.
 
 Writes OUTPUT.md, OUTPUT.json and OUTPUT.png.
 """
@@ -19,14 +20,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from limits import Limits, Operation, measure_limits, profile_pass
-from peer_models import LOADERS, OURS, PEERS, make_all
-from peer_results import DEFAULT, PROFILED, Entry, Peers, draw, render
+from peer_models import MODELS, OURS, PEERS, load, make_all, present
+from peer_results import DEFAULT, PROFILED, Entry, Peers, draw, page
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -35,9 +38,10 @@ from qexp.data.datasets import Dataset, calibration_count, calibration_subset, l
 from qexp.errors import InputError
 from qexp.files import from_json, to_json
 from qexp.measurement.accuracy import Comparison, compare, measure_accuracy, predict_logits
+from qexp.measurement.choice import Candidate, choose
 from qexp.measurement.cost import measure_cost
 from qexp.measurement.host import read_host
-from qexp.measurement.latency import AGAIN, FEWEST_ROUNDS, LatencyRow, measure_latency
+from qexp.measurement.latency import AGAIN, FEWEST_ROUNDS, LatencyResult, LatencyRow, measure_latency
 from qexp.pipeline import loading as registered
 from qexp.tracking import registry
 from qexp.tracking.store import use_store
@@ -60,6 +64,8 @@ def main() -> None:
         parser.error("give a --model-uri, or an --earlier result")
     if arguments.rounds < FEWEST_ROUNDS:
         parser.error(f"--rounds {arguments.rounds}: must be at least {FEWEST_ROUNDS}, for an interval")
+    if arguments.model_uri and find_spec("nncf") is None:
+        parser.error("nncf is missing: pip install -e '.[bench]'")
     earlier = [peers for file in arguments.earlier for peers in from_json(tuple[Peers, ...], file.read_text())]
     try:
         if arguments.model_uri:
@@ -68,9 +74,8 @@ def main() -> None:
     except InputError as error:
         parser.error(str(error))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(render(peers) for peers in found)
-    picture = f"![Time over that of the best peer, by batch size]({arguments.output.name}.png)"
-    arguments.output.with_suffix(".md").write_text(f"# int8 against the peers\n\n{picture}\n\n{text}\n")
+    text = page(found, arguments.output.with_suffix(".png").name)
+    arguments.output.with_suffix(".md").write_text(text)
     arguments.output.with_suffix(".json").write_text("[" + ",\n".join(to_json(peers) for peers in found) + "]\n")
     draw(found, arguments.output.with_suffix(".png"))
     print(text)
@@ -88,16 +93,23 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = make_all(fp32.model, images, folder, reduce_range=not host.has_int8_dot_product)
-        entries = _entries(folder, made, fp32.logits["test"], dataset)
+        entries, drops = _entries(folder, made.seconds, fp32.logits["test"], dataset)
         command = [sys.executable, "-W", "ignore", __file__, "--time", name, "--rounds", str(rounds)]
-        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        path = {"PYTHONPATH": os.pathsep.join(sys.path), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
         subprocess.run(command, env=registry.child_environment(host.threads) | path, check=True)
         rows = from_json(tuple[LatencyRow, ...], (folder / "rows.json").read_text())
         limits = from_json(Limits, (folder / "limits.json").read_text())
         profiles = from_json(dict[int, tuple[Operation, ...]], (folder / "profiles.json").read_text())
     top1 = measure_accuracy(fp32.logits["test"], dataset.test.labels).top1_percent
     macs = measure_cost(fp32.model, fp32.model.spec.shape, [1], ()).macs[1]
-    weights = next(entry.size_bytes for entry in entries if entry.name == DEFAULT)
+    sizes = {entry.name: entry.size_bytes for entry in entries}
+    limit = config.gate.max_top1_drop
+    candidates = [
+        Candidate(name, drop, sizes[name], passed=True, accurate=drop.top1_drop_high_points <= limit)
+        for name, drop in drops.items()
+        if name in OURS
+    ]
+    best = choose(candidates, LatencyResult(DEFAULT, rows, (), host.threads))
     host = replace(
         host, libraries=host.libraries | {name: version(name) for name in ("onnxscript", "openvino", "nncf")}
     )
@@ -109,24 +121,33 @@ def _compare(uri: str, data_dir: str | None, rounds: int) -> Peers:
         rows,
         limits,
         macs,
-        weights,
+        sizes[DEFAULT],
         host,
         profiles,
         profile_statistic="median",
+        chosen=best.name,
+        not_chosen=best.not_chosen,
+        failed=made.failed,
     )
 
 
-def _entries(folder: Path, made: dict[str, float], fp32: Tensor, dataset: Dataset) -> list[Entry]:
+def _entries(
+    folder: Path, made_in_s: dict[str, float], fp32: Tensor, dataset: Dataset
+) -> tuple[list[Entry], dict[str, Comparison]]:
+    """Of each model; and the comparisons with fp32, on which the choice rests."""
     labels, entries = dataset.test.labels, []
-    logits = {name: predict_logits(LOADERS[name](folder), dataset.test.images, label=name) for name in made}
+    names = present(folder)
+    logits = {name: predict_logits(load(name, folder), dataset.test.images, label=name) for name in names}
     top1 = {name: measure_accuracy(found, labels).top1_percent for name, found in logits.items()}
-    best = max((name for name in made if name in PEERS), key=lambda name: top1[name])
-    for name, seconds in made.items():
-        drop = _with_interval(compare(fp32, logits[name], labels))
+    best = max((name for name in names if name in PEERS), key=lambda name: top1[name])
+    drops = {name: compare(fp32, logits[name], labels) for name in names}
+    for name in names:
         below = _with_interval(compare(logits[best], logits[name], labels)) if name in OURS else None
-        size = sum(file.stat().st_size for file in folder.glob(f"{name}.*"))
-        entries.append(Entry(name, size, top1[name], *drop, seconds, below))
-    return entries
+        file = folder / MODELS[name].file
+        size = sum(one.stat().st_size for one in folder.glob(f"{file.stem}.*") if one.suffix in (file.suffix, ".bin"))
+        seconds = made_in_s[file.name]
+        entries.append(Entry(name, size, top1[name], *_with_interval(drops[name]), seconds, below))
+    return entries, drops
 
 
 def _with_interval(found: Comparison) -> tuple[float, float, float]:
@@ -136,21 +157,20 @@ def _with_interval(found: Comparison) -> tuple[float, float, float]:
 def _time(folder: Path, rounds: int) -> None:
     """In a process of its own: every model of the folder at every batch size, and the machine's limits."""
     torch.set_num_interop_threads(1)
-    names = [name for name in LOADERS if list(folder.glob(f"{name}.*"))]
     size = int((folder / "image_size").read_text())
 
     def prepare(batch_size: int) -> dict[str, Callable[[], object]]:
         images = torch.rand(batch_size, 3, size, size)
-        models = {name: LOADERS[name](folder) for name in names} | {AGAIN: LOADERS[DEFAULT](folder)}
-        return {name: lambda model=model: model(images) for name, model in models.items()}  # type: ignore[misc]
+        models = {name: load(name, folder) for name in present(folder)} | {AGAIN: load(DEFAULT, folder)}
+        return {name: partial(model, images) for name, model in models.items()}
 
     options = LatencyConfig(batch_sizes=BATCHES, min_repeats=rounds, min_seconds=2.0)
     with torch.no_grad():
-        (folder / "limits.json").write_text(to_json(measure_limits()))
+        (folder / "limits.json").write_text(to_json(measure_limits(read_host(None))))
         (folder / "rows.json").write_text(_to_json(measure_latency(prepare, DEFAULT, DEFAULT, options, on_row=_say)))
         profiles = {}
         for batch_size in (BATCHES[0], BATCHES[-1]):
-            profiles[batch_size] = profile_pass(LOADERS[PROFILED](folder), torch.rand(batch_size, 3, size, size))
+            profiles[batch_size] = profile_pass(load(PROFILED, folder), torch.rand(batch_size, 3, size, size))
         (folder / "profiles.json").write_text(_to_json(profiles))
 
 

@@ -3,11 +3,14 @@
 import importlib
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import REPOSITORY, latency_row
+
+from qexp.files import from_json
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 PROGRAMS = (
@@ -75,3 +78,22 @@ def test_a_ratio_below_one_is_faster_than_the_best_peer(results: ModuleType) -> 
     row = latency_row(1, {"fx": 1.0, "openvino": 4.0, "onnxruntime": 2.0})
     assert results.best_peer(row) == "onnxruntime"
     assert results.ratio_to_best(row, "fx").median == pytest.approx(0.5, rel=0.02)
+
+
+def test_the_chosen_version_is_held_against_peers_floats_and_the_cpu(results: ModuleType) -> None:
+    peers = from_json(tuple[results.Peers, ...], COMMITTED.read_text())[0]  # type: ignore[name-defined]
+    times = {"fx": 4.0, "onnx": 1.0, "onnxruntime": 2.0, "openvino": 3.0, "fp32_onnx": 8.0, "bf16_openvino": 6.0}
+    rows = (latency_row(1, times), latency_row(8, times | {"onnx": 5.0}))
+    limits = replace(peers.limits, int8_gmacs_per_s=236.8, clock_ghz=3.7, int8_macs_a_cycle=64)
+    changed = replace(peers, rows=rows, chosen="onnx", not_chosen={"fx": "slow"}, limits=limits, profiles={})
+    text = results.render(replace(changed, failed={"pt2e_compiled.pt2": "no"}))
+    assert "chooses **onnx**. A peer is shown to be faster at batch size 8 (2.5" in text
+    assert "Not chosen: `fx`: slow." in text and "Not made: `pt2e_compiled.pt2` (no)." in text
+    assert "| fastest float | bf16_openvino | bf16_openvino |" in text
+    assert "50 % of the 474 G that 2 cores at 3.70 GHz with 64 a cycle can do at most" in text
+
+
+def test_clock_is_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    clock = importlib.import_module("limits")._clock_ghz()
+    assert clock is None or 0.5 < clock < 8
