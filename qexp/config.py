@@ -310,8 +310,10 @@ class QuantizeConfig(BaseModel):
         99.99, gt=50, le=100, description="share of the activations inside the range of observer percentile, percent"
     )
     per_channel: bool = Field(True, description="one weight scale an output channel instead of one a layer")
-    fold_pool: bool = Field(
-        False, description="fold a pool that only repeats a 1x1 map (VGG at 32 px) into the linear layer after it"
+    fold_pool: bool | None = Field(
+        None,
+        description="fold a pool that only enlarges its map (VGG at 32 px) into the linear layer after it: true, in "
+        "all versions; false, in none; auto: a second version of each engine, where there is such a pool",
     )
     keep_fp32: Names | None = Field(None, description="layers that stay fp32, by their names in the network")
     allow_float: bool = Field(False, description="accept Conv2d and Linear layers that cannot be quantized")
@@ -344,6 +346,10 @@ class QuantizeConfig(BaseModel):
     def only(self, *engines: str) -> "QuantizeConfig":
         """These options with these engines."""
         return self.model_copy(update={"engine": list(engines)})
+
+    def with_folding(self, fold: bool) -> "QuantizeConfig":
+        """These options, for a version with or without a pool folded away."""
+        return self.model_copy(update={"fold_pool": fold})
 
 
 def _as_weights(value: Any) -> Any:

@@ -112,7 +112,7 @@ def _start_all(
     models = list(request.models)
     progress = Progress("starting each model", len(models))
     for model in models:  # which grows when they must be started again, with fewer batch sizes
-        name, is_baseline = model.name, model.name in options.baselines
+        name, is_baseline = model.name, model.is_made
         try:
             if is_baseline and model not in able:
                 in_fork(

@@ -2,20 +2,23 @@
 
 fp32 is the stored version, an exported program. The fair baselines are made from its weights: the Python module
 (eager), traced and frozen by TorchScript, the same in bf16, and exported to ONNX for ONNX Runtime and for OpenVINO,
-which also computes it in bf16; an fp32 version that is an ONNX file is read by OpenVINO as it is. int8 models are
-stored versions, each with one choice of kernels, or of the runtime for an ONNX file.
+which also computes it in bf16; an fp32 version that is an ONNX file is read by OpenVINO as it is. Beside int8 models
+in which a pool is folded away, these are made from the folded fp32 model too. int8 models are stored versions, each
+with one choice of kernels, or of the runtime for an ONNX file.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qexp.errors import StageError
 from qexp.models.classifier import load_classifier
 from qexp.models.factories import NotImportable
+from qexp.models.folding import folded
 from qexp.models.names import ONNXRUNTIME, OPENVINO
 from qexp.models.preprocessing import Shape
 from qexp.models.program import load_program
@@ -23,11 +26,13 @@ from qexp.models.stored import load_module, load_stored, model_file
 
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
-EAGER = "fp32_eager"
+EAGER, TRACED, ONNX = "fp32_eager", "fp32_traced", "fp32_onnx"
 BF16 = "bf16"
 FP32_OPENVINO, BF16_OPENVINO = "fp32_openvino", "bf16_openvino"
 IN_OPENVINO = (FP32_OPENVINO, BF16_OPENVINO)
 ROUNDED = (BF16, BF16_OPENVINO)  # the floats that round, whose accuracy is measured
+FOLDED = "_folded"  # in the names of what is made from the fp32 model after a pool was folded away
+MADE = (EAGER, TRACED, BF16, ONNX, *IN_OPENVINO)  # from the fp32 version
 DEFAULTS = (None, "x86", ONNXRUNTIME)  # kernels and runtimes
 
 
@@ -44,31 +49,57 @@ class SweepModel:
     @property
     def compiles_for_each_size(self) -> bool:
         """Whether the first pass at a batch size is the one that compiles the model for it."""
-        return self.backend == OPENVINO or self.name in IN_OPENVINO
+        return self.backend == OPENVINO or unfolded(self.name) in IN_OPENVINO
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it is a baseline, which `prepare_baseline` makes: no stored version."""
+        return unfolded(self.name) in MADE
 
 
-def int8_models(folder: str, engine: str, backends: tuple[str | None, ...]) -> tuple[SweepModel, ...]:
+def unfolded(name: str) -> str:
+    """The name of the model that is the same but for folding."""
+    return name.removesuffix(FOLDED)
+
+
+def rounds(name: str) -> bool:
+    """Whether a float rounds, so that its accuracy is its own."""
+    return unfolded(name) in ROUNDED
+
+
+def folded_baselines(baselines: Sequence[str]) -> tuple[str, ...]:
+    """Names of the baselines to time beside folded int8 models: one at least, or folding would pass for int8's gain."""
+    return tuple(f"{name}{FOLDED}" for name in baselines if name != EAGER) or (f"{TRACED}{FOLDED}",)
+
+
+def int8_models(
+    folder: str, engine: str, backends: tuple[str | None, ...], is_folded: bool = False
+) -> tuple[SweepModel, ...]:
     """A stored int8 version once for each choice of kernels or runtimes; the default has the engine's plain name."""
+    name = f"int8_{engine}{FOLDED if is_folded else ''}"
     return tuple(
-        SweepModel(f"int8_{engine}" if backend in DEFAULTS else f"int8_{engine}_{backend}", folder, backend, place == 0)
+        SweepModel(name if backend in DEFAULTS else f"{name}_{backend}", folder, backend, place == 0)
         for place, backend in enumerate(backends)
     )
 
 
 def backend_in(name: str, engine: str) -> str | None:
     """The kernels or the runtime in a name that `int8_models` has given; None: the default of the engine."""
-    return name.removeprefix(f"int8_{engine}").removeprefix("_") or None
+    return name.removeprefix(f"int8_{engine}").removeprefix(FOLDED).removeprefix("_") or None
 
 
 def prepare_baseline(weights: Path, stored: Path, name: str, shape: Shape, folder: Path) -> None:
     """Write what `load` needs for the baseline of this name into `folder`, from a weights file of `save_classifier`, or
-    from an exported program.
+    from an exported program. With FOLDED in its name, a pool is folded away before.
 
     A network whose code lies in the user's folder, from which this process imports nothing, is taken from `stored`, the
     folder of the fp32 version: its exported program has the same operations.
+
+    Raises:
+        StageError: there is no pool to fold away.
     """
-    exported = folder / "fp32_onnx.onnx"
-    in_onnx = name in ("fp32_onnx", *IN_OPENVINO)
+    exported, plain = _onnx_file(name, folder), unfolded(name)
+    in_onnx = plain in (ONNX, *IN_OPENVINO)
     if weights.suffix == ".onnx":
         shutil.copyfile(weights, exported)
         return
@@ -80,13 +111,23 @@ def prepare_baseline(weights: Path, stored: Path, name: str, shape: Shape, folde
     except NotImportable:
         model = load_program(model_file(stored))
     example = torch.zeros(2, *shape)
+    if name != plain:
+        without_pool = folded(model.eval(), torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)))
+        if without_pool is None:
+            raise StageError("the fp32 model has no pool that can be folded away")
+        model = without_pool
     if in_onnx:
         from qexp.models.onnx_file import export
 
         return export(model, example, exported)
     if name == EAGER:
         return torch.save(model, folder / f"{name}.pt")
-    torch.jit.save(freeze(model, shape, torch.bfloat16 if name == BF16 else torch.float32), folder / f"{name}.pt")
+    torch.jit.save(freeze(model, shape, torch.bfloat16 if plain == BF16 else torch.float32), folder / f"{name}.pt")
+
+
+def _onnx_file(name: str, folder: Path) -> Path:
+    """The file that baselines share."""
+    return folder / f"{ONNX}{'' if name == unfolded(name) else FOLDED}.onnx"
 
 
 def freeze(model: nn.Module, shape: Shape, kind: torch.dtype) -> torch.jit.ScriptModule:
@@ -103,17 +144,18 @@ def in_bf16(module: torch.jit.ScriptModule) -> Callable[[Tensor], Tensor]:
 
 def load(model: SweepModel, folder: Path) -> Predict:
     """The model, freshly loaded from its own folder or from what `prepare_baseline` has written to `folder`."""
-    if model.name == "fp32_onnx":
+    plain, exported = unfolded(model.name), _onnx_file(model.name, folder)
+    if plain == ONNX:
         from qexp.models.onnx_file import OnnxClassifier
 
-        return OnnxClassifier(folder / "fp32_onnx.onnx").forward  # as load_stored does
-    if model.name in IN_OPENVINO:
+        return OnnxClassifier(exported).forward  # as load_stored does
+    if plain in IN_OPENVINO:
         from qexp.models.openvino_file import OpenvinoClassifier
 
-        return OpenvinoClassifier.of_file(folder / "fp32_onnx.onnx", bf16=model.name == BF16_OPENVINO).forward
-    if model.name == EAGER:
+        return OpenvinoClassifier.of_file(exported, bf16=plain == BF16_OPENVINO).forward
+    if plain == EAGER:
         return load_module(folder / f"{EAGER}.pt")  # which this process has written
-    if model.name in ("fp32_traced", BF16):
+    if plain in (TRACED, BF16):
         module = torch.jit.load(folder / f"{model.name}.pt")
-        return in_bf16(module) if model.name == BF16 else module
+        return in_bf16(module) if plain == BF16 else module
     return load_stored(Path(model.folder), model.backend)

@@ -13,7 +13,7 @@ from qexp.config import Config
 from qexp.errors import InputError, first_line
 from qexp.measurement.accuracy import predict_logits
 from qexp.measurement.agreement import LogitsAgreement, compare_logits
-from qexp.measurement.sweep_models import int8_models
+from qexp.measurement.sweep_models import backend_in
 from qexp.measurement.verdict import decide_verdict
 from qexp.models.names import parse_version_uri
 from qexp.models.stored import load_stored
@@ -118,10 +118,10 @@ def logits_here(evidence: LatencyEvidence, files: LocalVersions) -> dict[str, Lo
         if (recorded := read_recorded(version)) is None:
             continue
         engine = tags_of(version).engine
-        kernels = {one.name: one.backend for one in int8_models("", engine, KERNELS[engine])}
+        backend = backend_in(evidence.name_of(uri), engine) or KERNELS[engine][0]
         before = torch.backends.quantized.engine
         try:
-            model = load_stored(Path(files.folders[uri]), kernels.get(evidence.name_of(uri)))
+            model = load_stored(Path(files.folders[uri]), backend)
             compared = compare_logits(recorded["logits"], predict_logits(model, recorded["images"]))
         except Exception as error:  # of a library, of images that were changed
             say(f"{uri}: its logits are not compared with those recorded: {first_line(error)}")

@@ -26,7 +26,7 @@ from qexp.pipeline.hosts import TABLE, known_hosts, logits_here
 from qexp.pipeline.job import Inputs, Job, open_job, run_at_the_top
 from qexp.pipeline.measure import ToTime, measure_bf16, time_versions
 from qexp.pipeline.promote import hold_against_champion
-from qexp.pipeline.quantize import calibration, find_sensitivity, quantize, sensitivity_images
+from qexp.pipeline.quantize import calibration, find_sensitivity, foldings, quantize, sensitivity_images
 from qexp.pipeline.report import report
 from qexp.pipeline.resume import Overrides, config_of_run, has_stage, model_of_run
 from qexp.pipeline.setup import (
@@ -208,12 +208,14 @@ def quantize_to_report(job: Job, setup: Setup, fp32: Fp32) -> Reported:
     """Everything that follows an fp32 model: quantize, measure, decide, report, and last of all the alias."""
     quantized = quantize_all(job, setup, fp32)
     config, host, dataset = setup
+    to_time = {int8.version_uri: ToTime.of(int8) for int8 in quantized.int8s}
+    folded = any(one.folded for one in to_time.values())
     latency = latency_stage(
         job,
         setup.config,
         fp32.version.uri,
-        {int8.version_uri: ToTime.of(int8) for int8 in quantized.int8s},
-        lambda: measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"]),
+        to_time,
+        lambda: measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"], folded),
     )
     evidence = decide(config, fp32.evidence, quantized.int8s, latency, quantized.failed)
     upload_decision(evidence)
@@ -244,7 +246,7 @@ def quantize_all(job: Job, setup: Setup, fp32: Fp32) -> Quantized:
     """
     int8s, failed = list[Int8Evidence](), dict[str, str]()
     any_will_do = setup.config.quick and not setup.config.quantize.engine
-    engines = engines_of(setup.config, is_onnx(fp32.model))
+    engines, folds = engines_of(setup.config, is_onnx(fp32.model)), foldings(setup.config, fp32)
     if not (setup.config.quantize.engine or any_will_do or is_onnx(fp32.model)):
         failed = why_missing(KERNELS)
     setup = setup._replace(config=setup.config.with_engines(*engines))
@@ -252,16 +254,23 @@ def quantize_all(job: Job, setup: Setup, fp32: Fp32) -> Quantized:
     for engine in engines:
         if any_will_do and int8s:
             break
-        try:
-            int8s.append(quantize_stage(job, setup, fp32, engine, sensitivity))
-        except StoreError:
-            raise
-        except StageError as error:
-            if engine == engines[-1] and not int8s:
+        for fold in folds:
+            name = _name_of(engine, fold)
+            try:
+                int8s.append(quantize_stage(job, setup, fp32, engine, sensitivity, fold))
+            except StoreError:
                 raise
-            say(f"continuing without engine {engine}: {error}")
-            failed[engine] = str(error)
+            except StageError as error:
+                if engine == engines[-1] and not int8s:
+                    raise
+                say(f"continuing without engine {name}: {error}")
+                failed[name] = str(error)
+                break
     return Quantized(int8s, failed)
+
+
+def _name_of(engine: str, fold: bool) -> str:
+    return f"{engine} with a pool folded away" if fold else engine
 
 
 def sensitivity_stage(job: Job, setup: Setup, fp32: Fp32) -> SensitivityResult | None:
@@ -279,16 +288,18 @@ def sensitivity_stage(job: Job, setup: Setup, fp32: Fp32) -> SensitivityResult |
 
 
 def quantize_stage(
-    job: Job, setup: Setup, fp32: Fp32, engine: str, sensitivity: SensitivityResult | None
+    job: Job, setup: Setup, fp32: Fp32, engine: str, sensitivity: SensitivityResult | None, fold: bool
 ) -> Int8Evidence:
-    """An int8 version of the registry, made with one engine."""
-    config = setup.config.model_copy(update={"quantize": setup.config.quantize.only(engine)})
+    """An int8 version of the registry, made with one engine, with or without a pool folded away."""
+    must_fold = fold and setup.config.quantize.fold_pool is None  # or it would be the same version twice
+    options = setup.config.quantize.only(engine).with_folding(fold)
+    config = setup.config.model_copy(update={"quantize": options})
     subset, digest = calibration(config, setup.dataset)
     return job.stage(
-        f"quantize-{engine}-{len(subset)}",
+        f"quantize-{engine}{'-folded' if fold else ''}-{len(subset)}",
         f"Quantization of `{opaque(fp32.version.uri)}`.",
         config,
-        lambda folder: quantize(config, setup.host, setup.dataset, fp32, sensitivity),
+        lambda folder: quantize(config, setup.host, setup.dataset, fp32, sensitivity, must_fold),
         read=loading.int8_of_run,
         inputs=Inputs(setup.dataset, calibration=(subset, digest)),
     )
@@ -389,6 +400,7 @@ def _figures_of(fp32: Fp32, int8: Int8Evidence) -> Summary:
     return {
         "int8": int8.version_uri,
         "engine": int8.quantize.engine,
+        **({"folded": True} if int8.quantize.folded else {}),
         "int8_top1_percent": int8.accuracy["test"].top1_percent,
         "top1_drop_points": int8.comparison["test"].top1_drop_points,
         "size_ratio": fp32.version.size_bytes / int8.size_bytes,
@@ -450,7 +462,8 @@ def summary_of(command: str, done: Reported) -> Summary:
     """What the last line of a command that has made a report shows; on a terminal, the report's first table."""
     evidence = done.evidence
     uris = {"fp32": evidence.fp32.version_uri, "int8": evidence.int8.version_uri, "report": done.report_uri}
-    engine = {"engine": evidence.int8.quantize.engine}
+    engine: Summary = {"engine": evidence.int8.quantize.engine}
+    engine |= {"folded": True} if evidence.int8.quantize.folded else {}
     found = evidence.decision | evidence.headline | evidence.images_seen_before
     found |= _threads_of(evidence.measured.best_threads(evidence.name, evidence.floats))
     return {"command": command, "run_id": done.run_id, **uris, **engine, **found, TABLE: answer_table(evidence)}

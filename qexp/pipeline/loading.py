@@ -161,13 +161,14 @@ def int8_of_run(run_id: str) -> Int8Evidence:
 def to_time(found: ModelVersion) -> ToTime:
     """A registered int8 version as a sweep takes it: in the runtimes in which its accuracy was measured."""
     tags = tags_of(found)
+    folded = bool(tags.folded)
     if tags.engine != "onnx":
-        return ToTime(tags.engine)
+        return ToTime(tags.engine, folded=folded)
     try:
         with tags.followed("quantize_run_id") as run_id:
             return ToTime.of(int8_of_run(run_id))
     except InputError as error:
-        return ToTime(tags.engine, {OPENVINO: f"its accuracy there is not known: {error}"})
+        return ToTime(tags.engine, {OPENVINO: f"its accuracy there is not known: {error}"}, folded)
 
 
 def bf16_of(found: ModelVersion) -> dict[str, Bf16Evidence]:

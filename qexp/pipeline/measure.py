@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset
-from qexp.errors import first_line
+from qexp.errors import StageError, first_line
 from qexp.foundation.extras import has_openvino, how_to_install
 from qexp.measurement.accuracy import compare, measure_accuracy, predict_logits
 from qexp.measurement.host import Host
@@ -29,12 +29,15 @@ from qexp.measurement.sweep_models import (
     IN_OPENVINO,
     ROUNDED,
     SweepModel,
+    folded_baselines,
     freeze,
     in_bf16,
     int8_models,
+    unfolded,
 )
+from qexp.models.folding import folded as folded_model
 from qexp.models.names import OPENVINO
-from qexp.models.preprocessing import preprocessing_of
+from qexp.models.preprocessing import Shape, preprocessing_of
 from qexp.models.taken import is_onnx
 from qexp.pipeline.shares import predict_part
 from qexp.progress import say
@@ -52,16 +55,16 @@ def predict_splits(
 
 
 def measure_bf16(
-    config: Config, host: Host, dataset: Dataset, model: Any, fp32_logits: Tensor
+    config: Config, host: Host, dataset: Dataset, model: Any, fp32_logits: Tensor, folded: bool = False
 ) -> dict[str, Bf16Evidence]:
     """Size and accuracy of the baselines in bf16 on the test images, by name; without those that are not timed, or do
-    not run."""
+    not run. With `folded`, also of those in which a pool is folded away."""
     found = {}
-    for name in ROUNDED:
-        if why_not_timed(name, config, host, is_onnx(model)):
-            continue
+    timed = [name for name in ROUNDED if not why_not_timed(name, config, host, is_onnx(model))]
+    for name in (*timed, *(folded_baselines(timed) if timed and folded else ())):
         try:
-            predict, size_bytes = _in_openvino(model) if name == BF16_OPENVINO else _in_torch(model)
+            make = _in_openvino if unfolded(name) == BF16_OPENVINO else _in_torch
+            predict, size_bytes = make(model if name == unfolded(name) else _folded(model), model.spec.shape)
             logits = predict_logits(predict, dataset.test.images, label=f"{name} on test images")
         except Exception as error:  # whatever an operation without bf16 raises
             say(f"the accuracy of {name} is not measured: {first_line(error)}")
@@ -72,15 +75,23 @@ def measure_bf16(
     return found
 
 
-def _in_torch(model: Any) -> tuple[Callable[[Tensor], Tensor], int]:
+def _folded(model: Any) -> nn.Module:
+    example = torch.rand(2, *model.spec.shape, generator=torch.Generator().manual_seed(0))
+    found = folded_model(model, example)
+    if found is None:
+        raise StageError("it has no pool that can be folded away")
+    return found
+
+
+def _in_torch(model: Any, shape: Shape) -> tuple[Callable[[Tensor], Tensor], int]:
     """The model in bf16 by TorchScript, and the bytes of its file."""
     saved = io.BytesIO()
-    module = freeze(copy.deepcopy(model), model.spec.shape, torch.bfloat16)
+    module = freeze(copy.deepcopy(model), shape, torch.bfloat16)
     torch.jit.save(module, saved)
     return in_bf16(module), saved.tell()
 
 
-def _in_openvino(model: Any) -> tuple[Callable[[Tensor], Tensor], int]:
+def _in_openvino(model: Any, shape: Shape) -> tuple[Callable[[Tensor], Tensor], int]:
     """The model in bf16 by OpenVINO, and the bytes of its ONNX file."""
     from qexp.models.onnx_file import export
     from qexp.models.openvino_file import OpenvinoClassifier
@@ -89,26 +100,28 @@ def _in_openvino(model: Any) -> tuple[Callable[[Tensor], Tensor], int]:
         content = model.canonical.SerializeToString()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            export(copy.deepcopy(model), torch.zeros(2, *model.spec.shape), file := Path(folder, "fp32.onnx"))
+            export(copy.deepcopy(model), torch.zeros(2, *shape), file := Path(folder, "fp32.onnx"))
             content = file.read_bytes()
     return OpenvinoClassifier(content, bf16=True).forward, len(content)
 
 
 @dataclass(frozen=True)
 class ToTime:
-    """An int8 version of a sweep: its engine, and of the kernels and runtimes of that engine those that must not be
-    timed, with the reasons."""
+    """An int8 version of a sweep: its engine, of the kernels and runtimes of that engine those that must not be timed,
+    with the reasons, and whether a pool was folded away."""
 
     engine: str
     left_out: Mapping[str, str] = field(default_factory=dict)
+    folded: bool = False
 
     @classmethod
     def of(cls, int8: Int8Evidence) -> "ToTime":
         """A version whose accuracy in each runtime is known, or why it is not."""
+        folded = int8.quantize.folded
         if OPENVINO in int8.runtimes:
-            return cls(int8.quantize.engine)
+            return cls(int8.quantize.engine, folded=folded)
         why = int8.runtimes_left_out.get(OPENVINO, "its accuracy there was not measured when the version was made")
-        return cls(int8.quantize.engine, {OPENVINO: why})
+        return cls(int8.quantize.engine, {OPENVINO: why}, folded)
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,8 @@ def time_versions(
         bf16: what `measure_bf16` has found, to be shown with the times of those baselines that are timed.
         environment: of the subprocess.
     """
-    timed = {uri: _with_kernels(config, files.folders[uri], int8.engine) for uri, int8 in int8s.items()}
+    timed = {uri: _with_kernels(config, files.folders[uri], int8) for uri, int8 in int8s.items()}
+    folded = any(int8.folded for int8 in int8s.values())
     gone = {
         model.name: reason for uri, int8 in int8s.items() for model in timed[uri] if (reason := _why_not(model, int8))
     }
@@ -148,7 +162,7 @@ def time_versions(
         say(f"{name} is left out: {reason}")
     models = [model for found in timed.values() for model in found if model.name not in gone]
     results = [
-        time_models(config, replace(host, threads=threads), files, models, models[0].name, environment)
+        time_models(config, replace(host, threads=threads), files, models, models[0].name, environment, folded)
         for threads in thread_counts(config, host)
     ]
     result, *others = (replace(one, models_left_out=gone | one.models_left_out) for one in results)
@@ -165,13 +179,17 @@ def time_versions(
         replace(host, threads=result.threads),
         run_id="",
         other_threads=tuple(others),
-        **rounded_fields(config, host, bf16),
+        **rounded_fields(config, host, bf16, folded),
     )
 
 
-def rounded_fields(config: Config, host: Host, found: Mapping[str, Bf16Evidence]) -> dict[str, Any]:
+def rounded_fields(
+    config: Config, host: Host, found: Mapping[str, Bf16Evidence], folded: bool = False
+) -> dict[str, Any]:
     """What is known of the baselines in bf16 that are timed, by the fields of `LatencyEvidence`."""
-    return {name: found.get(name) for name in ROUNDED if not why_not_timed(name, config, host)}
+    timed = [name for name in ROUNDED if not why_not_timed(name, config, host)]
+    without_pool = {name: found[name] for name in folded_baselines(timed) if name in found} if folded else {}
+    return {name: found.get(name) for name in timed} | {"folded_bf16": without_pool}
 
 
 def thread_counts(config: Config, host: Host) -> list[int]:
@@ -189,9 +207,10 @@ def time_models(
     int8: Sequence[SweepModel],
     repeated: str,
     environment: dict[str, str],
+    folded: bool = False,
 ) -> LatencyResult:
     """Time the baselines and these int8 models in a clean subprocess on `host.threads` threads, the model named
-    `repeated` twice."""
+    `repeated` twice. With `folded`, a pool is folded away in some of them: baselines are then timed folded, too."""
     asked: Sequence[str] = config.latency.baselines
     baselines, gone = list[str](), dict[str, str]()
     for name in asked:
@@ -203,6 +222,7 @@ def time_models(
             baselines.append(name)
     for name, reason in gone.items():
         say(f"baseline {name} is left out: {reason}")
+    baselines += folded_baselines(baselines) if folded else ()
     models = [SweepModel(name, files.fp32_folder) for name in (BASELINE, *baselines)] + list(int8)
     shape = preprocessing_of(config.data, config.preprocess).shape
     request = SweepRequest(tuple(models), repeated, str(files.weights), shape, host.threads, config.latency)
@@ -234,11 +254,12 @@ def _why_not(model: SweepModel, int8: ToTime) -> str:
     return int8.left_out.get(str(model.backend), "")
 
 
-def _with_kernels(config: Config, folder: str, engine: str) -> tuple[SweepModel, ...]:
+def _with_kernels(config: Config, folder: str, int8: ToTime) -> tuple[SweepModel, ...]:
     """The default kernels or runtime, and beside them the others, or the one of them that was asked for."""
-    default, *others = KERNELS[engine]
+    default, *others = KERNELS[int8.engine]
     asked = config.quantize.backend
-    return int8_models(folder, engine, (default, *(one for one in others if asked in (None, one))))
+    backends = (default, *(one for one in others if asked in (None, one)))
+    return int8_models(folder, int8.engine, backends, int8.folded)
 
 
 def _fastest_first(config: Config, result: LatencyResult, found: Sequence[SweepModel]) -> tuple[str, ...]:

@@ -185,7 +185,8 @@ def _bf16(
     """What the candidate's own job has found of the baselines in bf16, or else what is measured here."""
     if found := bf16_of(candidate):
         return found
-    return measure_bf16(config, host, dataset, load_weights(registry.source_of(candidate)), fp32_logits)
+    model, folded = load_weights(registry.source_of(candidate)), bool(tags_of(candidate).folded)
+    return measure_bf16(config, host, dataset, model, fp32_logits, folded)
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,12 @@ def _time(
     config: Config, host: Host, versions: dict[str, ModelVersion], bf16: dict[str, Bf16Evidence]
 ) -> LatencyEvidence:
     """The candidate and the champion, with the kernels that `qexp.load` gives, beside fp32."""
-    fp32_uri, host = tags_of(versions[CANDIDATE]).fp32_uri, replace(host, threads=thread_counts(config, host)[0])
+    tags = tags_of(versions[CANDIDATE])
+    fp32_uri, folded, host = tags.fp32_uri, bool(tags.folded), replace(host, threads=thread_counts(config, host)[0])
     with local_files(fp32_uri, *map(uri_of, versions.values())) as files:
         folders = {name: files.folders[uri_of(one)] for name, one in versions.items()}
         models = [SweepModel(name, folders[name], registry.backend_of(one)) for name, one in versions.items()]
         environment = registry.child_environment(host.threads)
-        result = time_models(config, host, files, models, CANDIDATE, environment)
+        result = time_models(config, host, files, models, CANDIDATE, environment, folded)
     names: dict[str, tuple[str, ...]] = {uri_of(one): (name,) for name, one in versions.items()}
-    return LatencyEvidence(fp32_uri, names, result, host, run_id="", **rounded_fields(config, host, bf16))
+    return LatencyEvidence(fp32_uri, names, result, host, run_id="", **rounded_fields(config, host, bf16, folded))

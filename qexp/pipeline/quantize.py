@@ -11,19 +11,21 @@ from torch import Tensor
 
 from qexp.config import Config
 from qexp.data.datasets import Dataset, Split, calibration_count, calibration_subset, stratified_sample
-from qexp.errors import first_line
+from qexp.errors import StageError, first_line
 from qexp.foundation.extras import has_openvino
 from qexp.measurement.accuracy import Comparison, compare, predict_logits, to_float
 from qexp.measurement.cost import Cost, layer_table, measure_cost
 from qexp.measurement.host import Host
 from qexp.measurement.latency import AGAIN, Run, measure_latency
+from qexp.models.folding import folded
 from qexp.models.names import ONNXRUNTIME, OPENVINO
+from qexp.models.taken import is_onnx
 from qexp.pipeline.measure import predict_splits
 from qexp.pipeline.train import accuracy_of, lineage, verification_images
 from qexp.progress import say
 from qexp.quantization import QuantizedModel, keepable_layers, quantize_model
 from qexp.quantization.budget import BudgetResult, quantize_within_budget
-from qexp.quantization.cleanup import clean, folded_layers
+from qexp.quantization.cleanup import clean
 from qexp.quantization.equivalence import check_kernels
 from qexp.quantization.rebuild import calls_functions, with_layers
 from qexp.quantization.result import QuantizeResult
@@ -50,11 +52,24 @@ def find_sensitivity(config: Config, host: Host, dataset: Dataset, fp32: Fp32) -
     chosen = stratified_sample(held_out.labels, min(sensitivity_images(config), len(held_out)), config.seed)
     split = held_out.subset(chosen)
     example = to_float(subset.pixels()[:2])
-    source = clean(fp32.model, example, options.fold_pool)
+    fold = bool(options.fold_pool)
+    source = clean(fp32.model, example, fold)
     if calls_functions(source, example):
-        source = with_layers(source, example, options.fold_pool) or source
+        source = with_layers(source, example, fold) or source
     reduce_range = not host.has_int8_dot_product
     return measure_sensitivity(source, subset.pixels(), split.pixels(), split.labels, options, reduce_range)
+
+
+def foldings(config: Config, fp32: Fp32) -> tuple[bool, ...]:
+    """Whether a pool is folded away, of each version that every engine makes: as asked for, or without and, where there
+    is such a pool, with it."""
+    fold = config.quantize.fold_pool
+    if fold is not None:
+        return (fold,)
+    if is_onnx(fp32.model):
+        return (False,)
+    example = torch.rand(2, *fp32.model.spec.shape, generator=torch.Generator().manual_seed(0))
+    return (False, True) if folded(fp32.model, example) is not None else (False,)
 
 
 def layer_order(model: Any, sensitivity: SensitivityResult) -> tuple[str, ...]:
@@ -66,16 +81,30 @@ def layer_order(model: Any, sensitivity: SensitivityResult) -> tuple[str, ...]:
 
 
 def quantize(
-    config: Config, host: Host, dataset: Dataset, fp32: Fp32, sensitivity: SensitivityResult | None = None
+    config: Config,
+    host: Host,
+    dataset: Dataset,
+    fp32: Fp32,
+    sensitivity: SensitivityResult | None = None,
+    must_fold: bool = False,
 ) -> NewModel:
-    """Quantize with the one engine of `config`, and compare both models on the same images."""
-    engine = config.quantize.one_engine
+    """Quantize with the one engine of `config`, and compare both models on the same images.
+
+    Raises:
+        StageError: the engine cannot quantize the model, or with `must_fold` no pool is folded away.
+    """
     subset, digest = calibration(config, dataset)
     warn_of_reduced_range(host)
     quantized, budget = _quantize(config, host, dataset, fp32, subset, sensitivity)
+    label = quantized.result.label
+    if config.quantize.fold_pool and not quantized.result.folded:
+        none = f"{config.model} has no pool that only enlarges its map before a linear layer"
+        if must_fold:
+            raise StageError(f"engine {label}: {none}")
+        say(f"fold_pool: {none}; nothing folded")
     if layers := quantized.result.saturating_layers:
         say(f"{_reason_of(quantized.result)}: {SATURATION}, so the weights of {len(layers)} layers have 7 bits")
-    logits = predict_splits(quantized, dataset, f"int8 {engine}", tuple(fp32.logits))
+    logits = predict_splits(quantized, dataset, f"int8 {label}", tuple(fp32.logits))
     accuracy, comparison = accuracy_of(logits, dataset), _compared(fp32.logits, logits, dataset)
     runtimes, left_out = _other_runtimes(config, quantized, subset, dataset, fp32.logits, logits)
     fp32_cost = _cost_of_fp32(config, fp32, quantized)
@@ -85,7 +114,7 @@ def quantize(
         quantize=quantized.result,
         calibration_digest=digest,
         fp32_cost=fp32_cost,
-        cost=_cost_of_int8(config, fp32, quantized, fp32_cost),
+        cost=_cost_of_int8(config, fp32, quantized) if quantized.result.folded else fp32_cost,
         accuracy=accuracy,
         comparison=comparison,
         sensitivity=sensitivity,
@@ -183,13 +212,8 @@ def _cost_of_fp32(config: Config, fp32: Fp32, quantized: QuantizedModel) -> Cost
     return measure_cost(fp32.model, fp32.model.spec.shape, sizes, layers)
 
 
-def _cost_of_int8(config: Config, fp32: Fp32, quantized: QuantizedModel, fp32_cost: Cost) -> Cost:
-    """That of the fp32 model, unless a pool was folded away."""
-    if not config.quantize.fold_pool:
-        return fp32_cost
-    if not folded_layers(fp32.model, quantized.source):
-        say(f"fold_pool: {config.model} has no pool that only repeats a 1x1 map before a linear layer; nothing folded")
-        return fp32_cost
+def _cost_of_int8(config: Config, fp32: Fp32, quantized: QuantizedModel) -> Cost:
+    """Where it is not that of the fp32 model, as a pool was folded away."""
     sizes, layers = config.latency.batch_sizes, quantized.result.int8_layers
     return measure_cost(quantized.source, fp32.model.spec.shape, sizes, layers)
 

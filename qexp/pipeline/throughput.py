@@ -14,7 +14,7 @@ from qexp.errors import InputError
 from qexp.foundation.text import opaque
 from qexp.measurement.host import Host, free_memory_bytes, read_cpus
 from qexp.measurement.load import LoadRequest, run_load
-from qexp.measurement.sweep_models import SweepModel, int8_models
+from qexp.measurement.sweep_models import SweepModel, backend_in
 from qexp.measurement.throughput import KINDS, Choice, Need, Served, Setting, ThroughputResult, settings
 from qexp.models.names import short_name
 from qexp.models.preprocessing import preprocessing_of
@@ -49,14 +49,13 @@ def run_throughput(config: Config, model_uri: str) -> dict[str, Any]:
     floats = known.fair_floats(config.gate.of(int8.name))
     wanted = {one: _fastest_float(known, floats, one) for one in _settings(config, host, known)}
     engine, name = tags_of(int8).engine, known.name_of(uri)
-    kernels = {one.name: one.backend for one in int8_models("", engine, KERNELS[engine])}
     job = Job(host, again=shlex.join(["qexp", "throughput", "--model-uri", uri]))
 
     def work(folder: Path) -> ThroughputEvidence:
         with job.files(fp32_uri, uri) as files:
             fitting, left_out = _that_fit_in_memory(list(wanted), files, uri)
             request = LoadRequest(
-                int8=SweepModel(name, files.folders[uri], kernels.get(name)),
+                int8=SweepModel(name, files.folders[uri], backend_in(name, engine) or KERNELS[engine][0]),
                 models=tuple(SweepModel(one, files.fp32_folder) for one in dict.fromkeys(wanted.values())),
                 settings=fitting,
                 floats=tuple(wanted[one] for one in fitting),

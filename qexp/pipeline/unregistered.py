@@ -52,12 +52,13 @@ def check_unregistered(config: Config, module: nn.Module | None = None) -> Evide
         setup = setup._replace(dataset=with_answers(dataset, fp32.model.spec, fp32.logits))
         quantized = quantize_all(job, setup, fp32)
         int8s = {int8.version_uri: ToTime.of(int8) for int8 in quantized.int8s}
+        folded = any(one.folded for one in int8s.values())
         latency = latency_stage(
             job,
             config,
             fp32.version.uri,
             int8s,
-            lambda: measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"]),
+            lambda: measure_bf16(config, host, dataset, fp32.model, fp32.logits["test"], folded),
         )
         evidence = decide(config, fp32.evidence, quantized.int8s, latency, quantized.failed)
         evidence = replace(evidence, champion=False)
@@ -90,7 +91,7 @@ class Unregistered(Job):
         with torch.no_grad():
             again = load_stored(place)(to_float(new.sample))
         same = torch.equal(again, new.expected)
-        uri = UNREGISTERED if isinstance(new.evidence, Fp32Evidence) else f"int8-{new.evidence.quantize.engine}"
+        uri = UNREGISTERED if isinstance(new.evidence, Fp32Evidence) else f"int8-{new.evidence.quantize.label}"
         evidence = replace(
             new.evidence, version_uri=uri, size_bytes=file.stat().st_size, contents=read_contents(file), verified=same
         )

@@ -23,7 +23,7 @@ from qexp.measurement.accuracy import to_float
 from qexp.measurement.host import read_host
 from qexp.models.names import RUNTIMES
 from qexp.quantization.attention import IN_PROJECTION
-from qexp.quantization.cleanup import clean
+from qexp.quantization.cleanup import clean, folded_layers
 from qexp.quantization.engines import fx
 from qexp.quantization.equivalence import MOST_IMAGES, check_kernels, check_sense
 from qexp.quantization.result import QuantizedModel, QuantizeResult
@@ -95,7 +95,7 @@ def _quantize_module(
     """What the engine made, with the layers of `model` in their order, and the model after its clean-up."""
     engine = options.one_engine
     with torch.no_grad():
-        source = clean(model, to_float(images[:2]), options.fold_pool)
+        source = clean(model, to_float(images[:2]), bool(options.fold_pool))
     constant = computed_before(model, source)
     found = _layer_names(source)
     layers = [name for name in _layer_names(model) if name not in constant]
@@ -114,6 +114,7 @@ def _quantize_module(
         made.result,
         int8_layers=tuple(name for name in layers if name in made.int8_layers),
         float_layers=tuple(dict.fromkeys([*missing, *(name for name in made.float_layers if name not in unused)])),
+        folded=bool(folded_layers(model, source) or folded_layers(model, made.source)),
     )
     return replace(made, result=result), source
 

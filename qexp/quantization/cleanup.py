@@ -15,6 +15,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
 
 from qexp.errors import StageError, first_line
+from qexp.models.folding import fold_pools
 from qexp.progress import say
 from qexp.quantization.attention import SelfAttention, replace_attention
 from qexp.quantization.equivalence import same_logits
@@ -22,7 +23,6 @@ from qexp.quantization.windows import replace_windows
 
 OTHER_FUNCTION = "torch.fx traces it as another function, as it does where a tensor is changed in place"
 ADDITIONS = ("add", "sub", "add_", "sub_")
-FLATTENS = (torch.flatten, "flatten")
 FOLDED = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
 
 
@@ -50,7 +50,7 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
 
     Args:
         example: float images [N, 3, H, W], for the shapes of the activations.
-        fold_pool: also fold an average pool that only repeats a 1x1 map into the linear layer after it. In a VGG at
+        fold_pool: also fold an average pool that only enlarges its map into the linear layer after it. In a VGG at
             32 px each of 512 values reaches the layer 49 times, so its 49 weights for each of them can be summed.
 
     Pools and flattening that only repeat or move values become operations that do just that, for which the engines have
@@ -124,7 +124,7 @@ def _cleaned(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
         attention = any(isinstance(module, SelfAttention) for module in traced.modules())
         cleaned: Any = fuse(traced, inplace=True, no_trace=not attention)
     if fold_pool:
-        _fold_repeating_pools(cleaned, example)
+        fold_pools(cleaned, example)
     _repeat_instead_of_averaging(cleaned, example)
     return cleaned.eval()
 
@@ -177,24 +177,6 @@ def _calls(model: fx.GraphModule) -> Counter[str]:
     return Counter(str(node.target) for node in model.graph.nodes if node.op == "call_module")
 
 
-def _fold_repeating_pools(model: fx.GraphModule, example: Tensor) -> None:
-    with torch.no_grad():
-        ShapeProp(model).propagate(example)
-    modules: dict[str, Any] = dict(model.named_modules())
-    calls = _calls(model)
-    for linear in list(model.graph.nodes):
-        layer = _module_of(linear, modules)
-        pool = _pool_before(linear, modules)
-        if not isinstance(layer, nn.Linear) or calls[str(linear.target)] > 1 or pool is None:
-            continue
-        before, after = (node.meta["tensor_meta"].shape for node in (pool.args[0], pool))
-        if before[2:] == (1, 1) and after[2:].numel() > 1 and layer.in_features == after[1:].numel():
-            _replace_weights(model, str(linear.target), layer, channels=before[1])
-            pool.replace_all_uses_with(pool.args[0])
-            model.graph.erase_node(pool)
-    model.recompile()
-
-
 def _repeat_instead_of_averaging(model: fx.GraphModule, example: Tensor) -> None:
     """An average over one value, to a larger map, is that value repeated: 0.04, not 7.9 ms for VGG16, batch 128."""
     with torch.no_grad():
@@ -235,28 +217,5 @@ def _averages_one_value(node: fx.Node) -> bool:
     )
 
 
-def _pool_before(node: fx.Node, modules: dict[str, Any]) -> Any:
-    """The pool whose flattened output `node` takes, and nothing else does; None if there is no such pool."""
-    flatten: Any = node.args[0] if node.args else None
-    if not isinstance(flatten, fx.Node) or len(flatten.users) > 1:
-        return None
-    if not (flatten.target in FLATTENS or isinstance(_module_of(flatten, modules), nn.Flatten)):
-        return None
-    pool: Any = flatten.args[0]
-    return pool if isinstance(_module_of(pool, modules), nn.AdaptiveAvgPool2d) and len(pool.users) == 1 else None
-
-
 def _module_of(node: Any, modules: dict[str, Any]) -> nn.Module | None:
     return modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
-
-
-def _replace_weights(model: fx.GraphModule, name: str, layer: nn.Linear, channels: int) -> None:
-    """Sum the weights of equal inputs; in double precision, so that the outputs stay within rounding."""
-    folded = nn.Linear(channels, layer.out_features, bias=layer.bias is not None)
-    with torch.no_grad():
-        sums = layer.weight.double().view(layer.out_features, channels, -1).sum(2)
-        folded.weight.copy_(sums)
-        if layer.bias is not None:
-            folded.bias.copy_(layer.bias)
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, folded)

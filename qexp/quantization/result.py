@@ -25,7 +25,8 @@ class QuantizeResult:
     With `reduce_range`, all weights have 7 bits; those of `saturating_layers` have, whatever the CPU. `kept_layers` are
     those of `float_layers` that were asked to stay fp32. `load_backend` is what `torch.backends.quantized.engine` must
     be at load for the speed of `backend`, or the runtime of an ONNX file; None: any, or ONNX Runtime. `percentile` is
-    that of the observer of this name, None with others. `duration_s` is 0 until all is done.
+    that of the observer of this name, None with others. `folded`: a pool was folded into a linear layer before.
+    `duration_s` is 0 until all is done.
     """
 
     engine: str
@@ -41,6 +42,12 @@ class QuantizeResult:
     kept_layers: tuple[str, ...] = ()
     saturating_layers: tuple[str, ...] = ()
     percentile: Percent | None = None
+    folded: bool = False
+
+    @property
+    def label(self) -> str:
+        """The engine, and whether a pool was folded away: tells the versions of one model apart."""
+        return f"{self.engine}_folded" if self.folded else self.engine
 
     @classmethod
     def with_options(
@@ -170,7 +177,7 @@ class QuantizedModel(Shown):
             tags["runtime"] = result.load_backend or ONNXRUNTIME
         elif result.load_backend:
             tags["backend"] = result.load_backend
-        tags |= {"calibration_samples": result.calibration_images}
+        tags |= {"calibration_samples": result.calibration_images} | ({"folded": "true"} if result.folded else {})
         return tags | {"float_layers": ",".join(result.float_layers) or "none"}
 
     def tables(self) -> tuple[Table, ...]:
@@ -181,6 +188,7 @@ class QuantizedModel(Shown):
         rows = (
             ("layers in int8", f"{len(self.int8_layers)} of {layers}"),
             ("layers in fp32", ", ".join(self.float_layers) or "none"),
+            *([("folded", "a pool, into the linear layer after it")] if result.folded else []),
             ("weights, bits", bits),
             ("weight scales", "one a channel" if result.per_channel else "one a layer"),
             ("observer of activations", result.observer),

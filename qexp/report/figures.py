@@ -122,7 +122,7 @@ def _accuracy_bars(axes: Axes, evidence: Evidence) -> None:
 
 def _model_size(axes: Axes, evidence: Evidence) -> None:
     sizes = [evidence.fp32.size_bytes / 1e6, *(judged.int8.size_bytes / 1e6 for judged in evidence.versions)]
-    labels = ["fp32", *(judged.int8.quantize.engine for judged in evidence.versions)]
+    labels = ["fp32", *(judged.int8.quantize.label for judged in evidence.versions)]
     labels[1:] = ["int8"] if len(labels) == 2 else [f"int8 {engine}" for engine in labels[1:]]
     bars = axes.bar(labels, sizes, 0.55, color=[FP32] + [INT8] * (len(sizes) - 1))
     axes.bar_label(bars, fmt="%.2f MB", fontsize=8)

@@ -21,7 +21,7 @@ from qexp.measurement.cost import Cost
 from qexp.measurement.gate import DROP, GateResult, Succession
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult, Ratio, Speedup
-from qexp.measurement.sweep_models import BF16, BF16_OPENVINO, ROUNDED
+from qexp.measurement.sweep_models import BF16, BF16_OPENVINO, rounds
 from qexp.measurement.threads import ThreadsRow, best_threads
 from qexp.measurement.throughput import Choice, Kind, Need, ThroughputResult
 from qexp.measurement.verdict import Verdict, decide_verdict
@@ -198,7 +198,8 @@ class LatencyEvidence:
     """The latency sweep of registered versions and the machine that it ran on.
 
     `names` has the names under which each int8 version was timed, by its URI: the fastest kernels first. `bf16` is
-    there where that baseline was timed by a job that had the test images; `bf16_openvino` likewise. `logits` has, by
+    there where that baseline was timed by a job that had the test images; `bf16_openvino` likewise, and `folded_bf16`
+    by their names those in which a pool was folded away. `logits` has, by
     the URI of an int8 version that was quantized before, its logits here beside those that were recorded. `latency` is
     the sweep that decides; `other_threads` are those on other numbers of threads.
     """
@@ -212,6 +213,7 @@ class LatencyEvidence:
     bf16_openvino: Bf16Evidence | None = None
     logits: dict[str, LogitsAgreement] = field(default_factory=dict)
     other_threads: tuple[LatencyResult, ...] = ()
+    folded_bf16: dict[str, Bf16Evidence] = field(default_factory=dict)
 
     def check(self) -> None:
         """As that of `Fp32Evidence`."""
@@ -230,7 +232,7 @@ class LatencyEvidence:
     def rounded(self) -> dict[str, Bf16Evidence]:
         """What is known of the floats that round, by name."""
         found = {BF16: self.bf16, BF16_OPENVINO: self.bf16_openvino}
-        return {name: one for name, one in found.items() if one}
+        return {name: one for name, one in found.items() if one} | self.folded_bf16
 
     @property
     def floats(self) -> tuple[str, ...]:
@@ -256,7 +258,7 @@ class LatencyEvidence:
             least, _ = share_interval(found.accuracy.top1_percent, found.accuracy.images)
             return limits.min_top1 is None or least >= limits.min_top1
 
-        return tuple(name for name in self.floats if name not in ROUNDED or is_accurate(self.rounded.get(name)))
+        return tuple(name for name in self.floats if not rounds(name) or is_accurate(self.rounded.get(name)))
 
 
 @dataclass(frozen=True)
@@ -368,6 +370,16 @@ class Evidence:
         best = self.latency.winner(self.floats)
         uri = self.fp32.version_uri
         return uri if best == self.latency.baseline else f"{best}, made from {uri}"
+
+    @property
+    def folded(self) -> Judged | None:
+        """The best of the versions in which a pool is folded away; None where there is none."""
+        return next((one for one in self.versions if one.int8.quantize.folded), None)
+
+    @property
+    def folded_cost(self) -> Cost | None:
+        """What the model costs with a pool folded away, in float as in int8."""
+        return self.folded.int8.cost if self.folded else None
 
     def over_floats(self, name: str) -> Ratio:
         """The fastest float's time at each batch size over that of an int8 model: the weighted geometric mean."""

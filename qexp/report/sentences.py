@@ -8,11 +8,20 @@ from itertools import pairwise
 
 from qexp.foundation.waiting import PASSIVE
 from qexp.measurement.accuracy import Accuracy, share_interval
-from qexp.measurement.cost import TORCHINFO
+from qexp.measurement.cost import TORCHINFO, Cost
 from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, VERIFIED
 from qexp.measurement.host import Host
 from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, LatencyResult, LatencyRow, Ratio
-from qexp.measurement.sweep_models import BASELINE, BF16, BF16_OPENVINO, EAGER, FP32_OPENVINO, ROUNDED, backend_in
+from qexp.measurement.sweep_models import (
+    BASELINE,
+    BF16,
+    BF16_OPENVINO,
+    EAGER,
+    FP32_OPENVINO,
+    backend_in,
+    rounds,
+    unfolded,
+)
 from qexp.measurement.throughput import KINDS
 from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASURED
 from qexp.models.names import ONNXRUNTIME, OPENVINO
@@ -24,6 +33,7 @@ from qexp.report.hosts import several_kinds as several_kinds
 from qexp.report.results import DataFacts, Evidence, Int8Evidence, ThroughputEvidence
 
 SAME_SPEED = 0.05  # times saved that differ by less than 5 % do not grow
+FOLDED_AWAY = ", with the pool folded into the linear layer after it"
 FLOATS = {
     BASELINE: "the registered fp32 version, a program exported by PyTorch",
     EAGER: "the fp32 model in PyTorch's eager mode",
@@ -176,11 +186,14 @@ def alias(evidence: Evidence) -> str:
 
 def explained(evidence: Evidence) -> dict[str, str]:
     """What each model of the sweep is, by its name in the latency table."""
-    found = {name: FLOATS[name] for name in evidence.latency.rows[0].stats if name in FLOATS}
-    engines = {judged.int8.version_uri: judged.int8.quantize.engine for judged in evidence.versions}
+    floats = [name for name in evidence.latency.rows[0].stats if unfolded(name) in FLOATS]
+    found = {name: FLOATS[unfolded(name)] + ("" if name == unfolded(name) else FOLDED_AWAY) for name in floats}
+    versions = {judged.int8.version_uri: judged.int8.quantize for judged in evidence.versions}
     for uri, names in evidence.measured.names.items():
-        engine = engines.get(uri)
+        quantize = versions.get(uri)
+        engine = quantize.engine if quantize else None
         made = f", quantized by engine {engine} ({ENGINES[engine]})" if engine in ENGINES else ""
+        made += FOLDED_AWAY if quantize and quantize.folded else ""
         for name in names:
             backend = backend_in(name, engine) if engine else None
             kernels = ""
@@ -323,7 +336,7 @@ def _runtimes(int8: Int8Evidence) -> list[str]:
 
 def _bf16(evidence: Evidence) -> list[str]:
     """What the float models that round cost in accuracy, and whether int8 was compared with them."""
-    return [_bf16_in(evidence, name) for name in ROUNDED if name in evidence.measured.floats]
+    return [_bf16_in(evidence, name) for name in evidence.measured.floats if rounds(name)]
 
 
 def _bf16_in(evidence: Evidence, name: str) -> str:
@@ -335,7 +348,8 @@ def _bf16_in(evidence: Evidence, name: str) -> str:
         if name in evidence.floats
         else "It does not keep the gate's limits on accuracy, so int8 is not compared with it"
     )
-    where = "bf16" if name == BF16 else "bf16 in OpenVINO"
+    where = "bf16" if unfolded(name) == BF16 else "bf16 in OpenVINO"
+    where += "" if name == unfolded(name) else FOLDED_AWAY.removeprefix(",")
     return (
         f"In {where}, top-1 on the test images {changed(found.top1_drop_points)} (95 % interval of the drop "
         f"{low:+.2f} to {high:+.2f} points). {counts}."
@@ -387,6 +401,11 @@ def size(evidence: Evidence) -> list[str]:
     sentences = [f"The int8 file is {times(evidence.size_ratio, 'smaller', 'larger')} than the fp32 file."]
     if abs(evidence.size_ratio - 1) < 0.005:
         sentences = ["The files of int8 and fp32 have the same size."]
+    if evidence.int8.quantize.folded:
+        fewer = evidence.int8.fp32_cost.parameters / evidence.int8.cost.parameters
+        sentences.append(
+            f"Part of that is no gain of int8: with the pool folded away there are {fewer:.2f}x fewer parameters."
+        )
     before, after = evidence.fp32.contents, evidence.int8.contents
     if before and after and after.weights_bytes and before.weights_bytes:
         alone = times(before.weights_bytes / after.weights_bytes, "smaller", "larger")
@@ -405,10 +424,7 @@ def macs(evidence: Evidence) -> list[str]:
         sentences.append(f"MACs {'grow' if exact else 'do not grow'} in proportion to the batch size.")
     change = "Quantization leaves the MACs of each layer as they are"
     if cost.macs != counted.macs:
-        change = (
-            "Before quantization a pool was folded away, which cuts the MACs from "
-            f"{_macs_text(counted.macs[first])} to {_macs_text(cost.macs[first])} at batch size {first}"
-        )
+        change = f"Before quantization a pool was folded away, which cuts {_macs_cut(counted, cost)}"
     of_all = "the MACs of convolution and linear layers" if cost.counted_by == TORCHINFO else "all MACs"
     sentences.append(f"{change}; {cost.int8_percent:.1f} % of {of_all} run in int8{_left_fp32(evidence.int8)}.")
     if cost.no_layer_percent > 0:
@@ -422,10 +438,39 @@ def macs(evidence: Evidence) -> list[str]:
             "layer counts for one token only, and attention not at all."
         )
     return sentences + [
-        f"With engine {other.quantize.engine}, {other.cost.int8_percent:.1f} % run in int8{_left_fp32(other)}."
+        f"With engine {other.quantize.label}, {other.cost.int8_percent:.1f} % run in int8{_left_fp32(other)}."
         for other in (judged.int8 for judged in evidence.versions[1:])
         if other.quantize.float_layers != evidence.int8.quantize.float_layers
     ]
+
+
+def _macs_cut(before: Cost, after: Cost) -> str:
+    first = next(iter(before.macs))
+    return f"the MACs from {_macs_text(before.macs[first])} to {_macs_text(after.macs[first])} at batch size {first}"
+
+
+def folding(evidence: Evidence) -> list[str]:
+    """What folding alone gives and what int8 gives beside it; nothing where no version is folded, or no float is."""
+    folded = evidence.folded
+    plain = [name for name in evidence.floats if name == unfolded(name)]
+    small = [name for name in evidence.floats if name not in plain]
+    if not (folded and small and plain):
+        return []
+    before, after = folded.int8.fp32_cost, folded.int8.cost
+    result = evidence.latency
+    best = result.winner(small)
+    return [
+        "Models with `_folded` in their names compute the same with a smaller linear layer: the pool before it only "
+        f"enlarges its map, and is folded into its weights. That cuts the parameters from {before.parameters:,} to "
+        f"{after.parameters:,} and {_macs_cut(before, after)}, in float as in int8.",
+        f"Folding is not quantization: `{best}` is {_ratio(result.mean_ratio(plain, best))} as fast as the fastest "
+        f"float that is not folded, and `{folded.name}` is {_ratio(result.mean_ratio(small, folded.name))} as fast as "
+        "the fastest folded float, in the mean over batch sizes.",
+    ]
+
+
+def _ratio(found: Ratio) -> str:
+    return f"{found.median:.2f}x ({found.low:.2f} to {found.high:.2f})"
 
 
 def _left_fp32(int8: Int8Evidence) -> str:
@@ -446,6 +491,7 @@ def latency(evidence: Evidence) -> list[str]:
         over_floats,
         *_saved(evidence),
         over_fp32,
+        *folding(evidence),
         *(f"**These times do not support a verdict**: {reason}." for reason in unsupported),
         *_kernels(evidence),
     ]
@@ -701,7 +747,7 @@ def budget(evidence: Evidence) -> list[str]:
     """Which layers went back to fp32, and what that cost, for each int8 version."""
     several = len(evidence.versions) > 1
     return [
-        f"Engine {judged.int8.quantize.engine}: {sentence}" if several else sentence
+        f"Engine {judged.int8.quantize.label}: {sentence}" if several else sentence
         for judged in evidence.versions
         for sentence in _budget_of(judged.int8)
     ]

@@ -6,6 +6,7 @@ from qexp.measurement.accuracy import Accuracy, share_interval
 from qexp.measurement.gate import AGREEMENT, DROP, SIZE, SPEED, TOP1, TRAINED, VERIFIED, GateCheck
 from qexp.measurement.host import too_many_threads
 from qexp.measurement.latency import LatencyRow, LatencyStats, Ratio
+from qexp.measurement.sweep_models import BF16, FOLDED
 from qexp.measurement.threads import ThreadsRow
 from qexp.measurement.throughput import COLUMNS as COLUMNS_OF_THROUGHPUT
 from qexp.measurement.throughput import KINDS
@@ -130,7 +131,7 @@ def accuracy(evidence: Evidence) -> Table:
     """Parameters, size, and accuracy on training and test images, as the seed report has them."""
     header = ["Model", "Parameters", "Size, MB", "Top-1 train", "Top-3 train", "Top-1 test", "Top-3 test"]
     rows = []
-    parameters = evidence.int8.fp32_cost.parameters
+    parameters, without_pool = evidence.int8.fp32_cost.parameters, evidence.folded_cost
     models: list[tuple[str, int, Fp32Evidence | Int8Evidence]] = [("fp32", parameters, evidence.fp32)]
     for judged in evidence.versions:
         int8, label = judged.int8, _label(evidence, judged.int8)
@@ -142,14 +143,16 @@ def accuracy(evidence: Evidence) -> Table:
     for name, count, model in models:
         shares = [share for split in ("train", "test") for share in _shares(model.accuracy.get(split))]
         rows.append([f"{evidence.fp32.model} {name}", f"{count:,}", f"{model.size_bytes / 1e6:.3f}", *shares])
-    if bf16 := evidence.measured.bf16:
-        shares = [*_shares(None), *_shares(bf16.accuracy)]
-        rows.append([f"{evidence.fp32.model} bf16", f"{parameters:,}", f"{bf16.size_bytes / 1e6:.3f}", *shares])
+    for name in (BF16, f"{BF16}{FOLDED}"):
+        if bf16 := evidence.measured.rounded.get(name):
+            shares = [*_shares(None), *_shares(bf16.accuracy)]
+            count = parameters if name == BF16 or not without_pool else without_pool.parameters
+            rows.append([f"{evidence.fp32.model} {name}", f"{count:,}", f"{bf16.size_bytes / 1e6:.3f}", *shares])
     return header, rows
 
 
 def _label(evidence: Evidence, int8: Int8Evidence) -> str:
-    return "int8" if len(evidence.versions) == 1 else f"int8 {int8.quantize.engine}"
+    return "int8" if len(evidence.versions) == 1 else f"int8 {int8.quantize.label}"
 
 
 def _shares(accuracy: Accuracy | None) -> list[str]:
@@ -172,10 +175,19 @@ def size(evidence: Evidence) -> Table | None:
 
 
 def macs(evidence: Evidence) -> Table:
-    """Multiply-accumulates of the fp32 model, and those in int8, by batch size."""
-    counted, cost = evidence.int8.fp32_cost, evidence.int8.cost
-    rows = [[str(batch), f"{counted.macs[batch]:,}", f"{cost.int8_macs[batch]:,}"] for batch in counted.macs]
-    return ["Batch size", "MACs per batch", "In int8, after quantization"], rows
+    """Multiply-accumulates of the fp32 model, of the folded one if there is one, and those in int8, by batch size."""
+    counted, cost, folded = evidence.int8.fp32_cost, evidence.int8.cost, evidence.folded_cost
+    rows = [
+        [
+            str(batch),
+            f"{counted.macs[batch]:,}",
+            *([f"{folded.macs[batch]:,}"] if folded else []),
+            f"{cost.int8_macs[batch]:,}",
+        ]
+        for batch in counted.macs
+    ]
+    after = ["With the pool folded away"] if folded else []
+    return ["Batch size", "MACs per batch", *after, "In int8, after quantization"], rows
 
 
 def latency(evidence: Evidence) -> Table:
@@ -307,7 +319,7 @@ def environment(evidence: Evidence) -> Table:
         ["Data", f"{data.name} from `{data.source}`, digest {data.digest}, {data.image_size_px} px"],
         ["Images", f"{data.train_images:,} train, {data.validation_images:,} validation, {data.test_images:,} test"],
         ["Training", sentences.training_setup(evidence)],
-        ["Quantization", f"engine {int8.quantize.engine}, {sentences.quantization(int8.quantize)}"],
+        ["Quantization", f"engine {int8.quantize.label}, {sentences.quantization(int8.quantize)}"],
         ["Calibration", f"{int8.quantize.calibration_images:,} training images, digest {int8.calibration_digest}"],
         ["fp32 version", f"`{evidence.fp32.version_uri}`"],
         ["int8 version", ", ".join(f"`{one.int8.version_uri}`" for one in evidence.versions)],

@@ -54,7 +54,9 @@ def _row(version: ModelVersion, aliases: dict[str, Any]) -> Row:
     row: Row = {"name": version.name, "version": int(version.version)}
     row["uri"] = uri_of(version)
     row["aliases"] = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
-    row |= {name: _known(version, name) for name in WORDS} | {"verified": bool(_known(version, "verified"))}
+    row |= {name: _known(version, name) for name in WORDS} | {
+        name: bool(_known(version, name)) for name in ("folded", "verified")
+    }
     row |= {name: _known(version, name) for name in FIGURES}
     return row | {"lineage": {name: _known(version, name) for name in (*LINEAGE, *COUNTS)}}
 
@@ -86,7 +88,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row["name"],
         str(row["version"]),
         ",".join(row["aliases"]) or "-",
-        row["engine"] or row["kind"] or "-",
+        f"{row['engine'] or row['kind'] or '-'}{', folded' if row['folded'] else ''}",
         _number(row["test_top1_percent"], ".2f"),
         _drop(row),
         _number(row["size_mb"], ".3f"),

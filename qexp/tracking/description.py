@@ -96,7 +96,8 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     calibrated = told(", {} calibration images", "calibration_samples")
     layers = tags["float_layers"].replace("none", "")
     left = f"; in fp32: {layers if len(layers) <= LONGEST_LIST else 'see tag `float_layers`'}" if layers else ""
-    yield "Engine", tags["engine"] and f"{tags['engine']}{calibrated}{left}"
+    folded = ", after a pool was folded into the linear layer behind it" if tags["folded"] == "true" else ""
+    yield "Engine", tags["engine"] and f"{tags['engine']}{folded}{calibrated}{left}"
     mean = told("{}x the fastest float in the mean over batch sizes, ", "mean_speedup")
     yield "Speed", told(f"{mean}at least {{}}x", "smallest_speedup")
     times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")

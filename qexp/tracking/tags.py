@@ -145,6 +145,7 @@ class Tags:
     backend = _optional(_one_of("x86", "onednn", "fbgemm", "qnnpack"))
     runtime = _optional(_one_of(*RUNTIMES))
     engine = _one_of("fx", "pt2e", "onnx")
+    folded = _optional(_truth())
     fp32_uri = _version()
     weights_uri = _matching(
         r"runs:/[0-9a-f]{32}(/(?!\.\.?(/|$))[\w.-]+)+", "runs:/RUN_ID/PATH, the file of the weights"

@@ -20,7 +20,7 @@ from qexp.foundation.text import opaque
 from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.gate import PASSED
 from qexp.measurement.latency import LatencyResult
-from qexp.measurement.sweep_models import BASELINE, SweepModel, int8_models
+from qexp.measurement.sweep_models import BASELINE, SweepModel, backend_in
 from qexp.models.classifier import save_classifier
 from qexp.models.names import RUNTIMES, short_name
 from qexp.models.published import sha256_of
@@ -218,8 +218,7 @@ def _tags_of_runtime(version: ModelVersion, runtime: str) -> dict[str, Any]:
 
 
 def _with_kernels(engine: str, names: Sequence[str]) -> list[SweepModel]:
-    by_name = {one.name: one for one in int8_models("", engine, KERNELS[engine])}
-    return [by_name[name] for name in names]
+    return [SweepModel(name, "", backend_in(name, engine) or KERNELS[engine][0]) for name in names]
 
 
 def _speedup_tags(result: LatencyResult, name: str, floats: Sequence[str]) -> dict[str, str]:

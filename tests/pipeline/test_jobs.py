@@ -159,11 +159,12 @@ def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) ->
 
 
 def test_all_engines_that_fail_end_the_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(job: object, setup: object, fp32: object, engine: str, sensitivity: object) -> None:
+    def fail(job: object, setup: object, fp32: object, engine: str, *others: object) -> None:
         raise StageError(f"no {engine}")
 
     monkeypatch.setattr(jobs, "quantize_stage", fail)
     monkeypatch.setattr(jobs, "sensitivity_stage", lambda *given: None)
+    monkeypatch.setattr(jobs, "foldings", lambda *given: (False,))
     nothing, fp32 = cast(Any, None), cast(Any, SimpleNamespace(model=None))
     with pytest.raises(StageError, match=r"^no onnx$"):
         jobs.quantize_all(nothing, Setup(parse_yaml("quantize: {engine: [fx, onnx]}"), nothing, nothing), fp32)
@@ -176,7 +177,7 @@ def test_auto_stands_for_every_engine_and_with_quick_for_the_first_that_takes_th
 ) -> None:
     asked = list[str]()
 
-    def quantize(job: object, setup: object, fp32: object, engine: str, sensitivity: object) -> str:
+    def quantize(job: object, setup: object, fp32: object, engine: str, *others: object) -> str:
         asked.append(engine)
         if engine == "fx":
             raise StageError("no fx")
@@ -184,6 +185,7 @@ def test_auto_stands_for_every_engine_and_with_quick_for_the_first_that_takes_th
 
     monkeypatch.setattr(jobs, "quantize_stage", quantize)
     monkeypatch.setattr(jobs, "sensitivity_stage", lambda *given: None)
+    monkeypatch.setattr(jobs, "foldings", lambda *given: (False,))
     nothing, fp32 = cast(Any, None), cast(Any, SimpleNamespace(model=None))
     found = jobs.quantize_all(nothing, Setup(parse_yaml(options), nothing, nothing), fp32)
     assert asked == tried and found.int8s == tried[1:] and found.failed == {"fx": "no fx"}

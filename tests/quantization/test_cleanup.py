@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.folding import folded
 from qexp.models.preprocessing import squashed
 from qexp.models.vision import torchvision  # first: the import that works beside a CPU build of torch
 from qexp.quantization import quantize_model
@@ -78,7 +79,7 @@ def _vgg() -> Classifier:
 
 
 def test_pools_of_vgg() -> None:
-    """A pool that only repeats is folded, one that averages is not."""
+    """A pool that enlarges its map is folded, one that averages is not."""
     vgg = _vgg()
     plain = clean(vgg, IMAGES[:2].float() / 255, fold_pool=False)
     assert _error(plain, vgg) < 1e-5
@@ -89,11 +90,12 @@ def test_pools_of_vgg() -> None:
     assert folded.get_submodule(FIRST_LINEAR).in_features == 512
     assert _parameters(plain) - _parameters(folded) == 48 * 512 * 64
     assert (folded_layers(vgg, folded), folded_layers(vgg, plain)) == ([FIRST_LINEAR], [])
-    images = nn.functional.interpolate(IMAGES[:2].float() / 255, size=(64, 64))
-    vgg.spec = ModelSpec("smallnet", vgg.spec.classes, squashed(64))
-    larger = clean(vgg, images, fold_pool=True)
-    assert larger.get_submodule(FIRST_LINEAR).in_features == 49 * 512
-    assert _error(larger, vgg, 64) < 1e-5
+    for size, inputs in ((96, 9 * 512), (224, 49 * 512)):  # maps of 3 x 3 pixels, whose averages overlap, and 7 x 7
+        images = nn.functional.interpolate(IMAGES[:2].float() / 255, size=(size, size))
+        vgg.spec = ModelSpec("smallnet", vgg.spec.classes, squashed(size))
+        larger = clean(vgg, images, fold_pool=True)
+        assert larger.get_submodule(FIRST_LINEAR).in_features == inputs
+        assert _error(larger, vgg, size) < 1e-5
 
 
 class _Odd(nn.Module):
@@ -118,9 +120,35 @@ class _Odd(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["two layers", "one layer twice", "by keyword", "the map itself"])
-def test_a_pool_with_more_than_one_reader_stays(way: str) -> None:
+def test_outputs_stay_where_a_pool_has_more_than_one_reader(way: str) -> None:
     model = _Odd(way).eval()
     assert _error(clean(model, IMAGES[:2].float() / 255, fold_pool=True), model) < 1e-5
+
+
+class _InFunctions(nn.Module):
+    """A pool and a flattening that are no modules."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.conv, self.linear = way, nn.Conv2d(3, 8, 32), nn.Linear(72, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = nn.functional.adaptive_avg_pool2d(self.conv(images), output_size=(3, 3))
+        flat = {
+            "view": lambda: maps.view(maps.size(0), -1),
+            "reshape": lambda: maps.reshape(-1, 72),
+            "flatten": lambda: torch.flatten(maps, start_dim=1),
+        }[self.way]()
+        return self.linear(flat)
+
+
+@pytest.mark.parametrize("way", ["view", "reshape", "flatten"])
+def test_a_pool_in_a_function_is_folded(way: str) -> None:
+    model, images = _InFunctions(way).eval(), IMAGES[:2].float() / 255
+    small = folded(model, images)
+    assert small and small.get_submodule("linear").in_features == 8 and _error(small, model) < 1e-5
+    assert folded_layers(model, clean(model, images, fold_pool=True)) == ["linear"]
+    assert folded(small, images) is None and folded(_Branching(), images) is None
 
 
 class _Shared(nn.Module):

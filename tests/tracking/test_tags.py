@@ -46,6 +46,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "backend": ("", "cuda", "x86,onednn"),
     "runtime": ("", "tensorrt", "openvino,onnxruntime"),
     "engine": ("", "tensorrt", "fx,onnx", "FX"),
+    "folded": TRUTH,
     "fp32_uri": URI,
     "weights_uri": ("", "x", "/etc/passwd", "file:///etc/passwd", "https://e.org/x", f"runs:/{'0' * 32}/../../x"),
     "weights_sha256": ("", "x", "0" * 63, "Z" * 64),

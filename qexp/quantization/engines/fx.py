@@ -97,7 +97,7 @@ def quantize(
     except StageError as error:
         refused = error
     left = _left(made, options, layers) if made else set(layers)
-    rebuilt = with_layers(model, to_float(images[:2]), options.fold_pool) if refused or left else None
+    rebuilt = with_layers(model, to_float(images[:2]), bool(options.fold_pool)) if refused or left else None
     if rebuilt is not None and (refused or left & _layer_names(rebuilt)):
         try:
             again = _quantize(rebuilt, images, options, reduce_range, _with_padding())
