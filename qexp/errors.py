@@ -17,6 +17,7 @@ DYNAMOS = re.compile(r'File "(?:[^"]*/)?([^"]+)", line (\d+), in .*\n\s*(.+)')
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # First lines that say nothing: of torch.onnx, whose reason is the cause, and of TorchScript, whose reason comes last.
 EMPTY_WORDS = ("Failed to export the model with", "The following operation failed in the TorchScript")
+ONE_BATCH = "marked batch as dynamic but your code specialized it"  # of torch.export, with other words in front
 # Options of the command line in a message: told with a value, and by their name alone.
 OPTION_TOLD = re.compile(r"(?<!\S)--([a-z][a-z0-9-]*) (true|false|[^\s:;]+(?=:))")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
@@ -43,6 +44,8 @@ def first_line(error: BaseException) -> str:
     lines = [line for line in lines if not line.startswith(AUTOFLUSH)]
     if not lines:
         return type(error).__name__
+    if ONE_BATCH in str(error):
+        return "its code takes the number of images for a constant, as len(x) does; write x.shape[0]"
     if lines[0].startswith(EMPTY_WORDS):
         return first_line(error.__cause__) if error.__cause__ else lines[-1].strip()[:300]
     if NO_ANSWER.match(lines[0]):  # the reason is at the end of what urllib3 says about its tries

@@ -23,6 +23,8 @@ from qexp.foundation.processes import end_with, run_python
 from qexp.foundation.streams import guard_streams
 from qexp.progress import say
 
+STANDARD_ERROR = 2
+
 Q = TypeVar("Q")
 A = TypeVar("A")
 
@@ -41,10 +43,18 @@ def ask(module: str, request: object, kind: type[A], environment: dict[str, str]
     with tempfile.TemporaryDirectory() as folder:
         question, found = Path(folder, "request.json"), Path(folder, "result.json")
         question.write_text(to_json(request))
-        status = run_python(["-m", module, str(question), str(found)], environment, stdout=sys.stderr).returncode
+        status = run_python(["-m", module, str(question), str(found)], environment, stdout=_standard_error()).returncode
         if status != 0:
             raise StageError(f"{what} failed with exit code {status}; see the lines above")
         return from_json(kind, found.read_text())
+
+
+def _standard_error() -> int:
+    """The file of standard error. In some notebooks `sys.stderr` has none of its own."""
+    try:
+        return sys.stderr.fileno()
+    except (OSError, AttributeError):  # io.UnsupportedOperation among them
+        return STANDARD_ERROR
 
 
 def answer(kind: type[Q], measure: Callable[[Q], object]) -> None:

@@ -9,6 +9,7 @@ import re
 import stat
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy._core.multiarray import scalar
+from numpy._core.multiarray import _reconstruct, scalar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -25,14 +26,17 @@ from qexp.foundation.yaml_file import MOST_OF_A_PATH, shown
 from qexp.progress import say
 
 # Where training scripts put the weights of the network, in the order in which they are looked for.
-NAMES = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "params", "model_ema", "ema")
-PREFIXES = ("module.", "model.", "_orig_mod.", "network.")  # of DDP, Lightning, torch.compile, wrappers
+NAMES = (
+    "state_dict", "model", "model_state_dict", "net", "network", "weights", "params", "module", "model_ema", "ema",
+    "state_dict_ema",
+)  # fmt: skip
+WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch, around any module
+NO_NETWORK = ("optim", "sched", "scaler")  # in the names of other things that training scripts save
 # Beside the weights: of auxiliary heads, which only training uses, of averages, and of a counter of operations.
 NO_WEIGHTS = ("AuxLogits.", "aux1.", "aux2.")
 NO_WEIGHTS_AT_THE_END = ("n_averaged", "total_ops", "total_params")
 COUNTER = "num_batches_tracked"  # of batch norm, which evaluation does not use
 HELD = 3  # names in a message
-MOST_PREFIXES = 4  # one inside another
 CODE = "is a pickle with code in it ({}), which is not executed"
 CONVERT = "where you trust it, load it and save the weights alone: torch.save(model.state_dict(), FILE)"
 # What begins a file that is none of torch's, and what it is.
@@ -42,7 +46,8 @@ OTHER_KINDS = (
     (b"\x1f\x8b", "is compressed with gzip; unpack it first"),
     (b"\x93NUMPY", "is an array of numpy; save the weights with torch"),
 )
-NUMPYS = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")  # today's name, and before numpy 2
+NUMPYS = "numpy._core.multiarray", "numpy.core.multiarray"  # today's name of the module, and that before numpy 2
+DEEPEST = 3  # level of containers below which no weights are looked for
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
@@ -68,7 +73,8 @@ def load_weights_into(
 ) -> None:
     """Give a network the weights of a checkpoint, all of them, as fp32 where they are half or double precision.
 
-    Prefixes of the names are left out where that makes them fit. The counters of batch norm may be missing.
+    Prefixes of the names are left out where that makes them fit, and so is what lies outside the prefix: of a loss or
+    of metrics, beside the network in the module that was saved. The counters of batch norm may be missing.
 
     Args:
         file: as messages name it.
@@ -79,12 +85,15 @@ def load_weights_into(
         InputError: they do not fit, or are no finite real numbers; the network is as it was.
     """
     own = network.state_dict()
-    fit = _fit(own, _named_alike(own, state))
+    named, outside = _named_alike(own, state)
+    fit = _fit(own, named, outside)
     head = _classes_of_head(fit, classes)
     if head and new_head and fit.misses == len(fit.reshaped):
         say(f"{_named(file)}: made for {head} classes; the last layer starts anew, for {classes}")
     elif fit.misses:
         raise _wrong(file, _explained(fit, head, classes))
+    elif outside := [name for name in outside if not _is_beside(name)]:
+        say(f"{_named(file)}: {_listed('beside the network and left out', outside, 'tensor', 'tensors')}")
     found = {name: tensor for name, tensor in fit.found.items() if tensor.shape == own[name].shape}
     _check_numbers(file, {name: tensor for name, tensor in found.items() if own[name].is_floating_point()})
     network.load_state_dict(own | {name: tensor.to(own[name].dtype) for name, tensor in found.items()})
@@ -104,13 +113,20 @@ class _Fit:
         return len(self.missing) + len(self.unexpected) + len(self.reshaped)
 
 
-def _fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> _Fit:
-    found = {name: tensor for name, tensor in state.items() if name in own}
+def _fit(own: Mapping[str, Tensor], named: Mapping[str, Tensor], outside: Sequence[str] = ()) -> _Fit:
+    """How weights fit.
+
+    Args:
+        named: weights by the network's names, as far as they have some.
+        outside: names of others, which count where weights of the network are missing.
+    """
+    found = {name: tensor for name, tensor in named.items() if name in own}
     shapes = {name: (list(tensor.shape), list(own[name].shape)) for name, tensor in found.items()}
+    missing = [name for name in own if name not in named and not name.endswith(COUNTER)]
     return _Fit(
         found,
-        [name for name in own if name not in state and not name.endswith(COUNTER)],
-        [name for name in state if name not in own and not _is_beside(name)],
+        missing,
+        [name for name in (*named, *(outside if missing else ())) if name not in own and not _is_beside(name)],
         {name: pair for name, pair in shapes.items() if pair[0] != pair[1] and not name.endswith(COUNTER)},
     )
 
@@ -120,19 +136,28 @@ def _is_beside(name: str) -> bool:
     return name.startswith(NO_WEIGHTS) or name.endswith((*NO_WEIGHTS_AT_THE_END, COUNTER))
 
 
-def _named_alike(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without the prefixes that keep most of their names from being the network's."""
-    return max(_without_prefixes(dict(state), MOST_PREFIXES), key=lambda named: len(named.keys() & own.keys()))
+def _named_alike(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights without the prefix that keeps most of their names from being the network's, and the names of those
+    that do not have it. Where a part of the network has another prefix, as its head may, that one is left out too."""
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    main, *others = [prefix for prefix, _ in Counter(_prefixes(own, state)).most_common()] or [""]
+    named = {name.removeprefix(main): tensor for name, tensor in state.items() if name.startswith(main)}
+    outside = {name: tensor for name, tensor in state.items() if not name.startswith(main)}
+    parts: dict[str, str] = {}  # names of the network, by those in the file
+    for prefix in others:
+        found = {name: name.removeprefix(prefix) for name in outside if name.startswith(prefix)}
+        parts = {name: rest for name, rest in found.items() if rest in own.keys() - named.keys()} | parts
+    whole = {rest: outside[name] for name, rest in parts.items()} | named
+    if parts and not _fit(own, whole).misses:
+        return whole, [name for name in outside if name not in parts]
+    return named, list(outside)
 
 
-def _without_prefixes(state: dict[str, Tensor], depth: int) -> Iterator[dict[str, Tensor]]:
-    """The weights by their names, and by what is left of them without known prefixes or one that all have."""
-    yield state
-    first = next(iter(state), "").partition(".")[0] + "."
-    shared = all(name.startswith(first) or _is_beside(name) for name in state)
-    for prefix in dict.fromkeys((*PREFIXES, first)) if depth else ():
-        if any(name.startswith(prefix) for name in state) and (prefix in PREFIXES or shared):
-            yield from _without_prefixes({name.removeprefix(prefix): t for name, t in state.items()}, depth - 1)
+def _prefixes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Of each name, what stands before a name of the network's."""
+    for name in state:
+        starts = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+        yield from (name[:start] for start in starts if name[start:] in own)
 
 
 def _classes_of_head(fit: _Fit, classes: int) -> int | None:
@@ -165,10 +190,12 @@ def _listed(what: str, names: Sequence[str], *word: str) -> str:
 
 def _check_numbers(file: Path | str, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
+        if tensor.is_meta:
+            raise _wrong(file, f"{shown(name)} has a shape and no numbers: it was saved from the device meta")
         if not tensor.is_floating_point() or tensor.element_size() < 2 or tensor.layout != torch.strided:
-            kind = str(tensor.dtype).removeprefix("torch.")
+            kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
             allowed = "weights must be dense float32, float16, bfloat16 or float64"
-            raise _wrong(file, f"{shown(name)} has numbers of {kind}; {allowed}")
+            raise _wrong(file, f"{shown(name)} is of {kind}; {allowed}")
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise _wrong(file, f"{_listed('with NaN or infinite weights', broken, 'tensor', 'tensors')}")
@@ -235,8 +262,9 @@ def _load(file: Path, start: bytes) -> Any:
 def _harmless() -> list[Any]:
     """What checkpoints hold beside weights, and what making of it runs no code of theirs: the options of a script,
     numbers of numpy."""
-    kinds = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")]
-    return [Namespace, np.dtype, *kinds, *((scalar, name) for name in NUMPYS)]
+    kinds = {type(np.dtype(kind)) for kind in "?US" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]}
+    made = ((function, f"{module}.{function.__name__}") for function in (scalar, _reconstruct) for module in NUMPYS)
+    return [Namespace, np.dtype, np.ndarray, *kinds, *made]
 
 
 def _check_archive(file: Path) -> None:
@@ -258,25 +286,42 @@ def _weights_in(saved: Any, file: Path) -> Mapping[Any, Any]:
     """The state dict in what was saved."""
     if not isinstance(saved, Mapping):
         raise _wrong(file, f"holds a {type(saved).__name__}, not the weights of a network by name")
-    places = {name: found for name in NAMES if (found := _state_dict_in(saved.get(name))) is not None}
-    if places:
+    places = _under(NAMES, saved)
+    if not places and _is_state_dict(saved):
+        return saved
+    if places := places or _under(_other_names(saved), saved):
         name, *others = places
+        if others and name not in NAMES:
+            raise _wrong(file, f"holds weights of several networks, under {', '.join(map(shown, places))}; save one")
         if others:
             say(f"{_named(file)}: the weights under {name} are taken; there are others under {', '.join(others)}")
         return places[name]
-    if _is_state_dict(saved):
-        return saved
     if "param_groups" in saved or "optimizer" in saved or "optimizer_state_dict" in saved:
         raise _wrong(file, "holds the state of an optimizer, and no weights of a network")
     keys = ", ".join(shown(key) for key in list(saved)[:HELD]) or "nothing"
     raise _wrong(file, f"holds no weights: there is {keys}, and none of {', '.join(NAMES)}")
 
 
-def _state_dict_in(value: Any) -> Mapping[Any, Any] | None:
-    if not isinstance(value, Mapping):
+def _under(names: Sequence[str], saved: Mapping[Any, Any], depth: int = DEEPEST) -> dict[str, Mapping[Any, Any]]:
+    """The state dicts under these names, or in what is there."""
+    return {name: found for name in names if (found := _state_dict_in(saved.get(name), depth)) is not None}
+
+
+def _state_dict_in(value: Any, depth: int) -> Mapping[Any, Any] | None:
+    if not isinstance(value, Mapping) or not depth:
         return None
-    inside = next((value[name] for name in NAMES if _is_state_dict(value.get(name))), None)
-    return inside or (value if _is_state_dict(value) else None)
+    if inside := _under(NAMES, value, depth - 1):
+        return next(iter(inside.values()))
+    if _is_state_dict(value):
+        return value
+    other = _under(_other_names(value), value, depth - 1)
+    return next(iter(other.values())) if len(other) == 1 else None
+
+
+def _other_names(saved: Mapping[Any, Any]) -> list[str]:
+    """Where the weights of a network may be, too."""
+    texts = [name for name in saved if isinstance(name, str) and "param_groups" not in saved]
+    return [name for name in texts if name not in NAMES and not any(word in name.lower() for word in NO_NETWORK)]
 
 
 def _is_state_dict(value: Any) -> bool:

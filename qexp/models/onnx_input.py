@@ -15,6 +15,7 @@ import torch
 
 from qexp.errors import InputError, first_line
 from qexp.foundation.extras import extra
+from qexp.models.onnx_batch import free_batch
 from qexp.models.onnx_file import INPUT, OUTPUT, PRODUCT_TYPES, OnnxClassifier, layers_of
 from qexp.models.preprocessing import Preprocessing, Shape
 
@@ -96,8 +97,9 @@ def own_size(file: Path) -> tuple[int, int, int]:
     Raises:
         InputError: it is no file of an image classifier.
     """
-    _, dims = _input_of(file, _load(file).graph)
-    order = (1, 2, 3) if _layout(file, dims) == "nchw" else (3, 1, 2)
+    graph = _load(file).graph
+    _, dims = _input_of(file, graph)
+    order = (1, 2, 3) if _layout(file, graph, dims) == "nchw" else (3, 1, 2)
     channels, height, width = (dims[place] for place in order)
     return channels, height, width
 
@@ -125,7 +127,7 @@ def read_onnx(file: Path, preprocessing: Preprocessing | None = None, layout: La
     graph = model.graph
     _refuse_operations(file, graph)
     kind, dims = _input_of(file, graph)
-    layout = layout or _layout(file, dims)
+    layout = layout or _layout(file, graph, dims)
     shape = _image_shape(file, dims, layout, preprocessing)
     notes: list[str] = []
     if kind != "FLOAT":
@@ -135,15 +137,16 @@ def read_onnx(file: Path, preprocessing: Preprocessing | None = None, layout: La
         _to_single_precision(graph)
         notes.append("weights of float16 computed with in float32")
     _constants_as_initializers(graph)
+    _refuse_nan(file, graph)
     _name_all(graph)
+    del graph.value_info[:]
     probabilities = _take_off_softmax(graph)
     if probabilities:
         notes.append(f"its {probabilities} at the end is taken off: the outputs are logits")
     batch = dims[0] if isinstance(dims[0], int) else 0
     if batch:
-        _free_batch(graph, batch)
+        _free_batch(file, model, [batch, *_in_layout(shape, layout)])
         notes.append(f"its batch of {batch} is freed")
-    del graph.value_info[:]
     _set_input(graph, [1 if batch else "N", *_in_layout(shape, layout)])
     if batch:
         graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
@@ -165,7 +168,7 @@ def image_shape(file: Path, layout: Layout | None = None) -> tuple[int, int | No
     """
     graph = _load(file).graph
     _, dims = _input_of(file, graph)
-    order = (1, 2, 3) if (layout or _layout(file, dims)) == "nchw" else (3, 1, 2)
+    order = (1, 2, 3) if (layout or _layout(file, graph, dims)) == "nchw" else (3, 1, 2)
     channels, height, width = (dims[place] for place in order)
     return channels or 3, height or None, width or None
 
@@ -191,6 +194,14 @@ def _load(file: Path) -> onnx.ModelProto:
         model = onnx.inliner.inline_local_functions(model)
     del model.metadata_props[:]
     return model
+
+
+def _refuse_nan(file: Path, graph: onnx.GraphProto) -> None:
+    """Infinite constants are masks of attention."""
+    floats = (one for one in graph.initializer if onnx.TensorProto.DataType.Name(one.data_type) in FLOATS)
+    if broken := [one.name for one in floats if np.isnan(numpy_helper.to_array(one).astype(np.float32)).any()]:
+        tensors = "1 tensor" if len(broken) == 1 else f"{len(broken)} tensors"
+        raise InputError(f"{file}: it has {tensors} with NaN ({', '.join(broken[:3])}{', …' * (len(broken) > 3)})")
 
 
 def _refuse_operations(file: Path, graph: onnx.GraphProto) -> None:
@@ -222,17 +233,33 @@ def _input_of(file: Path, graph: onnx.GraphProto) -> tuple[str, list[int]]:
     return name, [max(dim.dim_value, 0) for dim in tensor.shape.dim]
 
 
-def _layout(file: Path, dims: list[int]) -> Layout:
+def _layout(file: Path, graph: onnx.GraphProto, dims: list[int]) -> Layout:
+    """Where the channels are: as the sizes say, or where these do not, the operations that the images go through."""
     first, last = dims[1] in (1, 3), dims[3] in (1, 3)
     if first != last:
         return "nchw" if first else "nhwc"
     shape = ", ".join(str(size or "?") for size in dims)
-    why = (
-        "it may have its channels first or last: say which"
-        if first or not (dims[1] and dims[3])
-        else "no 1 or 3 channels"
-    )
-    raise _refused(file, f"its input has the shape [{shape}]: {why}")
+    if not first and dims[1] and dims[3]:
+        raise _refused(file, f"its input has the shape [{shape}]: no 1 or 3 channels")
+    if found := _layout_of_operations(graph):
+        return found
+    raise _refused(file, f"its input has the shape [{shape}]: nothing says whether the channels come first or last")
+
+
+def _layout_of_operations(graph: onnx.GraphProto) -> Layout | None:
+    """Channels are first where a convolution takes the images, and last where they are turned for one before."""
+    constants = {one.name for one in graph.initializer}
+    (current,) = (one.name for one in graph.input if one.name not in constants)
+    while node := next((node for node in graph.node if current in node.input), None):
+        if node.op_type == "Conv":
+            return "nchw"
+        if node.op_type == "Transpose":
+            turned = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
+            return "nhwc" if turned == [[0, 3, 1, 2]] else None
+        if node.op_type not in ("Sub", "Div", "Mul", "Add", "Cast", "Identity", "Clip", "BatchNormalization", "Pad"):
+            return None
+        current = node.output[0]
+    return None
 
 
 def _image_shape(file: Path, dims: list[int], layout: Layout, preprocessing: Preprocessing | None) -> Shape:
@@ -329,19 +356,23 @@ def _take_off_softmax(graph: onnx.GraphProto) -> str:
     return str(node_kind)
 
 
-def _free_batch(graph: onnx.GraphProto, batch: int) -> None:
-    """Let reshapes keep the first size instead of naming the file's batch."""
-    constants = {constant.name: constant for constant in graph.initializer}
-    for node in graph.node:
-        shape = constants.get(node.input[1]) if node.op_type == "Reshape" else None
-        values = numpy_helper.to_array(shape) if shape is not None else np.zeros(1, np.int64)
-        if shape is None or len(values) < 2 or values[0] != batch:
-            continue
-        freed, name = np.array([0 if -1 in values[1:] else -1, *values[1:]], np.int64), f"{OWN}{node.name}_shape"
-        if 0 in values[1:]:
-            freed[0] = 0
-        graph.initializer.append(numpy_helper.from_array(freed, name))
-        node.input[1] = name
+def _free_batch(file: Path, model: onnx.ModelProto, sizes: list[int]) -> None:
+    """Let the graph take any number of images instead of the one that it was written for.
+
+    Args:
+        sizes: of the input, the batch first.
+    """
+    graph = model.graph
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    _set_input(watched.graph, sizes)
+    names = [name for node in graph.node for name in node.output if name and name != graph.output[0].name]
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    found = _all_outputs(file, watched, np.zeros(sizes, np.float32))
+    values = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    values |= dict(zip([graph.output[0].name, *names], found, strict=True))
+    values[graph.input[0].name] = np.zeros(sizes, np.float32)
+    free_batch(graph, {name: value for name, value in values.items() if isinstance(value, np.ndarray)}, sizes[0], OWN)
 
 
 def _set_input(graph: onnx.GraphProto, sizes: list[Any]) -> None:
@@ -434,9 +465,13 @@ def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 
 def _run(file: Path, model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+    return np.asarray(_all_outputs(file, model, images)[0])
+
+
+def _all_outputs(file: Path, model: onnx.ModelProto, images: np.ndarray) -> list[Any]:
     try:
         session = _session(model)
-        return np.asarray(session.run(None, {session.get_inputs()[0].name: images})[0])
+        return list(session.run(None, {session.get_inputs()[0].name: images}))
     except Exception as error:  # of whatever kind ONNX Runtime raises
         raise _refused(file, f"ONNX Runtime does not run it ({_reason(error)})") from None
 
@@ -467,7 +502,7 @@ def _check_against_file(
     each = [np.repeat(one[None], max(batch, 1), axis=0) for one in seen]
     expected = np.stack([_run(file, given, one)[0].reshape(-1) for one in each]).astype(np.float64)
     if not np.isfinite(expected).all():
-        return
+        raise InputError(f"{file}: it gives NaN or infinite numbers for an image of random pixels")
     limit = FLOATS["FLOAT16"] if _has_half(given.graph) and kind == "FLOAT" else FLOATS[kind]
     session = _session(network.canonical)  # which reports no errors on its own
     for size in BATCHES:

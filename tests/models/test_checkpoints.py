@@ -55,6 +55,13 @@ SAVED: dict[str, Callable[[State], Any]] = {
     "bfloat16": lambda state: {name: tensor.bfloat16() if tensor.is_floating_point() else tensor
                                for name, tensor in state.items()},
     "without counters": lambda state: {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")},
+    "an average of timm": lambda state: {"arch": "net", "state_dict_ema": _named("module.", state), "optimizer": {"state": {0: {"m": torch.ones(3)}}}},
+    "an average in a module": lambda state: {"model_ema": {"module": state, "decay": 0.99}},
+    "a name of one's own": lambda state: {"checkpoint": {"my_net": state}, "scheduler": {"last": torch.ones(1)}},
+    "beside a loss and metrics": lambda state: {"state_dict": {"loss.weight": torch.ones(3)} | _named("net.", state)},
+    "a head of another prefix": lambda state: {"state_dict": {("head." if name[0] == "4" else "backbone.") + name: tensor for name, tensor in state.items()}},
+    "a part compiled": lambda state: {name.replace("0.", "0._orig_mod."): tensor for name, tensor in state.items()},
+    "arrays of numpy beside": lambda state: {"model": state, "losses": np.ones(3, np.float16), "name": np.str_("a")},
     "with counters of thop": lambda state: state | {"0.total_ops": torch.zeros(1), "total_params": torch.zeros(1)},
 }  # fmt: skip
 
@@ -90,6 +97,11 @@ def test_of_several_weights_the_first_is_taken_and_the_others_are_named(
     found = read_checkpoint(tmp_path / "best.pt")
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     assert "the weights under model are taken; there are others under model_ema" in capfd.readouterr().err
+
+
+def test_what_is_left_out_is_said(state: State, capfd: pytest.CaptureFixture[str]) -> None:
+    load_weights_into(_network(), {"loss.weight": torch.ones(3)} | _named("net.", state), "best.pt", CLASSES)
+    assert "best.pt: 1 tensor beside the network and left out (loss.weight)" in capfd.readouterr().err
 
 
 def test_a_new_head_keeps_its_fresh_weights_and_all_else_is_loaded(state: State) -> None:
@@ -180,8 +192,11 @@ WRONG: dict[str, tuple[Callable[[Path, State], object], str]] = {
     "quantized weights": (_saved(_quantized), "holds weights that are quantized already; give those of the float network"),
     "packed int8 weights": (_saved(lambda state: state | {"fc._packed_params._packed_params": torch.ones(1)}), "holds weights that are quantized already; .*"),
     "NaN weights": (_saved(_broken), r"1 tensor with NaN or infinite weights \(0\.weight\)"),
-    "whole numbers": (_saved(lambda state: state | {"0.weight": state["0.weight"].to(torch.int8)}), r"0\.weight has numbers of int8; weights must be .*"),
-    "complex numbers": (_saved(lambda state: state | {"0.weight": state["0.weight"].to(torch.complex64)}), r"0\.weight has numbers of complex64; .*"),
+    "whole numbers": (_saved(lambda state: state | {"0.weight": state["0.weight"].to(torch.int8)}), r"0\.weight is of int8; weights must be .*"),
+    "complex numbers": (_saved(lambda state: state | {"0.weight": state["0.weight"].to(torch.complex64)}), r"0\.weight is of complex64; .*"),
+    "sparse weights": (_saved(lambda state: state | {"4.weight": state["4.weight"].to_sparse()}), r"4\.weight is of sparse_coo; weights must be dense .*"),
+    "weights without numbers": (_saved(lambda state: {name: tensor.to("meta") for name, tensor in state.items()}), r"0\.weight has a shape and no numbers: it was saved from the device meta"),
+    "two networks": (_saved(lambda state: {"teacher": state, "student": state}), "holds weights of several networks, under teacher, student; save one"),
     "a head for other classes": (_saved(lambda state: _network(classes=7).state_dict()), r"does not fit the network: 0 keys missing; 0 unexpected; 2 of another shape \(4\.weight \[7, 8\], not \[3, 8\], 4\.bias \[7\], not \[3\]\); its last layer is for 7 classes, and the data have 3"),
     "another network": (_saved(lambda state: nn.Sequential(nn.Conv2d(3, 9, 5), nn.Linear(8, 3)).state_dict()), r"does not fit the network: 4 keys missing \(1\.running_mean, 1\.running_var, 4\.weight, …\); 1 unexpected \(0\.bias\); 3 of another shape \(0\.weight \[9, 3, 5, 5\], not \[8, 3, 3, 3\], .*\)"),
     "a key too few and one too many": (_saved(lambda state: {name + "x" * (name == "0.weight"): tensor for name, tensor in state.items()}), r"does not fit the network: 1 key missing \(0\.weight\); 1 unexpected \(0\.weightx\); 0 of another shape"),

@@ -15,7 +15,7 @@ from documented import DOCUMENTED, says
 from torch import Tensor, nn
 
 from qexp.config import Config, QuantizeConfig
-from qexp.errors import InputError
+from qexp.errors import InputError, StageError
 from qexp.foundation.processes import OWN_CODE, python_environment, run_python
 from qexp.measurement import sweep_models
 from qexp.models import onnx_file
@@ -34,6 +34,7 @@ from qexp.models.names import check_model_name, short_name
 from qexp.models.networks import build_network
 from qexp.models.preprocessing import Preprocessing, squashed
 from qexp.models.published import own_classes, own_preprocessing
+from qexp.models.taken import export_program
 from qexp.quantization import quantize_model
 
 ABC = ("a", "b", "c")
@@ -273,6 +274,16 @@ def test_what_is_no_exported_program_of_a_network_in_evaluation_is_one_line(tmp_
     torch.export.save(_exported(network.train()), file)
     with pytest.raises(InputError, match=r"other logits when it is alone .*; was it exported in training mode"):
         load_external(_config(str(file)), ABC, PLAIN)
+
+
+class _FixesBatch(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.reshape(len(images), -1)
+
+
+def test_a_module_that_fixes_its_batch_is_told_how_not_to(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"number of images for a constant, as len\(x\) does; write x\.shape\[0\]"):
+        export_program(_FixesBatch(), IMAGES, tmp_path / "a.pt2")
 
 
 def test_weights_of_a_file_are_those_of_the_script_that_saved_them(tmp_path: Path) -> None:

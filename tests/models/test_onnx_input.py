@@ -85,6 +85,8 @@ FILES: dict[str, tuple[dict[str, Any], Preprocessing | None]] = {
     "Keras": (dict(given=("N", 8, 12, 3), nhwc=True, end=("Softmax",)), None),
     "batch of 1": (dict(given=(1, 3, 8, 12), flatten="Reshape", shape=(1, 6), output=(1, 4)), None),
     "batch of 1, other size said": (dict(given=(1, 3, 8, 12), flatten="Reshape", shape=(1, -1), output=(1, 4)), None),
+    "all sizes free": (dict(given=("N", "c", "h", "w")), SIZE),
+    "all sizes free, NHWC": (dict(given=("N", "h", "w", "c"), nhwc=True), SIZE),
     "batch of 2, NHWC": (
         dict(given=(2, 8, 12, 3), nhwc=True, flatten="Reshape", shape=(2, 6), output=(2, 4)), None,
     ),
@@ -165,6 +167,11 @@ def _second(part: str) -> Callable[[onnx.GraphProto], None]:
     return lambda graph: getattr(graph, part).append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["N"]))
 
 
+def _relu_first(graph: onnx.GraphProto) -> None:
+    graph.node[0].input[0] = "r"
+    graph.node.insert(0, helper.make_node("Relu", ["x"], ["r"]))
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
     "text": (b"<html>not found</html>", "not an ONNX file"),
     "empty": (b"", "not an ONNX file"),
@@ -175,7 +182,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "bytes": (_edited(_kind(TensorProto.UINT8)), "its input 'x' is of type uint8"),
     "vectors": (_edited(lambda graph: None, given=("N", 3)), r"its input 'x' has the shape \[N, 3\]"),
     "five channels": (_edited(lambda graph: None, given=("N", 5, 8, 12)), r"\[\?, 5, 8, 12\]: no 1 or 3 channels"),
-    "ambiguous": (_edited(lambda graph: None, given=("N", 3, 8, 3)), "channels first or last: say which"),
+    "ambiguous": (
+        _edited(_relu_first, given=("N", 3, 8, 3)),
+        "nothing says whether the channels come first or last",
+    ),
     "maps": (_edited(lambda graph: graph.node[-1].input.__setitem__(0, "positive"), given=("N", 3, 8, 6)),
              r"its output has the shape \[N, 6, 8, 4\]"),
     "quantized": (_edited(_operation("DequantizeLinear")), r"it is quantized already \(DequantizeLinear\)"),
@@ -195,12 +205,65 @@ def test_what_is_no_classifier_is_one_line_that_names_the_file(case: str, tmp_pa
     assert "expected an fp32 image classifier" in str(refused.value)
 
 
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    broken = _model()
+    broken.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full_like(KERNEL, np.nan), "kernel"))
+    onnx.save(broken, tmp_path / "broken.onnx")
+    with pytest.raises(InputError, match=r"broken\.onnx: it has 1 tensor with NaN \(kernel\)$"):
+        read_onnx(tmp_path / "broken.onnx")
+    broken.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full_like(KERNEL, np.inf), "kernel"))
+    onnx.save(broken, tmp_path / "broken.onnx")
+    with pytest.raises(InputError, match=r"broken\.onnx: it gives NaN or infinite numbers for an image of random"):
+        read_onnx(tmp_path / "broken.onnx")
+
+
+TOKEN = RANDOM.normal(size=6).astype(np.float32)
+
+
+def _attention_logits(images: Tensor) -> Tensor:
+    """Attention with two heads among the pixels and a class token, whose result is classified."""
+    maps = F.conv2d(images, torch.from_numpy(KERNEL), padding=1).flatten(2).transpose(1, 2)
+    tokens = torch.cat([torch.from_numpy(TOKEN).expand(len(images), 1, 6), maps], 1)
+    heads = tokens.unflatten(2, (2, 3)).transpose(1, 2)
+    mixed = (heads @ heads.transpose(2, 3)).softmax(3) @ heads
+    return mixed.transpose(1, 2).flatten(2)[:, 0] @ torch.from_numpy(LAST)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_batch_of_a_transformer_is_freed(batch: int, tmp_path: Path) -> None:
+    """Its class token is repeated for each image, and its windows or heads share an axis with the images."""
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["x", "kernel"], ["maps"], pads=[1, 1, 1, 1]), make("Reshape", ["maps", "s0"], ["flat"]),
+        make("Transpose", ["flat"], ["pixels"], perm=[0, 2, 1]), make("Concat", ["token", "pixels"], ["all"], axis=1),
+        make("Reshape", ["all", "s1"], ["parts"]), make("Transpose", ["parts"], ["heads"], perm=[0, 2, 1, 3]),
+        make("Reshape", ["heads", "s2"], ["q"]), make("Transpose", ["q"], ["k"], perm=[0, 2, 1]),
+        make("MatMul", ["q", "k"], ["scores"]), make("Softmax", ["scores"], ["shares"], axis=2),
+        make("MatMul", ["shares", "q"], ["mixed"]), make("Reshape", ["mixed", "s3"], ["apart"]),
+        make("Transpose", ["apart"], ["turned"], perm=[2, 0, 1, 3]), make("Reshape", ["turned", "s4"], ["joined"]),
+        make("Gather", ["joined", "zero"], ["first"], axis=0), make("MatMul", ["first", "last"], ["y"]),
+    ]  # fmt: skip
+    shapes = [(batch, 6, 96), (batch, 97, 2, 3), (2 * batch, 97, 3), (batch, 2, 97, 3), (97, batch, 6)]
+    constants = {"kernel": KERNEL, "last": LAST, "token": np.tile(TOKEN, (batch, 1, 1)), "zero": np.array(0)}
+    constants |= {f"s{number}": np.array(shape) for number, shape in enumerate(shapes)}
+    graph = helper.make_graph(
+        nodes, "of others", [helper.make_tensor_value_info("x", TensorProto.FLOAT, (batch, 3, 8, 12))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (batch, 4))],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "a.onnx")
+    network = read_onnx(tmp_path / "a.onnx")
+    assert network.notes == (f"its batch of {batch} is freed",)
+    for size in (1, 5):
+        assert torch.allclose(network(IMAGES[:size]), _attention_logits(IMAGES[:size]), atol=1e-4)
+
+
 def test_a_batch_that_cannot_be_freed(tmp_path: Path) -> None:
     model = _model((1, 3, 8, 12), output=(1, 4))
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1), np.float32), "token"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0]), "first"))
     model.graph.node[-1].output[0] = "z"
-    model.graph.node.append(helper.make_node("Concat", ["z", "token"], ["y"], axis=1))
-    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5
+    model.graph.node.append(helper.make_node("Squeeze", ["z", "first"], ["alone"]))
+    model.graph.node.append(helper.make_node("Unsqueeze", ["alone", "first"], ["y"]))
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(InputError, match=r"model\.onnx: it takes batches of 1 only; export it with a dynamic batch"):
         read_onnx(tmp_path / "model.onnx")
