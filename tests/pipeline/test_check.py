@@ -180,7 +180,7 @@ def test_a_module_in_python_and_an_onnx_file(given: Given, capsys: pytest.Captur
         "baselines": "none", "sensitivity_images": 0, "batch_sizes": [1], "loads": 3, "min_repeats": 6, "warmup": 1,
         "min_seconds": 0,
     }  # fmt: skip
-    found = qexp.check(model, **options)
+    found = qexp.check(model, **options, engine="fx")
     assert found.evidence.fp32.accuracy["test"].top1_correct == given.correct
     assert found.verdict.word in capsys.readouterr().out.lower() and "<table>" in found._repr_html_()
     pytest.importorskip("onnxscript")
