@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from qexp.config import Config
+from qexp.foundation.imports import importing
 from qexp.pipeline.checks import model_options
 
 from .options import COMMON_GROUP, Overrides, with_options
@@ -42,7 +43,8 @@ def check(config: Config, *, given: Model, register: Register = True) -> dict[st
 
     Nothing is trained. The images are in --data DIR: DIR/test/<class>/ or DIR/val/<class>/.
     """
-    from qexp.pipeline.check import run_check
+    with importing():
+        from qexp.pipeline.check import run_check
 
     return run_check(config, register=register)
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from qexp.config import Config
+from qexp.foundation.imports import importing
 
 from .options import with_options
 from .program import run_alone
@@ -24,7 +25,8 @@ def hosts(config: Config, *, name: Name) -> dict[str, Any]:
 
     `qexp latency --model-uri URI` on another machine with the same tracking server adds that machine.
     """
-    from qexp.pipeline.hosts import run_hosts
+    with importing():
+        from qexp.pipeline.hosts import run_hosts
 
     return run_hosts(config, name)
 

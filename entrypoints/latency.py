@@ -4,6 +4,7 @@ from typing import Any
 
 from qexp.config import Config, parse_options
 from qexp.errors import InputError
+from qexp.foundation.imports import importing
 
 from .options import ModelUri, Overrides, with_options
 from .program import run_alone
@@ -31,7 +32,8 @@ def latency(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
 
     With several numbers of threads, --threads 1,2, it tells the best one for each batch size.
     """
-    from qexp.pipeline.jobs import run_latency
+    with importing():
+        from qexp.pipeline.jobs import run_latency
 
     return run_latency(config, model_uri)
 

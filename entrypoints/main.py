@@ -3,6 +3,7 @@
 from typing import Any
 
 from qexp.config import Config
+from qexp.foundation.imports import importing
 
 from .options import ModelUri, Overrides, Resume, given_or_none, with_options
 from .program import run_alone
@@ -16,7 +17,8 @@ def main(
 
     With --model-uri, a registered fp32 version takes the place of training.
     """
-    from qexp.pipeline.jobs import run_main
+    with importing():
+        from qexp.pipeline.jobs import run_main
 
     return run_main(config, given_or_none(model_uri), given_or_none(resume), overrides, ["-m", __spec__.name])
 

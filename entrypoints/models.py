@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qexp.foundation.imports import importing
+
 from .ending import finish
 from .options import Json, given_or_none
 from .program import run_alone
@@ -20,7 +22,8 @@ def models(name: Pattern = "auto", json: Json = False) -> None:
     """
 
     def action() -> dict[str, Any] | None:
-        from qexp.tracking.catalog import as_table, list_models
+        with importing():
+            from qexp.tracking.catalog import as_table, list_models
 
         rows = list_models(given_or_none(name))
         terminal = not json and sys.stdout.isatty()

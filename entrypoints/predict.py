@@ -7,6 +7,7 @@ import typer
 
 from qexp.config import Config
 from qexp.errors import InputError
+from qexp.foundation.imports import importing
 
 from .options import COMMON_GROUP, with_options
 from .program import run_alone
@@ -28,7 +29,8 @@ TopK = Annotated[
 @with_options("threads")
 def predict(config: Config, *, uri: Uri, images: Images, top_k: TopK = "3") -> dict[str, Any]:
     """Print the most likely classes of image files, and their probabilities, by a registered version, fp32 or int8."""
-    from qexp.pipeline.predict import run_predict
+    with importing():
+        from qexp.pipeline.predict import run_predict
 
     if not (top_k.isdecimal() and int(top_k)):
         raise InputError(f"--top-k {top_k}: must be a whole number, at least 1")

@@ -4,6 +4,7 @@ Flags may stand alone, for true, be told `true`, `false` or `auto`, and be turne
 `--no-flip`. MLproject passes all options that are no parameters of its own as one: `--options "--observer minmax"`.
 """
 
+import gc
 import os
 import shlex
 import sys
@@ -79,6 +80,7 @@ def run_app(app: typer.Typer, words: list[str] | None = None, name: str | None =
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # all memory goes back to the system anyway: Python need not look through it at the end
     sys.exit(code)
 
 

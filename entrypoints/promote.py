@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from qexp.config import Config
+from qexp.foundation.imports import importing
 
 from .options import COMMON_GROUP, given_or_none, with_options
 from .program import run_alone
@@ -23,7 +24,8 @@ Force = Annotated[
 def promote(config: Config, *, name: Name, version: Number = "auto", force: Force = False) -> dict[str, Any]:
     """Make an int8 version `champion` if it passes the gate and is shown to be better than the present one, and not
     to be worse by more than margins, measured side by side."""
-    from qexp.pipeline.promote import run_promote
+    with importing():
+        from qexp.pipeline.promote import run_promote
 
     return run_promote(config, name, given_or_none(version), force)
 

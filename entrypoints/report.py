@@ -3,6 +3,7 @@
 from typing import Any
 
 from qexp.config import Config
+from qexp.foundation.imports import importing
 
 from .options import ModelUri, with_options
 from .program import run_alone
@@ -11,7 +12,8 @@ from .program import run_alone
 @with_options("output_dir", "gate")
 def report(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
     """Write the report on a registered int8 version from what its runs have logged."""
-    from qexp.pipeline.jobs import run_report
+    with importing():
+        from qexp.pipeline.jobs import run_report
 
     return run_report(config, model_uri)
 

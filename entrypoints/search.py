@@ -3,6 +3,7 @@
 from typing import Any
 
 from qexp.config import Config
+from qexp.foundation.imports import importing
 
 from .options import ModelUri, given_or_none, with_options
 from .program import run_alone
@@ -15,7 +16,8 @@ def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
     Without --model-uri: the newest registered fp32 version of this model and data set, trained first if there is none.
     The same command resumes a search that was stopped. It ends with the command that quantizes as the best point was.
     """
-    from qexp.search import run_search
+    with importing():
+        from qexp.search import run_search
 
     return run_search(config, given_or_none(model_uri))
 

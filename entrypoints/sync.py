@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from qexp.foundation.imports import importing
+
 from .ending import finish
 from .options import Json
 
@@ -18,7 +20,8 @@ def sync(run_dir: RunDir, json: Json = False) -> None:
     """
 
     def action() -> dict[str, object]:
-        from qexp.pipeline.sync import sync_run
+        with importing():
+            from qexp.pipeline.sync import sync_run
 
         return sync_run(run_dir.expanduser())
 

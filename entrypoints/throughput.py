@@ -3,6 +3,7 @@
 from typing import Any
 
 from qexp.config import Config
+from qexp.foundation.imports import importing
 
 from .options import ModelUri, with_options
 from .program import run_alone
@@ -15,7 +16,8 @@ def throughput(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
     It tells the setting that serves most within --max-p99-ms, and the cores that --images-per-second takes. The version
     must have been timed on this CPU before: `qexp latency` does so.
     """
-    from qexp.pipeline.throughput import run_throughput
+    with importing():
+        from qexp.pipeline.throughput import run_throughput
 
     return run_throughput(config, model_uri)
 

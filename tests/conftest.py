@@ -31,12 +31,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qexp.config import DataConfig, TrainConfig
 from qexp.data.datasets import Dataset, load_dataset
+from qexp.files import from_json, to_json
 from qexp.measurement.accuracy import Accuracy, Comparison
 from qexp.measurement.cost import FLOP_COUNTER, Cost
 from qexp.measurement.gate import GateResult
 from qexp.measurement.host import Host, give_back_freed_memory
 from qexp.measurement.latency import LatencyResult, LatencyRow, LatencyStats, Ratio, StartUp
-from qexp.models.classifier import Classifier, ModelSpec, build_classifier
+from qexp.models.classifier import Classifier, ModelSpec, build_classifier, load_classifier, save_classifier
 from qexp.models.preprocessing import squashed
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import LayerSensitivity, SensitivityResult
@@ -66,6 +67,7 @@ SLOW = {
     "trained", "finished", "in_use", "run_qexp", "start_qexp", "run_apart", "start_server", "start_postgres",
     "subprocess", "Popen",
 }  # fmt: skip
+FINISHED = {"finished", "in_use"}  # what uses one needs the run that is made once
 MOST_MEMORY_GB = 2.0  # resident memory of a test process, at most; 1.6 was measured
 # What `auto` stands for is timed; trainings that are compared, or only looked at, are told.
 EXECUTION: dict[str, Any] = {"bf16": False, "channels_last": True, "train_threads": 1}
@@ -106,8 +108,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a trained model or another process are slow, also without the mark; and of the engines, those
-    that export the model. Files with slow tests come
-    first, so that no worker is left with one at the end."""
+    that export the model. Files with slow tests come first, so that no worker is left with one at the end. One of those
+    that need the finished run is the very first, the others come after those that do not: no worker waits for it."""
     for item in items:
         engine = item.callspec.params.get("engine") if hasattr(item, "callspec") else None
         if engine in ("pt2e", "onnx") or (isinstance(item, pytest.Function) and SLOW & _used_by(item)):
@@ -115,7 +117,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("long") and not os.environ.get("QEXP_LONG_TESTS"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: make test-long"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    waiting = {item.path: None for item in items if FINISHED & set(item.fixturenames) and item.path in slow}
+    first = next(iter(waiting), None)
+    items.sort(key=lambda item: (item.path != first, item.path not in slow, item.path in waiting))
 
 
 def _used_by(item: pytest.Function) -> set[str]:
@@ -241,10 +245,7 @@ def _memory_of_the_module(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The whole job, `qexp run`, on digits: for tests that only look. One for all workers of xdist."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with (shared / "finished.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _shared(tmp_path_factory, "finished") as shared:
         note = shared / "finished.json"
         if not note.exists():
             folder = shared / "finished run"
@@ -252,6 +253,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
             note.write_text(json.dumps(asdict(_run_once(folder)) | {"folder": str(folder)}))
     values = json.loads(note.read_text())
     return Finished(**values | {"folder": Path(values["folder"])})
+
+
+@contextmanager
+def _shared(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A folder of all workers of xdist; one at a time makes what has this name there."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield shared
 
 
 @pytest.fixture(scope="session")
@@ -317,12 +328,17 @@ def equal_weights(first: nn.Module, second: nn.Module) -> bool:
 
 @pytest.fixture(scope="session")
 def trained(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, TrainResult]:
-    """SmallNet after three epochs on digits."""
-    torch.manual_seed(0)
-    model = build_classifier(ModelSpec("smallnet", digits.classes, squashed(16)), digits.train.images)
-    folder = tmp_path_factory.mktemp("trained")
-    result = train_model(model, digits, TrainConfig(epochs=3, **EXECUTION), 0, lambda epoch: None, folder)
-    return model, result
+    """SmallNet after three epochs on digits. One for all workers of xdist."""
+    with _shared(tmp_path_factory, "trained") as shared:
+        weights, note = shared / "trained.safetensors", shared / "trained.json"
+        if not note.exists():
+            torch.manual_seed(0)
+            model = build_classifier(ModelSpec("smallnet", digits.classes, squashed(16)), digits.train.images)
+            folder = tmp_path_factory.mktemp("trained")
+            result = train_model(model, digits, TrainConfig(epochs=3, **EXECUTION), 0, lambda epoch: None, folder)
+            save_classifier(model, weights)
+            note.write_text(to_json(result))
+    return load_classifier(weights), from_json(TrainResult, note.read_text())
 
 
 def latency_row(

@@ -24,7 +24,7 @@ from servers import make_server
 from stores import new_store
 
 BIN = Path(sys.executable).parent
-WORDS = [*QUICK, *PLAIN, *NOT_TIMED, *"--epochs 2 --image-size 8".split()]  # the last value of an option counts
+WORDS = [*QUICK, *PLAIN, *NOT_TIMED, *"--epochs 2 --image-size 8 --batch-sizes 1".split()]  # the last value counts
 OPTIONS = [
     word
     for name, value in dict(zip(WORDS[::2], WORDS[1::2], strict=True)).items()

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from typing import Any
@@ -89,6 +91,11 @@ def _main(parent: str, kind: str, what: str, *arguments: str) -> None:
         return
     for name in dict.fromkeys(("qexp", what.partition(".")[0])):
         _import_from_root(name)
+    from qexp.foundation.imports import importing
+
+    with importing():
+        import_module(what)  # as a program it finds there what it imports
+    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
     runpy.run_module(what, run_name="__main__", alter_sys=True)
 
 

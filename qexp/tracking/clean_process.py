@@ -18,10 +18,13 @@ from qexp.progress import say
 
 # Batches are those of the evaluation: the same sums. ONNX has names for its outputs.
 SCRIPT = """
-import sys
+import gc, sys
+gc.disable()  # while libraries are imported, some when a model is loaded: a third of the time (foundation/imports.py)
 import mlflow, numpy
 source, images, logits, size = *sys.argv[1:4], int(sys.argv[4])
 model, found = mlflow.pyfunc.load_model(source), []
+gc.freeze()
+gc.enable()
 for start in range(0, len(numpy.load(images, mmap_mode="r")), size):
     batch = numpy.load(images, mmap_mode="r")[start : start + size]  # mapped anew: memory holds what is mapped
     given = model.predict(batch.astype(numpy.float32) / numpy.float32(255))

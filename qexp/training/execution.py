@@ -34,8 +34,9 @@ from qexp.training.distributed import read_group, threads_each
 FILE = "execution.json"  # in the folder of the training
 
 FIRST_IMAGES, MOST_IMAGES = 8, 64  # images a timed step: of the first one, and of the others at most
+STEP_SHARE = 200  # of the images of a whole training, a step has one in so many at most: the trials take a tenth of it
 LONGEST_STEP_S = 1.0  # of the choice that the others are compared with; slow networks get fewer images
-ROUNDS = 3  # timed steps of each of two choices, in turns
+ROUNDS = 3  # timed steps of each of two choices, in turns; fewer where two of them say the same
 HOPELESS = 2.0  # times as slow in the first round: no more rounds
 # How many times faster a choice must be than the one it replaces: by more than the noise of so few steps, so that
 # repeated trials agree. (bf16 gains more in training: its batches are larger, and each step converts all weights once.)
@@ -157,7 +158,8 @@ def fastest_execution(
     with torch.random.fork_rng(devices=[]), as_trained, waiting_as(start.waiting):
         try:
             step = _step_of(network, train)
-            images = _images(step, start, min(options.batch_size, len(train)))
+            fair = max(FIRST_IMAGES, options.epochs * len(train) // STEP_SHARE)
+            images = _images(step, start, min(options.batch_size, len(train), fair))
             return choose(step, start, images, options, has_bf16, free)
         finally:
             torch.set_num_threads(before)
@@ -177,7 +179,7 @@ def choose(
 
     def keep_if_faster(challenger: Execution, gain: float) -> bool:
         nonlocal best
-        faster = _gain(step, best, challenger, images, times) > gain
+        faster = _is_faster(step, best, challenger, gain, images, times)
         best = challenger if faster else best
         return faster
 
@@ -202,11 +204,17 @@ def choose(
     )
 
 
-def _gain(
-    step: Step, best: Execution, challenger: Execution, images: int, times: dict[Execution, list[float]]
-) -> float:
-    """How many times faster the challenger is: the median over rounds in which both take turns."""
-    gains: list[float] = []
+def _is_faster(
+    step: Step,
+    best: Execution,
+    challenger: Execution,
+    gain: float,
+    images: int,
+    times: dict[Execution, list[float]],
+) -> bool:
+    """Whether the challenger is more than `gain` times as fast in most of the rounds in which both take turns."""
+    rounds: list[bool] = []
+    most = ROUNDS // 2 + 1
     made = {replace(one, waiting=PASSIVE) for one in times}
     for execution in (best, challenger):
         if (kind := replace(execution, waiting=PASSIVE)) not in made:
@@ -216,18 +224,19 @@ def _gain(
         best_s, challenger_s = step(best, images), step(challenger, images)
         times.setdefault(best, []).append(best_s)
         times.setdefault(challenger, []).append(challenger_s)
-        gains.append(best_s / challenger_s)
-        if gains[0] < 1 / HOPELESS:
+        rounds.append(best_s / challenger_s > gain)
+        hopeless = len(rounds) == 1 and challenger_s > HOPELESS * best_s
+        if hopeless or max(rounds.count(True), rounds.count(False)) == most:
             break
-    return statistics.median(gains)
+    return rounds.count(True) >= most
 
 
-def _images(step: Step, start: Execution, batch_size: int) -> int:
-    """Images a timed step, so that one takes no longer than LONGEST_STEP_S."""
-    few = min(FIRST_IMAGES, batch_size)
+def _images(step: Step, start: Execution, most: int) -> int:
+    """Images a timed step, `most` at most, so that one takes no longer than LONGEST_STEP_S."""
+    few = min(FIRST_IMAGES, most)
     step(start, few)
     fitting = int(few * LONGEST_STEP_S / step(start, few))
-    return max(few, min(fitting, MOST_IMAGES, batch_size))
+    return max(few, min(fitting, MOST_IMAGES, most))
 
 
 def _step_of(model: nn.Module, train: Split) -> Step:

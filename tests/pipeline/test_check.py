@@ -183,7 +183,7 @@ def test_a_module_in_python_and_an_onnx_file(given: Given, capsys: pytest.Captur
         "min_seconds": 0,
     }  # fmt: skip
     with redirect_stderr(io.StringIO()):  # which has no file, as in some notebooks
-        found = qexp.check(model, **options)
+        found = qexp.check(model, **options, engine="fx")
     assert found.evidence.fp32.accuracy["test"].top1_correct == given.correct
     assert found.verdict.word in capsys.readouterr().out.lower() and "<table>" in found._repr_html_()
     pytest.importorskip("onnxscript")

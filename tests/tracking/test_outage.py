@@ -29,7 +29,9 @@ def stack() -> Iterator[ExitStack]:
 
 
 def _start(server: Server, *arguments: str, retries: int = 7) -> Forked:
-    variables = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    """Between two tries the client waits for 0, 2, 4, 8, 16, 32 and 64 s."""
+    waits = {"MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0"}
+    variables = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)} | waits
     return start_qexp(server.folder, *arguments, uri=server.url, variables=variables)
 
 
@@ -45,7 +47,7 @@ def test_server_killed_for_some_seconds_loses_no_metric(tmp_path: Path, stack: E
     process = _start(server, "train", *TRAIN)
     process.wait_for_line("epoch 2/4")
     server.kill()
-    time.sleep(4)
+    time.sleep(2.5)
     assert process.poll() is None
     server.start(stack)
     assert process.wait() == 0, process.stderr

@@ -93,6 +93,27 @@ def test_a_hopeless_choice_is_timed_once() -> None:
     assert trials == (Trial(False, 4, True, 64.0), Trial(True, 4, True, 64 / 9))
 
 
+def test_most_of_three_rounds_decide_and_a_third_is_made_where_two_differ() -> None:
+    def chosen(*bf16_s: float) -> tuple[bool, int]:
+        times = iter([1.0, *bf16_s])  # the first makes its kernels
+        step = lambda execution, images: next(times) if execution.bf16 else 1.0  # noqa: E731
+        options = TrainConfig(train_threads=4, channels_last=True)
+        return choose(step, DEFAULT, 64, options, True, False)[0].bf16, len(bf16_s) - len(list(times))
+
+    assert chosen(0.5, 0.5, 0.5) == (True, 2) and chosen(1.5, 1.5, 0.1) == (False, 2)
+    assert chosen(0.5, 1.5, 0.5) == (True, 3) and chosen(1.5, 0.5, 1.5) == (False, 3)
+
+
+def test_short_trainings_are_timed_with_few_images(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has a 200th of the images of all epochs at most."""
+    found = list[int]()
+    monkeypatch.setattr(fastest, "choose", lambda step, start, images, *given: (found.append(images), (start, ()))[1])
+    monkeypatch.setattr(fastest, "_step_of", lambda *given: lambda execution, images: 0.001 * images)
+    for epochs in (1, 20, 1000):
+        fastest.fastest_execution(TrainConfig(epochs=epochs), build_tiny(tiny), tiny.train, 2, True)
+    assert len(tiny.train) == 160 and found == [8, 16, 64]
+
+
 def test_slow_networks_are_timed_with_few_images() -> None:
     assert fastest._images(lambda execution, images: 0.001 * images, DEFAULT, 128) == 64
     assert fastest._images(lambda execution, images: 0.05 * images, DEFAULT, 128) == 20
