@@ -38,7 +38,9 @@ PLACES = ("data_dir", "labels", "classes", "calibration_dir")  # of the data on 
 Engine = Literal["fx", "pt2e", "onnx"]
 Observer = Literal["histogram", "minmax", "batch_average", "percentile"]
 Scale = Literal["channel", "layer"]
-Baseline = Literal["fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino"]
+Baseline = Literal[
+    "fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino", "fp32_compiled"
+]  # fmt: skip
 
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
 Counts = Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(lambda counts: sorted(set(counts)))]
@@ -397,7 +399,7 @@ class LatencyConfig(BaseModel):
     baselines: Baselines = Field(
         ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino"],
         description="timed beside fp32 and int8, or none: fp32_eager, fp32_traced, fp32_onnx, fp32_openvino; bf16 and "
-        "bf16_openvino if the CPU has it",
+        "bf16_openvino if the CPU has it; fp32_compiled, only if named: some 20 s of compilation for each batch size",
     )
     profile: Weights | None = Field(
         None, description="how much each batch size counts, 1:3,128:1; those left out do not; auto: all alike"

@@ -115,9 +115,8 @@ def _start_all(
         name, is_baseline = model.name, model.is_made
         try:
             if is_baseline and model not in able:
-                in_fork(
-                    partial(prepare_baseline, Path(request.weights), Path(model.folder), name, request.shape, folder)
-                )
+                places = Path(request.weights), Path(model.folder)
+                in_fork(partial(prepare_baseline, *places, name, request.shape, folder, options.batch_sizes))
             able[model] = started = in_fork(partial(_start_up, model, request.shape, options, folder))
         except StageError as error:
             if model.needed and not is_baseline:

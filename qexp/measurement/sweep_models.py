@@ -3,8 +3,9 @@
 fp32 is the stored version, an exported program. The fair baselines are made from its weights: the Python module
 (eager), traced and frozen by TorchScript, the same in bf16, and exported to ONNX for ONNX Runtime and for OpenVINO,
 which also computes it in bf16; an fp32 version that is an ONNX file is read by OpenVINO as it is. Beside int8 models
-in which a pool is folded away, these are made from the folded fp32 model too. int8 models are stored versions, each
-with one choice of kernels, or of the runtime for an ONNX file.
+in which a pool is folded away, these are made from the folded fp32 model too. Where it is asked for, torch compiles it
+for each batch size (compiled.py). int8 models are stored versions, each with one choice of kernels, or of the runtime
+for an ONNX file.
 """
 
 import shutil
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import StageError
+from qexp.measurement.compiled import Compiled, compile_for
 from qexp.models.classifier import load_classifier
 from qexp.models.factories import NotImportable
 from qexp.models.folding import folded
@@ -26,13 +28,13 @@ from qexp.models.stored import load_module, load_stored, model_file
 
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
-EAGER, TRACED, ONNX = "fp32_eager", "fp32_traced", "fp32_onnx"
+EAGER, TRACED, ONNX, COMPILED = "fp32_eager", "fp32_traced", "fp32_onnx", "fp32_compiled"
 BF16 = "bf16"
 FP32_OPENVINO, BF16_OPENVINO = "fp32_openvino", "bf16_openvino"
 IN_OPENVINO = (FP32_OPENVINO, BF16_OPENVINO)
 ROUNDED = (BF16, BF16_OPENVINO)  # the floats that round, whose accuracy is measured
 FOLDED = "_folded"  # in the names of what is made from the fp32 model after a pool was folded away
-MADE = (EAGER, TRACED, BF16, ONNX, *IN_OPENVINO)  # from the fp32 version
+MADE = (EAGER, TRACED, BF16, ONNX, COMPILED, *IN_OPENVINO)  # from the fp32 version
 DEFAULTS = (None, "x86", ONNXRUNTIME)  # kernels and runtimes
 
 
@@ -49,7 +51,7 @@ class SweepModel:
     @property
     def compiles_for_each_size(self) -> bool:
         """Whether the first pass at a batch size is the one that compiles the model for it."""
-        return self.backend == OPENVINO or unfolded(self.name) in IN_OPENVINO
+        return self.backend == OPENVINO or unfolded(self.name) in (COMPILED, *IN_OPENVINO)
 
     @property
     def is_made(self) -> bool:
@@ -88,12 +90,14 @@ def backend_in(name: str, engine: str) -> str | None:
     return name.removeprefix(f"int8_{engine}").removeprefix(FOLDED).removeprefix("_") or None
 
 
-def prepare_baseline(weights: Path, stored: Path, name: str, shape: Shape, folder: Path) -> None:
+def prepare_baseline(
+    weights: Path, stored: Path, name: str, shape: Shape, folder: Path, batch_sizes: Sequence[int] = ()
+) -> None:
     """Write what `load` needs for the baseline of this name into `folder`, from a weights file of `save_classifier`, or
     from an exported program. With FOLDED in its name, a pool is folded away before.
 
     A network whose code lies in the user's folder, from which this process imports nothing, is taken from `stored`, the
-    folder of the fp32 version: its exported program has the same operations.
+    folder of the fp32 version: its exported program has the same operations. `batch_sizes` are those to compile for.
 
     Raises:
         StageError: there is no pool to fold away.
@@ -120,6 +124,8 @@ def prepare_baseline(weights: Path, stored: Path, name: str, shape: Shape, folde
         from qexp.models.onnx_file import export
 
         return export(model, example, exported)
+    if plain == COMPILED:
+        return compile_for(model.eval(), shape, batch_sizes, folder / name)
     if name == EAGER:
         return torch.save(model, folder / f"{name}.pt")
     torch.jit.save(freeze(model, shape, torch.bfloat16 if plain == BF16 else torch.float32), folder / f"{name}.pt")
@@ -153,6 +159,8 @@ def load(model: SweepModel, folder: Path) -> Predict:
         from qexp.models.openvino_file import OpenvinoClassifier
 
         return OpenvinoClassifier.of_file(exported, bf16=plain == BF16_OPENVINO).forward
+    if plain == COMPILED:
+        return Compiled(folder / model.name)
     if plain == EAGER:
         return load_module(folder / f"{EAGER}.pt")  # which this process has written
     if plain in (TRACED, BF16):

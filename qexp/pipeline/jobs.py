@@ -296,7 +296,7 @@ def quantize_stage(
     config = setup.config.model_copy(update={"quantize": options})
     subset, digest = calibration(config, setup.dataset)
     return job.stage(
-        f"quantize-{engine}{'-folded' if fold else ''}-{len(subset)}",
+        f"quantize-{engine}{'-folded' if must_fold else ''}-{len(subset)}",
         f"Quantization of `{opaque(fp32.version.uri)}`.",
         config,
         lambda folder: quantize(config, setup.host, setup.dataset, fp32, sensitivity, must_fold),

@@ -19,12 +19,14 @@ from qexp.data.datasets import Dataset
 from qexp.errors import StageError, first_line
 from qexp.foundation.extras import has_openvino, how_to_install
 from qexp.measurement.accuracy import compare, measure_accuracy, predict_logits
+from qexp.measurement.compiled import has_compiler
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep import SweepRequest, run_sweep
 from qexp.measurement.sweep_models import (
     BASELINE,
     BF16_OPENVINO,
+    COMPILED,
     EAGER,
     IN_OPENVINO,
     ROUNDED,
@@ -240,6 +242,8 @@ def why_not_timed(name: str, config: Config, host: Host, onnx_file: bool = False
         return "it is not among --baselines"
     if onnx_file and name not in IN_OPENVINO:
         return "the model is an ONNX file, which fp32 runs in ONNX Runtime"
+    if name == COMPILED and not has_compiler():
+        return "no C++ compiler is installed: g++, or the one that the variable CXX names"
     if name in ROUNDED and not host.has_bf16:
         return f"{host.cpu} has no bf16 instructions"
     if name in IN_OPENVINO and not has_openvino():

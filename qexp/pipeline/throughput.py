@@ -14,7 +14,7 @@ from qexp.errors import InputError
 from qexp.foundation.text import opaque
 from qexp.measurement.host import Host, free_memory_bytes, read_cpus
 from qexp.measurement.load import LoadRequest, run_load
-from qexp.measurement.sweep_models import SweepModel, backend_in
+from qexp.measurement.sweep_models import COMPILED, SweepModel, backend_in, unfolded
 from qexp.measurement.throughput import KINDS, Choice, Need, Served, Setting, ThroughputResult, settings
 from qexp.models.names import short_name
 from qexp.models.preprocessing import preprocessing_of
@@ -46,7 +46,7 @@ def run_throughput(config: Config, model_uri: str) -> dict[str, Any]:
     int8 = registry.find_version(model_uri, "int8")
     uri, fp32_uri = uri_of(int8), uri_of(registry.source_of(int8))
     known = _latest_sweep(int8, host)
-    floats = known.fair_floats(config.gate.of(int8.name))
+    floats = [name for name in known.fair_floats(config.gate.of(int8.name)) if unfolded(name) != COMPILED]
     wanted = {one: _fastest_float(known, floats, one) for one in _settings(config, host, known)}
     engine, name = tags_of(int8).engine, known.name_of(uri)
     job = Job(host, again=shlex.join(["qexp", "throughput", "--model-uri", uri]))

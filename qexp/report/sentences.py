@@ -16,6 +16,7 @@ from qexp.measurement.sweep_models import (
     BASELINE,
     BF16,
     BF16_OPENVINO,
+    COMPILED,
     EAGER,
     FP32_OPENVINO,
     backend_in,
@@ -40,6 +41,7 @@ FLOATS = {
     "fp32_traced": "the fp32 model, traced and frozen by TorchScript",
     BF16: "the model traced and frozen by TorchScript, computed in bf16",
     "fp32_onnx": "the fp32 model exported to ONNX and run by ONNX Runtime",
+    COMPILED: "the fp32 model, compiled by torch for each batch size with its weights frozen",
     FP32_OPENVINO: "the fp32 model as an ONNX file, run by OpenVINO",
     BF16_OPENVINO: "the fp32 model as an ONNX file, run by OpenVINO in bf16",
 }

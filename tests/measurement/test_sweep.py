@@ -1,18 +1,23 @@
 """The latency sweep as a process of its own, what it compares with, and what happens when it fails."""
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
 from conftest import Finished
+from torch import nn
 
 from qexp.config import LatencyConfig
 from qexp.data.datasets import Dataset
 from qexp.errors import StageError
 from qexp.measurement import sweep, sweep_models
 from qexp.measurement.accuracy import to_float
+from qexp.measurement.child import in_fork
+from qexp.measurement.compiled import has_compiler
 from qexp.measurement.latency import StartUp
 from qexp.measurement.sweep import Started, SweepRequest, expected_s, fitting, run_sweep
 from qexp.measurement.sweep_models import SweepModel, backend_in, int8_models
@@ -119,6 +124,29 @@ def test_the_expected_time_is_that_of_rounds_loads_and_warm_up() -> None:
     assert found[8] == pytest.approx(10 * 2 * 4.02 + 4 * 8.0 + 2 * 1.5)
     fast = expected_s([{1: 1e-4, 8: 1e-3}], 0.0, options)
     assert fast[1] == pytest.approx(10 * 0.06, rel=0.01), "a round of a fast model has a least length"
+
+
+@pytest.mark.long  # half a minute of compilation
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler is installed")
+def test_a_compiled_float_computes_the_same_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    monkeypatch.setattr(sweep_models, "load_classifier", lambda file: model)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
+    made = partial(sweep_models.prepare_baseline, tmp_path / "weights", tmp_path, "fp32_compiled", (3, 8, 8), tmp_path)
+    in_fork(partial(made, [1, 3]))
+    assert sorted(os.listdir(tmp_path / "fp32_compiled")) == ["1.pt2", "3.pt2"]
+    compiled: Any = sweep_models.load(SweepModel("fp32_compiled", ""), tmp_path)
+    with torch.no_grad():
+        for size in (1, 3):
+            images = torch.rand(size, 3, 8, 8)
+            assert torch.allclose(compiled(images), model(images), atol=1e-5)
+    del compiled
+    left = sorted(os.listdir(tmp_path / "fp32_compiled"))
+    assert left == ["1.pt2", "3.pt2", "cache"], "what torch has unpacked is gone"
+    assert not os.listdir(tmp_path / "elsewhere")
 
 
 def test_names_of_int8_models() -> None:

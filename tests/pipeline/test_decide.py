@@ -156,3 +156,15 @@ def test_the_gate_asks_for_more_than_the_registered_program_gives(evidence: Evid
     assert judge(strict, evidence.fp32, evidence.int8, latency).gate.passed
     unverified = replace(evidence.int8, verified=False)
     assert not judge(CONFIG, evidence.fp32, unverified, evidence.measured).gate.passed
+
+
+def test_a_compiled_float_is_timed_where_it_is_asked_for_and_a_compiler_is_there(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = parse_yaml("latency: {baselines: [fp32_compiled]}")
+    (tmp_path / "mine").touch(mode=0o755)
+    for found, why in ((str(tmp_path / "mine"), ""), (str(tmp_path / "gone"), "no C++ compiler is installed")):
+        monkeypatch.setenv("CXX", found)
+        assert measure.why_not_timed("fp32_compiled", asked, host).startswith(why)
+        assert bool(measure.why_not_timed("fp32_compiled", asked, host)) == bool(why)
+        assert measure.why_not_timed("fp32_compiled", CONFIG, host) == "it is not among --baselines"

@@ -130,7 +130,7 @@ def test_quantize_latency_and_report_on_registered_versions(in_use: Finished) ->
     quantized = run_qexp(in_use.folder, "quantize", "--model-uri", fp32, *options.split(), before=without_vnni)
     assert quantized.code == 0, quantized.stderr
     assert "has no int8 dot product" in quantized.stderr
-    assert "smallnet has no pool that only repeats" in quantized.stderr
+    assert "smallnet has no pool that only enlarges its map" in quantized.stderr
     assert "accuracy budget, try 1 of 2: validation top-1 drop" in quantized.stderr
     uri = quantized.summary["int8"]
     version = mlflow.MlflowClient(tracking_uri=in_use.uri).get_model_version(*uri.removeprefix("models:/").split("/"))

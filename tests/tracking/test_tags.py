@@ -68,7 +68,7 @@ RUN_ID = "0123456789abcdef" * 2
 GOOD = {
     "verified": "true", "classes": '["cat", "dog"]', "image_size": "16", "artifact_sha256": "ab" * 32,
     "loads_without_pickle": "true", "flavor": "pytorch", "backend": "onednn", "engine": "fx",
-    "runtime": "openvino",
+    "runtime": "openvino", "folded": "true",
     "fp32_uri": f"models:/{FP32}/1", "weights_uri": f"runs:/{RUN_ID}/weights/model.safetensors", "dataset": "birds",
     "weights_sha256": "ab" * 32,
     "data_digest": "0123456789abcdef", "champion_kept": "none", "champion_compared": "false", "threads": "2",
