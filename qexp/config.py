@@ -122,7 +122,7 @@ ImageSize = Annotated[int | str, BeforeValidator(_image_size)]
 class DataConfig(BaseModel):
     model_config = STRICT
     dataset: Literal["digits", "cifar10", "imagefolder"] = Field(
-        cast(Any, None), description="data set; auto: imagefolder where data_dir is given, else digits"
+        cast(Any, None), description="data set; auto: imagefolder where data_dir or labels is given, else digits"
     )
     data_dir: Folder | None = Field(
         None, description="folder of cifar10 (auto: data/cifar10-python) or imagefolder (must be given)"
@@ -148,7 +148,8 @@ class DataConfig(BaseModel):
     def _folder_of_images(cls, values: Any) -> Any:
         """What `auto` stands for as data set: a folder of images is what people have."""
         if isinstance(values, dict) and "dataset" not in values:
-            return values | {"dataset": "imagefolder" if values.get("data_dir") else "digits"}
+            given = values.get("data_dir") or values.get("labels")
+            return values | {"dataset": "imagefolder" if given else "digits"}
         return values
 
     @property
@@ -204,10 +205,12 @@ class PreprocessConfig(BaseModel):
         None, description="colours that the network expects, in its order; auto: rgb"
     )
     mean: PerChannel | None = Field(
-        None, description="subtracted from each channel, on the scale of input_range; auto: of the training images"
+        None,
+        description="subtracted from each channel, on the scale of input_range; auto: of the training images, or with "
+        "weights 0",
     )
     std: Annotated[list[AboveZero], BeforeValidator(_numbers), AfterValidator(_one_a_channel)] | None = Field(
-        None, description="what each channel is divided by after that; auto: of the training images"
+        None, description="what each channel is divided by after that; auto: of the training images, or with weights 1"
     )
     input_range: Literal["0,1", "0,255", "-1,1"] | None = Field(
         None, description="values of black and white before mean and std are applied; auto: 0,1"

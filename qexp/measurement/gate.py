@@ -63,7 +63,7 @@ def decide_gate(
     limits: GateConfig,
     fp32: Accuracy,
     int8: Accuracy,
-    guess_percent: float,
+    guess_percent: float | None,
     drop: Comparison,
     size_ratio: float,
     speedup: Speedup,
@@ -76,7 +76,8 @@ def decide_gate(
     Args:
         limits: those that count for its name.
         fp32, int8: on the test images.
-        guess_percent: top-1 of always naming the most frequent class.
+        guess_percent: top-1 of always naming the most frequent class; None where images have no labels: top-1 then is
+            agreement with fp32, and says nothing of fp32 itself.
         drop: int8 against fp32 on the test images; the upper end of its 95 % interval counts.
         size_ratio: fp32 over int8, in bytes as stored.
         speedup: over the fastest float, where its interval reaches lowest; the lower end counts.
@@ -85,7 +86,7 @@ def decide_gate(
     """
     others = [
         _Told(GateCheck(VERIFIED, float(verified), 1.0, verified), "a version does not reload bit for bit"),
-        _better_than_guessing(fp32, guess_percent),
+        *([] if guess_percent is None else [_better_than_guessing(fp32, guess_percent)]),
         _at_most(
             DROP,
             f"top-1 drop {drop.top1_drop_points:.4g} points, upper end {drop.top1_drop_high_points:.4g}",

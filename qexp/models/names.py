@@ -106,7 +106,8 @@ def _check_file(name: str) -> None:
     if not os.path.exists(name):
         raise InputError(f"--model {name}: no such file")
     if not os.path.isfile(name):
-        raise InputError(f"--model {name}: must be a file, and is none")
+        kind = "a folder" if os.path.isdir(name) else "none"
+        raise InputError(f"--model {name}: must be a file, and is {kind}")
 
 
 def available_models() -> list[str]:

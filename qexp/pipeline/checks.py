@@ -10,7 +10,7 @@ from qexp.config import Config, LatencyConfig
 from qexp.data.folders import check_data_dir, check_places
 from qexp.errors import InputError
 from qexp.foundation.extras import check_package
-from qexp.models.names import check_model_name, parse_version_uri
+from qexp.models.names import check_model_name, is_factory, is_model_name, parse_version_uri
 from qexp.models.preprocessing import preprocessing_of
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # of files that hold weights and no code
@@ -46,7 +46,7 @@ def model_options(given: str, architecture: str | None, weights: str | None = No
     """The options `model` and `weights` that MODEL stands for, beside those that were given themselves.
 
     Raises:
-        InputError: a file of weights without the architecture, or two models.
+        InputError: a file of weights without the architecture, the reverse, or two models.
     """
     if not given.startswith("models:/") and PurePath(given).suffix.lower() in WEIGHTS_SUFFIXES:
         if architecture is None:
@@ -56,6 +56,8 @@ def model_options(given: str, architecture: str | None, weights: str | None = No
         return {"model": architecture, "weights": given}
     if architecture is not None:
         raise InputError(f"--model {architecture}: MODEL {given} is a model already; leave one of them out")
+    if weights is None and is_model_name(given) and not is_factory(given):
+        raise InputError(f"--weights: must be given: MODEL {given} is an architecture alone; a file, or DEFAULT")
     return {"model": given}
 
 

@@ -36,7 +36,7 @@ def judge(config: Config, fp32: Fp32Evidence, int8: Int8Evidence, latency: Laten
         limits,
         fp32.accuracy["test"],
         int8.accuracy["test"],
-        fp32.data.guess,
+        fp32.data.guess if fp32.data.labelled else None,
         int8.comparison["test"],
         fp32.size_bytes / int8.size_bytes,
         latency.latency.least_speedup(name, latency.fair_floats(limits)),

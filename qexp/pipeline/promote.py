@@ -148,7 +148,7 @@ def compare_with_champion(
         limits,
         measure_accuracy(fp32, labels),
         measure_accuracy(int8, labels),
-        guess_percent(labels),
+        guess_percent(labels) if dataset.test.is_labelled else None,
         drop,
         source.size_bytes / version.size_bytes,
         result.least_speedup(CANDIDATE, floats),

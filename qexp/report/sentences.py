@@ -246,7 +246,7 @@ def _trained_elsewhere(evidence: Evidence) -> list[str]:
 
 
 def preprocessing(found: Preprocessing) -> str:
-    """How an image becomes the model's input, in words."""
+    """How an image becomes the input of a model that was trained elsewhere, in words."""
     size = f"{found.height_px} x {found.width_px} px"
     resized = f"resized to {size}"
     if found.resize_px:
@@ -254,13 +254,11 @@ def preprocessing(found: Preprocessing) -> str:
     colours = {"rgb": "RGB", "bgr": "BGR", "grey": "grey"}[found.channels]
     low, high = found.input_range
     scale = f"values from {low:g} to {high:g}"
-    if found.mean and found.std and not any(found.mean) and set(found.std) == {1.0}:
-        scale += ", not normalised"
-    elif found.mean and found.std:
+    if found.mean and found.std and (any(found.mean) or set(found.std) != {1.0}):
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
         scale += f" with mean {mean} and standard deviation {std} taken off"
     else:
-        scale += " normalised by mean and standard deviation of the training images"
+        scale += ", not normalised"
     return f"{colours} images, {resized} ({found.interpolation}), {scale}"
 
 

@@ -225,7 +225,8 @@ def test_what_is_missing_is_one_line(root: Path, tmp_path: Path) -> None:
     (root / "test").rename(root / "other")
     assert _refusal(root).startswith(f"--data-dir {root}: no folder {root / 'test'}")
     with pytest.raises(InputError, match=r"^--labels .*: needs --dataset imagefolder"):
-        check_data_dir(DataConfig(labels=str(file)))
+        check_data_dir(DataConfig(dataset="digits", labels=str(file)))
+    assert DataConfig(labels=str(file)).dataset == "imagefolder"
     os.mkfifo(root / "pipe.csv")
     assert _refusal(root, labels=root / "pipe.csv").startswith(f"--labels {root / 'pipe.csv'}: no such file")
 

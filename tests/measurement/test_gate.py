@@ -9,7 +9,7 @@ import torch
 
 from qexp.config import GateConfig
 from qexp.measurement.accuracy import Accuracy, Comparison, compare, share_interval
-from qexp.measurement.gate import GateResult, Succession, decide_gate, decide_succession
+from qexp.measurement.gate import TRAINED, GateResult, Succession, decide_gate, decide_succession
 from qexp.measurement.latency import Ratio, Speedup, mean_of
 
 LIMITS = GateConfig(max_top1_drop=1.0, min_size_ratio=3.0, min_speedup=1.5)
@@ -26,11 +26,12 @@ def _decide(
     top1: float = 90.0,
     fp32_top1: float = 90.0,
     shortcomings: tuple[str, ...] = (),
+    guess_percent: float | None = 10.0,
 ) -> GateResult:
     drop = replace(DROP, top1_drop_high_points=high)
     fp32, int8 = Accuracy(fp32_top1, 99.0, 10_000), Accuracy(top1, 99.0, 10_000)
     speedup = Speedup(8, "bf16", Ratio(2.5, low, 2.75))
-    return decide_gate(limits, fp32, int8, 10.0, drop, size_ratio, speedup, shortcomings, verified)
+    return decide_gate(limits, fp32, int8, guess_percent, drop, size_ratio, speedup, shortcomings, verified)
 
 
 def test_all_limits_kept() -> None:
@@ -89,6 +90,11 @@ def test_all_reasons_are_named() -> None:
     result = _decide(high=5.0, size_ratio=1.0, low=0.5, verified=False)
     assert len(result.reasons) == 4
     assert result.failed_limits == ("verified", "max_top1_drop", "min_size_ratio", "min_speedup")
+
+
+def test_without_labels_nothing_is_asked_of_fp32_itself() -> None:
+    result = _decide(fp32_top1=0.5, guess_percent=None)
+    assert result.passed and TRAINED not in [check.limit for check in result.checks]
 
 
 def test_a_network_that_guesses_never_passes() -> None:

@@ -14,6 +14,7 @@ from qexp.measurement.accuracy import Accuracy, Comparison
 from qexp.measurement.cost import TORCHINFO
 from qexp.measurement.gate import GateResult, Succession
 from qexp.models.contents import FileContents
+from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.budget import BudgetResult, BudgetTry
 from qexp.quantization.sensitivity import SensitivityResult
 from qexp.report import sentences, tables
@@ -23,6 +24,19 @@ from qexp.report.results import Evidence, InRuntime
 def _has(text: list[str] | str, *words: str) -> list[bool]:
     whole = text if isinstance(text, str) else " ".join(text)
     return [word in whole for word in words]
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "said"),
+    [
+        (None, None, "values from 0 to 255, not normalised"),
+        ((0.0,), (1.0,), "values from 0 to 255, not normalised"),
+        ((0.5,), (0.25,), "values from 0 to 255 with mean 0.5 and standard deviation 0.25 taken off"),
+    ],
+)
+def test_what_a_model_of_others_is_given(mean: Any, std: Any, said: str) -> None:
+    found = Preprocessing(48, 192, channels="grey", mean=mean, std=std, input_range=(0.0, 255.0))
+    assert sentences.preprocessing(found) == f"grey images, resized to 48 x 192 px (bilinear), {said}"
 
 
 def _with_comparison(evidence: Evidence, **changed: float) -> Evidence:
