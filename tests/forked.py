@@ -79,6 +79,7 @@ class Request:
     before: str = ""  # Python to run first
     clean: bool = False  # without what qexp has imported of itself
     written: tuple[str, ...] = ("out", "err")
+    given: str = os.devnull  # the file that it reads as its standard input
 
 
 @dataclass
@@ -207,6 +208,7 @@ def _children_are_forks(files: Path, prepare: Callable[[], None] = lambda: None)
     _forking[:] = [Forking(files, prepare)]
     for module in ("qexp.measurement.child", "qexp.tracking.clean_process"):
         sys.modules[module].run_python = _run_forked  # type: ignore[attr-defined]
+    sys.modules["qexp.tracking.clean_process"].start_python = _Later  # type: ignore[attr-defined]
     SubprocessHandler._popen = _start_worker
 
 
@@ -243,9 +245,31 @@ def _run_forked(words: Sequence[str], env: dict[str, str], **options: Any) -> "s
     """Stands for `run_python` of qexp.foundation.processes."""
     ours = f"/proc/{os.getpid()}/fd/2"
     written = {} if options.get("capture_output") else {"written": (ours, ours)}
-    process = _forking[0].start(os.getcwd(), tuple(words), env, clean=words[0] == "-c", **written)
+    given = {"given": options["given"]} if "given" in options else {}
+    process = _forking[0].start(os.getcwd(), tuple(words), env, clean=words[0] == "-c", **given, **written)
     code = process.wait(600)
     return subprocess.CompletedProcess(words, code, process.stdout, process.stderr)
+
+
+class _Later:
+    """Stands for `start_python`: a fork has nothing to import, and starts when it is told what to do."""
+
+    def __init__(self, words: Sequence[str], env: dict[str, str], **options: Any) -> None:
+        self._words, self._env = words, env
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def communicate(self, said: str) -> tuple[str, str]:
+        with tempfile.NamedTemporaryFile("w") as given:
+            given.write(said)
+            given.flush()
+            done = _run_forked(self._words, self._env, capture_output=True, given=given.name)
+        self.returncode = done.returncode
+        return done.stdout, done.stderr
 
 
 def _start_worker(handler: SubprocessHandler, command: Sequence[str], environment: dict[str, str]) -> Forked:
@@ -317,7 +341,7 @@ def _become(request: Request) -> None:
     os.chdir(request.folder)
     write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for number, file, flags in (
-        (0, os.devnull, os.O_RDONLY),
+        (0, request.given, os.O_RDONLY),
         (1, request.files / request.written[0], write),
         (2, request.files / request.written[1], write),
     ):

@@ -59,6 +59,11 @@ def run_python(words: Sequence[str], environment: dict[str, str], **options: Any
     return subprocess.run(command, env=python_environment(environment), stdin=subprocess.DEVNULL, **options)
 
 
+def start_python(words: Sequence[str], environment: dict[str, str], **options: Any) -> "subprocess.Popen[Any]":
+    """Start what `run_python` runs, and return the process; `options` are those of `subprocess.Popen`."""
+    return subprocess.Popen(python_command(*words, warn=False), env=python_environment(environment), **options)
+
+
 def end_with(parent: int, number: int = signal.SIGKILL) -> None:
     """Send this process a signal when its parent ends, however that ends, `kill -9` included.
 

@@ -50,7 +50,7 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
         say(f"{uri}: {len(dataset.test)} test images in a clean subprocess, {host.threads} threads")
         try:
             environment = registry.child_environment(host.threads)
-            logits = bare_logits(str(copy), dataset.test.images, environment, tags.runtime)
+            logits = bare_logits(str(copy), tags.flavor or "pytorch", dataset.test.images, environment, tags.runtime)
         except StageError as error:
             raise StageError(f"{uri}: {error}") from None
     accuracy = measure_accuracy(logits, _labels(found, dataset))

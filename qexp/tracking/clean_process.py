@@ -1,15 +1,19 @@
 """A model in a process that imports nothing of qexp: what a user's process sees of a registered version."""
 
+import json
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qexp.errors import StageError
-from qexp.foundation.processes import run_python
+from qexp.foundation.processes import run_python, start_python
 from qexp.measurement.accuracy import evaluation_batch, to_float
 from qexp.models.classifier import ImageBatches
 from qexp.models.names import OPENVINO
@@ -17,11 +21,13 @@ from qexp.models.stored import model_file
 from qexp.progress import say
 
 # Batches are those of the evaluation: the same sums. ONNX has names for its outputs.
+# It imports what takes a second, and then reads what is to be done.
 SCRIPT = """
-import gc, sys
+import gc, importlib, json, sys
 gc.disable()  # while libraries are imported, some when a model is loaded: a third of the time (foundation/imports.py)
 import mlflow, numpy
-source, images, logits, size = *sys.argv[1:4], int(sys.argv[4])
+importlib.import_module("mlflow." + sys.argv[1])
+source, images, logits, size = json.loads(open(0, closefd=False).readline())
 model, found = mlflow.pyfunc.load_model(source), []
 gc.freeze()
 gc.enable()
@@ -54,29 +60,72 @@ numpy.save(logits, numpy.concatenate(found))
 WITHOUT_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 
 
-def bare_logits(source: str, images: ImageBatches, environment: dict[str, str], runtime: str | None = None) -> Tensor:
-    """Logits of uint8 images [N, C, H, W] from a process that imports only mlflow, or OpenVINO, and numpy.
+class BareProcess:
+    """A process that imports only mlflow and numpy, for one model. It imports them while its starter does other things,
+    such as to make that model."""
+
+    def __init__(self, flavor: str, environment: dict[str, str], without_pickle: bool = False) -> None:
+        """Start it.
+
+        Args:
+            flavor: MLflow's, of the model.
+            environment: of the process: it names the store and the threads.
+            without_pickle: it tells MLflow to load nothing that a pickle may be in.
+        """
+        environment = environment | (WITHOUT_PICKLE if without_pickle else {})
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self._process = start_python(["-c", SCRIPT, flavor], environment, text=True, **pipes)
+
+    def __enter__(self) -> "BareProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._process:  # which waits for it, and closes its pipes
+            self._process.kill()
+
+    def logits(self, source: str, images: ImageBatches) -> Tensor:
+        """Logits of uint8 images [N, C, H, W] by the model in the folder `source`; may be called once.
+
+        Raises:
+            StageError: the model does not load or run there.
+        """
+        with _images_of(images) as (inputs, logits, size):
+            _, stderr = self._process.communicate(json.dumps([source, inputs, logits, size]) + "\n")
+            return _read(logits, self._process.returncode, stderr)
+
+
+def bare_logits(
+    source: str, flavor: str, images: ImageBatches, environment: dict[str, str], runtime: str | None = None
+) -> Tensor:
+    """The same in one call.
 
     Args:
-        source: folder of the model.
-        environment: of the process: it names the store and the threads.
-        runtime: of an ONNX file; None: the one that MLflow takes.
-
-    Raises:
-        StageError: the model does not load or run there.
+        runtime: of an ONNX file; None: the one that MLflow takes. In OpenVINO, the process imports that and numpy.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, logits = Path(folder, "images.npy"), Path(folder, "logits.npy")
-        size = evaluation_batch(images.shape)
-        _save(inputs, images, size)
-        if runtime == OPENVINO:
-            source = _for_openvino(model_file(Path(source)), Path(folder))
-        words = ["-c", IN_OPENVINO if runtime == OPENVINO else SCRIPT, source, str(inputs), str(logits), str(size)]
+    if runtime != OPENVINO:
+        with BareProcess(flavor, environment) as bare:
+            return bare.logits(source, images)
+    with _images_of(images) as (inputs, logits, size), tempfile.TemporaryDirectory() as folder:
+        source = _for_openvino(model_file(Path(source)), Path(folder))
+        words = ["-c", IN_OPENVINO, source, inputs, logits, str(size)]
         done = run_python(words, environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise StageError(f"it does not load and run in a clean subprocess: {lines[-1]}")
-        return torch.from_numpy(np.load(logits))
+        return _read(logits, done.returncode, done.stderr)
+
+
+@contextmanager
+def _images_of(images: ImageBatches) -> Iterator[tuple[str, str, int]]:
+    """A file of the images, one for their logits, and the images of a batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        size = evaluation_batch(images.shape)
+        _save(inputs := Path(folder, "images.npy"), images, size)
+        yield str(inputs), str(Path(folder, "logits.npy")), size
+
+
+def _read(logits: str, code: int, stderr: str) -> Tensor:
+    if code != 0:
+        lines = stderr.strip().splitlines() or [f"exit code {code}"]
+        raise StageError(f"it does not load and run in a clean subprocess: {lines[-1]}")
+    return torch.from_numpy(np.load(logits))
 
 
 def _for_openvino(file: Path, folder: Path) -> str:
@@ -96,27 +145,19 @@ def _save(file: Path, images: ImageBatches, batch_size: int) -> None:
             opened.write(batch.contiguous().numpy().data)
 
 
-def reloads_equal(
-    uri: str,
-    copy: Path,
-    model: Callable[[Tensor], Tensor],
-    sample: Tensor,
-    environment: dict[str, str],
-    without_pickle: bool,
-) -> bool:
-    """Whether the version at `uri` gives the same logits in a clean subprocess, bit for bit, as `model` in this one.
+def reloads_equal(uri: str, copy: Path, model: Callable[[Tensor], Tensor], sample: Tensor, bare: BareProcess) -> bool:
+    """Whether the version at `uri` gives the same logits in the clean subprocess `bare`, bit for bit, as `model` in
+    this one.
 
     Args:
         copy: its files.
         sample: uint8 [N, 3, H, W].
-        without_pickle: that process tells MLflow to load nothing that a pickle may be in.
     """
-    environment = environment | (WITHOUT_PICKLE if without_pickle else {})
     say(f"verifying {uri} in a clean subprocess")
     with torch.no_grad():
         expected = model(to_float(sample))
     try:
-        if torch.equal(bare_logits(str(copy), sample, environment), expected):
+        if torch.equal(bare.logits(str(copy), sample), expected):
             return True
         problem = "it gives other logits in a clean subprocess"
     except StageError as error:

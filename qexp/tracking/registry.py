@@ -27,7 +27,7 @@ from qexp.models.stored import SUFFIXES, as_other_modules, model_file
 from qexp.progress import quiet, say
 from qexp.tracking import class_names, description
 from qexp.tracking.aliases import CHALLENGER, set_alias
-from qexp.tracking.clean_process import reloads_equal
+from qexp.tracking.clean_process import BareProcess, reloads_equal
 from qexp.tracking.flavors import FORMATS, log_version
 from qexp.tracking.integrity import checked_copy, copied, digest_of
 from qexp.tracking.leftovers import discard_unregistered, version_of_run, version_or_nothing
@@ -104,21 +104,21 @@ def register(
         assert active is not None
         run_id = str(active.info.run_id)
         found = version_of_run(run_id, name) if once else None
-        if found is None:
-            if once:
-                discard_unregistered(run_id)
-            info = log_version(kind, model if stored is None else stored, name, spec, flavor)
-            found = mlflow.MlflowClient().get_model_version(name, str(info.registered_model_version))
-        number, uri = str(found.version), uri_of(found)
-        if once and "kind" in found.tags:
+        if found and "kind" in found.tags:
             with checked_copy(found) as copy:
                 return replace(from_entity(found), contents=read_contents(model_file(copy)))
         without_pickle = FORMATS[kind] != "pickle" or flavor == "onnx"
-        environment = child_environment(torch.get_num_threads())
-        with checked_copy(found) if "artifact_sha256" in found.tags else copied(uri) as copy:
-            tag_version(uri, {"artifact_sha256": digest_of(copy)})  # before anything of it is opened
-            verified = reloads_equal(uri, copy, model, sample, environment, without_pickle)
-            contents = read_contents(model_file(copy))
+        with BareProcess(flavor, child_environment(torch.get_num_threads()), without_pickle) as bare:
+            if found is None:
+                if once:
+                    discard_unregistered(run_id)
+                info = log_version(kind, model if stored is None else stored, name, spec, flavor)
+                found = mlflow.MlflowClient().get_model_version(name, str(info.registered_model_version))
+            number, uri = str(found.version), uri_of(found)
+            with checked_copy(found) if "artifact_sha256" in found.tags else copied(uri) as copy:
+                tag_version(uri, {"artifact_sha256": digest_of(copy)})  # before anything of it is opened
+                verified = reloads_equal(uri, copy, model, sample, bare)
+                contents = read_contents(model_file(copy))
         size_bytes, names = _stored_bytes(uri), class_names.as_tag(spec.classes)
         facts = {"classes": names, "image_size": spec.preprocessing.size_text, "size_mb": size_bytes / 1e6}
         facts |= {"preprocessing": json.dumps(asdict(spec.preprocessing))}

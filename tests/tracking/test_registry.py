@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +25,15 @@ from torch import nn
 import qexp
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
+from qexp.foundation.processes import start_python
 from qexp.foundation.text import printable
 from qexp.measurement.accuracy import to_float
 from qexp.models.classifier import Classifier, ModelSpec, load_classifier
 from qexp.models.preprocessing import squashed
 from qexp.pipeline.predict import predict_files
-from qexp.tracking import aliases, class_names, description, registry
+from qexp.tracking import aliases, class_names, clean_process, description, registry
 from qexp.tracking.class_names import ClassNames
+from qexp.tracking.clean_process import BareProcess
 from qexp.tracking.leftovers import discard_unregistered
 from qexp.training.train import TrainResult
 
@@ -323,6 +327,17 @@ def test_a_version_that_could_not_be_completed_is_none_until_the_next_try_comple
         assert registry.register(*given, once=True).uri == "models:/unfinished/1"
     (version,) = mlflow.MlflowClient().search_model_versions("name = 'unfinished'")
     assert version.tags["kind"] == "fp32" and version.description and len(list(tmp_path.rglob("model.pt2"))) == 1
+
+
+def test_a_bare_process_that_is_not_needed_or_is_killed_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started before the model is there, which may never be."""
+    monkeypatch.setattr(clean_process, "start_python", start_python)
+    with pytest.raises(KeyboardInterrupt), BareProcess("pytorch", dict(os.environ)) as bare:
+        raise KeyboardInterrupt
+    assert bare._process.returncode == -signal.SIGKILL
+    with BareProcess("pytorch", dict(os.environ)) as bare, pytest.raises(StageError, match="exit code -9"):
+        bare._process.kill()
+        bare.logits("nowhere", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_no_tag_of_a_version_is_markup_in_its_description() -> None:
