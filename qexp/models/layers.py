@@ -1,10 +1,10 @@
 """The layers of an exported program, which has only operations: its convolutions, linear layers and norms as modules
 again, so that they are quantized and counted as those of any other network.
 
-Fed by program.py. The names of the weights stay, so that the layers have those that the exported module had.
+Fed by program.py. The names of all weights stay, so that the layers have those that the exported module had, and a
+weights file fits them; exported.py, which rebuilds any module for engine fx alone, calculates what it can beforehand.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +12,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from qexp.models import exported
+
 aten = torch.ops.aten
-# Operations without weights, as the Python functions that the engines know; in place or not.
+# Operations without weights, as the functions that the engines know; these two are still whole here.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    aten.relu.default: F.relu, aten.hardtanh.default: F.hardtanh, aten.relu6.default: F.relu6,
-    aten.hardswish.default: F.hardswish, aten.hardsigmoid.default: F.hardsigmoid, aten.silu.default: F.silu,
-    aten.sigmoid.default: torch.sigmoid, aten.leaky_relu.default: F.leaky_relu, aten.gelu.default: F.gelu,
-    aten.add.Tensor: operator.add, aten.mul.Tensor: operator.mul, aten.cat.default: torch.cat,
-    aten.flatten.using_ints: torch.flatten, aten.mean.dim: torch.mean,
-    aten.adaptive_avg_pool2d.default: F.adaptive_avg_pool2d, aten.max_pool2d.default: F.max_pool2d,
-    aten.avg_pool2d.default: F.avg_pool2d,
+    **exported.FUNCTIONS, aten.hardtanh.default: F.hardtanh, aten.relu6.default: F.relu6,
 }  # fmt: skip
 IN_PLACE: dict[Any, Any] = {
     aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default,
@@ -63,13 +59,8 @@ def _as_function(node: fx.Node) -> None:
     if node.target == aten.dropout.default and node.args[2] is False:
         node.replace_all_uses_with(node.all_input_nodes[0])
         node.graph.erase_node(node)
-    elif node.target in FUNCTIONS and not _with_factor(node):
+    elif node.target in FUNCTIONS:
         node.target = FUNCTIONS[node.target]
-
-
-def _with_factor(node: fx.Node) -> bool:
-    """Of an addition: x + alpha * y, which Python's has not."""
-    return node.target == aten.add.Tensor and bool(node.kwargs)
 
 
 def _as_layer(program: fx.GraphModule, node: fx.Node) -> bool:
