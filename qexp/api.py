@@ -389,7 +389,8 @@ def _job(
     if module is not None:
         given["model"] = name or type(module).__name__.lower()
     elif isinstance(model, str | PathLike):
-        given |= model_options(os.fspath(model), architecture, given.get("weights"))
+        may_train = given.get("epochs") != 0
+        given |= model_options(os.fspath(model), architecture, given.get("weights"), may_train)
     else:
         raise InputError(f"model: must be an nn.Module, a file or the name of a model, and is {type(model).__name__}")
     if module is not None or given["model"].startswith("models:/"):

@@ -48,7 +48,10 @@ BAD_INPUT = {
     "negative budget": ("run --quantize-max-top1-drop -1", ["--quantize-max-top1-drop -1", "greater than or equal"]),
     "unknown baseline": (
         "run --baselines nothing",
-        ["--baselines nothing", "fp32_eager, fp32_traced, bf16, fp32_onnx, fp32_openvino or bf16_openvino"],
+        [
+            "--baselines nothing",
+            "fp32_eager, fp32_traced, bf16, fp32_onnx, fp32_openvino, bf16_openvino or fp32_compiled",
+        ],
     ),
     "none and a baseline": ("latency --baselines none,bf16 --model-uri models:/a/1", ["--baselines none", "bf16"]),
     "unknown observer": ("run --observer best", ["--observer best", "histogram", "minmax"]),

@@ -60,8 +60,10 @@ def run_python(words: Sequence[str], environment: dict[str, str], **options: Any
 
 
 def start_python(words: Sequence[str], environment: dict[str, str], **options: Any) -> "subprocess.Popen[Any]":
-    """Start what `run_python` runs, and return the process; `options` are those of `subprocess.Popen`."""
-    return subprocess.Popen(python_command(*words, warn=False), env=python_environment(environment), **options)
+    """Start what `run_python` runs, with pipes for its three streams, and return the process; `options` are those of
+    `subprocess.Popen`."""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(python_command(*words, warn=False), env=python_environment(environment), **pipes, **options)
 
 
 def end_with(parent: int, number: int = signal.SIGKILL) -> None:

@@ -42,11 +42,14 @@ def check_options(config: Config, new_model: bool, named: bool = True) -> None:
     check_output_dir(config.output_dir)
 
 
-def model_options(given: str, architecture: str | None, weights: str | None = None) -> dict[str, str]:
+def model_options(
+    given: str, architecture: str | None, weights: str | None = None, may_train: bool = False
+) -> dict[str, str]:
     """The options `model` and `weights` that MODEL stands for, beside those that were given themselves.
 
     Raises:
-        InputError: a file of weights without the architecture, the reverse, or two models.
+        InputError: a file of weights without the architecture, two models, or, unless `may_train`, an architecture
+            without weights.
     """
     if not given.startswith("models:/") and PurePath(given).suffix.lower() in WEIGHTS_SUFFIXES:
         if architecture is None:
@@ -56,7 +59,7 @@ def model_options(given: str, architecture: str | None, weights: str | None = No
         return {"model": architecture, "weights": given}
     if architecture is not None:
         raise InputError(f"--model {architecture}: MODEL {given} is a model already; leave one of them out")
-    if weights is None and is_model_name(given) and not is_factory(given):
+    if not may_train and weights is None and is_model_name(given) and not is_factory(given):
         raise InputError(f"--weights: must be given: MODEL {given} is an architecture alone; a file, or DEFAULT")
     return {"model": given}
 

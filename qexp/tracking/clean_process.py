@@ -1,12 +1,10 @@
 """A model in a process that imports nothing of qexp: what a user's process sees of a registered version."""
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +71,7 @@ class BareProcess:
             without_pickle: it tells MLflow to load nothing that a pickle may be in.
         """
         environment = environment | (WITHOUT_PICKLE if without_pickle else {})
-        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self._process = start_python(["-c", SCRIPT, flavor], environment, text=True, **pipes)
+        self._process = start_python(["-c", SCRIPT, flavor], environment, text=True)
 
     def __enter__(self) -> "BareProcess":
         return self

@@ -72,6 +72,7 @@ def test_a_terminal_obeys_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     empty: dict[str, object] = dict.fromkeys(
         (
             "engine",
+            "folded",
             "test_top1_percent",
             "size_mb",
             "smallest_speedup",

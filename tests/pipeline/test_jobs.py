@@ -203,7 +203,7 @@ def test_stages_that_have_finished_are_read_and_not_called_again(
     assert fp32.version.uri == finished.summary["fp32"] and set(fp32.logits) == {"train", "validation", "test"}
     found = jobs.sensitivity_stage(job, setup, fp32)
     assert found and found.images == 16 and [layer.layer for layer in found.layers][:2] == ["network.0", "network.3"]
-    int8 = jobs.quantize_stage(job, setup, fp32, "fx", found)
+    int8 = jobs.quantize_stage(job, setup, fp32, "fx", found, fold=False)
     assert int8.version_uri == finished.summary["int8"] and int8.size_bytes > 0 and int8.verified
     latency = jobs.latency_stage(job, config, fp32.version.uri, {int8.version_uri: "fx"}, lambda: None)
     evidence = decide(config, fp32.evidence, [int8], latency)
