@@ -79,9 +79,13 @@ class OpenvinoClassifier(nn.Module):
     def forward(self, images: Tensor | np.ndarray) -> Tensor:
         given = as_array(images)
         with self.lock:
-            # The images stay where they are; the logits are copied, since the next batch is written to their place.
-            found = self._request(given.shape).infer([given], share_inputs=True)
-            return torch.from_numpy(found[0])
+            # `infer` would take 0.07 ms more, for its arguments. The images stay where they are; the logits are copied,
+            # since the next batch is written to their place.
+            request = self._request(given.shape)
+            request.set_input_tensor(openvino.Tensor(given, shared_memory=given.flags.writeable))
+            request.start_async()
+            request.wait()
+            return torch.from_numpy(request.get_output_tensor(0).data.copy())
 
     def save(self, file: Path | str) -> Path:
         """Write the ONNX file as it is computed here, for `openvino.Core().compile_model`; returns the path.
