@@ -14,7 +14,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -256,23 +255,27 @@ def test_figures_of_the_real_runs(name: str) -> None:
 def test_ratios_to_the_best_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     results = importlib.import_module("peer_results")
-    vgg, small = from_json(tuple[results.Peers, ...], (RESULTS / "peers.json").read_text())
-    rows = [
-        [name, *(_ratio(results, row, model) for row in found.rows)]
-        for name, found, model in (
-            ("VGG16", vgg, "fx"),
-            ("VGG16, `fold_pool`", vgg, "fx_folded"),
-            ("SmallNet", small, "fx"),
+    found = from_json(tuple[results.Peers, ...], (RESULTS / "peers.json").read_text())
+    others = {"vgg16": ("fx", "onnx_openvino", "fx_folded", "onnx_folded")}
+    rows = []
+    for peers in found:
+        over = [results.fastest_float(row) for row in peers.rows]
+        rows.append(
+            [
+                f"`{peers.chosen}`",
+                *(_ratio(row, peers.chosen, name) for row, name in zip(peers.rows, over, strict=True)),
+            ]
         )
-    ]
-    assert _missing([" | ".join(row) for row in rows]) == []
+        network = peers.model.removeprefix("models:/").split("-")[0]
+        for model in (peers.chosen, *others.get(network, ())):
+            rows.append([f"`{model}`", *(_ratio(row, model, results.best_peer(row)) for row in peers.rows)])
+    assert len(rows) == 2 * len(found) + 4 and _missing([" | ".join(row) for row in rows]) == []
 
 
-def _ratio(results: ModuleType, row: LatencyRow, model: str) -> str:
+def _ratio(row: LatencyRow, model: str, over: str) -> str:
     """In brackets where the noise does not let tell."""
-    peer = results.best_peer(row)
-    text = f"{row.ratio(model, peer).median:.2f}"
-    return text if row.compared(peer, model) else f"({text})"
+    text = f"{row.ratio(model, over).median:.2f}"
+    return text if row.compared(over, model) else f"({text})"
 
 
 def test_table_of_serving() -> None:
