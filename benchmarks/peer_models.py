@@ -36,16 +36,10 @@ def _in_onnxruntime(file: Path) -> Predict:
     return OnnxClassifier(file).forward
 
 
-def _in_openvino(file: Path) -> Predict:
+def _in_openvino(file: Path, bf16: bool = False) -> Predict:
     from qexp.models.openvino_file import OpenvinoClassifier
 
-    return OpenvinoClassifier.of_file(file).forward
-
-
-def _in_openvino_bf16(file: Path) -> Predict:
-    from qexp.models.openvino_file import OpenvinoClassifier
-
-    return OpenvinoClassifier.of_file(file, bf16=True).forward
+    return OpenvinoClassifier.of_file(file, bf16).forward
 
 
 def _nncf_in_openvino(file: Path) -> Predict:
@@ -113,10 +107,10 @@ PEERS = {
 FLOATS = {
     "fp32_onnx": Model("fp32.onnx", _in_onnxruntime),
     "fp32_openvino": Model("fp32.onnx", _in_openvino),
-    "bf16_openvino": Model("fp32.onnx", _in_openvino_bf16),
+    "bf16_openvino": Model("fp32.onnx", partial(_in_openvino, bf16=True)),
     f"fp32{FOLDED}_onnx": Model(f"fp32{FOLDED}.onnx", _in_onnxruntime),
     f"fp32{FOLDED}_openvino": Model(f"fp32{FOLDED}.onnx", _in_openvino),
-    f"bf16{FOLDED}_openvino": Model(f"fp32{FOLDED}.onnx", _in_openvino_bf16),
+    f"bf16{FOLDED}_openvino": Model(f"fp32{FOLDED}.onnx", partial(_in_openvino, bf16=True)),
 }
 MODELS = OURS | PEERS | FLOATS
 
