@@ -38,9 +38,10 @@ from qexp.foundation.waiting import waiting, waiting_as
 from qexp.measurement.accuracy import ComparedModels, compare_models, predict_logits
 from qexp.measurement.activity import watch_machine
 from qexp.measurement.cost import Cost, measure_cost
+from qexp.measurement.host import check_bf16
 from qexp.measurement.latency import AGAIN, LatencyResult, Run, measure_latency
 from qexp.models.classifier import ModelSpec
-from qexp.models.names import OPENVINO, RUNTIMES
+from qexp.models.names import BY_OPENVINO, OPENVINO_BF16, RUNTIMES
 from qexp.models.preprocessing import Preprocessing, Shape, preprocessing_of, size_text
 from qexp.models.taken import wrap
 from qexp.pipeline.checks import model_options
@@ -107,7 +108,8 @@ def quantize(
         options: those of the commands, checked in the same way: `observer` ("histogram", "minmax", "batch_average",
             "percentile"), `percentile`, `per_channel`, `keep_fp32` (names of layers), `allow_float` (accept Conv2d and
             Linear layers that cannot be quantized), `fold_pool`, `backend` (with engine fx "x86" or "onednn", with onnx
-            "onnxruntime" or "openvino"), `calibration_samples` (256), `calibration_batch_size` (64 images).
+            "onnxruntime", "openvino", or "openvino_bf16", which computes in bf16 what is not int8),
+            `calibration_samples` (256), `calibration_batch_size` (64 images).
 
     Returns:
         The int8 model: float images to float logits when called, with `int8_layers`, `float_layers`, `size_bytes`,
@@ -123,7 +125,9 @@ def quantize(
     with _evaluated(model) as module:
         _check_model(module, calibration[:2])
         made = quantize_model(module, calibration, settings, reduce_range)
-    return made.in_openvino() if settings.backend == OPENVINO else made
+    if settings.backend not in BY_OPENVINO:
+        return made
+    return made.in_openvino(bf16=settings.backend == OPENVINO_BF16)
 
 
 @_in_words_of_python
@@ -417,7 +421,7 @@ def _checked_by(config: Config, register: bool, module: nn.Module | None) -> "Ch
 
 
 @_in_words_of_python
-def load(uri: str, runtime: Literal["onnxruntime", "openvino"] | None = None) -> Predict:
+def load(uri: str, runtime: Literal["onnxruntime", "openvino", "openvino_bf16"] | None = None) -> Predict:
     """The registered model at `uri` as a function of images, with the int8 kernels that won when it was measured.
 
     `mlflow.pytorch.load_model(uri)` gives the same outputs; this sets the engine recorded in the version's tags first,
@@ -427,8 +431,9 @@ def load(uri: str, runtime: Literal["onnxruntime", "openvino"] | None = None) ->
 
     Args:
         uri: models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS.
-        runtime: of an ONNX file, whichever won; None: the one that won, or ONNX Runtime where OpenVINO won and is not
-            installed.
+        runtime: of an ONNX file, whichever won ("openvino_bf16": OpenVINO, which computes in bf16 what is not int8);
+            None: the one that won, or ONNX Runtime where OpenVINO won and is not installed, or fp32 where bf16 won and
+            this CPU has none.
 
     Returns:
         Float images [N, 3, H, W] in [0, 1] to float logits [N, classes]. A version of engine `onnx` also takes numpy
@@ -442,7 +447,7 @@ def load(uri: str, runtime: Literal["onnxruntime", "openvino"] | None = None) ->
     from qexp.tracking.registry import load_version
 
     if runtime not in (None, *RUNTIMES):
-        raise InputError(f"runtime={runtime!r}: must be {' or '.join(RUNTIMES)}")
+        raise InputError(f"runtime={runtime!r}: must be one of {', '.join(RUNTIMES)}")
     return load_version(uri, runtime)
 
 
@@ -455,6 +460,8 @@ def _quantize_options(engine: str, options: dict[str, Any]) -> QuantizeConfig:
         has = ", ".join(one for one in KERNELS[engine] if one)
         allowed = f"must be one of {has} with engine {engine}" if has else f"engine {engine} has no choice of kernels"
         raise InputError(f"backend={settings.backend!r}: {allowed}")
+    if settings.backend == OPENVINO_BF16:
+        check_bf16(f"backend={settings.backend!r}")
     return settings
 
 

@@ -296,10 +296,10 @@ class QuantizeConfig(BaseModel):
         description="quantization engines, side by side: fx, pt2e, onnx; auto: every one that is installed and takes "
         "the network; the best version is chosen (a search takes fx)",
     )
-    backend: Literal["x86", "onednn", "onnxruntime", "openvino"] | None = Field(
+    backend: Literal["x86", "onednn", "onnxruntime", "openvino", "openvino_bf16"] | None = Field(
         None,
-        description="int8 kernels of engine fx (x86, onednn), or runtime of engine onnx (onnxruntime, openvino); auto: "
-        "the fastest, as measured (torch alone takes x86)",
+        description="int8 kernels of engine fx (x86, onednn), or runtime of engine onnx (onnxruntime, openvino, or "
+        "openvino_bf16, with bf16 where int8 is not used); auto: the fastest, as measured (torch alone takes x86)",
     )
     calibration_samples: int | None = Field(
         None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
+from qexp.errors import InputError
 from qexp.foundation.quantities import NotNegative, Some
 
 FEATURES = {
@@ -225,6 +226,12 @@ def read_host(threads: int | None, cpuinfo: Path = Path("/proc/cpuinfo"), cpus: 
         physical_cores=cpus.physical,
         cpu_quota=cpus.quota,
     )
+
+
+def check_bf16(option: str) -> None:
+    """Raise InputError where this CPU does not multiply bf16 numbers, which `option` asks for."""
+    if not (host := read_host(1)).has_bf16:
+        raise InputError(f"{option}: {host.cpu} has no bf16 instructions")
 
 
 def _version(library: str) -> str | None:

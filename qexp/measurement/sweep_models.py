@@ -21,7 +21,7 @@ from qexp.measurement.compiled import Compiled, compile_for
 from qexp.models.classifier import load_classifier
 from qexp.models.factories import NotImportable
 from qexp.models.folding import folded
-from qexp.models.names import ONNXRUNTIME, OPENVINO
+from qexp.models.names import BY_OPENVINO, ONNXRUNTIME
 from qexp.models.preprocessing import Shape
 from qexp.models.program import load_program
 from qexp.models.stored import load_module, load_stored, model_file
@@ -51,7 +51,7 @@ class SweepModel:
     @property
     def compiles_for_each_size(self) -> bool:
         """Whether the first pass at a batch size is the one that compiles the model for it."""
-        return self.backend == OPENVINO or unfolded(self.name) in (COMPILED, *IN_OPENVINO)
+        return self.backend in BY_OPENVINO or unfolded(self.name) in (COMPILED, *IN_OPENVINO)
 
     @property
     def is_made(self) -> bool:

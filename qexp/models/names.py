@@ -33,7 +33,10 @@ TORCHVISION = """
 
 TIMM = "timm:"  # begins the name of a model of timm
 OBJECT = "object:"  # begins that of a module which somebody has given as it is
-ONNXRUNTIME, OPENVINO = RUNTIMES = ("onnxruntime", "openvino")  # that run an ONNX file, the default first
+# That run an ONNX file, the default first. OpenVINO computes what stays float beside int8 in fp32, or in bf16.
+ONNXRUNTIME, OPENVINO, OPENVINO_BF16 = RUNTIMES = ("onnxruntime", "openvino", "openvino_bf16")
+BY_OPENVINO = (OPENVINO, OPENVINO_BF16)
+RUNTIME_NAMES = {ONNXRUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO", OPENVINO_BF16: "OpenVINO with bf16"}
 FILES = (".pt2", ".onnx")  # models that are files: exported programs of torch, and ONNX
 ALLOWED = (
     "smallnet, a torchvision classifier by its registered name (torchvision.models.list_models), timm:NAME, "

@@ -27,6 +27,8 @@ OPSET = 20
 LAYER_TYPES = ("Conv", "Gemm", "MatMul")
 # With these, all that multiply by weights: what is not quantized is told.
 PRODUCT_TYPES = (*LAYER_TYPES, "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
+# They stay float in a quantized file, with kernels of their own; activations are part of those of convolutions.
+NORMALIZATIONS = ("LayerNormalization", "GroupNormalization", "InstanceNormalization")
 SCOPES = "pkg.torch.onnx.name_scopes"
 # Metadata of a QuantizeLinear that only ONNX Runtime needs: it has int8 kernels for what lies before and after, while
 # OpenVINO computes a convolution and its activation in one kernel if nothing rounds between them.
@@ -110,6 +112,15 @@ def layers_of(nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
         else _scope_of(node) or weight.removesuffix(".weight") or node.name
         for node in nodes
     }
+
+
+def has_float_work(model: onnx.ModelProto) -> bool:
+    """Whether a quantized file has products of floats, or normalizations, beside what is int8."""
+    rounded = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    return any(
+        node.op_type in NORMALIZATIONS or (node.op_type in PRODUCT_TYPES and node.input[0] not in rounded)
+        for node in model.graph.node
+    )
 
 
 def _scope_of(node: onnx.NodeProto) -> str:

@@ -47,6 +47,17 @@ def for_openvino(content: bytes) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def options(threads: int, bf16: bool) -> dict[str, Any]:
+    """What a graph is compiled with: `bf16` is for all that is not int8, which is fp32 otherwise."""
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+        "ENABLE_CPU_PINNING": False,  # which puts the threads of several processes on the same cores
+    }
+
+
 class OpenvinoClassifier(nn.Module):
     """Images [N, C, H, W] to float logits [N, classes], by OpenVINO on as many threads as torch has.
 
@@ -61,13 +72,7 @@ class OpenvinoClassifier(nn.Module):
         self.core = openvino.Core()
         self.content = for_openvino(content)
         self.graph = self.core.read_model(self.content)
-        self.options = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
-            "ENABLE_CPU_PINNING": False,  # which puts the threads of several processes on the same cores
-        }
+        self.options = options(torch.get_num_threads(), bf16)
         self.compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self.lock = threading.Lock()  # a request computes one batch at a time
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qexp.models.names import OPENVINO
+from qexp.models.names import BY_OPENVINO, OPENVINO_BF16
 
 Predict = Callable[[Tensor], Tensor]
 SUFFIXES = (".pt2", ".pth", ".onnx")  # of the model itself, beside MLflow's metadata
@@ -52,10 +52,10 @@ def load_stored(folder: Path, backend: str | None = None) -> Predict:
             RUNTIMES. None: torch's as it is, ONNX Runtime.
     """
     file = model_file(folder)
-    if file.suffix == ".onnx" and backend == OPENVINO:
+    if file.suffix == ".onnx" and backend in BY_OPENVINO:
         from qexp.models.openvino_file import OpenvinoClassifier
 
-        return OpenvinoClassifier.of_file(file).forward
+        return OpenvinoClassifier.of_file(file, bf16=backend == OPENVINO_BF16).forward
     if file.suffix == ".onnx":
         from qexp.models.onnx_file import OnnxClassifier
 

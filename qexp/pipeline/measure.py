@@ -38,7 +38,7 @@ from qexp.measurement.sweep_models import (
     unfolded,
 )
 from qexp.models.folding import folded as folded_model
-from qexp.models.names import OPENVINO
+from qexp.models.names import BY_OPENVINO, OPENVINO, OPENVINO_BF16
 from qexp.models.preprocessing import Shape, preprocessing_of
 from qexp.models.taken import is_onnx
 from qexp.pipeline.shares import predict_part
@@ -110,20 +110,20 @@ def _in_openvino(model: Any, shape: Shape) -> tuple[Callable[[Tensor], Tensor], 
 @dataclass(frozen=True)
 class ToTime:
     """An int8 version of a sweep: its engine, of the kernels and runtimes of that engine those that must not be timed,
-    with the reasons, and whether a pool was folded away."""
+    with the reasons, whether a pool was folded away, and whether what is float may be computed in bf16."""
 
     engine: str
     left_out: Mapping[str, str] = field(default_factory=dict)
     folded: bool = False
+    in_bf16: bool = False
 
     @classmethod
     def of(cls, int8: Int8Evidence) -> "ToTime":
         """A version whose accuracy in each runtime is known, or why it is not."""
-        folded = int8.quantize.folded
-        if OPENVINO in int8.runtimes:
-            return cls(int8.quantize.engine, folded=folded)
-        why = int8.runtimes_left_out.get(OPENVINO, "its accuracy there was not measured when the version was made")
-        return cls(int8.quantize.engine, {OPENVINO: why}, folded)
+        unknown = {OPENVINO: "its accuracy there was not measured when the version was made"}
+        left_out = {name: why for name, why in (unknown | int8.runtimes_left_out).items() if name not in int8.runtimes}
+        in_bf16 = OPENVINO_BF16 in {**int8.runtimes, **int8.runtimes_left_out}
+        return cls(int8.quantize.engine, left_out, int8.quantize.folded, in_bf16)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,10 @@ def time_versions(
     timed = {uri: _with_kernels(config, files.folders[uri], int8) for uri, int8 in int8s.items()}
     folded = any(int8.folded for int8 in int8s.values())
     gone = {
-        model.name: reason for uri, int8 in int8s.items() for model in timed[uri] if (reason := _why_not(model, int8))
+        model.name: reason
+        for uri, int8 in int8s.items()
+        for model in timed[uri]
+        if (reason := _why_not(model, int8, host))
     }
     for name, reason in gone.items():
         say(f"{name} is left out: {reason}")
@@ -251,10 +254,12 @@ def why_not_timed(name: str, config: Config, host: Host, onnx_file: bool = False
     return ""
 
 
-def _why_not(model: SweepModel, int8: ToTime) -> str:
+def _why_not(model: SweepModel, int8: ToTime, host: Host) -> str:
     """Why a version is not timed with these kernels or in this runtime; empty where it is."""
-    if model.backend == OPENVINO and not has_openvino():
+    if model.backend in BY_OPENVINO and not has_openvino():
         return f"OpenVINO is not installed: {how_to_install('openvino')}"
+    if model.backend == OPENVINO_BF16 and not host.has_bf16:
+        return f"{host.cpu} has no bf16 instructions"
     return int8.left_out.get(str(model.backend), "")
 
 
@@ -262,6 +267,8 @@ def _with_kernels(config: Config, folder: str, int8: ToTime) -> tuple[SweepModel
     """The default kernels or runtime, and beside them the others, or the one of them that was asked for."""
     default, *others = KERNELS[int8.engine]
     asked = config.quantize.backend
+    if not int8.in_bf16:
+        others = [one for one in others if one != OPENVINO_BF16]
     backends = (default, *(one for one in others if asked in (None, one)))
     return int8_models(folder, int8.engine, backends, int8.folded)
 

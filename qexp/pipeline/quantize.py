@@ -18,7 +18,7 @@ from qexp.measurement.cost import Cost, layer_table, measure_cost
 from qexp.measurement.host import Host
 from qexp.measurement.latency import AGAIN, Run, measure_latency
 from qexp.models.folding import folded
-from qexp.models.names import ONNXRUNTIME, OPENVINO
+from qexp.models.names import BY_OPENVINO, ONNXRUNTIME, OPENVINO, OPENVINO_BF16, RUNTIME_NAMES
 from qexp.models.taken import is_onnx
 from qexp.pipeline.measure import predict_splits
 from qexp.pipeline.train import accuracy_of, lineage, verification_images
@@ -106,7 +106,8 @@ def quantize(
         say(f"{_reason_of(quantized.result)}: {SATURATION}, so the weights of {len(layers)} layers have 7 bits")
     logits = predict_splits(quantized, dataset, f"int8 {label}", tuple(fp32.logits))
     accuracy, comparison = accuracy_of(logits, dataset), _compared(fp32.logits, logits, dataset)
-    runtimes, left_out = _other_runtimes(config, quantized, subset, dataset, fp32.logits, logits)
+    others = other_runtimes(config, host, quantized)
+    found = {name: _in_runtime(name, quantized, subset, dataset, fp32.logits, logits) for name in others}
     fp32_cost = _cost_of_fp32(config, fp32, quantized)
     evidence = Int8Evidence(
         version_uri="",
@@ -121,8 +122,8 @@ def quantize(
         budget=budget,
         budget_cost=_budget_cost(config, host, fp32, subset, quantized) if budget else None,
         runtime=ONNXRUNTIME if quantized.flavor == "onnx" else None,
-        runtimes=runtimes,
-        runtimes_left_out=left_out,
+        runtimes={name: one for name, one in found.items() if isinstance(one, InRuntime)},
+        runtimes_left_out={name: why for name, why in found.items() if isinstance(why, str)},
     )
     tags = {"fp32_uri": fp32.version.uri, "train_run_id": fp32.version.run_id} | _facts(quantized, digest)
     tags |= lineage(dataset, host, accuracy) | tags_of_drop(comparison["test"])
@@ -145,31 +146,41 @@ def _compared(fp32: dict[str, Tensor], int8: dict[str, Tensor], dataset: Dataset
     return {split: compare(fp32[split], int8[split], getattr(dataset, split).labels) for split in int8}
 
 
-def _other_runtimes(
-    config: Config,
+def other_runtimes(config: Config, host: Host, quantized: QuantizedModel) -> tuple[str, ...]:
+    """The runtimes beside ONNX Runtime in which an ONNX file is evaluated: the one that was asked for, or OpenVINO. It
+    computes what is not int8 in bf16, too, where the CPU has that and there is such work."""
+    asked = config.quantize.backend
+    if quantized.flavor != "onnx" or not has_openvino():
+        return ()
+    if asked is not None:
+        return (asked,) if asked in BY_OPENVINO else ()
+    return BY_OPENVINO if host.has_bf16 and quantized.computes_in_float else (OPENVINO,)
+
+
+def _in_runtime(
+    name: str,
     quantized: QuantizedModel,
     subset: Split,
     dataset: Dataset,
     fp32_logits: dict[str, Tensor],
     logits: dict[str, Tensor],
-) -> tuple[dict[str, InRuntime], dict[str, str]]:
-    """The figures of an ONNX file in OpenVINO, and why there are none.
+) -> InRuntime | str:
+    """The figures of an ONNX file in OpenVINO, or why there are none.
 
     It must compute what ONNX Runtime computes, whose logits are given, but for rounding, and its accuracy must not be
     shown to be lower: then it may be chosen for its speed.
     """
-    if quantized.flavor != "onnx" or config.quantize.backend not in (None, OPENVINO) or not has_openvino():
-        return {}, {}
+    label = f"onnx in {RUNTIME_NAMES[name]}"
     try:
-        other = quantized.in_openvino()
-        check_kernels("onnx in OpenVINO", other.module, quantized.module, quantized.source, subset.pixels())
-        found = predict_splits(other, dataset, "int8 onnx in OpenVINO", tuple(logits))
+        other = quantized.in_openvino(bf16=name == OPENVINO_BF16)
+        check_kernels(label, other.module, quantized.module, quantized.source, subset.pixels())
+        found = predict_splits(other, dataset, f"int8 {label}", tuple(logits))
     except Exception as error:  # of OpenVINO's compiler too: it is left out, and ONNX Runtime is there
-        return {}, {OPENVINO: first_line(error).removesuffix("; use another --engine")}
+        return first_line(error).removesuffix("; use another --engine")
     lost = compare(logits["test"], found["test"], dataset.test.labels)
     if lost.top1_drop_low_points > 0:
-        return {}, {OPENVINO: f"its top-1 is {lost.top1_drop_points:.2f} points below that in ONNX Runtime"}
-    return {OPENVINO: InRuntime(accuracy_of(found, dataset), _compared(fp32_logits, found, dataset))}, {}
+        return f"its top-1 is {lost.top1_drop_points:.2f} points below that in ONNX Runtime"
+    return InRuntime(accuracy_of(found, dataset), _compared(fp32_logits, found, dataset))
 
 
 def warn_of_reduced_range(host: Host) -> None:

@@ -12,9 +12,9 @@ from qexp.data.datasets import Dataset, calibration_count, load_dataset
 from qexp.errors import InputError
 from qexp.foundation.extras import check_engines, check_package, is_installed
 from qexp.foundation.waiting import PASSIVE, wait
-from qexp.measurement.host import Host, read_host, too_many_threads
+from qexp.measurement.host import Host, check_bf16, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
-from qexp.models.names import OPENVINO, short_name
+from qexp.models.names import BY_OPENVINO, OPENVINO, OPENVINO_BF16, short_name
 from qexp.models.preprocessing import as_options, preprocessing_of
 from qexp.pipeline.checks import check_options
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
@@ -140,8 +140,10 @@ def _check_backend(backend: str | None, engines: Sequence[str]) -> None:
     if backend and backend not in choice:
         allowed, why = ", ".join(["auto", *choice]), "" if choice else ", without a choice"
         raise InputError(f"--backend {backend}: must be {allowed} with --engine {','.join(engines)}{why}")
-    if backend == OPENVINO:
-        check_package(OPENVINO, f"--backend {OPENVINO}", OPENVINO)
+    if backend in BY_OPENVINO:
+        check_package(OPENVINO, f"--backend {backend}", OPENVINO)
+    if backend == OPENVINO_BF16:
+        check_bf16(f"--backend {backend}")
 
 
 def check_kept(config: Config, model: nn.Module) -> None:

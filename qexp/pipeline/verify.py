@@ -11,7 +11,7 @@ from qexp.errors import StageError
 from qexp.foundation.extras import check_package
 from qexp.measurement.accuracy import Accuracy, measure_accuracy, predict_logits
 from qexp.measurement.host import Host, read_host
-from qexp.models.names import OPENVINO
+from qexp.models.names import BY_OPENVINO, OPENVINO
 from qexp.models.preprocessing import preprocessing_of
 from qexp.pipeline.loading import check_data, config_of_version, load_weights
 from qexp.progress import say
@@ -40,8 +40,9 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
     registry.refuse_pickled(found)
     for name in RECORDED:  # what is wrong is said before anything is computed
         tags.read(TAGS[name])
-    if tags.runtime == OPENVINO:
+    if tags.runtime in BY_OPENVINO:
         check_package(OPENVINO, f"{uri}, whose accuracy was measured in OpenVINO,", OPENVINO)
+    runtime = registry.backend_of(found) if tags.runtime else None
     host = read_host(config.threads or tags.threads)
     wanted = preprocessing_of(config.data, config.preprocess)
     dataset = load_dataset(config.data, config.seed, wanted, needs_training=False)
@@ -50,7 +51,7 @@ def run_verify(config: Config, uri: str) -> dict[str, Any]:
         say(f"{uri}: {len(dataset.test)} test images in a clean subprocess, {host.threads} threads")
         try:
             environment = registry.child_environment(host.threads)
-            logits = bare_logits(str(copy), tags.flavor or "pytorch", dataset.test.images, environment, tags.runtime)
+            logits = bare_logits(str(copy), tags.flavor or "pytorch", dataset.test.images, environment, runtime)
         except StageError as error:
             raise StageError(f"{uri}: {error}") from None
     accuracy = measure_accuracy(logits, _labels(found, dataset))

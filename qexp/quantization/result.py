@@ -14,7 +14,7 @@ from qexp.errors import InputError, StageError, first_line
 from qexp.files import replacing
 from qexp.foundation.quantities import NotNegative, Number, Percent
 from qexp.foundation.tables import Shown, Table
-from qexp.models.names import ONNXRUNTIME, OPENVINO
+from qexp.models.names import BY_OPENVINO, ONNXRUNTIME, OPENVINO, OPENVINO_BF16
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,21 @@ class QuantizedModel(Shown):
             temporary.write_bytes(self.stored_bytes())
         return path
 
-    def in_openvino(self) -> "QuantizedModel":
+    @property
+    def computes_in_float(self) -> bool:
+        """Whether it is an ONNX file that has products of floats, or normalizations, beside what is int8: bf16 may make
+        them faster."""
+        if self.flavor != "onnx":
+            return False
+        from qexp.models.onnx_file import has_float_work
+
+        return has_float_work(self.stored)
+
+    def in_openvino(self, bf16: bool = False) -> "QuantizedModel":
         """The same ONNX file, run by OpenVINO.
+
+        Args:
+            bf16: compute in bf16, not in fp32, what is not int8; for a CPU that has bf16 instructions.
 
         Raises:
             InputError: OpenVINO is not installed, or the engine makes no ONNX file.
@@ -156,14 +169,15 @@ class QuantizedModel(Shown):
         from qexp.models.openvino_file import OpenvinoClassifier
 
         try:
-            module = OpenvinoClassifier(self.stored_bytes())
+            module = OpenvinoClassifier(self.stored_bytes(), bf16)
         except RuntimeError as error:  # of an operation that it does not know
             raise StageError(f"OpenVINO cannot read what engine onnx has made: {first_line(error)}") from error
-        return replace(self, module=module, result=replace(self.result, backend=OPENVINO, load_backend=OPENVINO))
+        runtime = OPENVINO_BF16 if bf16 else OPENVINO
+        return replace(self, module=module, result=replace(self.result, backend=runtime, load_backend=runtime))
 
     def as_by_mlflow(self) -> Callable[[Tensor], Tensor]:
         """The model in the runtime in which MLflow loads it: of an ONNX file, ONNX Runtime."""
-        if self.result.load_backend != OPENVINO:
+        if self.result.load_backend not in BY_OPENVINO:
             return self.module
         from qexp.models.onnx_file import OnnxClassifier
 

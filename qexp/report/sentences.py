@@ -25,7 +25,7 @@ from qexp.measurement.sweep_models import (
 )
 from qexp.measurement.throughput import KINDS
 from qexp.measurement.verdict import KEEP_FLOAT, NOT_TRAINED, SIZE_ONLY, UNMEASURED
-from qexp.models.names import ONNXRUNTIME, OPENVINO
+from qexp.models.names import ONNXRUNTIME, OPENVINO_BF16, RUNTIME_NAMES
 from qexp.models.preprocessing import Preprocessing
 from qexp.quantization.result import QuantizeResult
 from qexp.quantization.sensitivity import SensitivityResult, beyond_chance
@@ -46,7 +46,6 @@ FLOATS = {
     BF16_OPENVINO: "the fp32 model as an ONNX file, run by OpenVINO in bf16",
 }
 KERNELS = {"onednn": "oneDNN's", "x86": "the default", "": "the default"}
-RUNTIME_NAMES = {ONNXRUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
 ENGINES = {"fx": "PyTorch's FX graph mode", "pt2e": "PyTorch 2 export, torchao", "onnx": "ONNX Runtime"}
 FAILED_LIMITS = {
     DROP: "its drop in top-1 is not shown to be within the limit",
@@ -201,6 +200,7 @@ def explained(evidence: Evidence) -> dict[str, str]:
             kernels = ""
             if engine == "onnx" and len(names) > 1:
                 kernels = f", run by {RUNTIME_NAMES[backend or ONNXRUNTIME]}"
+                kernels += ", which computes in bf16 what is not int8" if backend == OPENVINO_BF16 else ""
             elif engine and len(names) > 1:
                 kernels = f", with {KERNELS.get(backend or '', backend)} kernels"
             found[name] = f"the int8 version `{uri}`{made}{kernels}"

@@ -14,7 +14,7 @@ from qexp.errors import StageError
 from qexp.foundation.processes import run_python, start_python
 from qexp.measurement.accuracy import evaluation_batch, to_float
 from qexp.models.classifier import ImageBatches
-from qexp.models.names import OPENVINO
+from qexp.models.names import BY_OPENVINO, OPENVINO_BF16
 from qexp.models.stored import model_file
 from qexp.progress import say
 
@@ -38,13 +38,11 @@ numpy.save(logits, numpy.concatenate(found))
 """
 # The same for an ONNX file in OpenVINO, compiled for each batch size as OpenvinoClassifier does.
 IN_OPENVINO = """
-import os, sys
+import json, sys
 sys.modules["openvino_telemetry"] = None
 import numpy, openvino
-source, images, logits, size = *sys.argv[1:4], int(sys.argv[4])
+source, images, logits, size, options = *sys.argv[1:4], int(sys.argv[4]), json.loads(sys.argv[5])
 core, compiled, found = openvino.Core(), {}, []
-options = {"INFERENCE_NUM_THREADS": int(os.environ["OMP_NUM_THREADS"]), "PERFORMANCE_HINT": "LATENCY"}
-options |= {"NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
 for start in range(0, len(numpy.load(images, mmap_mode="r")), size):
     batch = numpy.load(images, mmap_mode="r")[start : start + size].astype(numpy.float32) / numpy.float32(255)
     if batch.shape not in compiled:
@@ -99,12 +97,16 @@ def bare_logits(
     Args:
         runtime: of an ONNX file; None: the one that MLflow takes. In OpenVINO, the process imports that and numpy.
     """
-    if runtime != OPENVINO:
+    if runtime not in BY_OPENVINO:
         with BareProcess(flavor, environment) as bare:
             return bare.logits(source, images)
     with _images_of(images) as (inputs, logits, size), tempfile.TemporaryDirectory() as folder:
-        source = _for_openvino(model_file(Path(source)), Path(folder))
-        words = ["-c", IN_OPENVINO, source, inputs, logits, str(size)]
+        from qexp.models.openvino_file import for_openvino, options
+
+        place = Path(folder, "openvino.onnx")
+        place.write_bytes(for_openvino(model_file(Path(source)).read_bytes()))
+        compiled_with = json.dumps(options(int(environment["OMP_NUM_THREADS"]), runtime == OPENVINO_BF16))
+        words = ["-c", IN_OPENVINO, str(place), inputs, logits, str(size), compiled_with]
         done = run_python(words, environment, capture_output=True, text=True)
         return _read(logits, done.returncode, done.stderr)
 
@@ -123,14 +125,6 @@ def _read(logits: str, code: int, stderr: str) -> Tensor:
         lines = stderr.strip().splitlines() or [f"exit code {code}"]
         raise StageError(f"it does not load and run in a clean subprocess: {lines[-1]}")
     return torch.from_numpy(np.load(logits))
-
-
-def _for_openvino(file: Path, folder: Path) -> str:
-    from qexp.models.openvino_file import for_openvino
-
-    place = folder / "openvino.onnx"
-    place.write_bytes(for_openvino(file.read_bytes()))
-    return str(place)
 
 
 def _save(file: Path, images: ImageBatches, batch_size: int) -> None:

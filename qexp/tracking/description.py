@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from qexp.foundation.text import as_markdown, opaque
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import SweepModel
-from qexp.models.names import OPENVINO, RUNTIMES
+from qexp.models.names import BY_OPENVINO, OPENVINO_BF16, RUNTIMES
 from qexp.tracking.store import is_missing, page_of_run, page_of_version, uri_of
 from qexp.tracking.tags import TAGS, tags_of
 
@@ -67,11 +67,12 @@ def _about_runtimes(result: LatencyResult, found: Sequence[SweepModel]) -> str:
     first = found[0].backend
     means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
     text = f"`{first}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
-    if first != OPENVINO:
+    if first not in BY_OPENVINO:
         return text
-    threads = f'{{"INFERENCE_NUM_THREADS": {result.threads}, "PERFORMANCE_HINT": "LATENCY"}}'
+    threads = f'"INFERENCE_NUM_THREADS": {result.threads}, "PERFORMANCE_HINT": "LATENCY"'
+    options = f'{{{threads}, "INFERENCE_PRECISION_HINT": "{"bf16" if first == OPENVINO_BF16 else "f32"}"}}'
     return (
-        f'{text} Without qexp: `openvino.Core().compile_model("model.onnx", "CPU", {threads})`; it is fastest for one '
+        f'{text} Without qexp: `openvino.Core().compile_model("model.onnx", "CPU", {options})`; it is fastest for one '
         "batch size, given by `reshape`, and with the file that `qexp.load(uri).save(file)` writes, which lacks "
         "roundings that only ONNX Runtime needs. MLflow's `load_model` takes ONNX Runtime, which rounds otherwise."
     )

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from qexp.errors import InputError, StageError, first_line
 from qexp.foundation.extras import has_openvino, how_to_install
+from qexp.measurement.host import check_bf16, read_host
 from qexp.models.classifier import ModelSpec
 from qexp.models.contents import FileContents, read_contents
-from qexp.models.names import ONNXRUNTIME, OPENVINO, RUNTIMES, parse_version_uri
+from qexp.models.names import BY_OPENVINO, ONNXRUNTIME, OPENVINO, OPENVINO_BF16, RUNTIMES, parse_version_uri
 from qexp.models.stored import SUFFIXES, as_other_modules, model_file
 from qexp.progress import quiet, say
 from qexp.tracking import class_names, description
@@ -258,11 +259,15 @@ def load_version(uri: str, backend: str | None = None) -> Predict:
 
 def backend_of(found: ModelVersion) -> str | None:
     """The kernels or the runtime that a version is loaded with, by its tags: those that won when it was measured. ONNX
-    Runtime takes the place of OpenVINO where that is not installed, which is said."""
+    Runtime takes the place of OpenVINO where that is not installed, and fp32 that of bf16 where the CPU has none, which
+    is said."""
     tags = tags_of(found)
-    if tags.runtime == OPENVINO and not has_openvino():
+    if tags.runtime in BY_OPENVINO and not has_openvino():
         say(f"{tags.uri}: OpenVINO, the faster runtime, is not installed ({how_to_install(OPENVINO)}): in ONNX Runtime")
         return ONNXRUNTIME
+    if tags.runtime == OPENVINO_BF16 and not (host := read_host(1)).has_bf16:
+        say(f"{tags.uri}: {host.cpu} has no bf16 instructions: what is not int8 is computed in fp32")
+        return OPENVINO
     return tags.runtime or tags.backend
 
 
@@ -277,6 +282,8 @@ def open_version(found: ModelVersion, backend: str | None = None) -> Predict:
     tags = tags_of(found)
     if backend in RUNTIMES and tags.flavor != "onnx":
         raise InputError(f"runtime={backend!r}: {tags.uri} is no ONNX file; torch runs it")
+    if backend == OPENVINO_BF16:
+        check_bf16(f"runtime={backend!r}")
     refuse_pickled(found)
     with checked_copy(found) as copy:
         try:
@@ -315,10 +322,10 @@ def load_files(folder: Path, backend: str | None) -> Predict:
     runtime (None: ONNX Runtime), loaded by MLflow, which opens no pickle where it was told so."""
     place = str(folder)
     if "onnx" in Model.load(place).flavors:
-        if backend == OPENVINO:
+        if backend in BY_OPENVINO:
             from qexp.models.openvino_file import OpenvinoClassifier
 
-            return OpenvinoClassifier.of_file(model_file(folder))
+            return OpenvinoClassifier.of_file(model_file(folder), bf16=backend == OPENVINO_BF16)
         from qexp.models.onnx_file import OnnxClassifier
 
         return OnnxClassifier(mlflow.onnx.load_model(place))

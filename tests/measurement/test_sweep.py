@@ -156,8 +156,11 @@ def test_names_of_int8_models() -> None:
     assert both == (
         SweepModel("int8_onnx", "a", "onnxruntime"),
         SweepModel("int8_onnx_openvino", "a", "openvino", False),
+        SweepModel("int8_onnx_openvino_bf16", "a", "openvino_bf16", False),
     )
-    assert [backend_in(one.name, "onnx") for one in both] == [None, "openvino"]
+    names = [one.name for one in int8_models("a", "onnx", RUNTIMES, is_folded=True)]
+    for found in ([one.name for one in both], names):
+        assert [backend_in(name, "onnx") for name in found] == [None, "openvino", "openvino_bf16"]
     assert int8_models("a", "pt2e", (None,)) == (SweepModel("int8_pt2e", "a"),)
 
 
@@ -170,7 +173,7 @@ def test_a_runtime_that_does_not_take_the_file_is_left_out(
         return Started(StartUp(model.name, 1.0, 1.0, 100.0), {1: 0.01})
 
     monkeypatch.setattr(sweep, "_start_up", start)
-    models, options = int8_models("a", "onnx", RUNTIMES), LatencyConfig(batch_sizes=[1], baselines=[])
+    models, options = int8_models("a", "onnx", RUNTIMES[:2]), LatencyConfig(batch_sizes=[1], baselines=[])
     request = SweepRequest(models, "int8_onnx", "b", (3, 16, 16), 1, options)
     broken = "openvino"
     able, _, _, gone = sweep._start_all(request, tmp_path)

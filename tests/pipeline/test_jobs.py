@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import mlflow
 import numpy as np
 import pytest
+import torch
 from conftest import NO_FIGURES, NOT_TIMED, PLAIN, Finished, run_qexp, start_qexp
 from mlflow.exceptions import MlflowException
 
@@ -21,7 +23,7 @@ from qexp.config import Config, GateConfig, QuantizeConfig, parse_yaml
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError, StageError
 from qexp.files import from_json
-from qexp.measurement.accuracy import measure_accuracy, to_float
+from qexp.measurement.accuracy import measure_accuracy, predict_logits, to_float
 from qexp.measurement.host import read_host
 from qexp.pipeline import jobs, loading, report
 from qexp.pipeline.decide import decide
@@ -32,6 +34,7 @@ from qexp.pipeline.verify import run_verify
 from qexp.report.results import Evidence
 from qexp.tracking import registry, uploads
 from qexp.tracking import runs as tracking
+from qexp.tracking.clean_process import bare_logits
 
 # As few times as a verdict needs.
 TIMES = "--batch-sizes 1 --min-repeats 6 --loads 3 --max-busy-percent 100 --min-seconds 0 --warmup 1".split()
@@ -381,13 +384,24 @@ def test_a_version_runs_in_the_runtime_of_its_tag(
         assert name in type(qexp.load(uri)).__name__.lower().replace("onnxclass", "onnxruntimeclass")
         verified = run_verify(Config(), uri)
         assert verified["top1_percent"] == found.accuracy["test"].top1_percent
+    host = read_host(1)
+    registry.tag_version(uri, {"runtime": "openvino_bf16"})
+    monkeypatch.setattr(registry, "read_host", lambda threads: replace(host, features=("AMX-bf16",)))
+    in_bf16 = qexp.load(uri)
+    assert in_bf16.options["INFERENCE_PRECISION_HINT"] == "bf16"
+    with registry.checked_copy(version) as copy:
+        logits = bare_logits(str(copy), "onnx", digits.test.images, registry.child_environment(1), "openvino_bf16")
+    assert torch.equal(logits, predict_logits(in_bf16, digits.test.images)) or not host.has_bf16
+    monkeypatch.setattr(registry, "read_host", lambda threads: replace(host, features=("AVX512-VNNI",)))
+    assert qexp.load(uri).options["INFERENCE_PRECISION_HINT"] == "f32"
+    assert "has no bf16 instructions: what is not int8 is computed in fp32" in capsys.readouterr().err
     registry.tag_version(uri, uploads._tags_of_runtime(version, "openvino"))
     monkeypatch.setattr(registry, "has_openvino", lambda: False)
     assert type(qexp.load(uri)).__name__ == "OnnxClassifier" and "in ONNX Runtime" in capsys.readouterr().err
     registry.tag_version(uri, uploads._tags_of_runtime(version, version.tags["runtime"]))
     with pytest.raises(InputError, match="is no ONNX file"):
         qexp.load(side_by_side.summary["fp32"], "openvino")
-    with pytest.raises(InputError, match=r"^runtime='tensorrt': must be onnxruntime or openvino"):
+    with pytest.raises(InputError, match=r"^runtime='tensorrt': must be one of onnxruntime, openvino, openvino_bf16"):
         qexp.load(uri, "tensorrt")  # type: ignore[arg-type]
 
 
@@ -469,7 +483,9 @@ def test_engines_that_mlflow_would_not_load_are_refused(monkeypatch: pytest.Monk
 
 
 def test_kernels_of_an_engine_without_a_choice_are_refused(digits: Dataset) -> None:
-    with pytest.raises(InputError, match=r"^--backend onednn: .* auto, onnxruntime, openvino with --engine pt2e,onnx$"):
+    with pytest.raises(
+        InputError, match=r"^--backend onednn: .* auto, onnxruntime, openvino, openvino_bf16 with --engine pt2e,onnx$"
+    ):
         with_quantization_checked(Config(quantize=QuantizeConfig(engine=["pt2e", "onnx"], backend="onednn")), digits)
     with pytest.raises(InputError, match=r"^--backend x86: must be auto with --engine pt2e, without a choice$"):
         with_quantization_checked(Config(quantize=QuantizeConfig(engine=["pt2e"], backend="x86")), digits)

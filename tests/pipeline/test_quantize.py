@@ -25,7 +25,7 @@ from qexp.pipeline import measure, quantize
 from qexp.pipeline.decide import decide
 from qexp.pipeline.jobs import quantize_all
 from qexp.pipeline.measure import ToTime, measure_bf16, time_versions
-from qexp.pipeline.quantize import foldings, warn_of_reduced_range
+from qexp.pipeline.quantize import foldings, other_runtimes, warn_of_reduced_range
 from qexp.pipeline.setup import Setup
 from qexp.pipeline.unregistered import Unregistered
 from qexp.report.results import Evidence
@@ -55,6 +55,9 @@ def test_openvino_is_left_out_unless_it_computes_the_same_and_as_well(
         return (fp32(images) * 32).round() / 32
 
     class InOpenvino:
+        def __init__(self, bf16: bool) -> None:
+            assert not bf16
+
         def __call__(self, images: Tensor) -> Tensor:
             return self.module(images)
 
@@ -67,24 +70,36 @@ def test_openvino_is_left_out_unless_it_computes_the_same_and_as_well(
 
     int8: Any = SimpleNamespace(flavor="onnx", module=rounded, source=fp32, in_openvino=InOpenvino)
 
-    def found(config: Config = Config()) -> Any:  # noqa: B008
+    def found() -> Any:
         logits = {"test": predict_logits(rounded, digits.test.images)}
-        return quantize._other_runtimes(config, int8, digits.train, digits, exact, logits)
+        return quantize._in_runtime("openvino", int8, digits.train, digits, exact, logits)
 
     computes: Any = rounded
-    runtimes, left_out = found()
     logits = predict_logits(rounded, digits.test.images)
-    assert runtimes["openvino"].accuracy["test"] == measure_accuracy(logits, digits.test.labels)
-    assert not left_out and found(Config(quantize=QuantizeConfig(backend="onnxruntime"))) == ({}, {})
+    assert found().accuracy["test"] == measure_accuracy(logits, digits.test.labels)
     computes = fails
-    assert "unsupported operation" in found()[1]["openvino"] and "more of it" not in found()[1]["openvino"]
+    assert "unsupported operation" in found() and "more of it" not in found()
     computes = lambda images: -fp32(images)  # noqa: E731
-    assert "its int8 kernels compute something else" in found()[1]["openvino"]
+    assert "its int8 kernels compute something else" in found()
     monkeypatch.setattr(quantize, "check_kernels", lambda *given: 0.0)
     computes = lambda images: torch.full((len(images), 10), torch.nan)  # noqa: E731
-    assert "points below that in ONNX Runtime" in found()[1]["openvino"]
+    assert "points below that in ONNX Runtime" in found()
+
+
+def test_the_runtimes_beside_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 is tried where the CPU has it and the file computes in float what int8 has no kernels for."""
+
+    def others(backend: Any = None, flavor: str = "onnx", floats: bool = True, features: str = "AMX-bf16") -> Any:
+        int8: Any = SimpleNamespace(flavor=flavor, computes_in_float=floats)
+        config = Config(quantize=QuantizeConfig(backend=backend))
+        return other_runtimes(config, replace(read_host(1), features=(features,)), int8)
+
+    assert others() == ("openvino", "openvino_bf16")
+    assert others(floats=False) == others(features="AVX512-VNNI") == others("openvino") == ("openvino",)
+    assert others("openvino_bf16", floats=False) == ("openvino_bf16",)
+    assert others("onnxruntime") == others(flavor="pytorch") == ()
     monkeypatch.setattr(quantize, "has_openvino", lambda: False)
-    assert found() == ({}, {})
+    assert others() == ()
 
 
 class _Narrow(nn.Module):

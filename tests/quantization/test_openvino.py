@@ -2,6 +2,7 @@
 
 import platform
 from collections import Counter
+from typing import Any
 
 import onnx
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
 from qexp.errors import InputError
+from qexp.measurement.host import read_host
 from qexp.models.openvino_file import OpenvinoClassifier, for_openvino
 from qexp.quantization import quantize_model
 from qexp.quantization.engines.onnx import _computed_with_a_convolution, _restore_hard_swish
@@ -93,6 +95,23 @@ def test_both_runtimes_are_as_close_to_fp32(int8: QuantizedModel, images: Tensor
     assert there.tags()["runtime"] == "openvino" and int8.tags()["runtime"] == "onnxruntime"
     assert sqnr_db(fp32, there(images)) > sqnr_db(fp32, int8(images)) - 1 > 12
     assert torch.equal(there.as_by_mlflow()(images), int8(images)), "MLflow takes ONNX Runtime"
+
+
+def test_what_stays_float_may_be_bf16(int8: QuantizedModel, images: Tensor) -> None:
+    """A layer that was kept in fp32, or a layer norm; of the network above all products are int8."""
+
+    def of(network: nn.Module, **options: Any) -> QuantizedModel:
+        settings = QuantizeConfig(engine="onnx", observer="minmax", **options)
+        return quantize_model(network, (255 * images).byte(), settings, False)
+
+    normalized = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16), nn.LayerNorm(16), nn.Linear(16, 5)).eval()
+    kept = of(_network(), keep_fp32=["9"])
+    assert kept.float_layers == ("9",)
+    assert (int8.computes_in_float, kept.computes_in_float, of(normalized).computes_in_float) == (False, True, True)
+    exact, rounded = kept.in_openvino(), kept.in_openvino(bf16=True)
+    assert (rounded.result.load_backend, rounded.tags()["runtime"]) == ("openvino_bf16",) * 2
+    if read_host(1).has_bf16:  # without it OpenVINO may take fp32
+        assert 15 < sqnr_db(exact.module(images), rounded.module(images)) < 80, "as bf16 rounds, and not as fp32"
 
 
 def test_what_another_engine_makes_is_no_file_for_openvino(images: Tensor) -> None:
