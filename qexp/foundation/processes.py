@@ -53,17 +53,31 @@ def run_python(words: Sequence[str], environment: dict[str, str], **options: Any
 
     Args:
         environment: its environment variables.
-        options: as of `subprocess.run`.
+        options: as of `subprocess.Popen`.
     """
-    command = python_command(*words, warn=False)
-    return subprocess.run(command, env=python_environment(environment), stdin=subprocess.DEVNULL, **options)
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": None, "stderr": None}
+    with start_python(words, environment, **streams | options) as process:
+        try:
+            stdout, stderr = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def start_python(words: Sequence[str], environment: dict[str, str], **options: Any) -> "subprocess.Popen[Any]":
     """Start what `run_python` runs, with pipes for its three streams, and return the process; `options` are those of
-    `subprocess.Popen`."""
+    `subprocess.Popen`.
+
+    Ctrl-C, which a terminal sends to both processes, ends this one without a word: it waits until `_main` can say so.
+    """
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(python_command(*words, warn=False), env=python_environment(environment), **pipes, **options)
+    command, variables = python_command(*words, warn=False), python_environment(environment)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(command, env=variables, **pipes | options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with(parent: int, number: int = signal.SIGKILL) -> None:
@@ -91,6 +105,8 @@ def _watch(parent: int, number: int) -> None:
 
 
 def _main(parent: str, kind: str, what: str, *arguments: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with(int(parent))
     sys.argv = [kind, *arguments]
     if kind == "-c":

@@ -6,7 +6,6 @@
 
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -63,7 +62,6 @@ def answer(kind: type[Q], measure: Callable[[Q], object]) -> None:
     It ends with exit code 1, and one line on standard error, if that fails.
     """
     guard_streams()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word; its parent has the last one
     question, found = map(Path, sys.argv[1:])
     try:
         found.write_text(to_json(measure(from_json(kind, question.read_text()))))

@@ -9,7 +9,6 @@ the workers are started anew, and float and int8 take turns at each batch size i
 import multiprocessing
 import os
 import random
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -192,7 +191,6 @@ def _work(
 ) -> None:
     """A worker: loads, and serves until it is told that there is nothing more to do."""
     end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         if cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)

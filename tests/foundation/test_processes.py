@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from conftest import REPOSITORY
@@ -42,6 +43,18 @@ time.sleep(60)
 """
 
 
+# It waits for a child that imports numpy, and says nothing of its own at Ctrl-C.
+STARTS_A_CHILD = """
+import os
+from qexp.foundation.processes import run_python
+print("started", flush=True)
+try:
+    run_python(["-c", "import numpy, time; time.sleep(60)"], dict(os.environ))
+except KeyboardInterrupt:
+    os._exit(130)
+"""
+
+
 @pytest.mark.parametrize("program", [CHILD_OF_A_CHILD, NOT_TOLD], ids=["told by the system", "looks itself"])
 def test_what_a_killed_process_has_started_ends(program: str) -> None:
     environment = os.environ | {
@@ -71,6 +84,17 @@ def _runs(process: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("wait_s", [0.005, 0.02, 0.05, 0.15, 0.4])
+def test_an_interrupt_while_a_process_starts_prints_nothing(wait_s: float) -> None:
+    """A terminal sends Ctrl-C to all processes that are in front, wherever each one is."""
+    command, environment = [sys.executable, "-c", STARTS_A_CHILD], os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    parent = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=environment, start_new_session=True)
+    assert parent.stdout and parent.stdout.readline()
+    time.sleep(wait_s)
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate()[1] == "" and parent.returncode == 130
+
+
 def test_a_process_whose_parent_has_ended_before_does_nothing() -> None:
     python, safe, file, _, *words = python_command("-c", "print('done')")
     command = [python, safe, file, str(2**22 + 1), *words]  # a process id that Linux does not give
@@ -91,7 +115,7 @@ def test_a_child_and_what_it_starts_import_nothing_from_the_current_folder(
     write_shadows(tmp_path)
     monkeypatch.chdir(tmp_path)
     environment = os.environ | {"PYTHONPATH": path.format(here=tmp_path)}
-    done = run_python(["-c", IMPORTS], environment, capture_output=True, text=True)
+    done = run_python(["-c", IMPORTS], environment, stdout=PIPE, stderr=PIPE, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -100,5 +124,5 @@ def test_a_child_takes_the_package_that_has_started_it(tmp_path: Path, monkeypat
     (tmp_path / "qexp" / "__init__.py").write_text("raise SystemExit('another one')")
     monkeypatch.chdir(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = run_python(["-m", "entrypoints.cli", "--version"], environment, capture_output=True, text=True)
+    done = run_python(["-m", "entrypoints.cli", "--version"], environment, stdout=PIPE, stderr=PIPE, text=True)
     assert done.returncode == 0 and done.stdout.startswith("qexp "), done.stderr
