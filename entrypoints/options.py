@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qexp.config import Config, load_config, option_name
+from qexp.errors import InputError
 from qexp.foundation.extras import check_engines
 from qexp.models.names import TORCHVISION, check_run_id, parse_version_uri
 from qexp.pipeline.checks import check_options
@@ -99,8 +100,16 @@ def with_options(
 
             def action() -> Any:
                 _check_given(own)
-                if given:
+                if not given:
+                    return work()
+                try:
                     given(own, overrides)
+                    return work()
+                except InputError as error:
+                    error.args = (_of_a_model_as_given(str(error), str(own["given"])),)
+                    raise
+
+            def work() -> Any:
                 settled = load_config(given_or_none(config), overrides)
                 check_options(settled, new_model="model" in fields and not elsewhere)
                 if "engine" in fields and not elsewhere:
@@ -129,6 +138,11 @@ def _check_given(own: dict[str, Any]) -> None:
             parse_version_uri(uri, option)
     if run_id := given_or_none(own.get("resume", "")):
         check_run_id(run_id, "--resume")
+
+
+def _of_a_model_as_given(text: str, model: str) -> str:
+    """The text of an error in the words of a command that takes MODEL and --data, where others take options."""
+    return text.replace("--data-dir", "--data").replace(f"--weights {model}", f"MODEL {model}")
 
 
 def given_or_none(value: str) -> str | None:

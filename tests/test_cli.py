@@ -33,6 +33,8 @@ from qexp.models.names import MADE_FROM, RUNTIMES
 BAD_INPUT = {
     "unknown model": ("run --model vgg17", ["--model vgg17", "vgg16"]),
     "negative learning rate": ("run --learning-rate -1", ["--learning-rate -1", "greater than 0"]),
+    "check without images": ("check x.pt --model vgg16 --data nowhere", ["--data nowhere", "no such folder"]),
+    "check of a Python file": ("check my_nets.py --data .", ["--model my_nets.py", "my_nets:FUNCTION"]),
     "check of an architecture": ("check vgg16 --data .", ["--weights", "MODEL vgg16 is an architecture alone"]),
     "no epochs": ("train --epochs 0", ["--epochs 0", "needs --weights"]),
     "epochs in words": ("train --epochs ten", ["--epochs ten", "integer"]),

@@ -2,7 +2,7 @@
 comparison with the present champion. Takes what was measured, feeds the verdict and the registry's aliases."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from qexp.config import GateConfig
@@ -87,32 +87,38 @@ def decide_gate(
     others = [
         _Told(GateCheck(VERIFIED, float(verified), 1.0, verified), "a version does not reload bit for bit"),
         *([] if guess_percent is None else [_better_than_guessing(fp32, guess_percent)]),
-        _at_most(
-            DROP,
-            f"top-1 drop {drop.top1_drop_points:.4g} points, upper end {drop.top1_drop_high_points:.4g}",
-            drop.top1_drop_high_points,
-            limits.max_top1_drop,
+        _shown_by_few(
+            _at_most(
+                DROP,
+                f"top-1 drop {drop.top1_drop_points:.4g} points, upper end {drop.top1_drop_high_points:.4g}",
+                drop.top1_drop_high_points,
+                limits.max_top1_drop,
+            ),
+            drop.top1_drop_points <= limits.max_top1_drop,
+            drop.images,
         ),
         _at_least(SIZE, f"size ratio {size_ratio:.4g}", size_ratio, limits.min_size_ratio),
     ]
     if limits.min_top1 is not None:
         least, _ = share_interval(int8.top1_percent, int8.images)
         text = f"int8 top-1 {int8.top1_percent:.4g} %, lower end {least:.4g}"
-        others.append(_at_least(TOP1, text, least, limits.min_top1))
+        told = _at_least(TOP1, text, least, limits.min_top1)
+        others.append(_shown_by_few(told, int8.top1_percent >= limits.min_top1, int8.images))
     if limits.min_agreement is not None:
         least, _ = share_interval(drop.agreement_percent, drop.images)
         text = f"agreement with fp32 {drop.agreement_percent:.4g} %, lower end {least:.4g}"
-        others.append(_at_least(AGREEMENT, text, least, limits.min_agreement))
+        told = _at_least(AGREEMENT, text, least, limits.min_agreement)
+        others.append(_shown_by_few(told, drop.agreement_percent >= limits.min_agreement, drop.images))
     at = f"over {speedup.over} at batch size {speedup.batch_size}"
     faster = f"speed-up {speedup.ratio.median:.4g} {at}, lower end {speedup.ratio.low:.4g}"
     speed = _at_least(SPEED, faster, speedup.ratio.low, limits.min_speedup)
-    told = others if shortcomings else [*others, speed]
-    checks = tuple(one.check for one in told)
-    if failed := [one for one in told if not one.check.kept]:
+    limits_told = others if shortcomings else [*others, speed]
+    checks = tuple(one.check for one in limits_told)
+    if failed := [one for one in limits_told if not one.check.kept]:
         return GateResult(FAILED, tuple(one.text for one in failed), tuple(one.check.limit for one in failed), checks)
     if shortcomings:
         return GateResult(UNMEASURED, tuple(shortcomings), checks=checks)
-    return GateResult(PASSED, tuple(one.text for one in told if one.check.limit != VERIFIED), checks=checks)
+    return GateResult(PASSED, tuple(one.text for one in limits_told if one.check.limit != VERIFIED), checks=checks)
 
 
 def _better_than_guessing(fp32: Accuracy, guess_percent: float) -> _Told:
@@ -121,7 +127,8 @@ def _better_than_guessing(fp32: Accuracy, guess_percent: float) -> _Told:
     check = GateCheck(TRAINED, least, guess_percent, least > guess_percent)
     if check.kept:
         return _Told(check, f"{found} (guessing gives {guess_percent:.4g})")
-    return _Told(check, f"{found}, is not shown to be better than guessing, {guess_percent:.4g} %")
+    why = "it is not trained, or gets other preprocessing or another order of classes than in its training"
+    return _Told(check, f"{found}, is not shown to be better than guessing, {guess_percent:.4g} %: {why}")
 
 
 def _at_most(limit: str, text: str, value: float, most: float) -> _Told:
@@ -136,6 +143,13 @@ def _at_least(limit: str, text: str, value: float, least: float) -> _Told:
     if check.kept:
         return _Told(check, f"{text} (at least {least:g})")
     return _Told(check, f"{text} (too low by {_amount(least - value)}) is not at least {least:g}")
+
+
+def _shown_by_few(told: _Told, measured_is_within: bool, images: int) -> _Told:
+    """The same; where what was measured keeps the limit and its interval does not, that more images would help."""
+    if told.check.kept or not measured_is_within:
+        return told
+    return replace(told, text=f"{told.text}: {images:,} test images are too few to show that it is kept")
 
 
 def _amount(value: float) -> str:

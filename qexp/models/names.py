@@ -51,8 +51,11 @@ def check_model_name(name: str) -> None:
         _check_file(name)
     elif not is_model_name(name):
         known = available_models() if _other_torchvision() else ["smallnet", *TORCHVISION]
-        near = [] if ":" in name else difflib.get_close_matches(name, known, n=3) or ["smallnet", "vgg16"]
+        no_name = set(":./") & set(name)
+        near = [] if no_name else difflib.get_close_matches(name, known, n=3) or ["smallnet", "vgg16"]
         hint = f"did you mean {' or '.join(near)}? " if near else ""
+        if name.endswith(".py"):
+            hint = f"a Python file is given with its function, {Path(name).stem}:FUNCTION. "
         raise InputError(f"--model {name}: unknown; {hint}Allowed: {ALLOWED}")
     elif name.startswith(TIMM):
         check_package("timm", f"--model {name}", "timm")

@@ -99,8 +99,8 @@ def _rows(found: ModelVersion) -> Iterator[tuple[str, str]]:
     left = f"; in fp32: {layers if len(layers) <= LONGEST_LIST else 'see tag `float_layers`'}" if layers else ""
     folded = ", after a pool was folded into the linear layer behind it" if tags["folded"] == "true" else ""
     yield "Engine", tags["engine"] and f"{tags['engine']}{folded}{calibrated}{left}"
-    mean = told("{}x the fastest float in the mean over batch sizes, ", "mean_speedup")
-    yield "Speed", told(f"{mean}at least {{}}x", "smallest_speedup")
+    mean = told("{}x the fastest float in the mean over batch sizes; ", "mean_speedup")
+    yield "Speed", told(f"{mean}{{}}x at the batch size where it gains least", "smallest_speedup")
     times = ("p50_ms", "p50_batch_size", "p50_threads", "cpu")
     yield "Time (p50)", told("{} ms at batch size {} on {} threads of {}", *times)
     differ = tags["logits_differ"].replace("none", "")

@@ -13,6 +13,7 @@ from qexp.measurement.gate import TRAINED, GateResult, Succession, decide_gate, 
 from qexp.measurement.latency import Ratio, Speedup, mean_of
 
 LIMITS = GateConfig(max_top1_drop=1.0, min_size_ratio=3.0, min_speedup=1.5)
+FEW = "10,000 test images are too few to show that it is kept"
 NO_LIMITS = GateConfig(max_top1_drop=100, min_size_ratio=0, min_speedup=0)
 DROP = Comparison(0.25, -0.25, 0.75, 0.0, 99.0, 5, 3, 10_000)
 
@@ -27,11 +28,12 @@ def _decide(
     fp32_top1: float = 90.0,
     shortcomings: tuple[str, ...] = (),
     guess_percent: float | None = 10.0,
+    drop: float = 0.25,
 ) -> GateResult:
-    drop = replace(DROP, top1_drop_high_points=high)
+    measured = replace(DROP, top1_drop_points=drop, top1_drop_high_points=high)
     fp32, int8 = Accuracy(fp32_top1, 99.0, 10_000), Accuracy(top1, 99.0, 10_000)
     speedup = Speedup(8, "bf16", Ratio(2.5, low, 2.75))
-    return decide_gate(limits, fp32, int8, guess_percent, drop, size_ratio, speedup, shortcomings, verified)
+    return decide_gate(limits, fp32, int8, guess_percent, measured, size_ratio, speedup, shortcomings, verified)
 
 
 def test_all_limits_kept() -> None:
@@ -49,13 +51,17 @@ def test_all_limits_kept() -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"high": 1.25}, "top-1 drop 0.25 points, upper end 1.25 (too high by 0.25) is not at most 1"),
+        ({"high": 1.25}, f"top-1 drop 0.25 points, upper end 1.25 (too high by 0.25) is not at most 1: {FEW}"),
         ({"size_ratio": 2.5}, "size ratio 2.5 (too low by 0.5) is not at least 3"),
         (
             {"low": 1.4},
             "speed-up 2.5 over bf16 at batch size 8, lower end 1.4 (too low by 0.1) is not at least 1.5",
         ),
-        ({"high": 70.25}, "top-1 drop 0.25 points, upper end 70.25 (too high by 69) is not at most 1"),
+        ({"high": 70.25}, f"top-1 drop 0.25 points, upper end 70.25 (too high by 69) is not at most 1: {FEW}"),
+        (
+            {"high": 70.25, "drop": 1.5},
+            "top-1 drop 1.5 points, upper end 70.25 (too high by 69) is not at most 1",
+        ),
         ({"verified": False}, "a version does not reload bit for bit"),
     ],
 )
@@ -102,8 +108,9 @@ def test_a_network_that_guesses_never_passes() -> None:
     lucky, learnt = (_decide(NO_LIMITS, fp32_top1=top1) for top1 in (10.5, 10.7))
     assert learnt.passed
     least, _ = share_interval(10.5, 10_000)
-    expected = f"fp32 top-1 10.5 %, lower end {least:.4g}, is not shown to be better than guessing, 10 %"
-    assert lucky.word == "failed" and lucky.failed_limits == ("trained",) and lucky.reasons == (expected,)
+    expected = f"fp32 top-1 10.5 %, lower end {least:.4g}, is not shown to be better than guessing, 10 %: it is not "
+    assert lucky.word == "failed" and lucky.failed_limits == ("trained",)
+    assert lucky.reasons[0].startswith(expected) and "preprocessing" in lucky.reasons[0]
 
 
 def test_times_that_are_not_good_enough_decide_nothing() -> None:

@@ -160,6 +160,22 @@ def test_a_training_process_imports_from_the_folder_of_the_command(
     assert OWN_CODE not in python_environment(dict(os.environ))
 
 
+def test_a_factory_may_import_a_torchvision_that_was_built_for_another_torch(
+    code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its import fails unless qexp has imported it in its own way before."""
+    (code / "needs_vision.py").write_text(
+        "import sys\n"
+        "if 'qexp.models.vision' not in sys.modules:\n"
+        "    raise RuntimeError('operator torchvision::nms does not exist')\n"
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Linear(1, 1)\n"
+    )
+    monkeypatch.delitem(sys.modules, "qexp.models.vision", raising=False)
+    assert isinstance(build_from_factory("needs_vision:build", 2), nn.Linear)
+
+
 @pytest.mark.parametrize(
     ("model", "line"),
     [
