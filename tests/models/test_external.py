@@ -296,6 +296,18 @@ class _FixesBatch(nn.Module):
         return images.reshape(len(images), -1)
 
 
+class _Asks(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = images.mean((2, 3))
+        return logits if float(logits.sum()) > 0 else -logits
+
+
+def test_a_module_that_cannot_be_exported_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StageError, match=r"data-dependent .*test_external.py:\d+: return logits if float"):
+        export_program(_Asks(), IMAGES, tmp_path / "a.pt2")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_module_that_fixes_its_batch_is_told_how_not_to(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"number of images for a constant, as len\(x\) does; write x\.shape\[0\]"):
         export_program(_FixesBatch(), IMAGES, tmp_path / "a.pt2")
