@@ -10,7 +10,7 @@ from .program import run_alone
 
 
 @with_options("threads", "quick", "data_dir", "labels", "classes", "calibration_dir", "quantize", "batch_sizes")
-def quantize(config: Config, *, model_uri: ModelUri) -> dict[str, Any]:
+def quantize(config: Config, *, model_uri: ModelUri) -> dict[str, Any] | None:
     """Quantize a registered fp32 version, compare both on the same images and register the int8 version."""
     with importing():
         from qexp.pipeline.jobs import run_quantize

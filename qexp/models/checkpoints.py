@@ -68,6 +68,14 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     return {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
 
 
+def classes_of_weights(network: nn.Module, state: Mapping[str, Tensor], classes: int) -> int | None:
+    """The number of classes of a checkpoint that fits the network but for its last layer, which is for `classes`; None
+    where it fits, or where more than that differs."""
+    own = network.state_dict()
+    fit = _fit(own, *_named_alike(own, state))
+    return _classes_of_head(fit, classes) if fit.misses == len(fit.reshaped) else None
+
+
 def load_weights_into(
     network: nn.Module, state: Mapping[str, Tensor], file: Path | str, classes: int, new_head: bool = False
 ) -> None:

@@ -199,6 +199,18 @@ def check_network(network: nn.Module, spec: ModelSpec) -> None:
 
 def _check_images(network: nn.Module, spec: ModelSpec) -> None:
     """Raise InputError unless the network takes an image of the spec and gives a row of logits, one a class."""
+    if (count := count_logits(network, spec)) != len(spec.classes):
+        raise InputError(
+            f"--model {spec.architecture}: gives {count} logits, and the data have {len(spec.classes)} classes"
+        )
+
+
+def count_logits(network: nn.Module, spec: ModelSpec) -> int:
+    """How many logits the network gives for an image of the spec, whatever its classes.
+
+    Raises:
+        InputError: it takes no such image, or gives no row of logits.
+    """
     model, size = f"--model {spec.architecture}", spec.preprocessing.size_text
     device = next((parameter.device for parameter in network.parameters()), None)
     try:
@@ -214,8 +226,7 @@ def _check_images(network: nn.Module, spec: ModelSpec) -> None:
     if logits.dim() != 2 or len(logits) != 1 or not logits.is_floating_point():
         shape = list(logits.shape)
         raise InputError(f"{model}: must give float logits [1, classes] for an image, and gives {logits.dtype} {shape}")
-    if logits.shape[1] != len(spec.classes):
-        raise InputError(f"{model}: gives {logits.shape[1]} logits, and the data have {len(spec.classes)} classes")
+    return logits.shape[1]
 
 
 def _channels_expected(network: nn.Module) -> int | None:

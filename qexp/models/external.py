@@ -8,8 +8,8 @@ from pathlib import Path
 from qexp.config import Config
 from qexp.errors import InputError
 from qexp.models import names
-from qexp.models.checkpoints import load_weights_into, read_checkpoint
-from qexp.models.classifier import Classifier, ModelSpec, check_network, normalization
+from qexp.models.checkpoints import classes_of_weights, load_weights_into, read_checkpoint
+from qexp.models.classifier import Classifier, ModelSpec, check_network, count_logits, normalization
 from qexp.models.factories import source_file
 from qexp.models.networks import build_network
 from qexp.models.preprocessing import Preprocessing
@@ -24,7 +24,8 @@ def load_external(
     Without mean or deviation in `preprocessing`, the network is given values as they are, on its input range.
 
     Args:
-        classes: the names of the classes of the data, in the order of the logits.
+        classes: the names of the classes of the data, in the order of the logits. Where the data have none, the model
+            says how many there are, and their numbers are the names.
         new_head: for training from weights of another number of classes: the last layer keeps its fresh weights.
 
     Raises:
@@ -32,13 +33,16 @@ def load_external(
     """
     model, weights = config.model, config.weights
     check_weights(config)
-    network = build_network(model, len(classes), preprocessing.shape)
+    network = build_network(model, len(classes) or None, preprocessing.shape)
+    architecture = Path(model).name if names.is_file(model) else model
+    count = len(classes) or count_logits(network, ModelSpec(architecture, (), preprocessing))
     if weights is not None:
         by_name = is_published(weights)
         state = published_weights(model, weights) if by_name else read_checkpoint(Path(weights))
-        load_weights_into(network, state, weights, len(classes), new_head)
-    architecture = Path(model).name if names.is_file(model) else model
-    spec = ModelSpec(architecture, classes, preprocessing)
+        if not classes and (theirs := classes_of_weights(network, state, count)):
+            network, count = build_network(model, theirs, preprocessing.shape), theirs
+        load_weights_into(network, state, weights, count, new_head)
+    spec = ModelSpec(architecture, classes or tuple(map(str, range(count))), preprocessing)
     classifier = Classifier(spec, *normalization(preprocessing, None), network).eval()
     for parameter in classifier.parameters():
         parameter.requires_grad_(not names.is_program(model))

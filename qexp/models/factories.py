@@ -18,14 +18,17 @@ from torch import nn
 from qexp.errors import InputError, first_line
 from qexp.foundation.processes import OWN_CODE
 
+IMAGENET_CLASSES = 1000
+
 
 class NotImportable(InputError):
     """The module of a factory is not found from here."""
 
 
-def build_from_factory(text: str, classes: int) -> nn.Module:
+def build_from_factory(text: str, classes: int | None) -> nn.Module:
     """The network that `package.module:factory` gives: of `factory(num_classes=classes)` where it takes that, else of
-    `factory()`. A module that is there already under this name is taken as it is.
+    `factory()`, and so where `classes` is None, unless it must be given. A module that is there already under this
+    name is taken as it is.
 
     Raises:
         NotImportable: there is no such module.
@@ -53,14 +56,15 @@ def source_file(text: str) -> Path | None:
     return Path(name) if name else None
 
 
-def _call(factory: Callable[..., Any], classes: int) -> Any:
+def _call(factory: Callable[..., Any], classes: int | None) -> Any:
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # of a function in C
         return factory()
     if "num_classes" in parameters:
-        return factory(num_classes=classes)
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        by_itself = parameters["num_classes"].default is not inspect.Parameter.empty
+        return factory() if classes is None and by_itself else factory(num_classes=classes or IMAGENET_CLASSES)
+    if classes is None or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return factory()
     try:  # as torchvision's own functions, which hand it on
         return factory(num_classes=classes)

@@ -13,7 +13,7 @@ from torch import nn
 from qexp.errors import InputError, first_line
 from qexp.foundation.extras import extra
 from qexp.models import names
-from qexp.models.factories import build_from_factory
+from qexp.models.factories import IMAGENET_CLASSES, build_from_factory
 from qexp.models.preprocessing import Shape
 from qexp.models.program import load_program
 
@@ -21,17 +21,21 @@ SMALLNET_BLOCKS = ((32, 64), (64, 128), (128, 128))  # channels of the 3x3 convo
 VIT_SIDE_PX = 224  # which torchvision builds its vision transformers for, and qexp too up to there
 
 
-def build_network(model: str, classes: int, shape: Shape) -> nn.Module:
+def build_network(model: str, classes: int | None, shape: Shape) -> nn.Module:
     """A network with fresh weights (torch's global seed), or with its own where it is a file.
 
     Args:
         model: as `--model` names it.
-        classes: how many logits it is to give; that it does is not checked here.
+        classes: how many logits it is to give; that it does is not checked here. None: as many as it gives by itself,
+            or as ImageNet has classes.
         shape: of an image.
 
     Raises:
         InputError: there is no such network, or its code fails.
     """
+    if names.is_factory(model) and not model.startswith(names.TIMM):
+        return build_from_factory(model, classes)
+    classes = classes or IMAGENET_CLASSES
     if model == "smallnet":
         return _smallnet(classes, shape[0])
     if names.is_program(model):
@@ -40,8 +44,6 @@ def build_network(model: str, classes: int, shape: Shape) -> nn.Module:
         raise InputError(f"--model {model}: an ONNX file has no layers to train or to quantize with torch")
     if model.startswith(names.TIMM):
         return _from_timm(model, classes, shape)
-    if names.is_factory(model):
-        return build_from_factory(model, classes)
     return _from_torchvision(model, classes, shape)
 
 

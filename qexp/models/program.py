@@ -3,6 +3,7 @@
 A program is code, as a Python module is: torch runs what the file says. Feeds networks.py.
 """
 
+import copy
 import io
 import logging
 import warnings
@@ -25,6 +26,16 @@ def load_program(file: Path) -> nn.Module:
         InputError: it is not an exported program, or one of another torch.
     """
     return _read(file, f"--model {file}")
+
+
+def as_network(module: nn.Module) -> nn.Module:
+    """A module as networks are here: of one that `torch.export` has given, which can be put into no mode, a copy that
+    can, with layers; any other as it is."""
+    if not isinstance(module, torch.fx.GraphModule) or "train" not in vars(module):
+        return module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return with_layers(as_other_modules(copy.deepcopy(module)))  # type: ignore[arg-type]
 
 
 def program_bytes(network: nn.Module, example: Tensor) -> bytes:

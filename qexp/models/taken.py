@@ -4,8 +4,12 @@ pipeline/take.py takes them in. Those that a clean process cannot build again fr
 """
 
 import copy
+import io
+import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from qexp.models.classifier import Classifier, ModelSpec, check_network, normali
 from qexp.models.names import OBJECT, is_rebuilt_by_name
 from qexp.models.program import load_program
 from qexp.models.stored import model_file
+from qexp.progress import quiet
 
 
 def wrap(module: nn.Module, spec: ModelSpec) -> Classifier:
@@ -60,12 +65,19 @@ def export_program(model: nn.Module, example: Tensor, file: Path) -> None:
     """
     batch = torch.export.Dim("batch", min=1, max=65_536)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), _without_graph(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(copy.deepcopy(model).eval(), (example,), dynamic_shapes=({0: batch},))
             torch.export.save(program, file)
     except Exception as error:  # torch.export raises whatever the module's Python code does with a symbol
         raise StageError(f"the model cannot be stored: torch.export does not take it ({with_place(error)})") from error
+
+
+@contextmanager
+def _without_graph() -> Iterator[None]:
+    """While the block lasts, torch does not print the whole graph of a module that it cannot export."""
+    with quiet("torch.fx.experimental.symbolic_shapes", logging.CRITICAL), redirect_stderr(io.StringIO()):
+        yield
 
 
 def load_taken(folder: Path, spec: ModelSpec) -> nn.Module:

@@ -33,5 +33,6 @@ def check(config: Config, register: bool = True, module: nn.Module | None = None
             own = {"model": Config().model, "train": Config().train}
             return whole_job(config.model_copy(update=own), model_uri=config.model)
     if not register:
-        return Reported(check_unregistered(config, module), "", "")
+        evidence = check_unregistered(config, module)
+        return Reported(evidence, "", "") if evidence else None
     return whole_job(config, module=module)

@@ -95,7 +95,8 @@ def whole_job(
     given = () if resume else ("data", "preprocess", "train")
     setup = prepare(config, model_uri, given, resume, named=module is None)
     config, host, dataset = setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
-    if config.trained_elsewhere and not read_group().leads:
+    only_evaluated = config.trained_elsewhere or bool(model_uri)
+    if only_evaluated and not read_group().leads:
         follow_evaluation(dataset)
         return None
     taken = None
@@ -109,12 +110,13 @@ def whole_job(
         f"{short_name(config.model)}-{dataset.name}",
         f"Can {config.model} on {opaque(dataset.name)} ship as int8 on this CPU?",
     )
-    if model_uri or (resume and has_stage(resume, f"train-{short_name(config.model)}")):
-        if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
+    if not only_evaluated:
+        if resume and has_stage(resume, f"train-{short_name(config.model)}"):
+            if not read_group().leads:  # of torchrun's processes, when nothing is left that they could share
+                return None
+        elif _trained_by_others(setup, "main", name, note, resume, command):
             return None
-    elif not config.trained_elsewhere and _trained_by_others(setup, "main", name, note, resume, command):
-        return None
-    with leading() if config.trained_elsewhere else nullcontext(), open_job(host, config, name, note, resume) as job:
+    with leading() if only_evaluated else nullcontext(), open_job(host, config, name, note, resume) as job:
         tracking.log_datasets(dataset, dataset.parts)  # which a resumed run must be given again
         if model_uri:
             model_uri = uri_of(registry.find_version(model_uri, "fp32"))
@@ -378,10 +380,19 @@ def run_train(
     return {"command": "train", "run_id": fp32.version.run_id, **found}
 
 
-def run_quantize(config: Config, model_uri: str) -> Summary:
-    """Quantize the registered fp32 version `model_uri` and register the int8 version."""
+def run_quantize(config: Config, model_uri: str) -> Summary | None:
+    """Quantize the registered fp32 version `model_uri` and register the int8 version. None in a process that only helps
+    another one."""
     setup = prepare(config, model_uri)
     setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
+    if not read_group().leads:
+        follow_evaluation(setup.dataset)
+        return None
+    with leading():
+        return _quantized(setup, model_uri)
+
+
+def _quantized(setup: Setup, model_uri: str) -> Summary:
     fp32 = loading.fp32_from_registry(model_uri, setup.dataset)
     check_kept(setup.config, fp32.model)
     setup = setup._replace(dataset=with_answers(setup.dataset, fp32.model.spec, fp32.logits))

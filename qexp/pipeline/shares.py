@@ -92,7 +92,7 @@ def _packed(model: Any, images: Any) -> tuple[str, bytes, str | None]:
     if hasattr(model, "stored_bytes"):  # an int8 model, as an engine has returned it
         return f"model.{'onnx' if model.flavor == 'onnx' else 'pth'}", model.stored_bytes(), model.result.load_backend
     if is_onnx(model):
-        return "model.onnx", model.proto.SerializeToString(), None
+        return "model.onnx", model.canonical.SerializeToString(), None
     with tempfile.TemporaryDirectory() as folder:
         if is_rebuilt(model):
             save_classifier(model, file := Path(folder, "model.safetensors"))

@@ -22,6 +22,7 @@ from qexp.models.classifier import ModelSpec
 from qexp.models.external import check_weights, load_external, source_facts
 from qexp.models.names import OBJECT, is_onnx_file
 from qexp.models.preprocessing import Preprocessing, preprocessing_of
+from qexp.models.program import as_network
 from qexp.models.published import own_classes, own_preprocessing
 from qexp.models.taken import is_onnx, wrap
 from qexp.pipeline.measure import predict_splits
@@ -55,7 +56,7 @@ def take(config: Config, dataset: Dataset, module: nn.Module | None = None) -> A
 
 
 def _wrapped(module: nn.Module, config: Config, dataset: Dataset, preprocessing: Preprocessing) -> Any:
-    classes = dataset.classes
+    module, classes = as_network(module), dataset.classes
     if not classes:
         try:
             logits = predict_logits(module.eval(), torch.zeros(2, *preprocessing.shape))
@@ -80,11 +81,8 @@ def _onnx(file: Path, config: Config, dataset: Dataset, preprocessing: Preproces
 
 
 def _classes(config: Config, dataset: Dataset) -> tuple[str, ...]:
-    """Those of the data; where these have none, those that the weights are known to have."""
-    found = dataset.classes or own_classes(config.model, config.weights)
-    if not found:
-        raise InputError(f"--classes: must be given: the images in {dataset.source} have no labels, and so no classes")
-    return found
+    """Those of the data; where these have none, those that the weights are known to have, or none."""
+    return dataset.classes or own_classes(config.model, config.weights) or ()
 
 
 def _numbers(count: int) -> tuple[str, ...]:

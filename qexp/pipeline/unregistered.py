@@ -26,16 +26,18 @@ from qexp.pipeline.job import Job
 from qexp.pipeline.jobs import latency_stage, quantize_all, take_stage
 from qexp.pipeline.measure import LocalVersions, ToTime, measure_bf16
 from qexp.pipeline.setup import check_kept, prepare, with_quantization_checked
+from qexp.pipeline.shares import follow, leading
 from qexp.pipeline.take import take, with_answers
 from qexp.progress import say
 from qexp.report.page import write_report
 from qexp.report.results import UNREGISTERED, Evidence, Fp32Evidence, Int8Evidence
 from qexp.tracking.registry import Registered
 from qexp.tracking.results import Fp32, NewModel, Result
+from qexp.training.distributed import read_group
 
 
-def check_unregistered(config: Config, module: nn.Module | None = None) -> Evidence:
-    """What the job has found.
+def check_unregistered(config: Config, module: nn.Module | None = None) -> Evidence | None:
+    """What the job has found; None in a process that only helps another one.
 
     Raises:
         InputError: as `run_main`.
@@ -44,9 +46,12 @@ def check_unregistered(config: Config, module: nn.Module | None = None) -> Evide
     setup = prepare(config, None, store=False, named=module is None)
     setup = setup._replace(config=with_quantization_checked(setup.config, setup.dataset))
     config, host, dataset = setup
+    if not read_group().leads:
+        follow(dataset)
+        return None
     taken = take(config, dataset, module)
     check_kept(config, taken)
-    with tempfile.TemporaryDirectory() as folder:
+    with leading(), tempfile.TemporaryDirectory() as folder:
         job = Unregistered(host, Path(folder), taken)
         fp32 = take_stage(job, setup, taken)
         setup = setup._replace(dataset=with_answers(dataset, fp32.model.spec, fp32.logits))

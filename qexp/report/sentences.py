@@ -568,6 +568,17 @@ def _left_out(latency: LatencyResult) -> list[str]:
     return said
 
 
+def _weighted(latency: LatencyResult) -> list[str]:
+    """How much each batch size counts, where that was said."""
+    if not latency.weights:
+        return []
+    whole = sum(latency.weights.get(row.batch_size, 0.0) for row in latency.rows)
+    shares = [f"{row.batch_size} by {100 * latency.weights[row.batch_size] / whole:.3g} %" for row in latency.counted]
+    others = [str(row.batch_size) for row in latency.rows if row not in latency.counted]
+    left = f"; {join(others)} {'does' if len(others) == 1 else 'do'} not count" if others else ""
+    return [f"The mean over the batch sizes and the choice of a version weigh batch size {join(shares)}{left}."]
+
+
 def how_timed(evidence: Evidence) -> list[str]:
     """What a time, a ratio and an interval are, and what else the machine did."""
     rows = evidence.latency.rows
@@ -580,6 +591,7 @@ def how_timed(evidence: Evidence) -> list[str]:
         f"process that only times models. For each batch size, every model is loaded {loads}, and the models take "
         f"turns in random order for {rounds} rounds in all.",
         *_left_out(evidence.latency),
+        *_weighted(evidence.latency),
         "A ratio is the geometric mean over the loads; of each load, the median of its rounds counts. "
         f"{interval(rows)}",
         f"As a control, an int8 model was compared with a copy of itself: it took {low:.2f} to {high:.2f} times as "

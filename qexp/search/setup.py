@@ -17,11 +17,12 @@ from qexp.errors import InputError
 from qexp.measurement.accuracy import measure_accuracy
 from qexp.measurement.host import Host
 from qexp.models.classifier import ModelSpec, outline
-from qexp.models.names import short_name
-from qexp.models.preprocessing import preprocessing_of
+from qexp.models.external import source_facts
+from qexp.models.names import is_onnx_file, short_name
+from qexp.models.preprocessing import as_options, preprocessing_of
 from qexp.pipeline import loading
 from qexp.pipeline.job import Job, runs_below
-from qexp.pipeline.jobs import sensitivity_stage, train_stage
+from qexp.pipeline.jobs import sensitivity_stage, take_stage, train_stage
 from qexp.pipeline.quantize import BUDGET_IMAGES, layer_order, warn_of_reduced_range
 from qexp.pipeline.setup import (
     Setup,
@@ -30,6 +31,7 @@ from qexp.pipeline.setup import (
     try_engines,
     with_quantization_checked,
 )
+from qexp.pipeline.take import own_preprocessing_of, take
 from qexp.progress import say
 from qexp.search.storage import Place
 from qexp.search.study import Study, find_study, make_study, search_space
@@ -59,6 +61,7 @@ class Ready:
     model_uri: str | None
     study: Study | None
     parent_run_id: str | None
+    taken: Any = None  # the model that comes with weights and is no version yet
 
 
 def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
@@ -74,33 +77,41 @@ def look_up(config: Config, place: Place, model_uri: str | None) -> Ready:
     parent = _parent_of(study)  # a study in another store is refused first: its model is not in this one
     if study and not model_uri and isinstance(made_for := study.note("made_for"), dict):
         model_uri = made_for.get("model_uri")
+    if config.trained_elsewhere and not model_uri:  # whose versions have the preprocessing in full
+        wanted = preprocessing_of(config.data, config.preprocess, own_preprocessing_of(config))
+        config = config.with_preprocessing(wanted.height_px, wanted.width_px, as_options(wanted))
     model_uri = model_uri or _newest(config)
     config, host, dataset = prepare(config, model_uri, given=("data", "preprocess"))
     config = _with_engine_of(config, model_uri)
     with_quantization_checked(config, dataset)
     _check_space(config, dataset, model_uri)
-    if not model_uri:
+    if not model_uri and not config.trained_elsewhere:
         try_engines(config, dataset)
     if model_uri:
         facts = _facts(config, host, model_uri)
         study = find_study(place, name or _own_name(facts), config, facts)
         parent = _parent_of(study)
     else:
-        parent = _stopped_in_training(config, dataset)
+        parent = None if config.trained_elsewhere else _stopped_in_training(config, dataset)
     if parent:
         tracking.use_experiment(dataset.name, parent)
-    return Ready(config, host, dataset, model_uri, study, parent)
+    taken = take(config, dataset) if config.trained_elsewhere and not model_uri else None
+    return Ready(config, host, dataset, model_uri, study, parent, taken)
 
 
 def _with_engine_of(config: Config, model_uri: str | None) -> Config:
     """`config` with the engines that were named, or else fx; for an ONNX file onnx: no other one takes it."""
     named = config.quantize.engine
-    if not model_uri or tags_of(registry.find_version(model_uri, "fp32")).flavor != "onnx":
+    if model_uri:
+        is_onnx = tags_of(registry.find_version(model_uri, "fp32")).flavor == "onnx"
+    else:
+        is_onnx = is_onnx_file(config.model)
+    if not is_onnx:
         return config if named else config.with_engines("fx")
     if most := max(config.search.fp32_layer_counts):
         raise InputError(f"--fp32-layer-counts {most}: must be 0: the layers of an ONNX file cannot be ranked")
     if others := [engine for engine in named or () if engine != "onnx"]:
-        raise InputError(f"--engine {','.join(others)}: must be onnx: {model_uri} is an ONNX file")
+        raise InputError(f"--engine {','.join(others)}: must be onnx: {model_uri or config.model} is an ONNX file")
     return config.with_engines("onnx")
 
 
@@ -140,10 +151,23 @@ def _newest(config: Config) -> str | None:
         unused = [key.removeprefix("train.").replace("_", "-") for key in asked if key.startswith("train.")]
         if any(key.startswith(("data.", "preprocess.")) or key.endswith((".model", ".seed")) for key in asked):
             continue
+        if not _has_weights_of(config, uri):
+            continue
         without = f", without {', '.join(f'--{name}' for name in unused)}: it is trained already" if unused else ""
         say(f"searching with {uri}, the newest one{without} (--model-uri: another)")
         return uri
     return None
+
+
+def _has_weights_of(config: Config, uri: str) -> bool:
+    """Whether a version was made from the file of weights that was given, and from the same code."""
+    if not config.trained_elsewhere or config.model.startswith("models:/"):
+        return True
+    tags = registry.find_version(uri, "fp32").tags
+    try:
+        return all(tags.get(name) == value for name, value in source_facts(config).items() if name.endswith("sha256"))
+    except OSError:  # the file is not there, as is said where it is read
+        return False
 
 
 def set_up(ready: Ready, place: Place, run_id: str) -> tuple[Study, Bench]:
@@ -174,12 +198,14 @@ def set_up(ready: Ready, place: Place, run_id: str) -> tuple[Study, Bench]:
 
 
 def _train(ready: Ready, run_id: str) -> str:
-    """Train a model below the parent run, where no other search may do so meanwhile; the URI of its version."""
+    """Train a model below the parent run, or take one that has weights, where no other search may do so meanwhile; the
+    URI of its version."""
     with locked(job_folder(run_id), run_id):
         job = Job(ready.host, run_id, runs_below(run_id))
-        uri = train_stage(job, Setup(ready.config, ready.host, ready.dataset)).version.uri
+        setup = Setup(ready.config, ready.host, ready.dataset)
+        fp32 = train_stage(job, setup) if ready.taken is None else take_stage(job, setup, ready.taken)
     remove_if_empty(run_id)
-    return uri
+    return fp32.version.uri
 
 
 def _layer_order(study: Study, ready: Ready, fp32: Fp32, run_id: str) -> tuple[str, ...]:

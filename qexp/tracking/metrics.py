@@ -13,6 +13,7 @@ from qexp.measurement.accuracy import Accuracy, Comparison
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.threads import ThreadsRow
 from qexp.measurement.throughput import KINDS
+from qexp.models.names import RUNTIMES
 from qexp.report.results import ThroughputEvidence
 from qexp.training.train import EpochResult
 
@@ -48,7 +49,8 @@ def of_model(accuracy: dict[str, Accuracy], size_bytes: int, parameters: int) ->
 
 def split_of(name: str) -> str | None:
     """The split (train, validation, test) on whose images a metric of a model was measured; None for none."""
-    split = "test" if name.startswith(OF_COMPARISON) else name.partition("_")[0]
+    of_runtime = name.startswith(tuple(f"{runtime}_" for runtime in RUNTIMES))
+    split = "test" if of_runtime or name.startswith(OF_COMPARISON) else name.partition("_")[0]
     return split if split in ("train", "validation", "test") and "/" not in name else None
 
 
@@ -86,6 +88,7 @@ def tags_of_drop(test: Comparison) -> dict[str, str]:
 def of_runtime(name: str, accuracy: Accuracy, comparison: Comparison) -> dict[str, float]:
     """An int8 file in another runtime than its first, on the test images."""
     values = {"top1_percent": accuracy.top1_percent, "top1_drop_points": comparison.top1_drop_points}
+    values["top1_drop_high_points"] = comparison.top1_drop_high_points
     values["agreement_percent"] = comparison.agreement_percent
     return {f"{name}_{key}": value for key, value in values.items()}
 

@@ -34,8 +34,9 @@ from qexp.models.factories import NotImportable, build_from_factory
 from qexp.models.names import check_model_name, short_name
 from qexp.models.networks import build_network
 from qexp.models.preprocessing import Preprocessing, squashed
+from qexp.models.program import as_network
 from qexp.models.published import own_classes, own_preprocessing
-from qexp.models.taken import export_program
+from qexp.models.taken import export_program, wrap
 from qexp.quantization import quantize_model
 
 ABC = ("a", "b", "c")
@@ -278,6 +279,20 @@ def test_an_exported_program_is_a_classifier_with_layers_that_its_weights_file_h
     torch.save(again, saved)  # as the eager baseline is handed on
 
 
+def test_the_module_of_an_exported_program_is_taken_as_any_other() -> None:
+    """MLflow gives such a one for a version in its format pt2, and `qexp.register` writes that."""
+    torch.manual_seed(0)
+    network = build_network("smallnet", 3, PLAIN.shape).eval()
+    given = _exported(network).module()
+    model = wrap(as_network(given), ModelSpec("net", ABC, PLAIN))
+    assert torch.equal(_logits(model), _logits(network)) and not model.training
+    kinds = [type(module) for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert [type(module) for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)] == kinds
+    with pytest.raises(NotImplementedError):  # which is left as it was
+        given.train()
+    assert torch.equal(_logits(given), _logits(network)) and as_network(network) is network
+
+
 def test_what_is_no_exported_program_of_a_network_in_evaluation_is_one_line(tmp_path: Path) -> None:
     network, file = (
         nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(588, 3)),
@@ -300,9 +315,39 @@ class _FixesBatch(nn.Module):
         return images.reshape(len(images), -1)
 
 
+class _Asks(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = images.mean((2, 3))
+        return logits if float(logits.sum()) > 0 else -logits
+
+
+def test_a_module_that_cannot_be_exported_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StageError, match=r"data-dependent .*test_external.py:\d+: return logits if float"):
+        export_program(_Asks(), IMAGES, tmp_path / "a.pt2")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_module_that_fixes_its_batch_is_told_how_not_to(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"number of images for a constant, as len\(x\) does; write x\.shape\[0\]"):
         export_program(_FixesBatch(), IMAGES, tmp_path / "a.pt2")
+
+
+def test_without_class_names_the_model_says_how_many_there_are(code: Path, tmp_path: Path) -> None:
+    seven = build_network("squeezenet1_1", 7, (3, 32, 32)).eval()
+    torch.save({"model": {f"module.{name}": value for name, value in seven.state_dict().items()}}, tmp_path / "a.pt")
+    model = load_external(_config("squeezenet1_1", str(tmp_path / "a.pt")), (), squashed(32))
+    assert model.spec.classes == tuple("0123456")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(_logits(model, images), _logits(seven, images))
+    assert load_external(_config("my_nets:three"), (), PLAIN).spec.classes == tuple("012")  # as it comes
+    five = build_from_factory("my_nets:build", 5).eval()  # which must be told
+    torch.save(five.state_dict(), tmp_path / "b.pt")
+    model = load_external(_config("my_nets:build", str(tmp_path / "b.pt")), (), PLAIN)
+    assert model.spec.classes == tuple("01234") and torch.equal(_logits(model), _logits(five))
+    with pytest.raises(InputError, match=r"b.pt: does not fit .*; 2 of another shape \(\S+ \[5, 4\], not \[3, 4\]"):
+        load_external(_config("my_nets:three", str(tmp_path / "b.pt")), (), PLAIN)
+    with pytest.raises(InputError, match="--image-size 8: not for --model squeezenet1_1"):
+        load_external(_config("squeezenet1_1", str(tmp_path / "a.pt")), (), squashed(8))
 
 
 def test_weights_of_a_file_are_those_of_the_script_that_saved_them(tmp_path: Path) -> None:

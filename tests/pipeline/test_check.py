@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import qexp
 from qexp.data.datasets import Dataset
 from qexp.errors import InputError
+from qexp.tracking.store import logged_model_of
 
 pytestmark = pytest.mark.slow
 FEW = (
@@ -137,7 +138,8 @@ def test_mlflow_evaluates_it_beside_its_source(checked: Finished, given: Given) 
     evaluators.register("qexp", Evaluator)  # as the entry point of the installed package does
     mlflow.set_tracking_uri(checked.uri)
     rows = given.images.reshape(200, -1).numpy()
-    with mlflow.start_run(experiment_id=mlflow.MlflowClient().get_run(checked.summary["run_id"]).info.experiment_id):
+    client = mlflow.MlflowClient()
+    with mlflow.start_run(experiment_id=client.get_run(checked.summary["run_id"]).info.experiment_id) as run:
         found = mlflow.models.evaluate(
             checked.summary["int8"], rows, targets=given.labels.numpy(), model_type="classifier", evaluators="qexp"
         )
@@ -147,6 +149,12 @@ def test_mlflow_evaluates_it_beside_its_source(checked: Finished, given: Given) 
     mlflow.validate_evaluation_results(
         {"top1_drop_high_points": MetricThreshold(threshold=high + 0.1, greater_is_better=False)}, found
     )
+    (used,) = client.get_run(run.info.run_id).inputs.model_inputs
+    logged = client.get_logged_model(used.model_id)
+    assert logged.model_id == logged_model_of(client.get_model_version(*checked.summary["int8"].split("/")[1:]))
+    ours = [metric for metric in logged.metrics or [] if metric.run_id == run.info.run_id]
+    assert {metric.key: metric.value for metric in ours} == pytest.approx(found.metrics)
+    assert {metric.dataset_name for metric in ours} == {"dataset"} and all(metric.dataset_digest for metric in ours)
 
 
 def test_two_processes_share_the_evaluation_and_find_the_same(checked: Finished, given: Given, tmp_path: Path) -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 import mlflow
 import optuna
 import pytest
+import torch
 from conftest import NO_FIGURES, PLAIN, Finished, of_pictures, run_qexp, start_qexp
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from stores import new_store
 
 from qexp.config import Config, DataConfig, QuantizeConfig, load_config, parse_yaml
 from qexp.data.datasets import load_dataset
 from qexp.errors import InputError
 from qexp.files import from_json
+from qexp.models.networks import build_network
 from qexp.search.findings import quantize_command
 from qexp.search.results import SearchResult
 from qexp.search.setup import _newest, _stopped_in_training
@@ -252,6 +255,28 @@ def test_newest_version_is_the_newest_that_fits(finished: Finished) -> None:
     assert _newest(load_config(None, {"data": {"image_size": "8"}})) is None
     for other in ({"seed": 5}, {"model": "vgg16"}):
         assert _newest(load_config(None, {}).model_copy(update=other)) is None
+
+
+def test_a_model_with_weights_is_taken_once_and_searched(pictures: Path, tmp_path: Path) -> None:
+    """Not trained for 0 epochs; and a version of other weights is not searched in its place."""
+    torch.manual_seed(0)
+    network = build_network("smallnet", 3, (3, 8, 8))
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    torch.save({name: value + 1e-3 for name, value in network.state_dict().items()}, tmp_path / "b.pt")
+    words = ["--data-dir", str(pictures), *"--preprocess imagenet --resize 8 --crop 8".split(), *ONE]
+    uri = new_store(tmp_path)
+    done = run_qexp(tmp_path, "search", *words, "--weights", "a.pt", uri=uri)
+    assert done.code == 0, done.stderr
+    assert done.summary["fp32"] == "models:/smallnet-three-digits-fp32/1" and "import-smallnet" in done.stderr
+    again = run_qexp(tmp_path, "search", *words, "--weights", "a.pt", uri=uri)
+    assert again.summary["fp32"] == done.summary["fp32"] and again.summary["study"] == done.summary["study"]
+    mlflow.set_tracking_uri(uri)
+    made = read_config(mlflow.MlflowClient().get_model_version("smallnet-three-digits-fp32", "1").run_id)
+    for weights, expected in (("a.pt", done.summary["fp32"]), ("b.pt", None), ("c.pt", None)):
+        assert _newest(made.model_copy(update={"weights": str(tmp_path / weights)})) == expected
+    gone = run_qexp(tmp_path, "search", *words, "--weights", "c.pt", uri=uri)
+    assert gone.code == 2 and gone.stderr.splitlines()[-1] == "error: --weights c.pt: no such file"
+    assert "run " not in gone.stderr
 
 
 DIES = """

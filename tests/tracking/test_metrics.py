@@ -25,6 +25,13 @@ def test_figures_on_images_know_their_split(evidence: Evidence) -> None:
     assert not any(map(metrics.split_of, metrics.of_epoch(evidence.fp32.train.epochs[0])))
 
 
+def test_figures_of_a_runtime_are_of_the_test_images(evidence: Evidence) -> None:
+    values = metrics.of_runtime("openvino", evidence.int8.accuracy["test"], evidence.int8.comparison["test"])
+    assert values["openvino_top1_drop_high_points"] == evidence.int8.comparison["test"].top1_drop_high_points
+    assert {metrics.split_of(name) for name in values} == {"test"}
+    assert metrics.split_of("fp32_openvino_top1_percent") is None  # of a baseline, logged to no model
+
+
 def test_an_epoch_has_every_figure(evidence: Evidence) -> None:
     values = metrics.of_epoch(evidence.fp32.train.epochs[1])
     assert values["train/loss"] == 2.0 and values["val/top1"] == 55.0 and values["train/images_per_s"] == 900.0
