@@ -75,6 +75,7 @@ BAD_INPUT = {
         ["--latency-threads 2: leave it or --threads 1,2 out"],
     ),
     "several threads for a training": ("train --threads 1,2", ["--threads 1,2", "integer"]),
+    "a version to promote": ("promote models:/a-int8/1", ["NAME models:/a-int8/1", "give a-int8 and --version"]),
     "no such model on any machine": ("hosts nothing", ["NAME nothing", "no registered int8 model"]),
     "no version on any machine": ("hosts models:/nothing", ["NAME models:/nothing", "models:/NAME/VERSION"]),
     "no time for a request": (

@@ -19,6 +19,7 @@ from qexp.measurement.accuracy import Comparison, compare, guess_percent, measur
 from qexp.measurement.gate import UNMEASURED, Succession, decide_gate, decide_succession
 from qexp.measurement.host import Host
 from qexp.measurement.sweep_models import SweepModel
+from qexp.models.names import parse_version_uri
 from qexp.pipeline.job import Inputs, Job
 from qexp.pipeline.loading import bf16_of, load_weights, local_files, logits_of_version
 from qexp.pipeline.measure import measure_bf16, rounded_fields, thread_counts, time_models
@@ -82,6 +83,9 @@ def hold_against_champion(job: Job, setup: Setup, evidence: Evidence) -> Evidenc
 def _candidate(name: str, number: str | None) -> ModelVersion:
     names = sorted({row["name"] for row in list_models() if row["kind"] == "int8"})
     if name not in names:
+        if name.startswith("models:/"):
+            parts = parse_version_uri(name, "NAME")
+            raise InputError(f"NAME {name}: must be a name without a version; give {parts['name']} and --version")
         raise InputError(f"NAME {name}: no registered int8 model; there are: {', '.join(names) or 'none'}")
     if number is not None and not (number.isdecimal() and len(number) < 10):
         raise InputError(f"--version {number}: must be a version number of {name}")

@@ -19,6 +19,7 @@ from qexp.errors import InputError
 from qexp.foundation.text import opaque
 from qexp.measurement.agreement import LogitsAgreement
 from qexp.measurement.gate import PASSED
+from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult
 from qexp.measurement.sweep_models import BASELINE, SweepModel, backend_in
 from qexp.models.classifier import save_classifier
@@ -176,7 +177,7 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
             tags |= _tags_of_runtime(version, backend) if backend in RUNTIMES else {"backend": backend}
             registry.describe_kernels(uri, description.about_kernels(found, kernels))
         if compared := evidence.logits.get(uri):
-            tags |= _differing_tag(version.tags.get(DIFFERING, NONE), compared, evidence.host.cpu)
+            tags |= _differing_tag(version.tags.get(DIFFERING, NONE), compared, evidence.host)
         registry.tag_version(uri, tags)
     with registry.others_left_alone(fp32.uri):
         registry.tag_version(fp32.uri, {"latency_run_id": evidence.run_id} | _latency_tags(found, BASELINE))
@@ -188,8 +189,10 @@ def _latency(result: LatencyEvidence, folder: Path, at_ms: int) -> LatencyEviden
     return evidence
 
 
-def _differing_tag(known: str, compared: LogitsAgreement, cpu: str) -> dict[str, str]:
-    """The CPUs on which the logits of a version are not those that were recorded: `known` ones, and this one if so."""
+def _differing_tag(known: str, compared: LogitsAgreement, host: Host) -> dict[str, str]:
+    """The CPUs on which the logits of a version are not those that were recorded: `known` ones, and this one if so.
+    CPUs of one name may have different instructions."""
+    cpu = f"{host.cpu} ({', '.join(host.features) or 'instructions unknown'})"
     others = [text for text in known.split("; ") if text != NONE and not text.endswith(f" on {cpu}")]
     here = [] if compared.within_one_step else [f"{compared.text} on {cpu}"]
     told = "; ".join([*others, *here]) or NONE

@@ -69,8 +69,10 @@ def test_a_sweep_on_another_machine_adds_to_what_is_known(in_use: Finished) -> N
     assert {one["gate"] for one in run_hosts(strict, NAME)["hosts"]} == {"failed"}
 
     tags = mlflow.MlflowClient().get_model_version(*uri.removeprefix("models:/").split("/"))
-    assert tags.tags["logits_differ"] == "differ by up to 3 steps of the output on Other CPU"
-    assert "beside those that were recorded: differ by up to 3 steps of the output on Other CPU" in tags.description
+    assert tags.tags["logits_differ"] == "differ by up to 3 steps of the output on Other CPU (AVX2)"
+    assert (
+        "beside those that were recorded: differ by up to 3 steps of the output on Other CPU (AVX2)" in tags.description
+    )
 
 
 @pytest.mark.parametrize(
