@@ -141,7 +141,7 @@ def _newest(config: Config) -> str | None:
         if any(key.startswith(("data.", "preprocess.")) or key.endswith((".model", ".seed")) for key in asked):
             continue
         without = f", without {', '.join(f'--{name}' for name in unused)}: it is trained already" if unused else ""
-        say(f"searching with {uri}, the newest one{without} (--model-uri: another)")
+        say(f"searching with {uri}, the newest version{without}; choose another with --model-uri")
         return uri
     return None
 
