@@ -41,8 +41,8 @@ Every option is a line of `config.yaml`, an option of the commands and, under `m
 `-P options="…"`. The command line comes before `config.yaml`, which comes before the defaults. `auto` means "not given"
 everywhere.
 
-An option that is true or false stands alone (`--flip`), is turned round (`--no-flip`) or told (`--flip false`). Lists are
-written with commas: `--batch-sizes 1,8,64`. `-h` shows the options of a command, the common ones first.
+Options that are true or false are written `--flip`, `--no-flip` or `--flip false`. Lists are written with commas:
+`--batch-sizes 1,8,64`. `-h` shows the options of a command, the common ones first.
 
 The file is a regular one in UTF-8, of at most 256 KiB, 8 levels and 10,000 values, with each key once and without YAML's
 aliases. The order of a list has no meaning, but for `engine`: the first one is the first in the results.

@@ -57,12 +57,15 @@ def finish(action: Callable[[], Summary | None], as_json: bool = False) -> None:
     else:
         if summary is not None:
             table = summary.pop("table", None)
-            _show(_fit_to_show(summary), table, as_json or not sys.stdout.isatty())
+            _show(_fit_to_show(summary), table, as_json)
 
 
 def _show(summary: Summary, table: Any, as_json: bool) -> None:
     clear_line()
-    if as_json:
+    into_pipe = not sys.stdout.isatty()
+    if into_pipe and not as_json and summary["command"] == "hosts":  # a list, for people too, as that of models
+        print(table.text(), file=sys.stderr)
+    if into_pipe or as_json:
         print(json.dumps(summary), flush=True)
     else:
         from .table import show  # rich takes a while

@@ -23,7 +23,8 @@ Name = Annotated[
 def hosts(config: Config, *, name: Name) -> dict[str, Any]:
     """Show what is known of an int8 model on each kind of machine: speed-up, agreement of logits, the gate's verdict.
 
-    `qexp latency --model-uri URI` on another machine with the same tracking server adds that machine.
+    `qexp latency --model-uri URI` on another machine with the same tracking server adds that machine. Into a pipe or a
+    file goes one line of JSON, while the table is on standard error; with --json, there is no table.
     """
     with importing():
         from qexp.pipeline.hosts import run_hosts

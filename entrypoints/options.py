@@ -5,7 +5,7 @@ range for the command line and the file alike; `auto` means not given, since MLp
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from qexp.config import Config, load_config, option_name
+from qexp.config import Config, about_quick, load_config, option_name
 from qexp.errors import InputError
 from qexp.foundation.extras import check_engines
 from qexp.models.names import TORCHVISION, check_run_id, parse_version_uri
@@ -119,7 +119,7 @@ def with_options(
             finish(action, json)
 
         own = [p for name, p in inspect.signature(command).parameters.items() if name not in ("config", "overrides")]
-        made = [_parameter(name, section, field) for name, (section, field, _) in fields.items()]
+        made = [_parameter(name, section, field, fields) for name, (section, field, _) in fields.items()]
         made.append(_keyword("config", ConfigFile, "auto"))
         made.sort(key=lambda made: COMMON.index(made.name) if made.name in COMMON else len(COMMON))
         parameters = [*own, *made, _keyword("json", Json, False)]
@@ -163,10 +163,12 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _parameter(name: str, section: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(name: str, section: str, field: FieldInfo, beside: Container[str]) -> inspect.Parameter:
+    """An option of a command, `beside` those that it has."""
     group = COMMON_GROUP if name in COMMON else GROUPS[section]
     shared: dict[str, Any] = {"show_default": False, "rich_help_panel": group}  # Typer would show auto as the default
-    shared["help"] = f"{help_text(field)} [default: {default_text(field)}]"
+    text = about_quick(beside) if name == "quick" else help_text(field)
+    shared["help"] = f"{text} [default: {default_text(field)}]"
     if is_flag(field):
         word = name.replace("_", "-")
         option = typer.Option(f"--{word}/--no-{word}", **shared)

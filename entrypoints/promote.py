@@ -22,8 +22,10 @@ Force = Annotated[
 
 @with_options("threads", "quick", "data_dir", "labels", "classes", "gate", "latency")
 def promote(config: Config, *, name: Name, version: Number = "auto", force: Force = False) -> dict[str, Any]:
-    """Make an int8 version `champion` if it passes the gate and is shown to be better than the present one, and not
-    to be worse by more than margins, measured side by side."""
+    """Make a version `champion` if it passes the gate and beats the present champion.
+
+    Both are measured side by side. The version must be shown to be better, and not worse by more than margins.
+    """
     with importing():
         from qexp.pipeline.promote import run_promote
 

@@ -11,7 +11,7 @@ from .program import run_alone
 
 @with_options("", "data", "preprocess", "train", "quantize", "latency", "gate", "search")
 def search(config: Config, *, model_uri: ModelUri = "auto") -> dict[str, Any]:
-    """Search the calibration sample count (and observer) on validation images.
+    """Search quantization settings on validation images: engines, calibration samples, observers, scales, fp32 layers.
 
     Without --model-uri: the newest registered fp32 version of this model and data set, trained first if there is none.
     The same command resumes a search that was stopped. It ends with the command that quantizes as the best point was.

@@ -15,6 +15,7 @@ UNITS = {  # endings of names, and what they say of a number
 }  # fmt: skip
 SIDE_BY_SIDE = ("fp32_top1_percent", "int8_top1_percent", "top1_drop_points", "size_ratio", "engine")
 SIZES = ("fp32_size_mb", "int8_size_mb")
+VERSIONS = ("fp32", "int8")  # their URIs, if they are registered
 ANSWER = ("verdict", "decision")  # of the whole job, and of a promotion
 REASON = ("verdict_reason", "reasons", "gate_reason", "ship")  # told below the answer
 IN_TABLE = ("hosts", "best_threads_by_batch_size", "settings")  # told by the table alone
@@ -28,6 +29,7 @@ def show(summary: Summary, found: Any = None) -> None:
     told = {"command", *(ANSWER + REASON if answer else ())}
     if summary["command"] == "predict":
         told |= {"images"}  # which are on standard error, a line each
+    told |= {key for key in VERSIONS if not str(summary.get(key) or "").startswith("models:/")}
     if set(SIDE_BY_SIDE) <= set(summary):
         told |= {*SIDE_BY_SIDE, *SIZES}
         found = found or _side_by_side(summary)
@@ -71,7 +73,7 @@ def _lines(key: str, value: Any) -> list[tuple[str, str]]:
     """A name and its value, on several lines where the value is a list; none where there is nothing to tell."""
     end = next((end for end in UNITS if key.endswith(end)), "")
     name = key.removesuffix(end).replace("_", " ")
-    values = value if isinstance(value, list) else [value] if value not in (None, {}) else []
+    values = value if isinstance(value, list) else [value] if value not in (None, {}, "") else []
     return [("" if number else name, _text(one) + UNITS.get(end, "")) for number, one in enumerate(values)]
 
 

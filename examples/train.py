@@ -1,5 +1,6 @@
-"""A plain script that knows nothing of qexp: it trains a classifier on DIR/train/<class>/, saves it as FILE.pt, a state
-dict, and as FILE.onnx, and counts its right answers on DIR/test/<class>/.
+"""A script in plain torch: it trains a classifier on DIR/train/<class>/, saves it as FILE.pt, a state dict, and as
+FILE.onnx, and counts its right answers on DIR/test/<class>/. qexp only helps to import a torchvision that was not built
+for the torch beside it.
 
     python examples/train.py resnet18 DIR FILE [EPOCHS]     # or vit_tiny, or own: the network in my_nets.py
 

@@ -8,6 +8,7 @@ leaves the default, which None stands for where the value is chosen by a later s
 import difflib
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -567,6 +568,25 @@ class SearchConfig(BaseModel):
     register_best: bool = Field(False, description="quantize again with the winner, measure and register it")
 
 
+# What `quick` changes, in words, by the option whose default it takes the place of: values of QUICK.
+QUICK_WORDS = {
+    "epochs": "4 epochs",
+    "sensitivity_images": "64 sensitivity images",
+    "batch_sizes": "batch sizes 1, 8, 32",
+    "baselines": "baseline fp32_onnx",
+    "loads": "6 rounds in 3 loads",
+    "load_seconds": "0.3 s of load a round",
+    "engine": "the first engine that takes the network",
+}
+
+
+def about_quick(options: Container[str] = QUICK_WORDS) -> str:
+    """What `quick` does in a command that has these options."""
+    less = ", ".join(words for option, words in QUICK_WORDS.items() if option in options)
+    verdict = "; a verdict is still possible" if "loads" in options else ""
+    return f"less of everything that is not given: {less}{verdict}"
+
+
 class Config(BaseModel):
     model_config = STRICT
     model: Model = Field(
@@ -588,11 +608,7 @@ class Config(BaseModel):
         description="folder that gets a copy of the report (a relative one: below the current folder, which is the "
         "project's under mlflow run); auto: only MLflow has it",
     )
-    quick: bool = Field(
-        False,
-        description="less of everything that is not given: 4 epochs, 64 sensitivity images, batch sizes 1, 8, 32, "
-        "baseline fp32_onnx, 6 rounds in 3 loads, the first engine that takes the network; a verdict is still possible",
-    )
+    quick: bool = Field(False, description=about_quick())
     data: DataConfig = DataConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     train: TrainConfig = TrainConfig()

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, exit codes, one line of error, one line of JSON."""
 
+import json
 import os
 import pty
 import re
@@ -24,10 +25,13 @@ from stores import new_store
 from typer.testing import CliRunner
 
 from entrypoints.cli import COMMANDS, app
+from entrypoints.ending import finish
 from entrypoints.options import COMMON, choices, fields_of
 from entrypoints.program import _with_options_unpacked, _with_plain_flags, run_app
+from entrypoints.table import show
 from qexp import __version__
 from qexp.errors import InputError
+from qexp.foundation.tables import Table
 from qexp.models.names import MADE_FROM, RUNTIMES
 
 BAD_INPUT = {
@@ -274,6 +278,23 @@ def test_a_database_does_not_get_the_number_of_a_closed_stream(tmp_path: Path) -
 def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
     done = _in_a_shell("qexp run --model ü", tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 2 and done.stderr.startswith("error: --model \\xfc: unknown")
+
+
+def test_of_what_was_not_registered_a_terminal_shows_no_version(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"command": "check", "run_id": "", "fp32": "fp32", "int8": "int8-fx", "report": "", "gate": "passed"})
+    assert capsys.readouterr().out.split() == ["gate", "passed"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_table_of_a_list_goes_beside_the_line_into_a_pipe(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    table = Table("Machines", ("CPU", "gate"), (("Zen", "passed"),))
+    finish(lambda: {"command": "hosts", "hosts": ["Zen"], "table": table}, as_json)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"command": "hosts", "hosts": ["Zen"]}
+    assert (table.text() in shown.err) is not as_json
 
 
 @pytest.mark.parametrize("kind", [RecursionError, MemoryError, EOFError, ValueError])

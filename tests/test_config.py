@@ -16,6 +16,7 @@ from strategies import SEEDED, nasty_texts, trees
 from qexp.config import (
     PLACES,
     QUICK,
+    QUICK_WORDS,
     Config,
     DataConfig,
     GateConfig,
@@ -23,6 +24,7 @@ from qexp.config import (
     PreprocessConfig,
     SearchConfig,
     TrainConfig,
+    about_quick,
     flat_params,
     given_otherwise,
     load_config,
@@ -387,6 +389,14 @@ def test_quick_takes_the_place_of_defaults_and_what_is_given_wins(tmp_path: Path
     assert load_config(file).train.epochs == 7
     assert load_config(file).latency.batch_sizes == [1, 2, 8, 32]
     assert load_config(file, {"": {"quick": "false"}}).latency.batch_sizes == LatencyConfig().batch_sizes
+
+
+def test_quick_says_what_it_does_to_a_command() -> None:
+    words, options = about_quick(), {name for section in QUICK.values() for name in section}
+    assert set(QUICK_WORDS) - {"engine"} <= options and all(text in words for text in QUICK_WORDS.values())
+    for sizes in (QUICK["latency"]["batch_sizes"], [QUICK["throughput"]["load_seconds"]]):
+        assert ", ".join(map(str, sizes)) in words
+    assert about_quick({"epochs", "momentum"}) == "less of everything that is not given: 4 epochs"
 
 
 def test_what_quick_has_changed_was_not_given() -> None:

@@ -148,7 +148,11 @@ def list_tree(root: Path, part: str = "", option: str = "--data-dir") -> Listing
 def _say_skipped(what: str, folder: Path, skipped: Counter[str]) -> None:
     if skipped:
         kinds = ", ".join(f"{count} with {kind}" for kind, count in sorted(skipped.items()))
-        say(f"{what}: {skipped.total()} files of {folder} are skipped, which are no images: {kinds}")
+        count = skipped.total()
+        if count == 1:
+            say(f"{what}: 1 file of {folder} is no image, and is skipped: {kinds}")
+        else:
+            say(f"{what}: {count} files of {folder} are no images, and are skipped: {kinds}")
 
 
 def class_names(root: Path, part: str = "") -> list[str]:

@@ -38,6 +38,14 @@ class Activity:
         return 100 * (others + self.throttled_s / self.wall_s)
 
 
+def too_busy(percent: float, cores: str, most_percent: float) -> str:
+    """In words: the machine was busier than may be."""
+    return (
+        f"the machine was busy: other programs or the CPU quota took up to {percent:.0f} % of {cores}, and at most "
+        f"{most_percent:g} % is allowed (--max-busy-percent)"
+    )
+
+
 def watch_machine(
     threads: int,
     stat: Path = Path("/proc/stat"),

@@ -24,7 +24,7 @@ from qexp.config import LatencyConfig
 from qexp.foundation.quantities import Factor, NotNegative, Percent, Some, Timed
 from qexp.foundation.tables import Shown, Table
 from qexp.foundation.waiting import DEFAULT, waiting_as
-from qexp.measurement.activity import Activity
+from qexp.measurement.activity import Activity, too_busy
 
 Run = Callable[[], object]
 Watch = Callable[[], Callable[[], Activity | None]]  # starts to watch the machine; what it returns ends that
@@ -278,11 +278,8 @@ class LatencyResult(Shown):
         busy = [row for row in self.counted if row.activity and row.activity.busy_percent > self.max_busy_percent]
         if busy:
             most = max(row.activity.busy_percent for row in busy if row.activity)
-            limit = f"at most {self.max_busy_percent:g} % (--max-busy-percent)"
-            found.append(
-                f"the machine was busy: others took up to {most:.0f} % of the timed cores at batch size "
-                f"{_listed(busy)}, {limit}"
-            )
+            sizes = f"(batch {'size' if len(busy) == 1 else 'sizes'} {_listed(busy)})"
+            found.append(too_busy(most, f"the timed cores {sizes}", self.max_busy_percent))
         return tuple(found)
 
     def mean_ratio(self, slow: Sequence[str], fast: str, confidence: float = CONFIDENCE) -> Ratio:

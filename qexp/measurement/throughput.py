@@ -16,7 +16,7 @@ import numpy as np
 
 from qexp.foundation.quantities import Percent, Some, Timed
 from qexp.foundation.tables import Shown, Table
-from qexp.measurement.activity import Activity
+from qexp.measurement.activity import Activity, too_busy
 from qexp.measurement.latency import CONFIDENCE, Mean, Ratio, difference, mean_of, percentile_ms
 
 Kind = Literal["float", "int8"]
@@ -136,8 +136,7 @@ class ThroughputResult(Shown):
             found.append(f"of at least {FEWEST_ROUNDS} rounds that it takes, {rounds} were made (--load-rounds)")
         busy = max((one.busy_percent for one in self.activities), default=0.0)
         if busy > self.max_busy_percent:
-            limit = f"at most {self.max_busy_percent:g} % (--max-busy-percent)"
-            found.append(f"the machine was busy: others took up to {busy:.0f} % of the workers' cores, {limit}")
+            found.append(too_busy(busy, "the workers' cores", self.max_busy_percent))
         return tuple(found)
 
     def best(self, kind: Kind, max_p99_ms: float | None = None) -> Choice | None:

@@ -29,6 +29,7 @@ from qexp.measurement.sweep_models import (
     COMPILED,
     EAGER,
     IN_OPENVINO,
+    ONNX,
     ROUNDED,
     SweepModel,
     folded_baselines,
@@ -243,8 +244,10 @@ def why_not_timed(name: str, config: Config, host: Host, onnx_file: bool = False
     """
     if name not in config.latency.baselines:
         return "it is not among --baselines"
+    if onnx_file and name == ONNX:
+        return "fp32 is already the ONNX file in ONNX Runtime"
     if onnx_file and name not in IN_OPENVINO:
-        return "the model is an ONNX file, which fp32 runs in ONNX Runtime"
+        return "the model is an ONNX file, and not a module of torch"
     if name == COMPILED and not has_compiler():
         return "no C++ compiler is installed: g++, or the one that the variable CXX names"
     if name in ROUNDED and not host.has_bf16:

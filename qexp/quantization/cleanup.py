@@ -5,6 +5,7 @@ Takes any module; feeds the engines, `measure_sensitivity` and the count of MACs
 
 import copy
 import operator
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -78,7 +79,9 @@ def clean(model: nn.Module, example: Tensor, fold_pool: bool) -> nn.Module:
 def _copied(model: nn.Module) -> nn.Module:
     """With layers of the user's own classes as the layers that they are, if they compute as these do."""
     try:
-        copied = copy.deepcopy(model).eval()
+        with warnings.catch_warnings():  # copying the program of an export calls what torch itself has deprecated
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)", FutureWarning)
+            copied = copy.deepcopy(model).eval()
     except Exception as error:  # weights that are no parameters, as those of the old weight_norm
         raise StageError(f"this model cannot be copied: {first_line(error)}") from error
     for module in list(copied.modules()):

@@ -67,8 +67,8 @@ def _accuracy_curve(axes: Axes, evidence: Evidence) -> None:
     axes.plot(
         steps, [e.validation_top3_percent for e in epochs], "s:", ms=3, color=VALIDATION, label="validation top-3"
     )
-    axes.axvline(train.best_epoch, color="grey", lw=0.8, ls="--")
-    axes.set(title="Accuracy by epoch (dashed: weights kept)", xlabel="epoch", ylabel="accuracy, %")
+    axes.axvline(train.best_epoch, color="grey", lw=0.8, ls="--", label=f"epoch {train.best_epoch}: weights kept")
+    axes.set(title="Accuracy by epoch", xlabel="epoch", ylabel="accuracy, %")
     _whole_steps(axes)
     axes.legend(fontsize=7)
 

@@ -233,7 +233,7 @@ def training(evidence: Evidence) -> list[str]:
 
 def _trained_elsewhere(evidence: Evidence) -> list[str]:
     """Where the model comes from, and what it is given, which decides its accuracy."""
-    said = [f"The model was trained elsewhere: {training_setup(evidence)}."]
+    said = [f"The model was trained elsewhere: {_source(evidence, digests=False)}."]
     if found := evidence.fp32.preprocessing:
         said.append(f"It was given {preprocessing(found)}.")
     if evidence.verdict.word == NOT_TRAINED:
@@ -256,16 +256,23 @@ def preprocessing(found: Preprocessing) -> str:
     scale = f"values from {low:g} to {high:g}"
     if found.mean and found.std and (any(found.mean) or set(found.std) != {1.0}):
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
-        scale += f" with mean {mean} and standard deviation {std} taken off"
+        scale += f", minus the mean {mean}, divided by the standard deviation {std}"
     else:
         scale += ", not normalised"
     return f"{colours} images, {resized} ({found.interpolation}), {scale}"
 
 
+def _source(evidence: Evidence, digests: bool = True) -> str:
+    """What is known of a model that was trained elsewhere, with the digests of its files or without."""
+    facts = evidence.fp32.source.items()
+    told = [(name, value) for name, value in facts if name != "trained" and (digests or not name.endswith("_sha256"))]
+    return ", ".join(f"{name} `{value}`" for name, value in told)
+
+
 def training_setup(evidence: Evidence) -> str:
     """Seed, device, precision, layout and recipe; or where the model was trained."""
     if (train := evidence.fp32.train) is None:
-        return ", ".join(f"{name} `{value}`" for name, value in evidence.fp32.source.items())
+        return f"elsewhere: {_source(evidence)}"
     precision = "bf16 autocast" if train.bf16 else "fp32"
     on = train.device.upper()
     if train.processes > 1:

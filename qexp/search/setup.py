@@ -154,7 +154,7 @@ def _newest(config: Config) -> str | None:
         if not _has_weights_of(config, uri):
             continue
         without = f", without {', '.join(f'--{name}' for name in unused)}: it is trained already" if unused else ""
-        say(f"searching with {uri}, the newest one{without} (--model-uri: another)")
+        say(f"searching with {uri}, the newest version{without}; choose another with --model-uri")
         return uri
     return None
 

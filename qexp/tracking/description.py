@@ -53,9 +53,11 @@ def about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
     if first.backend in RUNTIMES:
         return _about_runtimes(result, found)
     means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
-    text = f"`{first.backend}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
-    if first.backend == "x86":
-        return f"{text} They are the default kernels."
+    default = ", which are the default" if first.backend == "x86" else ""
+    text = f"`qexp.load(uri)` uses the `{first.backend}` kernels{default}."
+    text += f" Mean speed-up over fp32 as measured: {means}."
+    if default:
+        return text
     return (
         f"{text} TorchScript packs int8 weights at load for the engine of the process, `x86` unless it was set: for "
         f"the same speed without qexp, set `torch.backends.quantized.engine = {first.backend!r}` before loading. "
@@ -66,7 +68,7 @@ def about_kernels(result: LatencyResult, found: Sequence[SweepModel]) -> str:
 def _about_runtimes(result: LatencyResult, found: Sequence[SweepModel]) -> str:
     first = found[0].backend
     means = ", ".join(f"{one.backend} {result.mean_speedup(one.name):.2f}x" for one in found)
-    text = f"`{first}` is used by `qexp.load(uri)`; mean speed-up over fp32 as measured: {means}."
+    text = f"`qexp.load(uri)` uses the runtime `{first}`. Mean speed-up over fp32 as measured: {means}."
     if first not in BY_OPENVINO:
         return text
     threads = f'"INFERENCE_NUM_THREADS": {result.threads}, "PERFORMANCE_HINT": "LATENCY"'

@@ -165,6 +165,10 @@ def test_what_is_skipped_is_counted_and_said(pets: Path, capsys: pytest.CaptureF
     assert _count(pets) == 12
     said = capsys.readouterr().err
     assert "class dog: 4 files" in said and "1 with .db, 2 with .txt, 1 with no suffix" in said
+    (pets / "test" / "cat" / "notes.txt").write_text("no image")
+    _count(pets)
+    folder = pets / "test" / "cat"
+    assert f"class cat: 1 file of {folder} is no image, and is skipped: 1 with .txt" in capsys.readouterr().err
 
 
 def test_no_other_program_is_started_to_decode(pets: Path) -> None:

@@ -62,11 +62,12 @@ def test_a_terminal_obeys_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().err.splitlines()
     assert said == [printable(name) for name in names] and all(len(line.splitlines()) == 1 for line in said)
     for name in names:
-        summary = {"command": "quantize", "engine": name, "int8": name, "verdict": name, "reasons": [name]}
+        uri = f"models:/{name}/1"
+        summary = {"command": "quantize", "engine": name, "int8": uri, "verdict": name, "reasons": [name]}
         show(summary | {"fp32_top1_percent": 1.0, "int8_top1_percent": 1.0, "top1_drop_points": 0.0, "size_ratio": 4.0})
         lines = [line.strip() for line in capsys.readouterr().out.split("\n")]
         assert "".join(map(chr, range(32))).isprintable() is False and all(printable(line) == line for line in lines)
-        assert f"int8  {printable(name)}".strip() in lines and f"Verdict: {printable(name)}".strip() in lines
+        assert f"int8  {printable(uri)}".strip() in lines and f"Verdict: {printable(name)}".strip() in lines
     table = Table(names[0], ("model", names[1]), tuple((name, "1") for name in names), (names[-1],)).text()
     assert len(table.split("\n")) == len(names) + 5 and all(printable(line) == line for line in table.split("\n"))
     empty: dict[str, object] = dict.fromkeys(

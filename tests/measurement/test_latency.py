@@ -490,8 +490,8 @@ def test_few_rounds_and_other_work_are_shortcomings() -> None:
     result = LatencyResult("fp32", (few, busy), (), 2, {}, 5.0)
     assert result.shortcomings == (
         "2 rounds in 2 loads at batch size 1: at least 6 rounds in 3 loads are needed (--min-repeats, --loads)",
-        "the machine was busy: others took up to 25 % of the timed cores at batch size 8, at most 5 % "
-        "(--max-busy-percent)",
+        "the machine was busy: other programs or the CPU quota took up to 25 % of the timed cores (batch size 8), and "
+        "at most 5 % is allowed (--max-busy-percent)",
     )
     assert len(replace(result, max_busy_percent=100.0).shortcomings) == 1
     assert replace(result, weights={8: 1.0}, max_busy_percent=100.0).shortcomings == ()

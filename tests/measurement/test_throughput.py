@@ -118,7 +118,8 @@ def test_a_busy_machine_and_too_few_rounds_are_said() -> None:
     assert RESULT.shortcomings == ()
     busy = replace(RESULT, max_busy_percent=5.0, activities=(Activity(10, 10, 0, 2, 2), Activity(10, 10, 6, 2, 2)))
     assert busy.shortcomings == (
-        "the machine was busy: others took up to 30 % of the workers' cores, at most 5 % (--max-busy-percent)",
+        "the machine was busy: other programs or the CPU quota took up to 30 % of the workers' cores, and at most 5 % "
+        "is allowed (--max-busy-percent)",
     )
     one = ThroughputResult((replace(RESULT.rows[0], int8=Served("int8", (1.0,), 1.0, None, 3)),), 2, True)
     assert one.shortcomings == ("of at least 3 rounds that it takes, 1 were made (--load-rounds)",)

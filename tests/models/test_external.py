@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -38,6 +39,7 @@ from qexp.models.program import as_network
 from qexp.models.published import own_classes, own_preprocessing
 from qexp.models.taken import export_program, wrap
 from qexp.quantization import quantize_model
+from qexp.quantization.cleanup import clean
 
 ABC = ("a", "b", "c")
 PLAIN = squashed(16)
@@ -269,6 +271,9 @@ def test_an_exported_program_is_a_classifier_with_layers_that_its_weights_file_h
     assert set(model.network.state_dict()) == set(network.state_dict())
     kinds = [type(module) for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert [type(module) for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)] == kinds
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # copying it, torch warns of itself
+        clean(model, IMAGES, fold_pool=False)
     facts = source_facts(_config(str(file)))
     assert facts["checkpoint_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     file.unlink()

@@ -90,7 +90,8 @@ def test_a_model_of_ones_own_gets_the_answer_of_run(checked: Finished, given: Gi
     assert tags["trained"] == "elsewhere" and tags["checkpoint"] == "best.pt" and len(tags["checkpoint_sha256"]) == 64
     assert json.loads(tags["preprocessing"])["input_range"] == [-1.0, 1.0]
     report = (given.folder / "report/report.md").read_text()
-    assert "tested on photos" in report and "trained elsewhere" in report and "Loss by epoch" not in report
+    assert "trained elsewhere: architecture `my_nets:build`" in report
+    assert "tested on photos" in report and "Loss by epoch" not in report
 
 
 def test_its_versions_load_without_qexp_and_without_its_code(checked: Finished, given: Given, tmp_path: Path) -> None:

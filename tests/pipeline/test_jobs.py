@@ -374,7 +374,7 @@ def test_a_version_runs_in_the_runtime_of_its_tag(
     assert metrics["openvino_agreement_percent"] == other.comparison["test"].agreement_percent > 90
     won = evidence_of(side_by_side).measured.name_of(uri)
     assert version.tags["runtime"] == ("openvino" if won == "int8_onnx_openvino" else "onnxruntime")
-    assert f"Kernels: `{version.tags['runtime']}` is used by `qexp.load(uri)`" in version.description
+    assert f"Kernels: `qexp.load(uri)` uses the runtime `{version.tags['runtime']}`." in version.description
     assert other.accuracy["test"] == measure_accuracy(qexp.load(uri, "openvino")(images), digits.test.labels)
     assert first.accuracy["test"] == measure_accuracy(qexp.load(uri, "onnxruntime")(images), digits.test.labels)
     for name, found in (("openvino", other), ("onnxruntime", first)):
@@ -518,8 +518,8 @@ def test_a_busy_machine_is_said_and_makes_no_verdict(in_use: Finished) -> None:
         for other in others:
             other.kill()
             other.wait()
-    assert "the machine was busy: others took up to" in process.stderr
+    assert "the machine was busy: other programs or the CPU quota took up to" in process.stderr
     mlflow.set_tracking_uri(in_use.uri)
     found = loading.evidence_of_version(Config(gate=GateConfig(min_speedup=0, max_top1_drop=100)), uri)
     assert found.verdict.word == found.gate.word == "not measured well enough" and found.verdict.ship is None
-    assert "others took up to" in found.verdict.reason
+    assert "the CPU quota took up to" in found.verdict.reason

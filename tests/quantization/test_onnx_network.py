@@ -1,8 +1,11 @@
 """An ONNX file as the fp32 model: engine onnx quantizes its graph, the others say that they need a module."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +72,16 @@ def test_the_graph_itself_is_quantized(network: OnnxNetwork, images: Tensor) -> 
     assert torch.allclose(fp32, expected, atol=1e-4)
     assert sqnr_db(fp32, int8) > 20
     assert made.source is network and set(made.int8_layers) == set(LAYERS) and not made.float_layers
+
+
+def test_of_a_constant_that_nothing_uses_nobody_is_warned(
+    network: OnnxNetwork, images: Tensor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copied = copy.copy(network)
+    copied.canonical = copy.deepcopy(network.canonical)
+    copied.canonical.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "unused"))
+    made = quantize_model(copied, images, _options(), reduce_range=False)
+    assert set(made.int8_layers) == set(LAYERS) and "unused" not in capfd.readouterr().err
 
 
 def test_layers_stay_fp32_by_the_names_of_their_weights(network: OnnxNetwork, images: Tensor) -> None:

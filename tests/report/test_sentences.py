@@ -31,7 +31,7 @@ def _has(text: list[str] | str, *words: str) -> list[bool]:
     [
         (None, None, "values from 0 to 255, not normalised"),
         ((0.0,), (1.0,), "values from 0 to 255, not normalised"),
-        ((0.5,), (0.25,), "values from 0 to 255 with mean 0.5 and standard deviation 0.25 taken off"),
+        ((0.5,), (0.25,), "values from 0 to 255, minus the mean 0.5, divided by the standard deviation 0.25"),
     ],
 )
 def test_what_a_model_of_others_is_given(mean: Any, std: Any, said: str) -> None:

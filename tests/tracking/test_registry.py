@@ -99,7 +99,8 @@ def test_description_of_a_version_gives_the_answer_and_links_to_its_runs(
     assert f"[report]({runs}/{tags['report_run_id']}/artifacts/report/report.html)" in text
     assert f"[quantization]({runs}/{int8.run_id})" in text and f"[latency]({runs}/{tags['latency_run_id']})" in text
     assert "[models:/smallnet-digits-fp32/1](#/models/smallnet-digits-fp32/versions/1)" in text
-    assert "mlflow.pytorch.load_model('models:/smallnet-digits-int8/1')" in text and "\n\nKernels: " in text
+    assert "mlflow.pytorch.load_model('models:/smallnet-digits-int8/1')" in text
+    assert "\n\nKernels: `qexp.load(uri)` uses " in text
     assert f"[training]({runs}/{fp32.run_id})" in fp32.description and "Drop" not in fp32.description
     for kind in ("fp32", "int8"):
         assert "digits" in client.get_registered_model(f"smallnet-digits-{kind}").description

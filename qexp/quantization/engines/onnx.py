@@ -92,7 +92,10 @@ def _quantize_file(
         tokens: whether it normalises tokens, as transformers do: then only products are int8.
     """
     prepared, quantized, ranges = (exported.with_name(name) for name in ("prepared.onnx", "int8.onnx", "ranges.json"))
-    quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)
+    given = onnx.load(exported)
+    _drop_unused(given.graph)
+    onnx.save(given, prepared)
+    quant_pre_process(str(prepared), str(prepared), skip_symbolic_shape=True)
     graph = onnx.load(prepared)
     _multiply_last_convolutions(graph.graph)
     if max(entry.version for entry in graph.opset_import if not entry.domain) >= FIRST_WITH_HARD_SWISH:
@@ -100,7 +103,7 @@ def _quantize_file(
     graph = onnx.shape_inference.infer_shapes(graph)
     onnx.save(graph, prepared)
     fused = _computed_with_a_convolution(graph.graph)
-    products = _products(graph, layers_of(onnx.load(exported).graph.node))
+    products = _products(graph, layers_of(given.graph.node))
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
     kept |= _between(graph, products, kept)
@@ -298,6 +301,11 @@ def _leave_logits_float(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
+    _drop_unused(graph)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Take constants off that no operation takes: ONNX Runtime warns of each in a file that it is given."""
     used = {name for node in graph.node for name in node.input}
     for constant in [constant for constant in graph.initializer if constant.name not in used]:
         graph.initializer.remove(constant)
