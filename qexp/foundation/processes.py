@@ -48,14 +48,18 @@ def python_environment(variables: dict[str, str]) -> dict[str, str]:
     return variables | {"PYTHONSAFEPATH": "1", "PYTHONPATH": kept}  # an empty one is none
 
 
-def run_python(words: Sequence[str], environment: dict[str, str], **options: Any) -> "subprocess.CompletedProcess[str]":
+def run_python(
+    words: Sequence[str], environment: dict[str, str], capture_output: bool = False, **options: Any
+) -> "subprocess.CompletedProcess[str]":
     """Run `-m MODULE ARGUMENTS` or `-c CODE ARGUMENTS` in a Python process without warnings or input; wait for it.
 
     Args:
         environment: its environment variables.
+        capture_output: return what it writes, which goes where this process writes otherwise.
         options: as of `subprocess.Popen`.
     """
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": None, "stderr": None}
+    written = subprocess.PIPE if capture_output else None
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": written, "stderr": written}
     with start_python(words, environment, **streams | options) as process:
         try:
             stdout, stderr = process.communicate()

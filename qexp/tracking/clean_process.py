@@ -1,7 +1,6 @@
 """A model in a process that imports nothing of qexp: what a user's process sees of a registered version."""
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,7 +107,7 @@ def bare_logits(
         place.write_bytes(for_openvino(model_file(Path(source)).read_bytes()))
         compiled_with = json.dumps(options(int(environment["OMP_NUM_THREADS"]), runtime == OPENVINO_BF16))
         words = ["-c", IN_OPENVINO, str(place), inputs, logits, str(size), compiled_with]
-        done = run_python(words, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = run_python(words, environment, capture_output=True, text=True)
         return _read(logits, done.returncode, done.stderr)
 
 

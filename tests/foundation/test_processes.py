@@ -115,7 +115,7 @@ def test_a_child_and_what_it_starts_import_nothing_from_the_current_folder(
     write_shadows(tmp_path)
     monkeypatch.chdir(tmp_path)
     environment = os.environ | {"PYTHONPATH": path.format(here=tmp_path)}
-    done = run_python(["-c", IMPORTS], environment, stdout=PIPE, stderr=PIPE, text=True)
+    done = run_python(["-c", IMPORTS], environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -124,5 +124,5 @@ def test_a_child_takes_the_package_that_has_started_it(tmp_path: Path, monkeypat
     (tmp_path / "qexp" / "__init__.py").write_text("raise SystemExit('another one')")
     monkeypatch.chdir(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = run_python(["-m", "entrypoints.cli", "--version"], environment, stdout=PIPE, stderr=PIPE, text=True)
+    done = run_python(["-m", "entrypoints.cli", "--version"], environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("qexp "), done.stderr

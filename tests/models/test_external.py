@@ -8,7 +8,6 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -227,9 +226,7 @@ def test_a_process_of_qexp_takes_the_stored_program_instead_of_the_code(code: Pa
     (code / "stored").mkdir()
     torch.export.save(_exported(model), code / "stored" / "model.pt2")
     torch.save(IMAGES, code / "images.pt")
-    done = run_python(
-        ["-c", CHILD], {"PATH": "", "PYTHONPATH": ":".join(sys.path)}, stdout=PIPE, stderr=PIPE, text=True
-    )
+    done = run_python(["-c", CHILD], {"PATH": "", "PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert torch.allclose(torch.load(code / "logits.pt"), _logits(model), atol=1e-5)
 
