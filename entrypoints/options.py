@@ -100,23 +100,22 @@ def with_options(
 
             def action() -> Any:
                 _check_given(own)
-                if not given:
-                    return work()
-                try:
+                if given:
                     given(own, overrides)
-                    return work()
-                except InputError as error:
-                    error.args = (_of_a_model_as_given(str(error), str(own["given"])),)
-                    raise
-
-            def work() -> Any:
                 settled = load_config(given_or_none(config), overrides)
                 check_options(settled, new_model="model" in fields and not elsewhere)
                 if "engine" in fields and not elsewhere:
                     check_engines(settled.quantize.engine or ())
                 return command(settled, **own)
 
-            finish(action, json)
+            def in_own_words() -> Any:
+                try:
+                    return action()
+                except InputError as error:
+                    error.args = (_of_a_model_as_given(str(error), str(own["given"])),)
+                    raise
+
+            finish(in_own_words if "given" in own else action, json)
 
         own = [p for name, p in inspect.signature(command).parameters.items() if name not in ("config", "overrides")]
         made = [_parameter(name, section, field, fields) for name, (section, field, _) in fields.items()]

@@ -45,8 +45,9 @@ time.sleep(60)
 
 # It waits for a child that imports numpy, and says nothing of its own at Ctrl-C.
 STARTS_A_CHILD = """
-import os
+import os, signal
 from qexp.foundation.processes import run_python
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as commands do: after a shell's & it is ignored
 print("started", flush=True)
 try:
     run_python(["-c", "import numpy, time; time.sleep(60)"], dict(os.environ))
