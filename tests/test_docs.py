@@ -278,6 +278,18 @@ def _ratio(row: LatencyRow, model: str, over: str) -> str:
     return text if row.compared(over, model) else f"({text})"
 
 
+def test_table_of_many_images() -> None:
+    rows = _read("images.json")["rows"]
+    cells = [
+        f"{row['images']:,} | {row['decoded_gb']:.2f} | {row['peak_memory_mb']:,.0f} | {row['decoded_rate']:.0f} "
+        f"| {row['fp32_rate']:.0f} ({row['fp32_alone_rate']:.0f}) "
+        f"| {row['int8_rate']:.0f} ({row['int8_alone_rate']:.0f})"
+        for row in rows
+    ]
+    assert len(rows) == 3 and _missing(cells, REPOSITORY / "docs" / "how-to" / "images.md") == []
+    assert max(row["peak_memory_mb"] for row in rows) < 3000
+
+
 def test_table_of_serving() -> None:
     rows = []
     for row in _read("serving.json")["rows"]:
