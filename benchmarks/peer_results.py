@@ -247,7 +247,12 @@ def draw(found: list[Peers], file: Path) -> None:
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.set_title(peers.model, fontsize=9)
         axes.set(xlabel="batch size", ylabel="time over that of the best peer", ylim=(0, 2.5))
-        axes.legend(fontsize=6)
     for axes in list(figure.axes)[len(found) :]:
         axes.remove()
+    # One for all, beside the lines: a model has the same colour everywhere.
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]}
+    what = "thick: the version chosen"
+    figure.legend(
+        handles=list(lines.values()), labels=list(lines), loc="outside lower center", ncols=6, fontsize=8, title=what
+    )
     figure.savefig(file)
