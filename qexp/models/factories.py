@@ -17,6 +17,7 @@ from torch import nn
 
 from qexp.errors import InputError, first_line
 from qexp.foundation.processes import OWN_CODE
+from qexp.models.stored import importing_torchvision
 
 IMAGENET_CLASSES = 1000
 
@@ -75,7 +76,7 @@ def _call(factory: Callable[..., Any], classes: int | None) -> Any:
 def _import(text: str) -> Any:
     name, _, attributes = text.partition(":")
     try:
-        found: Any = _module(name)
+        found: Any = importing_torchvision(lambda: importlib.import_module(name))
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise NotImportable(f"--model {text}: no module {error.name} {_looked_in()}") from None
@@ -89,17 +90,6 @@ def _import(text: str) -> Any:
             raise InputError(f"--model {text}: {name} ({where}) has no attribute {attribute}")
         found = getattr(found, attribute)
     return found
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except RuntimeError as error:  # of `import torchvision`, where its wheel was built for another torch
-        if "torchvision::" not in str(error):
-            raise
-        import qexp.models.vision  # noqa: F401
-
-        return importlib.import_module(name)
 
 
 def _looked_in() -> str:

@@ -3,12 +3,14 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qexp.models.names import BY_OPENVINO, OPENVINO_BF16
 
+T = TypeVar("T")
 Predict = Callable[[Tensor], Tensor]
 SUFFIXES = (".pt2", ".pth", ".onnx")  # of the model itself, beside MLflow's metadata
 
@@ -20,20 +22,25 @@ def model_file(folder: Path) -> Path:
 
 
 def load_module(file: Path) -> nn.Module:
-    """A module that this process, or one that it has started, has pickled: never a file of anybody else.
+    """A module that this process, or one that it has started, has pickled: never a file of anybody else."""
+    module: nn.Module = importing_torchvision(lambda: torch.load(file, weights_only=False))
+    return module
 
-    A process that has not imported torchvision before imports it to unpickle one of its networks, which fails beside a
-    CPU build of torch without the declarations of vision.py.
+
+def importing_torchvision(work: Callable[[], T]) -> T:
+    """What `work` returns, which may import torchvision.
+
+    In a process that has not imported it before, that fails beside a CPU build of torch without the declarations of
+    vision.py.
     """
     try:
-        module: nn.Module = torch.load(file, weights_only=False)
+        return work()
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
         import qexp.models.vision  # noqa: F401
 
-        module = torch.load(file, weights_only=False)
-    return module
+        return work()
 
 
 def as_other_modules(module: nn.Module) -> nn.Module:
