@@ -5,6 +5,7 @@ evaluation of int8 models and `qexp.load`, as onnx_file.py does with ONNX Runtim
 """
 
 import copy
+import functools
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -25,6 +26,17 @@ with extra("openvino", "runtime openvino"), without_package("openvino_telemetry"
     import openvino
 
 MOST_COMPILED = 4  # shapes for which a model is kept compiled: each copy has its own packed weights
+
+
+@functools.cache
+def core() -> Any:
+    """OpenVINO, once in a process and until its end.
+
+    On Linux its CPU plugin gives the thread that loads it a stack for signals, and takes the stack away when the last
+    user of that `Core` is gone. If this happens in another thread, or after a second `Core` has put its own in that
+    place, the next signal (Ctrl-C is one) ends the process by a segmentation fault.
+    """
+    return openvino.Core()
 
 
 def for_openvino(content: bytes) -> bytes:
@@ -69,9 +81,8 @@ class OpenvinoClassifier(nn.Module):
     def __init__(self, content: bytes, bf16: bool = False) -> None:
         super().__init__()
         self.eval()
-        self.core = openvino.Core()
         self.content = for_openvino(content)
-        self.graph = self.core.read_model(self.content)
+        self.graph = core().read_model(self.content)
         self.options = options(torch.get_num_threads(), bf16)
         self.compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self.lock = threading.Lock()  # a request computes one batch at a time
@@ -107,7 +118,7 @@ class OpenvinoClassifier(nn.Module):
         if shape not in self.compiled:
             graph = self.graph.clone()
             graph.reshape(list(shape))
-            self.compiled[shape] = self.core.compile_model(graph, "CPU", self.options).create_infer_request()
+            self.compiled[shape] = core().compile_model(graph, "CPU", self.options).create_infer_request()
             if len(self.compiled) > MOST_COMPILED:
                 self.compiled.popitem(last=False)
         self.compiled.move_to_end(shape)

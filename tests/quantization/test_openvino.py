@@ -1,6 +1,8 @@
 """One ONNX file, fast in two runtimes: which roundings stand in it, and what OpenVINO makes of them."""
 
+import gc
 import platform
+import signal
 from collections import Counter
 from typing import Any
 
@@ -95,6 +97,22 @@ def test_both_runtimes_are_as_close_to_fp32(int8: QuantizedModel, images: Tensor
     assert there.tags()["runtime"] == "openvino" and int8.tags()["runtime"] == "onnxruntime"
     assert sqnr_db(fp32, there(images)) > sqnr_db(fp32, int8(images)) - 1 > 12
     assert torch.equal(there.as_by_mlflow()(images), int8(images)), "MLflow takes ONNX Runtime"
+
+
+def test_a_signal_arrives_after_models_are_gone(int8: QuantizedModel, images: Tensor) -> None:
+    """Each `openvino.Core` sets a stack for signals; two of them, dropped in the order made, leave none that exists."""
+    stored, arrived = int8.stored_bytes(), []
+    first, second = OpenvinoClassifier(stored), OpenvinoClassifier(stored)
+    assert torch.equal(first(images[:1]), second(images[:1]))
+    del first
+    del second
+    gc.collect()
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: arrived.append(number))
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert arrived == [signal.SIGUSR1]
 
 
 def test_what_stays_float_may_be_bf16(int8: QuantizedModel, images: Tensor) -> None:
