@@ -40,7 +40,7 @@ Engine = Literal["fx", "pt2e", "onnx"]
 Observer = Literal["histogram", "minmax", "batch_average", "percentile"]
 Scale = Literal["channel", "layer"]
 Baseline = Literal[
-    "fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino", "fp32_compiled"
+    "fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino", "fp32_compiled", "bf16_compiled"
 ]  # fmt: skip
 
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
@@ -401,9 +401,10 @@ class LatencyConfig(BaseModel):
         "longer than 1 s; auto: on, off where batch_sizes or profile is given",
     )
     baselines: Baselines = Field(
-        ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino"],
+        list(get_args(Baseline)),
         description="timed beside fp32 and int8, or none: fp32_eager, fp32_traced, fp32_onnx, fp32_openvino; bf16 and "
-        "bf16_openvino if the CPU has it; fp32_compiled, only if named: some 20 s of compilation for each batch size",
+        "bf16_openvino if the CPU has it; fp32_compiled and bf16_compiled if a C++ compiler is there and they are not "
+        "slower at the largest batch size",
     )
     profile: Weights | None = Field(
         None, description="how much each batch size counts, 1:3,128:1; those left out do not; auto: all alike"

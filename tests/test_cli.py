@@ -56,7 +56,7 @@ BAD_INPUT = {
         "run --baselines nothing",
         [
             "--baselines nothing",
-            "fp32_eager, fp32_traced, bf16, fp32_onnx, fp32_openvino, bf16_openvino or fp32_compiled",
+            "fp32_eager, fp32_traced, bf16, fp32_onnx, fp32_openvino, bf16_openvino, fp32_compiled or bf16_compiled",
         ],
     ),
     "none and a baseline": ("latency --baselines none,bf16 --model-uri models:/a/1", ["--baselines none", "bf16"]),

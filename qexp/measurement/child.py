@@ -79,7 +79,11 @@ def in_fork(work: Callable[..., Any]) -> Any:
     Raises:
         StageError: it raised, or the copy was killed, for instance for its memory.
     """
+    return begin_in_fork(work)()
 
+
+def begin_in_fork(work: Callable[..., Any]) -> Callable[[], Any]:
+    """Begin what `in_fork` does; what it returns waits for the end, and returns or raises the same."""
     parent = os.getpid()
 
     def send(end: Connection) -> None:
@@ -95,12 +99,16 @@ def in_fork(work: Callable[..., Any]) -> Any:
     child = context.Process(target=send, args=(theirs,))
     child.start()
     theirs.close()
-    try:
-        result, problem = ours.recv()
-    except EOFError:
+
+    def wait() -> Any:
+        try:
+            result, problem = ours.recv()
+        except EOFError:
+            child.join()
+            raise StageError(f"the process that loads it ended with exit code {child.exitcode}") from None
         child.join()
-        raise StageError(f"the process that loads it ended with exit code {child.exitcode}") from None
-    child.join()
-    if problem:
-        raise StageError(problem)
-    return result
+        if problem:
+            raise StageError(problem)
+        return result
+
+    return wait

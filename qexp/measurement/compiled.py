@@ -17,7 +17,9 @@ from qexp.foundation.environment import environment
 from qexp.models.preprocessing import Shape
 
 CACHE = "cache"
-ONE_BY_ONE = {"freezing": True, "compile_threads": 1}  # options of inductor
+# Of inductor. Without the last one it would compile a program for each set of instructions that the CPU has, to see
+# whether the compiler knows them, which takes as long as a small network.
+OPTIONS = {"freezing": True, "compile_threads": 1, "cpp.vec_isa_ok": True}
 
 
 def has_compiler() -> bool:
@@ -25,18 +27,31 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
-def compile_for(model: nn.Module, shape: Shape, batch_sizes: Sequence[int], folder: Path) -> None:
+class _InBf16(nn.Module):
+    """Float images to float logits, by a network whose weights it makes bf16."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.bfloat16()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images.bfloat16())
+        return logits.float()
+
+
+def compile_for(model: nn.Module, shape: Shape, batch_sizes: Sequence[int], folder: Path, bf16: bool = False) -> None:
     """Write the model, compiled for this process's number of threads, to `folder`, a file for each batch size.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; its weights are bf16 afterwards if `bf16`.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    model = _InBf16(model).eval() if bf16 else model
     with _within(folder), torch.no_grad():
         for size in batch_sizes:
             program = torch.export.export(model, (torch.zeros(size, *shape),))
             file = str(_file(folder, size))
-            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=ONE_BY_ONE)
+            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=OPTIONS)
             shutil.rmtree(folder / CACHE, ignore_errors=True)  # which has the weights once more
 
 

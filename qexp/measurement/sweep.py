@@ -10,10 +10,12 @@ keep one kernel, for the first shape that they see, as a service with that batch
 import math
 import random
 import resource
+import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from qexp.config import LatencyConfig
 from qexp.errors import StageError
 from qexp.measurement.activity import watch_machine
-from qexp.measurement.child import answer, ask, in_fork
+from qexp.measurement.child import answer, ask, begin_in_fork, in_fork
 from qexp.measurement.host import reuse_freed_memory
 from qexp.measurement.latency import (
     AGAIN,
@@ -39,12 +41,16 @@ from qexp.measurement.latency import (
     Run,
     StartUp,
     measure_latency,
+    time_rounds,
+    wait_until_idle,
 )
-from qexp.measurement.sweep_models import BASELINE, Predict, SweepModel, load, prepare_baseline
+from qexp.measurement.sweep_models import BASELINE, Predict, SweepModel, load, prepare_baseline, rounds, unfolded
 from qexp.models.preprocessing import Shape
 from qexp.progress import Progress, in_words, say
 
 LONGEST_PASS_S = 1.0  # of the slowest model; batch sizes that take longer are left out unless they were chosen
+TRIAL_ROUNDS = 6  # of a model compiled for one batch size against other floats, before it is compiled for all
+CLEARLY_SLOWER = 1.05  # times as long as the fastest of them
 REST_S = 0.02  # between two models, about: until no thread computes any more
 
 
@@ -109,7 +115,7 @@ def _start_all(
     """How each model starts up; the options with the batch sizes that are left, and why others are not; and models that
     can be missing and cannot be made or do not run, with the reasons. Files are in `folder`."""
     able, options, because, gone = dict[SweepModel, Started](), request.options, "", dict[str, str]()
-    models = list(request.models)
+    models = [model for model in request.models if not model.is_compiled]
     progress = Progress("starting each model", len(models))
     for model in models:  # which grows when they must be started again, with fewer batch sizes
         name, is_baseline = model.name, model.is_made
@@ -135,7 +141,86 @@ def _start_all(
     if because:
         others = ", ".join(str(size) for size in request.options.batch_sizes if size not in options.batch_sizes)
         say(f"batch sizes left out: {others}: {because} (--no-fit-batch-sizes times them too)")
+    for model, found in _start_compiled(able, request, options, folder).items():
+        if isinstance(found, Started):
+            able[model] = found
+        else:
+            gone[model.name] = found
+            say(f"baseline {model.name} is left out: {found}")
     return {model: able[model] for model in request.models if model in able}, options, because, gone
+
+
+def _start_compiled(
+    able: dict[SweepModel, Started], request: SweepRequest, options: LatencyConfig, folder: Path
+) -> dict[SweepModel, Started | str]:
+    """How each float starts up that torch compiles for each batch size, or why it is left out: it cannot be made, or is
+    clearly slower than another float that rounds no more.
+
+    To compile takes 5 to 60 s, so this is found out at the largest batch size, where the time of a call counts least.
+    """
+    *others, largest = options.batch_sizes
+    found: dict[SweepModel, Started | str] = {}
+    models = [one for one in request.models if one.is_compiled]
+    gone = _compile(models, request, [largest], folder)
+    for model in (one for one in models if one not in gone):
+        try:
+            ratio, rival = in_fork(
+                partial(_trial, model, _rivals(model, able, largest), largest, request.shape, folder)
+            )
+        except StageError as error:
+            gone[model] = str(error)
+        else:
+            if ratio > CLEARLY_SLOWER:
+                gone[model] = f"at batch size {largest} it takes {ratio:.2f} times as long as {rival}"
+                shutil.rmtree(folder / model.name)
+    gone |= _compile([one for one in models if one not in gone], request, others, folder)
+    for model in models:
+        try:
+            found[model] = gone.get(model) or in_fork(partial(_start_up, model, request.shape, options, folder))
+        except StageError as error:
+            found[model] = str(error)
+    return found
+
+
+def _compile(
+    models: Sequence[SweepModel], request: SweepRequest, sizes: Sequence[int], folder: Path
+) -> dict[SweepModel, str]:
+    """Have models compiled for these batch sizes, two at a time, as each takes one core; why some cannot be."""
+    gone = {}
+    for start in range(0, len(models) if sizes else 0, 2):
+        pair = models[start : start + 2]
+        say(f"compiling {' and '.join(model.name for model in pair)} for batch size {', '.join(map(str, sizes))}")
+        make = partial(prepare_baseline, Path(request.weights), shape=request.shape, folder=folder, batch_sizes=sizes)
+        waiting = {model: begin_in_fork(partial(make, Path(model.folder), model.name)) for model in pair}
+        for model, wait in waiting.items():
+            try:
+                wait()
+            except StageError as error:
+                gone[model] = str(error)
+    return gone
+
+
+def _rivals(model: SweepModel, able: dict[SweepModel, Started], batch_size: int) -> list[SweepModel]:
+    """The floats that are like the model, round no more, and may be the fastest at this batch size."""
+    floats = [one for one in able if one.name == BASELINE or one.is_made]
+    alike = [one for one in floats if (one.name == unfolded(one.name)) == (model.name == unfolded(model.name))]
+    pass_s = {one: able[one].pass_s[batch_size] for one in alike if rounds(model.name) or not rounds(one.name)}
+    return [one for one, seconds in pass_s.items() if seconds < 2 * min(pass_s.values())]
+
+
+def _trial(
+    model: SweepModel, rivals: Iterable[SweepModel], batch_size: int, shape: Shape, folder: Path
+) -> tuple[float, str]:
+    """The median ratio of the model's time to that of the fastest rival, and its name."""
+    images = torch.rand(batch_size, *shape)
+    loaded = {one.name: load(one, folder) for one in (model, *rivals)}
+    runs: dict[str, Run] = {name: partial(run, images) for name, run in loaded.items()}
+    options = LatencyConfig(warmup=2, min_repeats=TRIAL_ROUNDS, min_seconds=0.0)
+    blocks = time_rounds(runs, options, time.perf_counter, wait_until_idle)
+    times = {name: [statistics.median(block) for block in rounds_of] for name, rounds_of in blocks.items()}
+    own = times.pop(model.name)
+    fastest = min(times, key=lambda name: statistics.median(times[name]))
+    return statistics.median(mine / other for mine, other in zip(own, times[fastest], strict=True)), fastest
 
 
 def fitting(pass_s: dict[int, float]) -> list[int]:

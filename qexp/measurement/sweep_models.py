@@ -2,10 +2,10 @@
 
 fp32 is the stored version, an exported program. The fair baselines are made from its weights: the Python module
 (eager), traced and frozen by TorchScript, the same in bf16, and exported to ONNX for ONNX Runtime and for OpenVINO,
-which also computes it in bf16; an fp32 version that is an ONNX file is read by OpenVINO as it is. Beside int8 models
-in which a pool is folded away, these are made from the folded fp32 model too. Where it is asked for, torch compiles it
-for each batch size (compiled.py). int8 models are stored versions, each with one choice of kernels, or of the runtime
-for an ONNX file.
+which also computes it in bf16; an fp32 version that is an ONNX file is read by OpenVINO as it is. Where a C++ compiler
+is installed, torch compiles it for each batch size, in fp32 and in bf16 (compiled.py). Beside int8 models in which a
+pool is folded away, these are made from the folded fp32 model too. int8 models are stored versions, each with one
+choice of kernels, or of the runtime for an ONNX file.
 """
 
 import shutil
@@ -28,13 +28,15 @@ from qexp.models.stored import load_module, load_stored, model_file
 
 Predict = Callable[[Tensor], object]
 BASELINE = "fp32"
-EAGER, TRACED, ONNX, COMPILED = "fp32_eager", "fp32_traced", "fp32_onnx", "fp32_compiled"
+EAGER, TRACED, ONNX = "fp32_eager", "fp32_traced", "fp32_onnx"
 BF16 = "bf16"
 FP32_OPENVINO, BF16_OPENVINO = "fp32_openvino", "bf16_openvino"
 IN_OPENVINO = (FP32_OPENVINO, BF16_OPENVINO)
-ROUNDED = (BF16, BF16_OPENVINO)  # the floats that round, whose accuracy is measured
+FP32_COMPILED, BF16_COMPILED = "fp32_compiled", "bf16_compiled"
+COMPILED = (FP32_COMPILED, BF16_COMPILED)
+ROUNDED = (BF16, BF16_OPENVINO, BF16_COMPILED)  # the floats that round
 FOLDED = "_folded"  # in the names of what is made from the fp32 model after a pool was folded away
-MADE = (EAGER, TRACED, BF16, ONNX, COMPILED, *IN_OPENVINO)  # from the fp32 version
+MADE = (EAGER, TRACED, BF16, ONNX, *IN_OPENVINO, *COMPILED)  # from the fp32 version
 DEFAULTS = (None, "x86", ONNXRUNTIME)  # kernels and runtimes
 
 
@@ -51,7 +53,12 @@ class SweepModel:
     @property
     def compiles_for_each_size(self) -> bool:
         """Whether the first pass at a batch size is the one that compiles the model for it."""
-        return self.backend in BY_OPENVINO or unfolded(self.name) in (COMPILED, *IN_OPENVINO)
+        return self.backend in BY_OPENVINO or unfolded(self.name) in (*IN_OPENVINO, *COMPILED)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch's compiler makes it, which takes long."""
+        return unfolded(self.name) in COMPILED
 
     @property
     def is_made(self) -> bool:
@@ -67,6 +74,12 @@ def unfolded(name: str) -> str:
 def rounds(name: str) -> bool:
     """Whether a float rounds, so that its accuracy is its own."""
     return unfolded(name) in ROUNDED
+
+
+def rounds_like(name: str) -> str:
+    """The float whose accuracy stands for that of one that rounds: in bf16 torch rounds compiled models where it rounds
+    the traced one, or in fewer places."""
+    return name.replace(BF16_COMPILED, BF16)
 
 
 def folded_baselines(baselines: Sequence[str]) -> tuple[str, ...]:
@@ -124,8 +137,8 @@ def prepare_baseline(
         from qexp.models.onnx_file import export
 
         return export(model, example, exported)
-    if plain == COMPILED:
-        return compile_for(model.eval(), shape, batch_sizes, folder / name)
+    if plain in COMPILED:
+        return compile_for(model.eval(), shape, batch_sizes, folder / name, plain == BF16_COMPILED)
     if name == EAGER:
         return torch.save(model, folder / f"{name}.pt")
     torch.jit.save(freeze(model, shape, torch.bfloat16 if plain == BF16 else torch.float32), folder / f"{name}.pt")
@@ -159,7 +172,7 @@ def load(model: SweepModel, folder: Path) -> Predict:
         from qexp.models.openvino_file import OpenvinoClassifier
 
         return OpenvinoClassifier.of_file(exported, bf16=plain == BF16_OPENVINO).forward
-    if plain == COMPILED:
+    if plain in COMPILED:
         return Compiled(folder / model.name)
     if plain == EAGER:
         return load_module(folder / f"{EAGER}.pt")  # which this process has written

@@ -36,6 +36,7 @@ from qexp.measurement.sweep_models import (
     freeze,
     in_bf16,
     int8_models,
+    rounds_like,
     unfolded,
 )
 from qexp.models.folding import folded as folded_model
@@ -63,7 +64,7 @@ def measure_bf16(
     """Size and accuracy of the baselines in bf16 on the test images, by name; without those that are not timed, or do
     not run. With `folded`, also of those in which a pool is folded away."""
     found = {}
-    timed = [name for name in ROUNDED if not why_not_timed(name, config, host, is_onnx(model))]
+    timed = _rounded(config, host, is_onnx(model))
     for name in (*timed, *(folded_baselines(timed) if timed and folded else ())):
         try:
             make = _in_openvino if unfolded(name) == BF16_OPENVINO else _in_torch
@@ -193,9 +194,15 @@ def rounded_fields(
     config: Config, host: Host, found: Mapping[str, Bf16Evidence], folded: bool = False
 ) -> dict[str, Any]:
     """What is known of the baselines in bf16 that are timed, by the fields of `LatencyEvidence`."""
-    timed = [name for name in ROUNDED if not why_not_timed(name, config, host)]
+    timed = _rounded(config, host)
     without_pool = {name: found[name] for name in folded_baselines(timed) if name in found} if folded else {}
     return {name: found.get(name) for name in timed} | {"folded_bf16": without_pool}
+
+
+def _rounded(config: Config, host: Host, onnx_file: bool = False) -> list[str]:
+    """The floats whose accuracy stands for those that round and are timed."""
+    timed = [name for name in ROUNDED if not why_not_timed(name, config, host, onnx_file)]
+    return list(dict.fromkeys(map(rounds_like, timed)))
 
 
 def thread_counts(config: Config, host: Host) -> list[int]:
@@ -248,7 +255,7 @@ def why_not_timed(name: str, config: Config, host: Host, onnx_file: bool = False
         return "fp32 is already the ONNX file in ONNX Runtime"
     if onnx_file and name not in IN_OPENVINO:
         return "the model is an ONNX file, and not a module of torch"
-    if name == COMPILED and not has_compiler():
+    if name in COMPILED and not has_compiler():
         return "no C++ compiler is installed: g++, or the one that the variable CXX names"
     if name in ROUNDED and not host.has_bf16:
         return f"{host.cpu} has no bf16 instructions"

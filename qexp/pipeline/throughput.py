@@ -46,7 +46,7 @@ def run_throughput(config: Config, model_uri: str) -> dict[str, Any]:
     int8 = registry.find_version(model_uri, "int8")
     uri, fp32_uri = uri_of(int8), uri_of(registry.source_of(int8))
     known = _latest_sweep(int8, host)
-    floats = [name for name in known.fair_floats(config.gate.of(int8.name)) if unfolded(name) != COMPILED]
+    floats = [name for name in known.fair_floats(config.gate.of(int8.name)) if unfolded(name) not in COMPILED]
     wanted = {one: _fastest_float(known, floats, one) for one in _settings(config, host, known)}
     engine, name = tags_of(int8).engine, known.name_of(uri)
     job = Job(host, again=shlex.join(["qexp", "throughput", "--model-uri", uri]))

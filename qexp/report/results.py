@@ -21,7 +21,7 @@ from qexp.measurement.cost import Cost
 from qexp.measurement.gate import DROP, GateResult, Succession
 from qexp.measurement.host import Host
 from qexp.measurement.latency import LatencyResult, Ratio, Speedup
-from qexp.measurement.sweep_models import BF16, BF16_OPENVINO, rounds
+from qexp.measurement.sweep_models import BF16, BF16_OPENVINO, rounds, rounds_like
 from qexp.measurement.threads import ThreadsRow, best_threads
 from qexp.measurement.throughput import Choice, Kind, Need, ThroughputResult
 from qexp.measurement.verdict import Verdict, decide_verdict
@@ -258,7 +258,8 @@ class LatencyEvidence:
             least, _ = share_interval(found.accuracy.top1_percent, found.accuracy.images)
             return limits.min_top1 is None or least >= limits.min_top1
 
-        return tuple(name for name in self.floats if not rounds(name) or is_accurate(self.rounded.get(name)))
+        known = self.rounded
+        return tuple(name for name in self.floats if not rounds(name) or is_accurate(known.get(rounds_like(name))))
 
 
 @dataclass(frozen=True)

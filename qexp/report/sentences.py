@@ -15,12 +15,14 @@ from qexp.measurement.latency import CONFIDENCE, FEWEST_LOADS, FEWEST_ROUNDS, La
 from qexp.measurement.sweep_models import (
     BASELINE,
     BF16,
+    BF16_COMPILED,
     BF16_OPENVINO,
-    COMPILED,
     EAGER,
+    FP32_COMPILED,
     FP32_OPENVINO,
     backend_in,
     rounds,
+    rounds_like,
     unfolded,
 )
 from qexp.measurement.throughput import KINDS
@@ -41,7 +43,8 @@ FLOATS = {
     "fp32_traced": "the fp32 model, traced and frozen by TorchScript",
     BF16: "the model traced and frozen by TorchScript, computed in bf16",
     "fp32_onnx": "the fp32 model exported to ONNX and run by ONNX Runtime",
-    COMPILED: "the fp32 model, compiled by torch for each batch size with its weights frozen",
+    FP32_COMPILED: "the fp32 model, compiled by torch for each batch size with its weights frozen",
+    BF16_COMPILED: "the model in bf16, compiled by torch for each batch size with its weights frozen",
     FP32_OPENVINO: "the fp32 model as an ONNX file, run by OpenVINO",
     BF16_OPENVINO: "the fp32 model as an ONNX file, run by OpenVINO in bf16",
 }
@@ -343,18 +346,23 @@ def _runtimes(int8: Int8Evidence) -> list[str]:
 
 def _bf16(evidence: Evidence) -> list[str]:
     """What the float models that round cost in accuracy, and whether int8 was compared with them."""
-    return [_bf16_in(evidence, name) for name in evidence.measured.floats if rounds(name)]
+    found = dict.fromkeys(rounds_like(name) for name in evidence.measured.floats if rounds(name))
+    return [_bf16_in(evidence, name) for name in found]
 
 
 def _bf16_in(evidence: Evidence, name: str) -> str:
+    """Of a float that rounds, and of what is compiled, whose accuracy is taken to be the same."""
+    alike = [f"`{one}`" for one in evidence.measured.floats if rounds_like(one) == name]
     if not (found := evidence.measured.rounded.get(name)):
-        return f"The accuracy of `{name}` was not measured, so int8 is not compared with it."
+        return f"The accuracy of {' and '.join(alike)} was not measured, so int8 is not compared with it."
     low, high = found.top1_drop_low_points, found.top1_drop_high_points
     counts = (
         "It keeps the gate's limits on accuracy, so int8 is compared with it"
-        if name in evidence.floats
+        if any(rounds_like(one) == name for one in evidence.floats)
         else "It does not keep the gate's limits on accuracy, so int8 is not compared with it"
     )
+    if compiled := [one for one in alike if one != f"`{name}`"]:
+        counts += f"; the same holds for {compiled[0]}, which rounds in the same places or in fewer"
     where = "bf16" if unfolded(name) == BF16 else "bf16 in OpenVINO"
     where += "" if name == unfolded(name) else FOLDED_AWAY.removeprefix(",")
     return (

@@ -1,15 +1,17 @@
 """The latency sweep as a process of its own, what it compares with, and what happens when it fails."""
 
 import os
+import re
+import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import mlflow
 import pytest
 import torch
 from conftest import Finished
-from torch import nn
+from torch import Tensor, nn
 
 from qexp.config import LatencyConfig
 from qexp.data.datasets import Dataset
@@ -20,9 +22,11 @@ from qexp.measurement.child import in_fork
 from qexp.measurement.compiled import has_compiler
 from qexp.measurement.latency import StartUp
 from qexp.measurement.sweep import Started, SweepRequest, expected_s, fitting, run_sweep
-from qexp.measurement.sweep_models import SweepModel, backend_in, int8_models
+from qexp.measurement.sweep_models import Predict, SweepModel, backend_in, int8_models
 from qexp.models.names import RUNTIMES
+from qexp.models.preprocessing import Shape
 from qexp.pipeline.loading import local_files
+from qexp.quantization.equivalence import sqnr_db
 from qexp.tracking import registry
 
 BASELINES = ["fp32_eager", "fp32_traced", "bf16", "fp32_onnx", "fp32_openvino", "bf16_openvino"]
@@ -126,26 +130,71 @@ def test_the_expected_time_is_that_of_rounds_loads_and_warm_up() -> None:
     assert fast[1] == pytest.approx(10 * 0.06, rel=0.01), "a round of a fast model has a least length"
 
 
+def test_what_is_compiled_is_timed_where_it_may_be_the_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is compiled for the largest batch size alone, as long as another float is clearly faster there."""
+
+    def prepare(weights: Path, stored: Path, name: str, shape: Shape, folder: Path, batch_sizes: list[int]) -> None:
+        if name == "bf16_compiled_folded":
+            raise ValueError("no such operator")
+        for size in batch_sizes:
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / str(size)).touch()
+
+    def load(model: SweepModel, folder: Path) -> Predict:
+        return lambda images: time.sleep(pass_s[model.name])
+
+    pass_s = {
+        "fp32": 0.03, "bf16": 0.01, "fp32_onnx": 0.02, "fp32_onnx_folded": 0.01, "bf16_folded": 0.005, "int8_fx": 0.001,
+        "fp32_compiled": 0.01, "bf16_compiled": 0.02, "fp32_compiled_folded": 0.02, "bf16_compiled_folded": 0.001,
+    }  # fmt: skip
+    floats = tuple(SweepModel(name, "a") for name in pass_s if name != "int8_fx")
+    options = LatencyConfig(batch_sizes=[1, 2, 4], fit_batch_sizes=False)
+    request = SweepRequest((*floats, SweepModel("int8_fx", "b")), "int8_fx", "weights", (3, 8, 8), 1, options)
+    monkeypatch.setattr(sweep, "prepare_baseline", prepare)
+    monkeypatch.setattr(sweep, "load", load)
+    able, _, _, gone = sweep._start_all(request, tmp_path)
+    left_out = ["bf16_compiled", "fp32_compiled_folded", "bf16_compiled_folded"]
+    assert [one.name for one in able] == [one.name for one in request.models if one.name not in left_out]
+    assert sorted(os.listdir(tmp_path / "fp32_compiled")) == ["1", "2", "4"]
+    assert not any((tmp_path / name).exists() for name in left_out)
+    assert gone.pop("bf16_compiled_folded") == "no such operator"
+    for name, rival in (("bf16_compiled", "bf16"), ("fp32_compiled_folded", "fp32_onnx_folded")):
+        found = re.fullmatch(rf"at batch size 4 it takes (.*) times as long as {rival}", gone.pop(name))
+        assert found and 1.5 < float(found[1]) < 2.5
+    assert not gone
+    said = capsys.readouterr().err
+    assert "compiling fp32_compiled and bf16_compiled for batch size 4\n" in said
+    assert "compiling fp32_compiled for batch size 1, 2\n" in said and said.count("compiling") == 3
+
+
 @pytest.mark.long  # half a minute of compilation
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler is installed")
 def test_a_compiled_float_computes_the_same_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    """In bf16 it is no farther from fp32 than what TorchScript makes, whose accuracy stands for it."""
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Hardswish(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
     monkeypatch.setattr(sweep_models, "load_classifier", lambda file: model)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
-    made = partial(sweep_models.prepare_baseline, tmp_path / "weights", tmp_path, "fp32_compiled", (3, 8, 8), tmp_path)
-    in_fork(partial(made, [1, 3]))
-    assert sorted(os.listdir(tmp_path / "fp32_compiled")) == ["1.pt2", "3.pt2"]
-    compiled: Any = sweep_models.load(SweepModel("fp32_compiled", ""), tmp_path)
+    for name, sizes in (("fp32_compiled", [1, 30]), ("bf16_compiled", [30]), ("bf16", [])):
+        made = partial(sweep_models.prepare_baseline, tmp_path / "weights", tmp_path, name, (3, 8, 8), tmp_path)
+        in_fork(partial(made, sizes))
+    assert sorted(os.listdir(tmp_path / "fp32_compiled")) == ["1.pt2", "30.pt2"]
+    names = ("fp32_compiled", "bf16_compiled", "bf16")
+    compiled, rounded, traced = (sweep_models.load(SweepModel(name, ""), tmp_path) for name in names)
     with torch.no_grad():
-        for size in (1, 3):
+        for size in (1, 30):
             images = torch.rand(size, 3, 8, 8)
-            assert torch.allclose(compiled(images), model(images), atol=1e-5)
-    del compiled
+            assert torch.allclose(cast(Tensor, compiled(images)), model(images), atol=1e-5)
+        found = [sqnr_db(model(images), cast(Tensor, run(images))) for run in (rounded, traced)]
+    assert 60 > found[0] > found[1] - 1 > 25
+    del compiled, rounded
     left = sorted(os.listdir(tmp_path / "fp32_compiled"))
-    assert left == ["1.pt2", "3.pt2", "cache"], "what torch has unpacked is gone"
+    assert left == ["1.pt2", "30.pt2", "cache"], "what torch has unpacked is gone"
     assert not os.listdir(tmp_path / "elsewhere")
 
 

@@ -158,13 +158,27 @@ def test_the_gate_asks_for_more_than_the_registered_program_gives(evidence: Evid
     assert not judge(CONFIG, evidence.fp32, unverified, evidence.measured).gate.passed
 
 
+def test_the_accuracy_of_bf16_stands_for_what_is_compiled_in_bf16(evidence: Evidence) -> None:
+    row = evidence.latency.rows[0]
+    timed = {"fp32": 1.0, "bf16_compiled": 0.2, "bf16_compiled_folded": 0.1, "int8_fx": 0.1}
+    rows = (replace(row, stats={name: row.stats["fp32"] for name in timed}),)
+    measured = replace(evidence.measured, latency=replace(evidence.latency, rows=rows))
+    bf16 = Bf16Evidence(900_000, Accuracy(93.9, 98.5, 359), 0.1, -0.2, 0.4)
+    assert measured.fair_floats(GateConfig()) == ("fp32",)
+    assert replace(measured, bf16=bf16).fair_floats(GateConfig()) == ("fp32", "bf16_compiled")
+    folded = replace(measured, folded_bf16={"bf16_folded": bf16})
+    assert folded.fair_floats(GateConfig()) == ("fp32", "bf16_compiled_folded")
+
+
 def test_a_compiled_float_is_timed_where_it_is_asked_for_and_a_compiler_is_there(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = parse_yaml("latency: {baselines: [fp32_compiled]}")
+    old = replace(host, features=("AVX2",))
     (tmp_path / "mine").touch(mode=0o755)
     for found, why in ((str(tmp_path / "mine"), ""), (str(tmp_path / "gone"), "no C++ compiler is installed")):
         monkeypatch.setenv("CXX", found)
-        assert measure.why_not_timed("fp32_compiled", asked, host).startswith(why)
-        assert bool(measure.why_not_timed("fp32_compiled", asked, host)) == bool(why)
-        assert measure.why_not_timed("fp32_compiled", CONFIG, host) == "it is not among --baselines"
+        assert measure.why_not_timed("fp32_compiled", CONFIG, old).startswith(why)
+        assert bool(measure.why_not_timed("fp32_compiled", CONFIG, old)) == bool(why)
+        assert measure.why_not_timed("bf16_compiled", CONFIG, old)
+        asked = parse_yaml("latency: {baselines: [fp32_compiled]}")
+        assert measure.why_not_timed("bf16_compiled", asked, host) == "it is not among --baselines"

@@ -217,6 +217,16 @@ def test_bf16_counts_where_it_is_accurate(evidence: Evidence) -> None:
     assert "bf16" not in " ".join(sentences.accuracy(with_speedups(evidence, {1: 2.0})))  # was not timed
 
 
+def test_what_is_compiled_has_the_accuracy_of_bf16(evidence: Evidence) -> None:
+    full = ship_int8(evidence)
+    rows = tuple(replace(row, stats=row.stats | {"bf16_compiled": row.stats["bf16"]}) for row in full.latency.rows)
+    measured = replace(full.measured, latency=replace(full.latency, rows=rows))
+    said = " ".join(sentences.accuracy(replace(full, measured=measured)))
+    assert "compared with it; the same holds for `bf16_compiled`, which rounds in the same places or in fewer." in said
+    unknown = " ".join(sentences.accuracy(replace(full, measured=replace(measured, bf16=None))))
+    assert "The accuracy of `bf16` and `bf16_compiled` was not measured, so int8 is not compared with it." in unknown
+
+
 def test_images_that_are_in_several_parts(evidence: Evidence) -> None:
     def said(found: Duplicates | None) -> list[str]:
         data = replace(evidence.fp32.data, duplicates=found)
