@@ -46,15 +46,17 @@ def _nncf_in_openvino(file: Path) -> Predict:
     """Compiled for the batch size of the images that it is given, and called as our file is in OpenVINO."""
     import openvino
 
+    from qexp.models.openvino_file import core
+
     hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    core, compiled = openvino.Core(), dict[tuple[int, ...], Any]()
+    compiled = dict[tuple[int, ...], Any]()
 
     def predict(images: Tensor) -> Tensor:
         shape = tuple(images.shape)
         if shape not in compiled:
-            model = core.read_model(file)
+            model = core().read_model(file)
             model.reshape(list(shape))
-            compiled[shape] = core.compile_model(model, "CPU", hints).create_infer_request()
+            compiled[shape] = core().compile_model(model, "CPU", hints).create_infer_request()
         request = compiled[shape]
         request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))
         request.start_async()

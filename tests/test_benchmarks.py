@@ -22,6 +22,7 @@ PROGRAMS = (
     "classifiers",
     "engines",
     "execution",
+    "floats",
     "picture",
     "images",
 )
