@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
-from qexp.errors import InputError
+from qexp.errors import InputError, StageError
 from qexp.models.vision import torchvision
 from qexp.quantization import quantize_model
 from qexp.quantization.cleanup import clean
@@ -123,6 +123,42 @@ def test_first_projection_of_attention_can_stay_fp32(images: Tensor, engine: str
     wrong = QuantizeConfig(engine=engine, keep_fp32=["last.in_proj"])
     with pytest.raises(InputError, match=r"--keep-fp32 last.in_proj: not among the layers conv, .*attention.in_proj$"):
         quantize_model(_Attention().eval(), images, wrong, False)
+
+
+class _NormedEach(nn.Module):
+    """Attention whose query, key and value are normalised anew, by one layer norm or, if `apart`, by three."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.norms = nn.ModuleList([nn.LayerNorm(8)] * 3 if not apart else [nn.LayerNorm(8) for _ in range(3)])
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 10)
+        with torch.no_grad():
+            for norm in self.norms:
+                norm.weight.uniform_(0.5, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        return self.last((tokens + self.attention(*(norm(tokens) for norm in self.norms))[0]).mean(1))
+
+
+def test_attention_of_one_layer_norm_called_thrice_is_of_itself(images: Tensor) -> None:
+    model, inputs = _NormedEach(apart=False).eval(), images.float() / 255
+    cleaned = clean(model, inputs[:2], False)
+    assert type(cleaned.get_submodule("attention.in_proj")) is nn.Linear
+    assert sum("norms" in str(node.target) for node in cleaned.graph.nodes) == 1
+    with torch.no_grad():
+        assert torch.allclose(cleaned(inputs), model(inputs), atol=1e-6)
+
+
+def test_first_projection_of_different_tokens_stays_fp32_or_is_refused(images: Tensor) -> None:
+    model, kept = _NormedEach(apart=True).eval(), ["attention.in_proj"]
+    options = QuantizeConfig(engine="onnx", observer="minmax", keep_fp32=kept)
+    result = quantize_model(model, images, options, False).result
+    assert result.float_layers == ("attention.in_proj",) and "attention" not in result.int8_layers
+    with pytest.raises(StageError, match=r"engine fx: cannot keep attention.in_proj in fp32: .* use --engine onnx$"):
+        quantize_model(model, images, QuantizeConfig(engine="fx", observer="minmax", keep_fp32=kept), False)
 
 
 def _swin(version: int) -> nn.Module:

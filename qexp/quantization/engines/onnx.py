@@ -34,7 +34,7 @@ from qexp.models.onnx_file import (
     layers_of,
 )
 from qexp.progress import track
-from qexp.quantization.attention import normalizes_tokens
+from qexp.quantization.attention import IN_PROJECTION, normalizes_tokens
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import calibration_batches, observer_class
 from qexp.quantization.result import QuantizedModel, QuantizeResult
@@ -103,7 +103,7 @@ def _quantize_file(
     graph = onnx.shape_inference.infer_shapes(graph)
     onnx.save(graph, prepared)
     fused = _computed_with_a_convolution(graph.graph)
-    products = _products(graph, layers_of(given.graph.node))
+    products = _products(graph, _with_projections(layers_of(given.graph.node), model))
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
     kept |= _between(graph, products, kept)
@@ -166,6 +166,12 @@ def _products(graph: onnx.ModelProto, layers: dict[str, str]) -> dict[str, str]:
     constants = {tensor.name for tensor in graph.graph.initializer}
     found = [node.name for node in graph.graph.node if node.op_type in PRODUCT_TYPES and constants & set(node.input)]
     return {name: layers.get(name.split("/")[0], name) for name in found}
+
+
+def _with_projections(layers: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """`layers` with the first projections of attention by their own names: those of a whole block have the block's."""
+    whole = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    return {node: f"{name}.{IN_PROJECTION}" if name in whole else name for node, name in layers.items()}
 
 
 def _between(graph: onnx.ModelProto, products: dict[str, str], kept: set[str]) -> set[str]:
