@@ -192,7 +192,7 @@ def _unused_layers(network: nn.Module, names: Sequence[str], images: Tensor) -> 
 
 
 def _refuse_divided_projections(result: QuantizeResult) -> None:
-    """Of attention between different tokens, engine fx makes several layers, of which the first has the name to keep."""
+    """Of attention between different tokens, engine fx makes several layers; only the first has the name to keep."""
     for name in result.kept_layers:
         parts = re.compile(rf"{re.escape(name)}_\d+")
         if name.endswith(f".{IN_PROJECTION}") and any(map(parts.fullmatch, result.int8_layers)):
