@@ -161,6 +161,32 @@ def test_first_projection_of_different_tokens_stays_fp32_or_is_refused(images: T
         quantize_model(model, images, QuantizeConfig(engine="fx", observer="minmax", keep_fp32=kept), False)
 
 
+class _Encoder(nn.Module):
+    """PyTorch's own encoder, which torch.fx does not look into; its two layers begin with equal weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.conv, self.encoder = nn.Conv2d(3, 8, 4, 4), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.encoder(self.conv(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_layers_inside_an_encoder_have_their_names_in_engine_onnx(images: Tensor, trained: bool) -> None:
+    model, layer = _Encoder().eval(), "encoder.layers.1"
+    if trained:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.01 * torch.rand_like(weight))
+    kept = [f"{layer}.linear1", f"{layer}.self_attn.in_proj"] if trained else None
+    options = QuantizeConfig(engine="onnx", observer="minmax", keep_fp32=kept)
+    result = quantize_model(model, images, options, False).result
+    assert set(result.float_layers) == set(kept or ()) and len(result.int8_layers) + len(result.float_layers) == 10
+
+
 def _swin(version: int) -> nn.Module:
     """Two blocks of windows of 4x4 tokens, the second of them shifted, and one on a map of a quarter of the size, with
     weights that no initialisation gives."""
