@@ -1,6 +1,7 @@
 """Exact clean-up: a layer that is called twice keeps its batch norms apart, attention becomes linear layers, that in
 windows with constants in place of what follows from the size of the maps."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -157,6 +158,7 @@ def test_first_projection_of_different_tokens_stays_fp32_or_is_refused(images: T
     options = QuantizeConfig(engine="onnx", observer="minmax", keep_fp32=kept)
     result = quantize_model(model, images, options, False).result
     assert result.float_layers == ("attention.in_proj",) and "attention" not in result.int8_layers
+    assert not logging.getLogger("onnxscript.optimizer").isEnabledFor(logging.WARNING)  # it warns of each split
     with pytest.raises(StageError, match=r"engine fx: cannot keep attention.in_proj in fp32: .* use --engine onnx$"):
         quantize_model(model, images, QuantizeConfig(engine="fx", observer="minmax", keep_fp32=kept), False)
 
