@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qexp.errors import StageError
 from qexp.measurement.compiled import Compiled, compile_for
 from qexp.models.classifier import load_classifier
+from qexp.models.exported import METHODS
 from qexp.models.factories import NotImportable
 from qexp.models.folding import folded
 from qexp.models.names import BY_OPENVINO, ONNXRUNTIME
@@ -152,8 +153,20 @@ def _onnx_file(name: str, folder: Path) -> Path:
 def freeze(model: nn.Module, shape: Shape, kind: torch.dtype) -> torch.jit.ScriptModule:
     """The model traced and frozen by TorchScript with weights of this kind, which `model` has afterwards too."""
     example = torch.zeros(2, *shape, dtype=kind)
+    for program in [module for module in model.modules() if isinstance(module, fx.GraphModule)]:
+        _ask_tensors_for_sizes(program)
     with torch.no_grad():
         return torch.jit.freeze(torch.jit.trace(model.to(kind), example, check_trace=False).eval())
+
+
+def _ask_tensors_for_sizes(program: fx.GraphModule) -> None:
+    """In an exported program, whose operations a trace gives the sizes of the example as fixed numbers."""
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and (method := METHODS.get(node.target)):
+            with program.graph.inserting_before(node):
+                node.replace_all_uses_with(program.graph.call_method(method, node.args, node.kwargs))
+            program.graph.erase_node(node)
+    program.recompile()
 
 
 def in_bf16(module: torch.jit.ScriptModule) -> Callable[[Tensor], Tensor]:

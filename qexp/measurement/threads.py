@@ -16,10 +16,12 @@ class BestThreads:
     """A model at one batch size: the number of threads to take, and its median time in ms on each number.
 
     `models` has the name of the model by the number of threads: of floats, the fastest on so many. `shown`: all other
-    numbers are shown to be slower. Of those that are not, `threads` is the smallest.
+    numbers are shown to be slower. Of those that are not, `threads` is the smallest. `fastest` is the number with the
+    shortest time, shown or not.
     """
 
     threads: Some
+    fastest: Some
     p50_ms: dict[Some, Timed]
     models: dict[Some, str]
     shown: bool
@@ -27,8 +29,11 @@ class BestThreads:
 
 @dataclass(frozen=True)
 class ThreadsRow:
-    """The fastest float and int8 at one batch size, each on its best number of threads; `speedup` is how many times as
-    long that float takes as that int8."""
+    """The fastest float and int8 at one batch size, each with its best number of threads; `speedup` is how many times
+    as long that float takes as that int8, each on the number with its shortest time.
+
+    With the smallest number that is not told apart, few loads would compare int8 with a float of twice its time.
+    """
 
     batch_size: Some
     float: BestThreads
@@ -59,12 +64,12 @@ def _best(rows: dict[int, LatencyRow], names: Sequence[str], comparisons: int) -
     enough = all(row.enough for row in rows.values())
     threads = min(one for one, is_slower in slower.items() if not is_slower) if enough else fastest
     p50_ms = {one: row.stats[models[one]].p50_ms for one, row in sorted(rows.items())}
-    return BestThreads(threads, p50_ms, models, enough and sum(slower.values()) == len(slower) - 1)
+    return BestThreads(threads, fastest, p50_ms, models, enough and sum(slower.values()) == len(slower) - 1)
 
 
 def _speedup(rows: dict[int, LatencyRow], slow: BestThreads, fast: BestThreads) -> Ratio:
-    first, second = rows[slow.threads], rows[fast.threads]
-    names = slow.models[slow.threads], fast.models[fast.threads]
+    first, second = rows[slow.fastest], rows[fast.fastest]
+    names = slow.models[slow.fastest], fast.models[fast.fastest]
     if first is second:  # they took turns
         return first.ratio(*names)
     return difference(first.log_ms(names[0]), second.log_ms(names[1])).ratio()

@@ -35,9 +35,10 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
     aten.pixel_shuffle.default: F.pixel_shuffle, aten.channel_shuffle.default: F.channel_shuffle,
 }  # fmt: skip
-METHODS = {  # of tensors, for which torch.ao has kernels by these names alone
+METHODS = {  # of tensors: torch.ao has kernels by these names alone, and a trace keeps sizes that they are given
     aten.view.default: "reshape", aten._unsafe_view.default: "reshape", aten.reshape.default: "reshape",
-    aten.permute.default: "permute", aten.repeat.default: "repeat", aten.sym_size.int: "size",
+    aten.permute.default: "permute", aten.repeat.default: "repeat", aten.expand.default: "expand",
+    aten.sym_size.int: "size",
 }  # fmt: skip
 SAME = (  # as their first argument, in evaluation
     aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.dropout.default,

@@ -77,7 +77,8 @@ def export(model: nn.Module, example: Tensor, file: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
     with warnings.catch_warnings(), torch.no_grad(), with_table_kept():
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        for name in ("torch.onnx", "onnxscript"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         torch.onnx.export(
             model.eval(), (example,), str(file), dynamo=True, dynamic_shapes=({0: batch},), input_names=[INPUT],
             output_names=[OUTPUT], opset_version=OPSET, external_data=False, verbose=False,

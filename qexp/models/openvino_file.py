@@ -94,6 +94,8 @@ class OpenvinoClassifier(nn.Module):
 
     def forward(self, images: Tensor | np.ndarray) -> Tensor:
         given = as_array(images)
+        if given.shape[:1] == (0,):  # which OpenVINO does not take
+            return self(np.zeros((1, *given.shape[1:]), given.dtype))[:0]
         with self.lock:
             # `infer` would take 0.07 ms more, for its arguments. The images stay where they are; the logits are copied,
             # since the next batch is written to their place.
@@ -116,6 +118,9 @@ class OpenvinoClassifier(nn.Module):
     def _request(self, shape: tuple[int, ...]) -> Any:
         """What computes batches of this shape; those that were used last are kept."""
         if shape not in self.compiled:
+            taken = self.graph.input(0).partial_shape
+            if not taken.compatible(openvino.PartialShape(list(shape))):  # reshaping would take any size
+                raise ValueError(f"images of shape {list(shape)}: the model takes {taken}")
             graph = self.graph.clone()
             graph.reshape(list(shape))
             self.compiled[shape] = core().compile_model(graph, "CPU", self.options).create_infer_request()

@@ -14,7 +14,7 @@ from qexp.foundation.extras import check_engines, check_package, is_installed
 from qexp.foundation.waiting import PASSIVE, wait
 from qexp.measurement.host import Host, check_bf16, read_host, too_many_threads
 from qexp.models.classifier import ModelSpec, needs_two_images, outline
-from qexp.models.names import BY_OPENVINO, OPENVINO, OPENVINO_BF16, short_name
+from qexp.models.names import BY_OPENVINO, OPENVINO, OPENVINO_BF16, is_onnx_file, short_name
 from qexp.models.preprocessing import as_options, preprocessing_of
 from qexp.pipeline.checks import check_options
 from qexp.pipeline.loading import check_data, config_of_version, refuse_conflicts
@@ -98,7 +98,8 @@ def prepare(
 
 
 def engines_of(config: Config, onnx_file: bool = False) -> list[str]:
-    """The engines to quantize with: those of `config`, or else all that are installed, and that MLflow would load.
+    """The engines to quantize with: those of `config`, or else all that are installed, that MLflow would load, and that
+    have the kernels or the runtime asked for.
 
     Args:
         onnx_file: the network is one, which only engine `onnx` takes.
@@ -108,7 +109,9 @@ def engines_of(config: Config, onnx_file: bool = False) -> list[str]:
     if onnx_file:
         return ["onnx"]
     loaded = LOADED_WITHOUT_PICKLE if registry.refuses_pickle() else tuple(KERNELS)
-    return [engine for engine in loaded if is_installed(engine)]
+    installed, backend = [engine for engine in loaded if is_installed(engine)], config.quantize.backend
+    # Where none has them, `_check_backend` says so.
+    return [engine for engine in installed if backend in (None, *KERNELS[engine])] or installed
 
 
 def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
@@ -118,7 +121,7 @@ def with_quantization_checked(config: Config, dataset: Dataset) -> Config:
         InputError: there are not so many, `keep_fp32` names a layer that does not exist, no engine has the
             kernels or the runtime `backend`, MLflow would not load what an engine makes, or an extra is not installed.
     """
-    engines = engines_of(config)
+    engines = engines_of(config, is_onnx_file(config.model))
     check_engines(engines)
     _check_backend(config.quantize.backend, engines)
     refused = [engine for engine in engines if engine not in LOADED_WITHOUT_PICKLE]

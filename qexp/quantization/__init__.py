@@ -6,6 +6,7 @@ what it needs may not be installed.
 
 import copy
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -77,6 +78,7 @@ def quantize_model(
         made, source = _quantize_onnx_network(model, calibration_images, options, reduce_range), model
     else:
         made, source = _quantize_module(model, calibration_images, options, reduce_range)
+    _refuse_divided_projections(made.result)
     made = replace(made, result=replace(made.result, duration_s=time.monotonic() - started))
     if not options.allow_float:
         _refuse_float_layers(made.result)
@@ -187,6 +189,17 @@ def _unused_layers(network: nn.Module, names: Sequence[str], images: Tensor) -> 
             finally:
                 weight.copy_(kept)
     return unused
+
+
+def _refuse_divided_projections(result: QuantizeResult) -> None:
+    """Of attention between different tokens, engine fx makes several layers; only the first has the name to keep."""
+    for name in result.kept_layers:
+        parts = re.compile(rf"{re.escape(name)}_\d+")
+        if name.endswith(f".{IN_PROJECTION}") and any(map(parts.fullmatch, result.int8_layers)):
+            raise StageError(
+                f"engine {result.engine}: cannot keep {name} in fp32: this attention takes different tokens, and its "
+                "projections become several layers; use --engine onnx"
+            )
 
 
 def _refuse_float_layers(result: QuantizeResult) -> None:

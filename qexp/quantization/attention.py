@@ -43,11 +43,14 @@ def replace_attention(model: fx.GraphModule) -> None:
             calls.setdefault(node.target, []).append(node)
     for name, nodes in calls.items():
         attention: Any = model.get_submodule(name)
-        if not (_is_plain(attention) and all(_is_of_itself(node) for node in nodes)):
+        if not (_is_plain(attention) and all(_is_of_itself(model, node) for node in nodes)):
             continue
         model.set_submodule(name, SelfAttention(attention))
         for node in nodes:
-            node.args, node.kwargs = (_arguments(node)["query"],), {}
+            given = _arguments(node)
+            node.args, node.kwargs = (given["query"],), {}
+            for same in {given["key"], given["value"]} - {given["query"]}:
+                model.graph.erase_node(same)
             for user in list(node.users):
                 user.replace_all_uses_with(node)
                 model.graph.erase_node(user)
@@ -66,12 +69,23 @@ def _is_plain(attention: nn.MultiheadAttention) -> bool:
     return attention.batch_first and same_width and not extra
 
 
-def _is_of_itself(node: fx.Node) -> bool:
+def _is_of_itself(model: fx.GraphModule, node: fx.Node) -> bool:
     """Without masks, and nobody reads the attention weights, the second of its results."""
     given = _arguments(node)
     masks = [value for name, value in given.items() if name not in ("query", "key", "value", *PLAIN_OPTIONS) and value]
     firsts = [user.target is operator.getitem and user.args[1] == 0 for user in node.users if user.users]
-    return given.get("query") is given.get("key") is given.get("value") and not masks and all(firsts)
+    query, key, value = (given.get(name) for name in ("query", "key", "value"))
+    return _are_equal(model, query, key) and _are_equal(model, query, value) and not masks and all(firsts)
+
+
+def _are_equal(model: fx.GraphModule, one: Any, other: Any) -> bool:
+    """Whether they are the same tokens: one value, or the layer norm of one that is computed anew for each use."""
+    if one is other:
+        return True
+    if not all(isinstance(node, fx.Node) and node.op == "call_module" for node in (one, other)):
+        return False
+    same = (one.target, one.args, one.kwargs) == (other.target, other.args, other.kwargs)
+    return same and type(model.get_submodule(one.target)) is nn.LayerNorm
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

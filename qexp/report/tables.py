@@ -230,7 +230,7 @@ def threads(evidence: Evidence) -> Table | None:
 
 
 THREADS_COLUMNS = (
-    "Batch size", "Fastest float, ms", "Best for it", "int8, ms", "Best for int8", "Times as fast, each on its best",
+    "Batch size", "Fastest float, ms", "Best for it", "int8, ms", "Best for int8", "Times as fast, each on its fastest",
 )  # fmt: skip
 
 

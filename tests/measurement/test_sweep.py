@@ -25,6 +25,7 @@ from qexp.measurement.sweep import Started, SweepRequest, expected_s, fitting, r
 from qexp.measurement.sweep_models import Predict, SweepModel, backend_in, int8_models
 from qexp.models.names import RUNTIMES
 from qexp.models.preprocessing import Shape
+from qexp.models.program import load_program
 from qexp.pipeline.loading import local_files
 from qexp.quantization.equivalence import sqnr_db
 from qexp.tracking import registry
@@ -88,6 +89,34 @@ def test_baselines_compute_what_the_registered_fp32_version_computes(
         assert torch.allclose(found[name], expected, atol=0.3)
         assert (found[name].argmax(1) == expected.argmax(1)).float().mean() > 0.9
     assert not torch.equal(found["bf16"], expected)
+
+
+class _AsksForTheBatch(nn.Module):
+    """Its shapes hold the number of images, as those of attention do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 3)
+        self.first = nn.Parameter(torch.ones(1, 1, 8))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        count, length, width = tokens.shape
+        heads = tokens.transpose(0, 1).reshape(length, count * 2, width // 2).transpose(0, 1)
+        mixed = heads.softmax(1).reshape(count, 2, length, width // 2).transpose(1, 2).reshape(count, length, width)
+        return self.last(torch.cat([self.first.expand(count, -1, -1), mixed], 1).mean(1))
+
+
+def test_an_exported_program_is_traced_for_batches_of_any_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(_AsksForTheBatch().eval(), (torch.rand(2, 3, 16, 16),), dynamic_shapes=(batch,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    model, images = load_program(tmp_path / "model.pt2"), torch.rand(5, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(images)
+        traced = sweep_models.freeze(model, (3, 16, 16), torch.float32)
+        assert torch.allclose(traced(images), expected, atol=1e-6)
 
 
 def test_batch_sizes_end_where_a_pass_of_the_slowest_model_takes_longer_than_a_second() -> None:

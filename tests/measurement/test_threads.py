@@ -20,6 +20,17 @@ def _sweep(threads: int, times: dict[int, dict[str, float]], rounds: int = 20) -
     return LatencyResult("fp32", rows, (), threads)
 
 
+def _scattered(result: LatencyResult) -> LatencyResult:
+    """With times of which every other load takes 2.5 times as long, as on a busy machine."""
+    (row,) = result.rows
+    factors = [1.0 if load % 2 else 2.5 for load, rounds in enumerate(row.loads) for _ in range(rounds)]
+    slowed = {
+        name: tuple(ms * factor for ms, factor in zip(found, factors, strict=True))
+        for name, found in row.round_ms.items()
+    }
+    return replace(result, rows=(replace(row, round_ms=slowed),))
+
+
 def test_fewer_threads_where_more_are_not_shown_to_be_faster() -> None:
     small, large = best_threads((_sweep(2, TWO), _sweep(1, ONE)), "int8", FLOATS)
     assert (small.batch_size, small.float.threads, small.int8.threads) == (1, 1, 1)
@@ -41,6 +52,14 @@ def test_each_on_its_best_number_of_threads() -> None:
     assert (row.float.threads, row.int8.threads) == (2, 1)
     assert abs(row.speedup.median / (2.8 / 0.5) - 1) < 0.02
     assert row.speedup.low < row.speedup.median < row.speedup.high
+
+
+def test_speedup_is_over_the_float_on_its_fastest_number_of_threads() -> None:
+    """Also where times scatter so much that fewer threads are not told apart, and are named for that."""
+    two, one = (_sweep(threads, {8: times[8]}) for threads, times in ((2, TWO), (1, ONE)))
+    (row,) = best_threads((_scattered(two), _scattered(one)), "int8", FLOATS)
+    assert (row.float.threads, row.float.fastest, row.float.shown) == (1, 2, False)
+    assert row.speedup.median < 4  # 2.8 over 0.9 ms; 5.0 over 0.9 would be 5.6
 
 
 def test_too_few_rounds_name_the_fastest_and_show_nothing() -> None:

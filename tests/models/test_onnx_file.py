@@ -42,6 +42,15 @@ def test_what_users_do_with_modules_works(make: Make) -> None:
     assert torch.allclose(nn.Sequential(model, nn.Flatten()).eval()(images), expected.flatten(1))
 
 
+@pytest.mark.parametrize("make", [OnnxClassifier, _in_openvino])
+def test_images_of_another_size_are_refused_and_none_give_no_logits(make: Make) -> None:
+    model = make(_mean_of_channels())
+    assert model(torch.rand(0, 3, 4, 4)).shape == (0, 3, 1, 1)
+    for shape in ((2, 3, 5, 4), (3, 4, 4), (0, 3, 8, 8)):
+        with pytest.raises(Exception, match=r"Got invalid dimensions|Invalid rank|the model takes \[\?,3,4,4\]"):
+            model(torch.rand(shape))
+
+
 def test_openvino_takes_what_onnx_runtime_takes_in_batches_of_any_size_from_any_thread() -> None:
     """uint8, numpy and any memory layout; logits that later batches leave as they are; few copies of the weights."""
     model, expected = _in_openvino(_mean_of_channels()), OnnxClassifier(_mean_of_channels())

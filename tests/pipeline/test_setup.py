@@ -60,6 +60,20 @@ def test_a_network_that_no_engine_takes_makes_no_run(
     assert not client.search_runs([found.experiment_id for found in client.search_experiments()])
 
 
+@pytest.mark.parametrize(
+    ("backend", "engines"),
+    [(None, ["fx", "pt2e", "onnx"]), ("onednn", ["fx"]), ("openvino", ["onnx"]), ("onnxruntime", ["onnx"])],
+)
+def test_kernels_that_are_asked_for_choose_the_engine(backend: str | None, engines: list[str]) -> None:
+    assert setup.engines_of(Config(quantize=QuantizeConfig(backend=backend))) == engines
+
+
+def test_kernels_for_modules_are_none_for_an_onnx_file(digits: Dataset) -> None:
+    config = Config(model="net.onnx", quantize=QuantizeConfig(backend="x86"))
+    with pytest.raises(InputError, match=r"^--backend x86: must be auto, onnxruntime, .* with --engine onnx$"):
+        setup.with_quantization_checked(config, digits)
+
+
 def test_a_trial_leaves_the_network_and_tells_what_an_engine_says() -> None:
     class Odd(torch.nn.Module):
         """Batch norm, a last layer of zeros, and a branch that no tracer follows."""

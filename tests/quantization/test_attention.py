@@ -1,6 +1,7 @@
 """Exact clean-up: a layer that is called twice keeps its batch norms apart, attention becomes linear layers, that in
 windows with constants in place of what follows from the size of the maps."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import QuantizeConfig
-from qexp.errors import InputError
+from qexp.errors import InputError, StageError
 from qexp.models.vision import torchvision
 from qexp.quantization import quantize_model
 from qexp.quantization.cleanup import clean
@@ -123,6 +124,69 @@ def test_first_projection_of_attention_can_stay_fp32(images: Tensor, engine: str
     wrong = QuantizeConfig(engine=engine, keep_fp32=["last.in_proj"])
     with pytest.raises(InputError, match=r"--keep-fp32 last.in_proj: not among the layers conv, .*attention.in_proj$"):
         quantize_model(_Attention().eval(), images, wrong, False)
+
+
+class _NormedEach(nn.Module):
+    """Attention whose query, key and value are normalised anew, by one layer norm or, if `apart`, by three."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.norms = nn.ModuleList([nn.LayerNorm(8)] * 3 if not apart else [nn.LayerNorm(8) for _ in range(3)])
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 10)
+        with torch.no_grad():
+            for norm in self.norms:
+                norm.weight.uniform_(0.5, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        return self.last((tokens + self.attention(*(norm(tokens) for norm in self.norms))[0]).mean(1))
+
+
+def test_attention_of_one_layer_norm_called_thrice_is_of_itself(images: Tensor) -> None:
+    model, inputs = _NormedEach(apart=False).eval(), images.float() / 255
+    cleaned = clean(model, inputs[:2], False)
+    assert type(cleaned.get_submodule("attention.in_proj")) is nn.Linear
+    assert sum("norms" in str(node.target) for node in cleaned.graph.nodes) == 1
+    with torch.no_grad():
+        assert torch.allclose(cleaned(inputs), model(inputs), atol=1e-6)
+
+
+def test_first_projection_of_different_tokens_stays_fp32_or_is_refused(images: Tensor) -> None:
+    model, kept = _NormedEach(apart=True).eval(), ["attention.in_proj"]
+    options = QuantizeConfig(engine="onnx", observer="minmax", keep_fp32=kept)
+    result = quantize_model(model, images, options, False).result
+    assert result.float_layers == ("attention.in_proj",) and "attention" not in result.int8_layers
+    assert not logging.getLogger("onnxscript.optimizer").isEnabledFor(logging.WARNING)  # it warns of each split
+    with pytest.raises(StageError, match=r"engine fx: cannot keep attention.in_proj in fp32: .* use --engine onnx$"):
+        quantize_model(model, images, QuantizeConfig(engine="fx", observer="minmax", keep_fp32=kept), False)
+
+
+class _Encoder(nn.Module):
+    """PyTorch's own encoder, which torch.fx does not look into; its two layers begin with equal weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.conv, self.encoder = nn.Conv2d(3, 8, 4, 4), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.encoder(self.conv(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_layers_inside_an_encoder_have_their_names_in_engine_onnx(images: Tensor, trained: bool) -> None:
+    model, layer = _Encoder().eval(), "encoder.layers.1"
+    if trained:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.01 * torch.rand_like(weight))
+    kept = [f"{layer}.linear1", f"{layer}.self_attn.in_proj"] if trained else None
+    options = QuantizeConfig(engine="onnx", observer="minmax", keep_fp32=kept)
+    result = quantize_model(model, images, options, False).result
+    assert set(result.float_layers) == set(kept or ()) and len(result.int8_layers) + len(result.float_layers) == 10
 
 
 def _swin(version: int) -> nn.Module:

@@ -154,6 +154,22 @@ def test_a_rebuilt_layer_stays_fp32_if_asked(images: Tensor) -> None:
     assert made.float_layers == ("between.0",) and set(made.int8_layers) == {"first", "between.2", "last"}
 
 
+class _Expanded(nn.Module):
+    """A map beside one of its columns, expanded to as many images, and a convolution that torch.fx does not find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = Same(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.mix(x)) * x[..., :1].expand_as(x)
+
+
+def test_a_rebuilt_network_expands_to_any_batch(images: Tensor) -> None:
+    made = _quantized(Network(_Expanded), images)
+    assert not made.float_layers and made.module(to_float(images[:3])).shape[0] == 3
+
+
 def test_rebuilt_networks_give_the_same_logits(images: Tensor) -> None:
     """Those of other networks, too: `as_layers` compares them itself."""
     for case in ("shared", "functional"):

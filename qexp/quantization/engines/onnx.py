@@ -34,7 +34,7 @@ from qexp.models.onnx_file import (
     layers_of,
 )
 from qexp.progress import track
-from qexp.quantization.attention import normalizes_tokens
+from qexp.quantization.attention import IN_PROJECTION, normalizes_tokens
 from qexp.quantization.fp32_layers import between_kept
 from qexp.quantization.observers import calibration_batches, observer_class
 from qexp.quantization.result import QuantizedModel, QuantizeResult
@@ -103,7 +103,7 @@ def _quantize_file(
     graph = onnx.shape_inference.infer_shapes(graph)
     onnx.save(graph, prepared)
     fused = _computed_with_a_convolution(graph.graph)
-    products = _products(graph, layers_of(given.graph.node))
+    products = _products(graph, _with_own_names(layers_of(given.graph.node), given.graph, model))
     save_tensors_data(_observe(graph, images, options), ranges)
     kept = {node for node, layer in products.items() if layer in (options.keep_fp32 or ())}
     kept |= _between(graph, products, kept)
@@ -166,6 +166,36 @@ def _products(graph: onnx.ModelProto, layers: dict[str, str]) -> dict[str, str]:
     constants = {tensor.name for tensor in graph.graph.initializer}
     found = [node.name for node in graph.graph.node if node.op_type in PRODUCT_TYPES and constants & set(node.input)]
     return {name: layers.get(name.split("/")[0], name) for name in found}
+
+
+def _with_own_names(layers: dict[str, str], graph: onnx.GraphProto, model: nn.Module) -> dict[str, str]:
+    """`layers` by the names that they have in `model`, where a module that is exported as a whole has given its own to
+    all that it computes: `nn.MultiheadAttention` to its first projection, `nn.TransformerEncoder` to all its layers."""
+    modules = dict(model.named_modules())
+    constants = {constant.name: constant for constant in graph.initializer}
+    unnamed: dict[bytes, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            unnamed.setdefault(_bytes(module.in_proj_weight), []).append(f"{name}.{IN_PROJECTION}")
+        elif isinstance(module, nn.Linear) and name not in layers.values():
+            unnamed.setdefault(_bytes(module.weight), []).append(name)
+    found = dict(layers)
+    for node in graph.node:
+        whole = modules.get(layers[node.name])
+        if node.op_type not in ("MatMul", "Gemm") or whole is None or isinstance(whole, nn.Conv2d | nn.Linear):
+            continue
+        weight = constants.get(node.input[1])
+        values = torch.from_numpy(onnx.numpy_helper.to_array(weight).copy()) if weight is not None else None
+        names = unnamed.get(_bytes(values if node.op_type == "Gemm" else values.t()), []) if values is not None else []
+        if names:  # of equal weights, the names in their order
+            found[node.name] = names.pop(0) if len(names) > 1 else names[0]
+        elif isinstance(whole, nn.MultiheadAttention):
+            found[node.name] = f"{layers[node.name]}.{IN_PROJECTION}"  # a part of it
+    return found
+
+
+def _bytes(weight: Tensor) -> bytes:
+    return weight.detach().contiguous().numpy().tobytes()
 
 
 def _between(graph: onnx.ModelProto, products: dict[str, str], kept: set[str]) -> set[str]:
