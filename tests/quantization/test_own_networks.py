@@ -1,5 +1,7 @@
-"""Networks as people write them: forward hooks, layers that are never called, tied weights, paddings by name."""
+"""Networks as people write them: forward hooks, layers that are never called or called twice, tied weights, paddings by
+name."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from qexp.config import QuantizeConfig
 from qexp.measurement.accuracy import to_float
 from qexp.quantization import QuantizedModel, quantize_model
+from qexp.quantization.equivalence import sqnr_db
 
 ENGINES = ("fx", "pt2e", "onnx")
 
@@ -90,6 +93,40 @@ def test_two_layers_with_tied_weights_are_both_int8(images: Tensor, engine: str)
     other.weight = one.weight
     found = _quantized(Network(nn.Sequential(one, nn.ReLU(), other)), images, engine).result
     assert found.int8_layers == ("first", "between.0", "between.2", "last") and found.float_layers == ()
+
+
+class _Twice(nn.Module):
+    """A convolution and an activation, called for small and for large numbers, or two of each with equal weights."""
+
+    def __init__(self, modules: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.shared, self.last = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+        for layer in (self.first, self.shared, self.last):
+            nn.init.kaiming_normal_(layer.weight)  # so that the logits depend on the image
+        self.act = nn.Hardswish()
+        self.again, self.act_again = self.shared, self.act
+        if modules == 2:
+            self.again, self.act_again = copy.deepcopy(self.shared), copy.deepcopy(self.act)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.act(self.shared(self.act(self.first(images))))
+        return self.last(self.act_again(self.again(8 * maps)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_called_twice_has_the_range_of_each_call(images: Tensor, engine: str) -> None:
+    images = (images * torch.linspace(0.1, 1, 32).view(-1, 1, 1, 1)).byte()  # of different brightness
+    options, inputs = QuantizeConfig(engine=[engine], observer="minmax"), to_float(images)
+    once, twice = (quantize_model(_Twice(modules), images, options, reduce_range=False) for modules in (2, 1))
+    assert twice.int8_layers == ("first", "shared", "last") and not twice.float_layers
+    with torch.no_grad():
+        expected = _Twice(1)(inputs)
+        found, apart = (sqnr_db(expected, one.reloaded()(inputs)) for one in (twice, once))
+    assert found > apart - 1 > 15
+    kept = quantize_model(_Twice(1), images, options.model_copy(update={"keep_fp32": ["shared"]}), reduce_range=False)
+    assert kept.int8_layers == ("first", "last") and kept.float_layers == ("shared",)
 
 
 @pytest.mark.parametrize(("padding", "engine"), [*(("same", engine) for engine in ENGINES), ("valid", "fx")])

@@ -135,7 +135,7 @@ def _quantize(
     reduce_range: bool,
     kernels: BackendConfig | None = None,
 ) -> QuantizedModel:
-    example, limits = to_float(images[:2]), {}
+    example, limits, apart, copies = to_float(images[:2]), {}, model, {}
     batches = list(calibration_batches(images, options.calibration_batch_size))
     expected = _logits_before(model, batches[0])
     _refuse_hooks(model, batches[0], expected)
@@ -143,19 +143,20 @@ def _quantize(
         model = fx.GraphModule(model, copy.deepcopy(model.graph))  # its operations change, and not those of the caller
         _hide_float_operations(model, example, options.keep_fp32 or ())
         limits = _fuse_limits(model, options.keep_fp32 or ())
+        apart, copies = _with_a_module_for_each_call(model)
     backend, saturating = _kernels_of(options), saturating_layers(model, options)
     with _kernels(backend), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao.quantization and torch.jit announce their successors on every call
-        mapping = _qconfig_mapping(options, reduce_range, saturating, limits)
-        reference, converted = _calibrate_and_convert(model, batches, mapping, expected, kernels)
+        mapping = _qconfig_mapping(options, reduce_range, saturating, limits, copies)
+        reference, converted = _calibrate_and_convert(apart, batches, mapping, expected, kernels)
         module = _trace(converted, example, limits)
     result = QuantizeResult.with_options(
         options,
         reduce_range,
         len(images),
         backend=backend,
-        int8_layers=_int8_layers(converted),
-        float_layers=_float_products(converted),
+        int8_layers=_int8_layers(converted, copies),
+        float_layers=tuple(copies.get(name, name) for name in _float_products(converted)),
         load_backend=backend,
         saturating_layers=() if reduce_range else saturating,
     )
@@ -265,6 +266,28 @@ def _fuse_limits(model: fx.GraphModule, kept: Sequence[str]) -> dict[str, float]
         model.graph.erase_node(node)
     model.recompile()
     return limits
+
+
+def _with_a_module_for_each_call(model: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The network with a copy of each module for every call of it but the first, which has the same weights; and the
+    names of the modules by those of their copies.
+
+    An int8 module of torch.ao has one scale, to which it would round what all of its calls give.
+    """
+    weights: dict[int, Any] = {id(one): one for one in (*model.parameters(), *model.buffers())}
+    apart, copies = fx.GraphModule(model, copy.deepcopy(model.graph)), dict[str, str]()
+    called, modules = set[str](), dict(model.named_modules())
+    for node in apart.graph.nodes:
+        name = str(node.target)
+        if node.op != "call_module" or any(modules[name].children()):
+            continue
+        if name in called:
+            node.target = f"{name}_again_{node.name}"
+            copies[node.target] = name
+            apart.add_submodule(node.target, copy.deepcopy(modules[name], dict(weights)))
+        called.add(name)
+    apart.recompile()
+    return apart, copies
 
 
 def _give_floats(converted: fx.GraphModule, example: Tensor, limits: Mapping[str, float]) -> None:
@@ -389,9 +412,14 @@ def _kernels(backend: str) -> Iterator[None]:
 
 
 def _qconfig_mapping(
-    options: QuantizeConfig, reduce_range: bool, saturating: Sequence[str], limits: Mapping[str, float]
+    options: QuantizeConfig,
+    reduce_range: bool,
+    saturating: Sequence[str],
+    limits: Mapping[str, float],
+    copies: Mapping[str, str],
 ) -> QConfigMapping:
-    """Torch's default mapping (operations with fixed ranges included) with our observers in place of its own.
+    """Torch's default mapping (operations with fixed ranges included) with our observers in place of its own; `copies`
+    of layers are quantized as those are.
 
     The weights of `saturating` layers, or of all with `reduce_range`, are from -64 to 64: the sum of two products with
     inputs of 8 bits then fits into 16 bits. Inputs of 7 bits would do so, too, but cost more (SQNR of the logits of a
@@ -407,11 +435,13 @@ def _qconfig_mapping(
     for pattern, default in list(mapping.object_type_qconfigs.items()):
         if default is not None and not _has_fixed_range(default):
             mapping.set_object_type(pattern, qconfig)
+    kept = options.keep_fp32 or ()
     for name in {*saturating, *limits}:
         output = below(observed, limits[name]).with_args(dtype=torch.quint8) if name in limits else activation
         reduced = reduce_range or name in saturating
-        mapping.set_module_name(name, QConfig(output, weight.with_args(reduce_range=reduced)))
-    for name in options.keep_fp32 or ():
+        for one in (name, *(again for again, first in copies.items() if first == name)):
+            mapping.set_module_name(one, QConfig(output, weight.with_args(reduce_range=reduced)))
+    for name in (*kept, *(again for again, first in copies.items() if first in kept)):
         mapping.set_module_name(name, None)
     return mapping.set_module_name("normalize", None)  # one multiplication on three channels; int8 would cost accuracy
 
@@ -420,14 +450,16 @@ def _has_fixed_range(qconfig: QConfig) -> bool:
     return isinstance(qconfig.activation(), torch.ao.quantization.FixedQParamsObserver)
 
 
-def _int8_layers(converted: fx.GraphModule) -> tuple[str, ...]:
-    """Names of the modules that are called and compute in int8.
+def _int8_layers(converted: fx.GraphModule, copies: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the modules that are called and compute in int8, in each of the `copies` that are made of them.
 
     A layer that tracing went around, or that kept its reference (fp32) form, is not among them.
     """
     called = {str(node.target) for node in converted.graph.nodes if node.op == "call_module"}
     modules = dict(converted.named_modules())
-    return tuple(name for name in called if isinstance(modules[name], (*INT8_MODULES, PackedConv, PackedLinear)))
+    int8 = {name for name in called if isinstance(modules[name], (*INT8_MODULES, PackedConv, PackedLinear))}
+    partly = {copies.get(name, name) for name in called - int8}
+    return tuple({copies.get(name, name) for name in int8} - partly)
 
 
 def _float_products(converted: fx.GraphModule) -> tuple[str, ...]:
