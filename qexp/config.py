@@ -6,6 +6,7 @@ leaves the default, which None stands for where the value is chosen by a later s
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Container
@@ -363,8 +364,14 @@ def _as_weights(value: Any) -> Any:
     if isinstance(value, list):  # of one or more parts, already split at the commas
         value = ",".join(map(str, value))
     if isinstance(value, str):
-        pairs = (part.partition(":") for part in value.split(","))
-        value = {size: weight or "1" for size, _, weight in pairs}
+        pairs = [
+            (size.strip(), weight or "1") for size, _, weight in (part.partition(":") for part in value.split(","))
+        ]
+        weights = [_number(weight) for _, weight in pairs]
+        are_positive = all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights)
+        if not are_positive or len({size for size, _ in pairs}) < len(pairs):
+            raise ValueError("must be batch sizes, each once, with weights above 0, as in 1:3,128:1")
+        value = dict(pairs)
     return {_number(key): _number(weight) for key, weight in value.items()} if isinstance(value, dict) else value
 
 
@@ -379,7 +386,7 @@ def _number(value: Any) -> Any:
 
 
 Weights = Annotated[
-    dict[PositiveInt, Annotated[float, Field(gt=0)]],
+    dict[PositiveInt, Annotated[float, Field(gt=0, allow_inf_nan=False)]],
     Field(min_length=1),
     BeforeValidator(_as_weights),
     AfterValidator(lambda weights: dict(sorted(weights.items()))),

@@ -99,9 +99,11 @@ def test_weights_of_batch_sizes_on_the_command_line_and_in_a_file(
     assert load_config(_write(tmp_path, in_file)).latency.profile == weights
 
 
-@pytest.mark.parametrize("text", ["x", "1:x", "0:1", "1:0", "1:-2", "1:2:3", "1.5:1", ","])
+@pytest.mark.parametrize("text", ["x", "1:x", "0:1", "1:0", "1:-2", "1:2:3", "1.5:1", ",", "1:inf", "1:1,1:2", "8, 8"])
 def test_weights_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(InputError, match=r"^--profile"):
+    """In one line with the text, or of a size that is none with the size."""
+    size = {"x": "x", "0:1": "0", "1.5:1": "1.5"}.get(text, text)
+    with pytest.raises(InputError, match=rf"^--profile {re.escape(size)}: must be "):
         load_config(_write(tmp_path, ""), {"latency": {"profile": text}})
 
 
