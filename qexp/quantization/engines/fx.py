@@ -135,7 +135,8 @@ def _quantize(
     reduce_range: bool,
     kernels: BackendConfig | None = None,
 ) -> QuantizedModel:
-    example, limits, apart, copies = to_float(images[:2]), {}, model, {}
+    example, limits = to_float(images[:2]), dict[str, float]()
+    apart, copies = model, dict[str, str]()
     batches = list(calibration_batches(images, options.calibration_batch_size))
     expected = _logits_before(model, batches[0])
     _refuse_hooks(model, batches[0], expected)
