@@ -278,6 +278,14 @@ def _ratio(row: LatencyRow, model: str, over: str) -> str:
     return text if row.compared(over, model) else f"({text})"
 
 
+def test_table_of_compiled_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    floats = importlib.import_module("floats")
+    found = from_json(floats.Floats, (RESULTS / "floats.json").read_text())  # type: ignore[name-defined]
+    assert {row.network for row in found.rows} == set(floats.NETWORKS)
+    assert all(line in RESULTS_PAGE.read_text() for line in floats.markdown(found.rows).splitlines())
+
+
 def test_table_of_many_images() -> None:
     rows = _read("images.json")["rows"]
     cells = [
