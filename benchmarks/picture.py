@@ -6,29 +6,29 @@ It reads `metrics.json` of the runs in results/, which `qexp run` and `qexp repo
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
+
+from qexp.files import from_json
+from qexp.report.results import Evidence
 
 RESULTS = Path(__file__).parents[1] / "results"
 RUNS = {"vgg16-cifar10": "VGG16", "smallnet-cifar10": "SmallNet"}
 FP32, FLOAT, INT8 = "#5b6c8f", "#8a97ad", "#d9661f"
 
 
-def draw(axes: Axes, name: str, found: dict[str, Any]) -> None:
+def draw(axes: Axes, name: str, found: Evidence) -> None:
     """Put the times of one run on the axes, with the last point of each line labelled."""
-    rows = found["measured"]["latency"]["rows"]
-    times = [{model: stats["p50_ms"] for model, stats in row["stats"].items()} for row in rows]
-    batches = [row["batch_size"] for row in rows]
-    floats = [[ms for model, ms in row.items() if not model.startswith("int8")] for row in times]
+    rows = found.latency.rows
+    batches = [row.batch_size for row in rows]
+    times = [{model: stats.p50_ms for model, stats in row.stats.items()} for row in rows]
     lines = (
         ("fp32, as registered", [row["fp32"] for row in times], FP32, "-"),
-        ("fastest float", [min(row) for row in floats], FLOAT, "--"),
-        ("int8", [row["int8_fx"] for row in times], INT8, "-"),
+        ("fastest float", [min(row[one] for one in found.measured.floats) for row in times], FLOAT, "--"),
+        ("int8", [row[found.name] for row in times], INT8, "-"),
     )
     for label, values, color, style in lines:
         axes.plot(batches, values, style, marker="o", ms=4, lw=2, color=color, label=label)
@@ -61,7 +61,7 @@ def main() -> None:
     figure = Figure(figsize=(9, 3.7), dpi=160, layout="constrained", facecolor="white")
     panels = figure.subplots(1, len(RUNS))
     for axes, (run, name) in zip(panels, RUNS.items(), strict=True):
-        draw(axes, name, json.loads((RESULTS / run / "metrics.json").read_text()))
+        draw(axes, name, from_json(Evidence, (RESULTS / run / "metrics.json").read_text()))
     panels[0].set_ylabel("median time of a batch, ms")
     panels[0].legend(frameon=False, fontsize=9)
     output.parent.mkdir(parents=True, exist_ok=True)
