@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch, as commands set it, which here are forks
+os.environ["CXX"] = "none"  # for one set of floats everywhere: torch compiles some where there is a C++ compiler
 
 import mlflow
 import numpy as np

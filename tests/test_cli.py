@@ -46,7 +46,10 @@ BAD_INPUT = {
     "bad batch size": ("run --batch-sizes 1,x", ["--batch-sizes x", "integer"]),
     "unknown engine": ("run --engine best", ["--engine best", "fx, pt2e or onnx"]),
     "one unknown engine of two": ("quantize --engine fx,best --model-uri models:/a/1", ["--engine best", "onnx"]),
-    "weights in words": ("latency --profile 1:often --model-uri models:/a/1", ["--profile 1:often: must be batch sizes", "weights above 0"]),
+    "weights in words": (
+        "latency --profile 1:often --model-uri models:/a/1",
+        ["--profile 1:often: must be batch sizes", "weights above 0"],
+    ),
     "weights of other batch sizes": (
         "run --batch-sizes 1,8 --profile 2:1",
         ["--profile 2: must be one of the batch sizes that are timed: 1, 8"],
