@@ -15,8 +15,8 @@ from qexp.report.results import Evidence
 from qexp.report.sentences import by_batch_size, threads, three_digits
 
 FP32, INT8 = "#5b6c8f", "#e07b39"
-OTHER_FLOATS = ("#3b7a57", "#2a78b5", "#8e5ea2", "#937860")
-OTHER_INT8 = ("#c0392b", "#d4a017", "#c77cab", "#7f8c3d")
+OTHER_FLOATS = ("#3b7a57", "#2a78b5", "#8e5ea2", "#937860", "#1fa39a", "#6d7a88", "#3f3f9f", "#7cb342")
+OTHER_INT8 = ("#c0392b", "#d4a017", "#c77cab", "#7f8c3d", "#8a4b2a", "#e05a9c")
 MARGIN_PERCENT = 3.0  # of the width, on both sides of the points
 MOST_TICKS = 8
 

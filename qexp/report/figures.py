@@ -157,7 +157,7 @@ def _inference_time(axes: Axes, evidence: Evidence) -> None:
         stats = [row.stats[name] for row in rows]
         p50 = [one.p50_ms for one in stats]
         if style.is_main:
-            axes.plot(batches, p50, "o-", ms=3, color=style.color, label=f"{name} p50 (band: to p90)")
+            axes.plot(batches, p50, "o-", ms=3, color=style.color, label=name)
             known = [math.nan if one.p90_ms is None else one.p90_ms for one in stats]
             axes.fill_between(batches, p50, known, color=style.color, alpha=0.25, lw=0)
         else:
@@ -167,8 +167,10 @@ def _inference_time(axes: Axes, evidence: Evidence) -> None:
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
     title = f"Inference time by batch size, {threads(evidence.latency.threads)}"
-    axes.set(title=title, xlabel="batch size", ylabel="ms per batch")
-    axes.legend(fontsize=7)
+    axes.set(title=title, xlabel="batch size", ylabel="ms per batch, p50 (bands: to p90)")
+    last = evidence.latency.rows[-1].stats
+    lines = sorted(axes.get_lines(), key=lambda line: -last[str(line.get_label())].p50_ms)  # as they end at the right
+    axes.figure.legend(handles=lines, fontsize=7, loc="outside right center", frameon=False)
 
 
 def _sensitivity(axes: Axes, evidence: Evidence) -> None:
