@@ -206,7 +206,8 @@ def test_a_compiled_float_computes_the_same_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bf16 it is no farther from fp32 than what TorchScript makes, whose accuracy stands for it."""
-    monkeypatch.delenv("CXX")
+    monkeypatch.delenv("CXX")  # which inductor has read when it was imported
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "g++"))
     assert has_compiler()
     norm = nn.BatchNorm2d(4)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Hardswish(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
