@@ -50,7 +50,8 @@ def replace_attention(model: fx.GraphModule) -> None:
             given = _arguments(node)
             node.args, node.kwargs = (given["query"],), {}
             for same in {given["key"], given["value"]} - {given["query"]}:
-                model.graph.erase_node(same)
+                if not same.users:  # nothing else reads it
+                    model.graph.erase_node(same)
             for user in list(node.users):
                 user.replace_all_uses_with(node)
                 model.graph.erase_node(user)

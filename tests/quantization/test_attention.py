@@ -153,6 +153,21 @@ def test_attention_of_one_layer_norm_called_thrice_is_of_itself(images: Tensor) 
         assert torch.allclose(cleaned(inputs), model(inputs), atol=1e-6)
 
 
+class _KeysReadAgain(_NormedEach):
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        keys = self.norms[0](tokens)
+        return self.last((keys + self.attention(self.norms[0](tokens), keys, keys)[0]).mean(1))
+
+
+def test_keys_that_are_read_again_stay(images: Tensor) -> None:
+    model, inputs = _KeysReadAgain(apart=False).eval(), images.float() / 255
+    cleaned = clean(model, inputs[:2], False)
+    assert type(cleaned.get_submodule("attention.in_proj")) is nn.Linear
+    with torch.no_grad():
+        assert torch.allclose(cleaned(inputs), model(inputs), atol=1e-6)
+
+
 def test_first_projection_of_different_tokens_stays_fp32_or_is_refused(images: Tensor) -> None:
     model, kept = _NormedEach(apart=True).eval(), ["attention.in_proj"]
     options = QuantizeConfig(engine="onnx", observer="minmax", keep_fp32=kept)
