@@ -352,17 +352,19 @@ def _bf16(evidence: Evidence) -> list[str]:
 
 def _bf16_in(evidence: Evidence, name: str) -> str:
     """Of a float that rounds, and of what is compiled, whose accuracy is taken to be the same."""
-    alike = [f"`{one}`" for one in evidence.measured.floats if rounds_like(one) == name]
+    alike = [one for one in evidence.measured.floats if rounds_like(one) == name]
     if not (found := evidence.measured.rounded.get(name)):
-        return f"The accuracy of {' and '.join(alike)} was not measured, so int8 is not compared with it."
+        names = " and ".join(f"`{one}`" for one in alike)
+        them = "it" if len(alike) == 1 else "them"
+        return f"The accuracy of {names} was not measured, so int8 is not compared with {them}."
     low, high = found.top1_drop_low_points, found.top1_drop_high_points
     counts = (
         "It keeps the gate's limits on accuracy, so int8 is compared with it"
-        if any(rounds_like(one) == name for one in evidence.floats)
+        if set(alike) & set(evidence.floats)
         else "It does not keep the gate's limits on accuracy, so int8 is not compared with it"
     )
-    if compiled := [one for one in alike if one != f"`{name}`"]:
-        counts += f"; the same holds for {compiled[0]}, which rounds in the same places or in fewer"
+    if compiled := [one for one in alike if one != name]:
+        counts += f"; the same holds for `{compiled[0]}`, which rounds in the same places or in fewer"
     where = "bf16" if unfolded(name) == BF16 else "bf16 in OpenVINO"
     where += "" if name == unfolded(name) else FOLDED_AWAY.removeprefix(",")
     return (

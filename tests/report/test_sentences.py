@@ -224,7 +224,7 @@ def test_what_is_compiled_has_the_accuracy_of_bf16(evidence: Evidence) -> None:
     said = " ".join(sentences.accuracy(replace(full, measured=measured)))
     assert "compared with it; the same holds for `bf16_compiled`, which rounds in the same places or in fewer." in said
     unknown = " ".join(sentences.accuracy(replace(full, measured=replace(measured, bf16=None))))
-    assert "The accuracy of `bf16` and `bf16_compiled` was not measured, so int8 is not compared with it." in unknown
+    assert "The accuracy of `bf16` and `bf16_compiled` was not measured, so int8 is not compared with them." in unknown
 
 
 def test_images_that_are_in_several_parts(evidence: Evidence) -> None:
